@@ -1,0 +1,135 @@
+"""Reading what the compiler made: ptxas's account of registers and spills, and the instructions in a library."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# What the report counts. A name matches an opcode that is it, or that continues it after a dot.
+COUNTED = (
+    "QMMA",
+    "QMMA.SF",
+    "HMMA",
+    "LDSM",
+    "LDS",
+    "FFMA",
+    "F2FP",
+    "UTMALDG",
+    "UBLKCP",
+    "R2UR",
+    "BRA.U.ANY",
+    "LDL",
+    "STL",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """One kernel on one arch, in ptxas's words."""
+
+    kernel: str
+    arch: str
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+
+def parse_ptxas(text: str) -> list[Resources]:
+    """Resources of every kernel in the output of `nvcc -Xptxas -v`."""
+    found = []
+    entries = re.split(r"Compiling entry function '", text)[1:]
+    for entry in entries:
+        head = re.match(r"([^']+)' for 'sm_(\w+)'", entry)
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        used = re.search(r"Used (\d+) registers", entry)
+        if head and memory and used:
+            found.append(
+                Resources(
+                    kernel=head[1],
+                    arch=head[2],
+                    registers=int(used[1]),
+                    stack_bytes=int(memory[1]),
+                    spill_store_bytes=int(memory[2]),
+                    spill_load_bytes=int(memory[3]),
+                )
+            )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    address: int
+    opcode: str  # with its modifiers, e.g. QMMA.SF.16832.F32.E4M3.E2M1.E8
+    target: int | None  # where a branch goes
+
+    def is_a(self, name: str) -> bool:
+        return self.opcode == name or self.opcode.startswith(name + ".")
+
+
+@dataclass(kw_only=True)
+class Code:
+    """The instructions of one arch in a library, by kernel."""
+
+    kernels: dict[str, list[Instruction]] = field(default_factory=dict)
+
+    def instructions(self) -> Iterator[Instruction]:
+        return (instruction for kernel in self.kernels.values() for instruction in kernel)
+
+    def count(self, name: str) -> int:
+        return sum(instruction.is_a(name) for instruction in self.instructions())
+
+    def waterfalls(self, opcode: str) -> int:
+        """How many loops over the lanes of a warp (branches .U.ANY back) have this instruction inside.
+
+        ptxas wraps an instruction in one when an operand that must be uniform is not known to be: ten times the cost.
+        """
+        found = 0
+        for kernel in self.kernels.values():
+            places = [instruction.address for instruction in kernel if instruction.is_a(opcode)]
+            for branch in kernel:
+                if branch.is_a("BRA.U.ANY") and branch.target is not None:
+                    found += any(branch.target <= place < branch.address for place in places)
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """Instruction counts for the report; `total` leaves out the padding after the last instruction."""
+        total = sum(instruction.opcode != "NOP" for instruction in self.instructions())
+        return {"total": total} | {name: self.count(name) for name in COUNTED}
+
+
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
+
+
+def parse_sass(text: str) -> dict[str, Code]:
+    """Instructions by arch, from the output of `cuobjdump -sass`."""
+    code: dict[str, Code] = {}
+    current = Code()
+    kernel: list[Instruction] = []
+    for line in text.splitlines():
+        if line.startswith("arch = sm_"):
+            current = code.setdefault(line.removeprefix("arch = sm_").strip(), Code())
+        elif "Function :" in line:
+            kernel = current.kernels.setdefault(line.split(":", 1)[1].strip(), [])
+        elif match := _INSTRUCTION.match(line):
+            target = re.search(r"0x([0-9a-f]+)", match[3]) if match[2].startswith("BRA") else None
+            kernel.append(
+                Instruction(address=int(match[1], 16), opcode=match[2], target=int(target[1], 16) if target else None)
+            )
+    return code
+
+
+def _cuobjdump(cuobjdump: Path, option: str, library: Path) -> str:
+    result = subprocess.run([str(cuobjdump), option, str(library)], capture_output=True, text=True, check=False)
+    return result.stdout
+
+
+def read_sass(cuobjdump: Path, library: Path) -> Mapping[str, Code]:
+    return parse_sass(_cuobjdump(cuobjdump, "-sass", library))
+
+
+def has_ptx(cuobjdump: Path, library: Path) -> bool:
+    return "PTX file" in _cuobjdump(cuobjdump, "-lptx", library)

@@ -1,0 +1,113 @@
+"""The build report: what was built, with what, at what cost. It goes into the wheel as build_report.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wheelbuild.machine_code import parse_ptxas
+
+if TYPE_CHECKING:
+    from wheelbuild.plan import CompileJob, Plan
+    from wheelbuild.settings import Settings
+    from wheelbuild.toolchain import Toolchain
+
+REPORT_NAME = "build_report.json"
+REPORT_SCHEMA = 1
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    assert path is not None
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def _cost(root: Path, jobs: Sequence[CompileJob]) -> dict[str, float]:
+    """Of several jobs: CPU and wall seconds summed, the memory of the largest."""
+    records = [_read(root / job.record) for job in jobs if job.record is not None]
+    return {
+        "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 2),
+        "wall_seconds": round(sum(record["wall_seconds"] for record in records), 2),
+        "peak_mb": max((record["peak_mb"] for record in records), default=0),
+    }
+
+
+def _worst(root: Path, job: CompileJob, arch: str) -> dict[str, int]:
+    """Registers and memory of the greediest kernel that this job compiled for this arch."""
+    output = _read(root / job.record if job.record else None)["output"]
+    kernels = [kernel for kernel in parse_ptxas(output) if kernel.arch == arch]
+    return {
+        name: max((getattr(kernel, name) for kernel in kernels), default=0)
+        for name in ("registers", "stack_bytes", "spill_store_bytes", "spill_load_bytes")
+    }
+
+
+def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: str, root: Path) -> dict[str, Any]:
+    """The report of a finished build; `root` is the source tree, to which the plan's paths are relative."""
+    tiles: dict[str, Any] = {}
+    for tile in plan.tiles:
+        checked = _read(root / plan.check(tile.module))
+        archs: dict[str, Any] = {}
+        for job in plan.jobs_of(tile.module, "nvcc"):
+            (arch,) = job.archs
+            facts = {key: value for key, value in checked["facts"][arch].items() if isinstance(value, int)}
+            archs[arch] = {
+                **facts,
+                **_worst(root, job, arch),
+                "instructions": checked["instructions"][arch],
+                "compile": _cost(root, [job]),
+            }
+        tiles[tile.name] = {
+            "m": tile.m,
+            "n": tile.n,
+            "swap_ab": tile.swap_ab,
+            "ops": checked["ops"],
+            "library": {key: checked[key] for key in ("file", "bytes", "sha256")},
+            "archs": archs,
+            "host_compile": _cost(root, plan.jobs_of(tile.module, "cxx")),
+        }
+    moe = _read(root / plan.check("moe"))
+    return {
+        "schema": REPORT_SCHEMA,
+        "version": version,
+        "profile": settings.profile,
+        "archs": list(plan.archs),
+        "built_with": {
+            "cuda": ".".join(map(str, toolchain.cuda.version)),
+            "cutlass": toolchain.cutlass.version,
+            "torch": toolchain.torch.version,
+            "torch_target": "2.10",
+            "python": toolchain.python.version,
+            "python_target": "3.10",
+            "cxx": toolchain.cxx_version,
+        },
+        "tiles": tiles,
+        "moe": {
+            "ops": moe["ops"],
+            "library": {key: moe[key] for key in ("file", "bytes", "sha256")},
+            "kernels": moe["kernels"],
+            "instructions": moe["instructions"],
+            "compile": _cost(root, [*plan.jobs_of("moe", "nvcc"), *plan.jobs_of("moe", "cxx")]),
+        },
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report's numbers as a table, one line per tile and arch."""
+    rows = ["tile arch stages smem regs spills QMMA.SF HMMA LDSM total CPU-s MB".split()]
+    for name, tile in report["tiles"].items():
+        for arch, data in tile["archs"].items():
+            counts, cost = data["instructions"], data["compile"]
+            row = [name, f"sm_{arch}", data["stages"], data["smem_bytes"], data["registers"]]
+            row += [data["spill_store_bytes"] + data["spill_load_bytes"]]
+            row += [counts[key] for key in ("QMMA.SF", "HMMA", "LDSM", "total")]
+            row += [f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
+            rows.append([str(cell) for cell in row])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.ljust(w) if place < 2 else c.rjust(w) for place, (c, w) in enumerate(cells)))
+    return "\n".join(lines)

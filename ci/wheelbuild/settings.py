@@ -1,0 +1,82 @@
+"""What was asked for: profile, tile and arch filters, local version, jobs. Read from the environment once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wheelbuild import BuildError
+
+if TYPE_CHECKING:
+    from mxfp4_moe.tiles import Manifest, Tile
+
+PROFILE_VARIABLE = "MXFP4_MOE_BUILD_PROFILE"
+TILES_VARIABLE = "MXFP4_MOE_TILES"
+ARCHS_VARIABLE = "MXFP4_MOE_ARCHS"
+LOCAL_VERSION_VARIABLE = "MXFP4_MOE_LOCAL_VERSION"
+JOBS_VARIABLE = "MAX_JOBS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    profile: str
+    default_profile: bool
+    tiles: tuple[Tile, ...]
+    archs: tuple[str, ...]
+    filtered: bool  # a developer's build of some tiles or archs only
+    local_version: str | None  # None: derived from the toolkit
+    max_jobs: int | None
+
+    def variant(self) -> str:
+        """Empty for the wheel that is released; else what tells this build's artifacts from it."""
+        parts = [] if self.default_profile else [self.profile.replace("_", "")]
+        if self.filtered:
+            chosen = "|".join([*sorted(tile.name for tile in self.tiles), *sorted(self.archs)])
+            parts.append("dev" + hashlib.sha256(chosen.encode()).hexdigest()[:8])
+        return ".".join(parts)
+
+    def local(self, label: str) -> str:
+        """The wheel's local version for a toolkit label: 'cu130', or 'cu130.full', or 'cu130.dev1a2b3c4d'."""
+        if self.local_version is not None:
+            return self.local_version
+        variant = self.variant()
+        return f"{label}.{variant}" if variant else label
+
+    def build_folder(self, label: str) -> str:
+        """Name under build/: two builds that differ in toolkit, profile or filter never share an artifact."""
+        variant = self.variant()
+        return f"{self.profile}-{label}" + (f"-{variant}" if variant else "")
+
+
+def _chosen(env: Mapping[str, str], variable: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = [name.strip() for name in env.get(variable, "").split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise BuildError(f"{variable}: {name!r} is not in the manifest, which has {', '.join(known)}")
+    # In the manifest's order, so that the same choice written differently is the same build.
+    return tuple(name for name in known if name in names) if names else known
+
+
+def read_settings(env: Mapping[str, str], manifest: Manifest) -> Settings:
+    """Settings from the environment; BuildError with the list of known values for an unknown one."""
+    known = tuple(profile.name for profile in manifest.profiles)
+    profile = env.get(PROFILE_VARIABLE) or manifest.default_profile
+    if profile not in known:
+        raise BuildError(f"{PROFILE_VARIABLE}: {profile!r} is not in the manifest, which has {', '.join(known)}")
+    names = tuple(tile.name for tile in manifest.tiles)
+    tiles = _chosen(env, TILES_VARIABLE, names)
+    archs = _chosen(env, ARCHS_VARIABLE, manifest.archs)
+    jobs = env.get(JOBS_VARIABLE, "").strip()
+    if jobs and not (jobs.isdigit() and int(jobs) > 0):
+        raise BuildError(f"{JOBS_VARIABLE}: expected a positive integer, got {jobs!r}")
+    return Settings(
+        profile=profile,
+        default_profile=profile == manifest.default_profile,
+        tiles=tuple(manifest.tile(name) for name in tiles),
+        archs=archs,
+        filtered=tiles != names or archs != manifest.archs,
+        local_version=env.get(LOCAL_VERSION_VARIABLE),
+        max_jobs=int(jobs) if jobs else None,
+    )

@@ -1,0 +1,385 @@
+// The torch operators of the layer (namespace mxfp4_moe), on torch's stable ABI alone.
+//
+// fused_moe runs the six kernels of a layer on the current stream: route, quantize-permute, GEMM1, activation, GEMM2,
+// finalize. route, quantize_permute, activation and finalize expose its parts to tests and benchmarks. register_tile
+// takes the address of a loaded tile (tile_abi.h); fused_moe finds its GEMM there.
+// Every argument is checked before anything is launched; a failed check names argument, expected and actual. Nothing
+// here synchronizes or reads device memory. Shapes and layouts: moe.h.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <climits>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../tile/schedule.cuh"
+#include "../torch_args.h"
+#include "moe.h"
+#include "registry.h"
+#include "workspace.h"
+
+namespace mxfp4_moe {
+namespace {
+
+TileRegistry& tiles() {
+  static TileRegistry registry;
+  return registry;
+}
+
+// ---- checks -------------------------------------------------------------------------------------------------------
+
+bool check_ids(const Tensor& ids, int32_t device) {
+  const ScalarType type = ids.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Int || type == ScalarType::Long) && ids.dim() == 2,
+                  "topk_ids: expected int32 or int64 [tokens, top_k], got ", describe(ids));
+  check_placed("topk_ids", ids, device, kElementAlignment);
+  return type == ScalarType::Long;
+}
+
+HalfType check_half(const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::BFloat16 || type == ScalarType::Half) && tensor.dim() == 2, name,
+                  ": expected bfloat16 or float16 with 2 dimensions, got ", describe(tensor));
+  return type == ScalarType::BFloat16 ? HalfType::kBFloat16 : HalfType::kFloat16;
+}
+
+int32_t check_multiple_of_32(const char* name, int64_t value) {
+  STD_TORCH_CHECK(value > 0 && value % kScaleBlock == 0 && value <= INT_MAX / 2, name,
+                  ": expected a positive multiple of ", kScaleBlock, ", got ", value);
+  return static_cast<int32_t>(value);
+}
+
+int32_t check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  STD_TORCH_CHECK(value >= low && value <= high, name, ": expected ", low, " to ", high, ", got ", value);
+  return static_cast<int32_t>(value);
+}
+
+constexpr int64_t kMaxSlots = INT_MAX - 3;  // padded to a multiple of 4 it still is an int32
+
+void check_launch(const char* kernel, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, kernel, " kernel did not launch: ", cudaGetErrorString(error));
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, int32_t device) {
+  return torch::stable::empty({shape.begin(), shape.size()}, type, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+}
+
+// tensor.data_ptr() with a type; const goes with T.
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+// ---- the whole layer ----------------------------------------------------------------------------------------------
+
+// w13 [E, 2I, H/2] and w2 [E, H, I/2] prepared as MoEWeights holds them; out [T, H] is written.
+void fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& w13,
+               const Tensor& w13_scale, const std::optional<Tensor>& w13_bias, const Tensor& w2, const Tensor& w2_scale,
+               const std::optional<Tensor>& w2_bias, int64_t activation, double alpha, double beta, double limit,
+               int64_t tile_m, int64_t tile_n, const Tensor& out) {
+  const int32_t device = device_of("hidden_states", hidden_states);
+  const HalfType type = check_half("hidden_states", hidden_states);
+  check_placed("hidden_states", hidden_states, device);
+  const int64_t tokens = hidden_states.size(0);
+  const int32_t hidden = check_multiple_of_32("hidden size", hidden_states.size(1));
+
+  const bool ids_are_int64 = check_ids(topk_ids, device);
+  const int64_t top_k = topk_ids.size(1);
+  check_tensor("topk_weights", topk_weights, ScalarType::Float, {tokens, top_k}, device, kElementAlignment);
+  STD_TORCH_CHECK(topk_ids.size(0) == tokens && top_k > 0, "topk_ids: expected [", tokens, ", top_k], got ",
+                  describe(topk_ids));
+  const int32_t slots = check_range("tokens * top_k", tokens * top_k, 0, kMaxSlots);
+
+  STD_TORCH_CHECK(w13.dim() == 3, "w13: expected uint8 [experts, 2 * intermediate, hidden / 2], got ", describe(w13));
+  const int32_t experts = check_range("experts", w13.size(0), 1, kMaxExperts);
+  const int32_t intermediate = check_multiple_of_32("intermediate size", w13.size(1) / 2);
+  const auto padded_rows = [](int64_t n) { return (n + 127) / 128; };
+  check_tensor("w13", w13, ScalarType::Byte, {experts, 2 * intermediate, hidden / 2}, device);
+  check_tensor("w13_scale", w13_scale, ScalarType::Byte,
+               {experts, padded_rows(2 * intermediate), scale_k_tiles(hidden), 512}, device);
+  check_tensor("w2", w2, ScalarType::Byte, {experts, hidden, intermediate / 2}, device);
+  check_tensor("w2_scale", w2_scale, ScalarType::Byte, {experts, padded_rows(hidden), scale_k_tiles(intermediate), 512},
+               device);
+  if (w13_bias.has_value()) {
+    check_tensor("w13_bias", *w13_bias, ScalarType::Float, {experts, 2 * intermediate}, device);
+  }
+  if (w2_bias.has_value()) {
+    check_tensor("w2_bias", *w2_bias, ScalarType::Float, {experts, hidden}, device);
+  }
+  check_tensor("out", out, hidden_states.scalar_type(), {tokens, hidden}, device);
+  check_range("activation", activation, 0, 1);
+  const Mxfp4MoeTile* tile = tiles().find(tile_m, tile_n);
+  STD_TORCH_CHECK(tile != nullptr, "tile: expected one that is loaded, got (", tile_m, ", ", tile_n, ")");
+  if (tokens == 0) {
+    return;
+  }
+
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  const auto m_tile_bound = static_cast<int32_t>(max_m_tiles(slots, experts, tile_m));
+  const Workspace layout(slots, experts, hidden, intermediate, m_tile_bound);
+  const Tensor workspace = empty({layout.bytes}, ScalarType::Byte, device);
+  auto* base = data<uint8_t>(workspace);
+  const auto at = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
+  int32_t* valid_rows = at(layout.expert_offsets) + experts;
+  auto* m_tiles = reinterpret_cast<Mxfp4MoeMTile*>(base + layout.m_tiles);
+
+  RouteArgs route_args = {};
+  route_args.topk_ids = topk_ids.data_ptr();
+  route_args.ids_are_int64 = ids_are_int64;
+  route_args.slots = slots;
+  route_args.experts = experts;
+  route_args.tile_m = tile->tile_m;
+  route_args.expert_offsets = at(layout.expert_offsets);
+  route_args.row_slot = at(layout.row_slot);
+  route_args.slot_row = at(layout.slot_row);
+  route_args.row_expert = at(layout.row_expert);
+  route_args.m_tiles = m_tiles;
+  route_args.num_m_tiles = at(layout.num_m_tiles);
+  check_launch("route", launch_route(route_args, stream));
+
+  QuantizePermuteArgs quantize_args = {};
+  quantize_args.hidden = hidden_states.data_ptr();
+  quantize_args.type = type;
+  quantize_args.row_slot = at(layout.row_slot);
+  quantize_args.valid_rows = valid_rows;
+  quantize_args.rows = slots;
+  quantize_args.top_k = static_cast<int32_t>(top_k);
+  quantize_args.hidden_size = hidden;
+  quantize_args.codes = base + layout.codes;
+  quantize_args.scales = base + layout.scales;
+  check_launch("quantize-permute", launch_quantize_permute(quantize_args, stream));
+
+  Mxfp4MoeGemmArgs gemm = {};
+  gemm.act = base + layout.codes;
+  gemm.act_scale = base + layout.scales;
+  gemm.out = base + layout.gemm_out;
+  gemm.m_tiles = m_tiles;
+  gemm.num_m_tiles = at(layout.num_m_tiles);
+  gemm.max_m_tiles = m_tile_bound;
+  gemm.rows = slots;
+  gemm.experts = experts;
+  gemm.stream = stream;
+  const auto run_gemm = [&](const char* name, const Tensor& weight, const Tensor& scale, int32_t out_type, int32_t n,
+                            int32_t k) {
+    gemm.weight = weight.data_ptr();
+    gemm.weight_scale = scale.data_ptr();
+    gemm.out_type = out_type;
+    gemm.n = n;
+    gemm.k = k;
+    const char* reason = tile->launch(&gemm);
+    STD_TORCH_CHECK(reason == nullptr, name, " did not launch: ", reason);
+  };
+  run_gemm("GEMM1", w13, w13_scale, MXFP4_MOE_OUT_FLOAT32, 2 * intermediate, hidden);
+
+  ActivationArgs activation_args = {};
+  activation_args.gemm1 = reinterpret_cast<const float*>(base + layout.gemm_out);
+  activation_args.bias = data<const float>(w13_bias);
+  activation_args.row_expert = at(layout.row_expert);
+  activation_args.valid_rows = valid_rows;
+  activation_args.rows = slots;
+  activation_args.intermediate = intermediate;
+  activation_args.activation = static_cast<Activation>(activation);
+  activation_args.alpha = static_cast<float>(alpha);
+  activation_args.beta = static_cast<float>(beta);
+  activation_args.limit = static_cast<float>(limit);
+  activation_args.codes = base + layout.codes;
+  activation_args.scales = base + layout.scales;
+  check_launch("activation", launch_activation(activation_args, stream));
+
+  run_gemm("GEMM2", w2, w2_scale, static_cast<int32_t>(type), hidden, intermediate);
+
+  FinalizeArgs finalize_args = {};
+  finalize_args.gemm2 = base + layout.gemm_out;
+  finalize_args.type = type;
+  finalize_args.bias = data<const float>(w2_bias);
+  finalize_args.topk_weights = data<const float>(topk_weights);
+  finalize_args.slot_row = at(layout.slot_row);
+  finalize_args.row_expert = at(layout.row_expert);
+  finalize_args.tokens = static_cast<int32_t>(tokens);
+  finalize_args.top_k = static_cast<int32_t>(top_k);
+  finalize_args.hidden_size = hidden;
+  finalize_args.out = out.data_ptr();
+  check_launch("finalize", launch_finalize(finalize_args, stream));
+}
+
+// ---- its parts, for tests and benchmarks --------------------------------------------------------------------------
+
+// Returns expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& topk_ids, int64_t num_experts,
+                                                                 int64_t tile_m) {
+  const int32_t device = device_of("topk_ids", topk_ids);
+  RouteArgs args = {};
+  args.ids_are_int64 = check_ids(topk_ids, device);
+  args.slots = check_range("topk_ids.numel()", topk_ids.numel(), 0, kMaxSlots);
+  args.experts = check_range("num_experts", num_experts, 1, kMaxExperts);
+  args.tile_m = check_range("tile_m", tile_m, 1, INT_MAX / 2);
+  const DeviceGuard guard(device);
+  const Tensor expert_offsets = empty({num_experts + 1}, ScalarType::Int, device);
+  const Tensor row_slot = empty({args.slots}, ScalarType::Int, device);
+  const Tensor slot_row = empty({args.slots}, ScalarType::Int, device);
+  const Tensor row_expert = empty({args.slots}, ScalarType::Int, device);
+  const Tensor m_tiles = empty({max_m_tiles(args.slots, num_experts, tile_m), 4}, ScalarType::Int, device);
+  const Tensor num_m_tiles = empty({1}, ScalarType::Int, device);
+  args.topk_ids = topk_ids.data_ptr();
+  args.expert_offsets = data<int32_t>(expert_offsets);
+  args.row_slot = data<int32_t>(row_slot);
+  args.slot_row = data<int32_t>(slot_row);
+  args.row_expert = data<int32_t>(row_expert);
+  args.m_tiles = data<Mxfp4MoeMTile>(m_tiles);
+  args.num_m_tiles = data<int32_t>(num_m_tiles);
+  check_launch("route", launch_route(args, current_stream(device)));
+  return {expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles};
+}
+
+// The MXFP8 rows of both quantizing kernels.
+std::tuple<Tensor, Tensor> empty_rows(int64_t rows, int64_t k, int32_t device) {
+  return {empty({rows, k}, ScalarType::Byte, device),
+          empty({scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
+}
+
+// The number of valid rows is the last value of expert_offsets.
+const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
+  STD_TORCH_CHECK(expert_offsets.dim() == 1 && expert_offsets.numel() >= 2,
+                  "expert_offsets: expected int32 [experts + 1], got ", describe(expert_offsets));
+  check_tensor("expert_offsets", expert_offsets, ScalarType::Int, {expert_offsets.numel()}, device, kElementAlignment);
+  return data<const int32_t>(expert_offsets) + expert_offsets.numel() - 1;
+}
+
+// Returns codes [R, H] and scales.
+std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& row_slot,
+                                            const Tensor& expert_offsets, int64_t top_k) {
+  const int32_t device = device_of("hidden_states", hidden_states);
+  QuantizePermuteArgs args = {};
+  args.type = check_half("hidden_states", hidden_states);
+  check_placed("hidden_states", hidden_states, device);
+  args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
+  args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
+  args.rows = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
+  check_tensor("row_slot", row_slot, ScalarType::Int, {args.rows}, device, kElementAlignment);
+  args.valid_rows = check_offsets(expert_offsets, device);
+  const DeviceGuard guard(device);
+  const auto [codes, scales] = empty_rows(args.rows, args.hidden_size, device);
+  args.hidden = hidden_states.data_ptr();
+  args.row_slot = data<const int32_t>(row_slot);
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("quantize-permute", launch_quantize_permute(args, current_stream(device)));
+  return {codes, scales};
+}
+
+// Returns codes [R, I] and scales.
+std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_expert, const Tensor& expert_offsets,
+                                      const std::optional<Tensor>& w13_bias, int64_t activation, double alpha,
+                                      double beta, double limit) {
+  const int32_t device = device_of("gemm1", gemm1);
+  STD_TORCH_CHECK(gemm1.dim() == 2, "gemm1: expected float32 [rows, 2 * intermediate], got ", describe(gemm1));
+  ActivationArgs args = {};
+  args.rows = check_range("rows", gemm1.size(0), 0, kMaxSlots);
+  args.intermediate = check_multiple_of_32("intermediate size", gemm1.size(1) / 2);
+  check_tensor("gemm1", gemm1, ScalarType::Float, {args.rows, 2 * args.intermediate}, device);
+  check_tensor("row_expert", row_expert, ScalarType::Int, {args.rows}, device, kElementAlignment);
+  args.valid_rows = check_offsets(expert_offsets, device);
+  if (w13_bias.has_value()) {
+    check_tensor("w13_bias", *w13_bias, ScalarType::Float, {expert_offsets.numel() - 1, 2 * args.intermediate}, device);
+  }
+  args.activation = static_cast<Activation>(check_range("activation", activation, 0, 1));
+  const DeviceGuard guard(device);
+  const auto [codes, scales] = empty_rows(args.rows, args.intermediate, device);
+  args.gemm1 = data<const float>(gemm1);
+  args.bias = data<const float>(w13_bias);
+  args.row_expert = data<const int32_t>(row_expert);
+  args.alpha = static_cast<float>(alpha);
+  args.beta = static_cast<float>(beta);
+  args.limit = static_cast<float>(limit);
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("activation", launch_activation(args, current_stream(device)));
+  return {codes, scales};
+}
+
+// Returns out [T, H] of gemm2's dtype.
+Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_expert, const Tensor& topk_weights,
+                const std::optional<Tensor>& w2_bias) {
+  const int32_t device = device_of("gemm2", gemm2);
+  STD_TORCH_CHECK(topk_weights.dim() == 2, "topk_weights: expected float32 [tokens, top_k], got ",
+                  describe(topk_weights));
+  const int64_t tokens = topk_weights.size(0), top_k = topk_weights.size(1);
+  FinalizeArgs args = {};
+  args.type = check_half("gemm2", gemm2);
+  args.hidden_size = check_multiple_of_32("hidden size", gemm2.size(1));
+  const int32_t slots = check_range("tokens * top_k", tokens * top_k, 0, kMaxSlots);
+  check_tensor("gemm2", gemm2, gemm2.scalar_type(), {slots, args.hidden_size}, device);
+  check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
+  check_tensor("row_expert", row_expert, ScalarType::Int, {slots}, device, kElementAlignment);
+  check_tensor("topk_weights", topk_weights, ScalarType::Float, {tokens, top_k}, device, kElementAlignment);
+  if (w2_bias.has_value()) {
+    STD_TORCH_CHECK(w2_bias->dim() == 2, "w2_bias: expected float32 [experts, hidden], got ", describe(*w2_bias));
+    check_tensor("w2_bias", *w2_bias, ScalarType::Float, {w2_bias->size(0), args.hidden_size}, device);
+  }
+  const DeviceGuard guard(device);
+  const Tensor out = empty({tokens, args.hidden_size}, gemm2.scalar_type(), device);
+  args.gemm2 = gemm2.data_ptr();
+  args.bias = data<const float>(w2_bias);
+  args.topk_weights = data<const float>(topk_weights);
+  args.slot_row = data<const int32_t>(slot_row);
+  args.row_expert = data<const int32_t>(row_expert);
+  args.tokens = static_cast<int32_t>(tokens);
+  args.top_k = static_cast<int32_t>(top_k);
+  args.out = out.data_ptr();
+  check_launch("finalize", launch_finalize(args, current_stream(device)));
+  return out;
+}
+
+void register_tile(int64_t entry) {
+  const std::string reason = tiles().add(reinterpret_cast<const Mxfp4MoeTile*>(static_cast<uintptr_t>(entry)));
+  STD_TORCH_CHECK(reason.empty(), reason);
+}
+
+}  // namespace
+}  // namespace mxfp4_moe
+
+// Tiles register fragments of the same namespace, and may be loaded first.
+STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
+  m.def("register_tile(int entry) -> ()");
+  m.def(
+      "fused_moe(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor w13, Tensor w13_scale, "
+      "Tensor? w13_bias, Tensor w2, Tensor w2_scale, Tensor? w2_bias, int activation, float alpha, float beta, "
+      "float limit, int tile_m, int tile_n, Tensor(a!) out) -> ()");
+  m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "quantize_permute(Tensor hidden_states, Tensor row_slot, Tensor expert_offsets, int top_k) -> (Tensor, Tensor)");
+  m.def(
+      "activation(Tensor gemm1, Tensor row_expert, Tensor expert_offsets, Tensor? w13_bias, int activation, "
+      "float alpha, float beta, float limit) -> (Tensor, Tensor)");
+  m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {
+  m.impl("register_tile", TORCH_BOX(&mxfp4_moe::register_tile));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
+  m.impl("fused_moe", TORCH_BOX(&mxfp4_moe::fused_moe));
+  m.impl("route", TORCH_BOX(&mxfp4_moe::route));
+  m.impl("quantize_permute", TORCH_BOX(&mxfp4_moe::quantize_permute));
+  m.impl("activation", TORCH_BOX(&mxfp4_moe::activation));
+  m.impl("finalize", TORCH_BOX(&mxfp4_moe::finalize));
+}
+
+// `import mxfp4_moe._ext.moe` runs the registrations above; the module itself is empty.
+PyMODINIT_FUNC PyInit_moe(void) {
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "moe", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,399 @@
+// Grouped GEMM, MXFP8 activations x MXFP4 weights: out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
+//
+// Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k), weight [experts, n, k/2] packed E2M1 with
+// 32-bit words rotated left by 2, scales as in scale_layout.cuh, out [rows, n] in fp32, bf16 or fp16. Rows come in
+// m-tiles of one expert each (schedule.cuh). Called by launcher.cuh; one instance per tile extension.
+//
+// Fast because: weights stay packed until they are in registers (half the shared memory and its traffic); one producer
+// warp keeps kStages TMA loads in flight while the other warps compute, and runs ahead into the next output tile while
+// they store; blocks are persistent; and the even/odd order of the activations turns FP4 expansion into one mask for
+// the even k and one rotation and mask for the odd k, with no shuffle: a dot product may visit a block's k in any
+// order as long as both operands agree.
+//
+// Every output element is one fp32 chain over the K blocks in order, whatever the tile: no split along K, no reduction
+// across threads. That is why all tiles give the same bits.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm75.hpp>
+
+#include "../tile_abi.h"
+#include "mma_mx.cuh"
+#include "schedule.cuh"
+#include "tile_shape.cuh"
+#include "tma.cuh"
+
+namespace mxfp4_moe {
+
+struct GemmParams {
+  const uint8_t* act_scale;
+  const uint8_t* weight_scale;
+  void* out;
+  const Mxfp4MoeMTile* m_tiles;
+  const int32_t* num_m_tiles;
+  int32_t out_type;
+  int32_t rows;
+  int32_t n;
+  int32_t k;
+};
+
+using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+template <class Shape>
+struct SharedStorage {
+  uint8_t* base;
+  __device__ uint8_t* act(int stage) const { return base + Shape::kActOffset + stage * Shape::kActBytes; }
+  __device__ uint8_t* weight(int stage) const { return base + Shape::kWeightOffset + stage * Shape::kWeightBytes; }
+  __device__ uint8_t* weight_scale(int stage) const {
+    return base + Shape::kWeightScaleOffset + stage * Shape::kWeightScaleBytes;
+  }
+  __device__ uint8_t* act_scale(int stage) const {
+    return base + Shape::kActScaleOffset + stage * Shape::kActScaleBytes;
+  }
+  __device__ FullBarrier* full(int stage) const {
+    return reinterpret_cast<FullBarrier*>(base + Shape::kBarrierOffset) + stage;
+  }
+  __device__ EmptyBarrier* empty(int stage) const {
+    return reinterpret_cast<EmptyBarrier*>(base + Shape::kBarrierOffset + Shape::kStages * 8) + stage;
+  }
+};
+
+// volatile: the epilogue loads its m-tile again rather than hold it in registers through the main loop.
+__device__ __forceinline__ Mxfp4MoeMTile load_m_tile(const Mxfp4MoeMTile* at) {
+  Mxfp4MoeMTile m;
+  asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m.expert), "=r"(m.row_begin), "=r"(m.row_end), "=r"(m.reserved)
+               : "l"(at));
+  return m;
+}
+
+// A ring of stages: the parity flips every time around.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// --- producer ---------------------------------------------------------------------------------------------------
+
+template <class Shape>
+__device__ void produce(const CUtensorMap& act_map, const CUtensorMap& weight_map, const GemmParams& p,
+                        const SharedStorage<Shape>& smem) {
+  const int num_n_tiles = ceil_div(p.n, Shape::N);
+  const int num_k_tiles = ceil_div(p.k, kTileK);
+  const int num_tiles = *p.num_m_tiles * num_n_tiles;
+  const int last_row_block = ceil_div(p.n, kScaleBlockRows) - 1;
+  const int64_t expert_scale_bytes = weight_scale_bytes(p.n, p.k);
+  const int scale_rows = static_cast<int>(act_scale_rows(p.rows));
+
+  Ring<Shape::kStages> ring;
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    const TileCoord coord = tile_coord(tile, num_n_tiles);
+    const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
+    const int n0 = coord.n * Shape::N;
+    const uint8_t* scales = p.weight_scale + m_tile.expert * expert_scale_bytes;
+    const int scale_row0 = m_tile.row_begin & ~3;
+    const int scale_bytes = min(Shape::kActScaleRows, scale_rows - scale_row0) * 4;
+    // TMA counts whole boxes, zero-filled beyond the edges.
+    const uint32_t transaction_bytes = Shape::kActBytes + Shape::kWeightBytes + Shape::kWeightScaleBytes + scale_bytes;
+#pragma unroll 1
+    for (int kt = 0; kt < num_k_tiles; ++kt) {
+      const int s = ring.stage;
+      smem.empty(s)->wait(ring.phase ^ 1);
+      uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
+      smem.full(s)->arrive_and_expect_tx(transaction_bytes);
+      tma_load_3d(smem.weight(s), weight_map, full, kt * kWeightRowBytes, n0, m_tile.expert, kEvictFirst);
+      tma_load_2d(smem.act(s), act_map, full, kt * kTileK, m_tile.row_begin, kEvictLast);
+      bulk_load(smem.act_scale(s), p.act_scale + (static_cast<int64_t>(kt) * scale_rows + scale_row0) * 4, full,
+                scale_bytes, kEvictLast);
+#pragma unroll
+      for (int b = 0; b < Shape::kScaleBlocks; ++b) {
+        // A tile may end past the last 128 rows of scales; what it reads there is never stored.
+        const int row_block = min(n0 / kScaleBlockRows + b, last_row_block);
+        bulk_load(smem.weight_scale(s) + b * kScaleBlockBytes, scales + weight_scale_block_offset(row_block, kt, p.k),
+                  full, kScaleBlockBytes, kEvictFirst);
+      }
+      ring.advance();
+    }
+  }
+  // Leave only when every load has been consumed: a block must not exit with copies in flight.
+  for (int i = 0; i < Shape::kStages; ++i) {
+    smem.empty(ring.stage)->wait(ring.phase ^ 1);
+    ring.advance();
+  }
+}
+
+// --- operands ---------------------------------------------------------------------------------------------------
+
+// kCount 8x16-byte matrices; lane l names row l % 8 of matrix l / 8. Thread t of a quad gets bytes 4t..4t+3 of its row.
+template <int kCount>
+__device__ __forceinline__ void ldmatrix(uint32_t* r, const uint8_t* row) {
+  const auto& source = *reinterpret_cast<const cute::uint128_t*>(row);
+  if constexpr (kCount == 4) {
+    cute::SM75_U32x4_LDSM_N::copy(source, r[0], r[1], r[2], r[3]);
+  } else if constexpr (kCount == 2) {
+    cute::SM75_U32x2_LDSM_N::copy(source, r[0], r[1]);
+  } else {
+    static_assert(kCount == 1);
+    cute::SM75_U32x1_LDSM_N::copy(source, r[0]);
+  }
+}
+
+// TMA's 128- and 64-byte swizzles: 16-byte chunk c of row r sits where 8 consecutive rows hit all banks once. Rows of
+// fragments start at multiples of 8, so moving to another chunk flips bits of the offset: offset ^ (delta << 4).
+__device__ __forceinline__ uint32_t act_chunk(int row, int chunk) {
+  return row * kActRowBytes + ((chunk ^ (row & 7)) << 4);
+}
+__device__ __forceinline__ uint32_t weight_chunk(int row, int chunk) {
+  return row * kWeightRowBytes + ((chunk ^ ((row >> 1) & 3)) << 4);
+}
+
+// A packed word (rotated left by 2 when the weights were prepared) to containers: E2M1 in bits 5..2 of each byte.
+__device__ __forceinline__ uint32_t even_k(uint32_t w) { return w & 0x3C3C3C3Cu; }
+__device__ __forceinline__ uint32_t odd_k(uint32_t w) { return __funnelshift_r(w, w, 4) & 0x3C3C3C3Cu; }
+
+// A warp's operands of one step (K = 32), as ldmatrix delivers them: per group of 8 rows two words of activations
+// (k slots 0-15 and 16-31) and one of packed weights. a(i) and b(j) are what the MMA takes; swapping is only here.
+template <class Shape>
+struct Operands {
+  static constexpr int kActGroups = (Shape::kSwap ? Shape::kWarpN : Shape::kWarpM) / 8;
+  static constexpr int kWeightGroups = (Shape::kSwap ? Shape::kWarpM : Shape::kWarpN) / 8;
+  static constexpr int kActGroupsPerLoad = min_of(kActGroups, 2);
+  static constexpr int kWeightGroupsPerLoad = min_of(kWeightGroups, 4);
+  uint32_t act[kActGroups][2];
+  uint32_t weight[kWeightGroups];
+
+  // Offsets of what this lane names at step 0, for a warp whose rows start at row0.
+  static __device__ uint32_t act_lane(int row0, int lane) {
+    return act_chunk(row0 + lane / 16 % kActGroupsPerLoad * 8 + lane % 8, lane / 8 % 2);
+  }
+  static __device__ uint32_t weight_lane(int row0, int lane) {
+    return weight_chunk(row0 + lane % (8 * kWeightGroupsPerLoad), 0);
+  }
+
+  __device__ __forceinline__ void load(const uint8_t* smem, uint32_t act_at, uint32_t weight_at, int step) {
+    act_at ^= step << 5;  // 32 bytes of activations per row and step, 16 of weights
+    weight_at ^= step << 4;
+#pragma unroll
+    for (int g = 0; g < kActGroups; g += kActGroupsPerLoad)
+      ldmatrix<kActGroupsPerLoad * 2>(act[g], smem + act_at + g * 8 * kActRowBytes);
+#pragma unroll
+    for (int g = 0; g < kWeightGroups; g += kWeightGroupsPerLoad)
+      ldmatrix<kWeightGroupsPerLoad>(weight + g, smem + weight_at + g * 8 * kWeightRowBytes);
+  }
+
+  __device__ __forceinline__ void a(uint32_t (&r)[4], int i) const {
+    if constexpr (Shape::kSwap) {
+      r[0] = even_k(weight[2 * i]);
+      r[1] = even_k(weight[2 * i + 1]);
+      r[2] = odd_k(weight[2 * i]);
+      r[3] = odd_k(weight[2 * i + 1]);
+    } else {
+      r[0] = act[2 * i][0];
+      r[1] = act[2 * i + 1][0];
+      r[2] = act[2 * i][1];
+      r[3] = act[2 * i + 1][1];
+    }
+  }
+
+  __device__ __forceinline__ void b(uint32_t (&r)[2], int j) const {
+    if constexpr (Shape::kSwap) {
+      r[0] = act[j][0];
+      r[1] = act[j][1];
+    } else {
+      r[0] = even_k(weight[j]);
+      r[1] = odd_k(weight[j]);
+    }
+  }
+};
+
+// One K tile: four steps. Where the MMA takes scale selectors they are constants, so the steps are unrolled; elsewhere
+// large warp tiles loop, which keeps the scheduler from hoisting more operands than there are registers.
+template <class Shape>
+__device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const uint8_t* smem,
+                                           uint32_t act_at, uint32_t weight_at, const ScaleA (&scale_a)[Shape::kFragM],
+                                           const ScaleB (&scale_b)[Shape::kFragN]) {
+  constexpr Fp4Operand kFp4 = Shape::kSwap ? Fp4Operand::kA : Fp4Operand::kB;
+  const auto step = [&](auto s) {
+    Operands<Shape> operands;
+    operands.load(smem, act_at, weight_at, s);
+    uint32_t b[Shape::kFragN][2];
+#pragma unroll
+    for (int j = 0; j < Shape::kFragN; ++j) operands.b(b[j], j);
+#pragma unroll
+    for (int i = 0; i < Shape::kFragM; ++i) {
+      uint32_t a[4];
+      operands.a(a, i);
+#pragma unroll
+      for (int j = 0; j < Shape::kFragN; ++j) mx_mma<kFp4>(acc[i][j], a, b[j], scale_a[i], scale_b[j], s);
+    }
+  };
+  if constexpr (kSelectorIsImmediate) {
+    step(cute::C<0>{});
+    step(cute::C<1>{});
+    step(cute::C<2>{});
+    step(cute::C<3>{});
+  } else {
+    constexpr int kUnroll = Shape::kFragM * Shape::kFragN >= 8 ? 1 : 4;
+#pragma unroll kUnroll
+    for (int s = 0; s < 4; ++s) step(s);
+  }
+}
+
+// --- epilogue ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t pack_pair(float lo, float hi, int32_t out_type) {
+  if (out_type == MXFP4_MOE_OUT_BFLOAT16) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
+  const __half2 v = __floats2half2_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Exchanges the rows and columns of an 8x8 matrix of 16-bit values held two to a lane.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+  return r;
+}
+
+// acc -> out for one warp; (m0, n0) is the warp's place in the physical tile.
+template <class Shape>
+__device__ __forceinline__ void store(const float (&acc)[Shape::kFragM][Shape::kFragN][4], const GemmParams& p,
+                                      const Mxfp4MoeMTile& m_tile, int tile_n0, int m0, int n0, int lane) {
+  const int rows = m_tile.row_end - m_tile.row_begin;
+  const auto element = [&](int row, int col) { return static_cast<int64_t>(m_tile.row_begin + row) * p.n + col; };
+#pragma unroll
+  for (int i = 0; i < Shape::kFragM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Shape::kFragN; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {  // rows g and g + 8 of the fragment
+        const float lo = acc[i][j][h * 2], hi = acc[i][j][h * 2 + 1];
+        const int phys_m = m0 + i * 16 + c_row(lane, h * 2), phys_n = n0 + j * 8 + c_col(lane, 0);
+        if constexpr (!Shape::kSwap) {
+          const int row = phys_m, col = tile_n0 + phys_n;
+          if (row >= rows || col >= p.n) continue;
+          if (p.out_type == MXFP4_MOE_OUT_FLOAT32) {
+            *reinterpret_cast<float2*>(static_cast<float*>(p.out) + element(row, col)) = make_float2(lo, hi);
+          } else {
+            *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + element(row, col)) =
+                pack_pair(lo, hi, p.out_type);
+          }
+        } else if (p.out_type == MXFP4_MOE_OUT_FLOAT32) {
+          const int row = phys_n, col = tile_n0 + phys_m;
+          if (col >= p.n) continue;
+          if (row < rows) static_cast<float*>(p.out)[element(row, col)] = lo;
+          if (row + 1 < rows) static_cast<float*>(p.out)[element(row + 1, col)] = hi;
+        } else {
+          const uint32_t pair = transpose_8x8(pack_pair(lo, hi, p.out_type));
+          const int row = n0 + j * 8 + lane / 4, col = tile_n0 + m0 + i * 16 + h * 8 + c_col(lane, 0);
+          if (row >= rows || col >= p.n) continue;
+          *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + element(row, col)) = pair;
+        }
+      }
+    }
+  }
+}
+
+// --- consumer ---------------------------------------------------------------------------------------------------
+
+template <class Shape>
+__device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, int warp, int lane) {
+  const int num_n_tiles = ceil_div(p.n, Shape::N);
+  const int num_k_tiles = ceil_div(p.k, kTileK);
+  const int num_tiles = *p.num_m_tiles * num_n_tiles;
+  const int m0 = warp / Shape::kWarpsN * Shape::kWarpM;
+  const int n0 = warp % Shape::kWarpsN * Shape::kWarpN;
+
+  // This lane's offsets into stage 0. A warp's weight rows never cross a block of 128 scales, nor a group of 32 unless
+  // they start one, so fragment f's word is a constant away from the first one's.
+  const uint32_t act_lane = Shape::kActOffset + Operands<Shape>::act_lane(Shape::kSwap ? n0 : m0, lane);
+  const uint32_t weight_lane = Shape::kWeightOffset + Operands<Shape>::weight_lane(Shape::kSwap ? m0 : n0, lane);
+  const int scale_lane = Shape::kSwap ? scale_a_row(lane) : scale_b_col(lane);
+  const int act_scale_row = Shape::kSwap ? n0 + scale_b_col(lane) : m0 + scale_a_row(lane);
+
+  Ring<Shape::kStages> ring;
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    const TileCoord coord = tile_coord(tile, num_n_tiles);
+    const int tile_n0 = coord.n * Shape::N;
+    const int scale_row_shift = load_m_tile(p.m_tiles + coord.m).row_begin % 4;
+    const uint32_t act_scale_lane = Shape::kActScaleOffset + (act_scale_row + scale_row_shift) * 4;
+    const int scale_row = tile_n0 % kScaleBlockRows + (Shape::kSwap ? m0 : n0);  // narrow tiles share a scale block
+    const uint32_t weight_scale_lane = Shape::kWeightScaleOffset + scale_row / kScaleBlockRows * kScaleBlockBytes +
+                                       weight_scale_word_offset(scale_row % kScaleBlockRows) +
+                                       weight_scale_word_offset(scale_lane);
+
+    float acc[Shape::kFragM][Shape::kFragN][4] = {};
+#pragma unroll 1
+    for (int kt = 0; kt < num_k_tiles; ++kt) {
+      const int s = ring.stage;
+      smem.full(s)->wait(ring.phase);
+      const uint8_t* act_scales = smem.base + act_scale_lane + s * Shape::kActScaleBytes;
+      const uint8_t* weight_scales = smem.base + weight_scale_lane + s * Shape::kWeightScaleBytes;
+      const auto act_word = [&](int row) { return *reinterpret_cast<const uint32_t*>(act_scales + row * 4); };
+      const auto weight_word = [&](int row) {
+        return *reinterpret_cast<const uint32_t*>(weight_scales + weight_scale_word_offset(row));
+      };
+      ScaleA scale_a[Shape::kFragM];
+      ScaleB scale_b[Shape::kFragN];
+#pragma unroll
+      for (int i = 0; i < Shape::kFragM; ++i)
+        scale_a[i] = share_scale_a(Shape::kSwap ? weight_word(i * 16) : act_word(i * 16));
+#pragma unroll
+      for (int j = 0; j < Shape::kFragN; ++j)
+        scale_b[j] = share_scale_b(Shape::kSwap ? act_word(j * 8) : weight_word(j * 8));
+      mma_k_tile<Shape>(acc, smem.base, act_lane + s * Shape::kActBytes, weight_lane + s * Shape::kWeightBytes, scale_a,
+                        scale_b);
+      __syncwarp();
+      if (lane == 0) smem.empty(s)->arrive();
+      ring.advance();
+    }
+    store<Shape>(acc, p, load_m_tile(p.m_tiles + coord.m), tile_n0, m0, n0, lane);
+  }
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    grouped_gemm(const __grid_constant__ CUtensorMap act_map, const __grid_constant__ CUtensorMap weight_map,
+                 const __grid_constant__ GemmParams p) {
+  extern __shared__ __align__(1024) uint8_t dynamic_smem[];
+  const SharedStorage<Shape> smem{dynamic_smem};
+  // Uniform across the warp, so that the compiler keeps it and what follows from it in uniform registers.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Shape::kStages; ++s) {
+      smem.full(s)->init(1);
+      smem.empty(s)->init(Shape::kMmaWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (warp >= Shape::kMmaWarps) {
+    if constexpr (Shape::kMovesRegisters)
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kProducerRegisters));
+    if (warp == Shape::kMmaWarps && cute::elect_one_sync()) produce<Shape>(act_map, weight_map, p, smem);
+  } else {
+    if constexpr (Shape::kMovesRegisters)
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));
+    consume<Shape>(p, smem, warp, lane);
+  }
+}
+
+}  // namespace mxfp4_moe

@@ -1,0 +1,162 @@
+// Host side of a tile: checks the arguments, describes the operands to TMA, launches. Returns a reason, never a crash.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <stdio.h>
+
+#include <cutlass/version.h>
+
+#include "kernel.cuh"
+
+namespace mxfp4_moe {
+
+// Holds the text of the last refusal; one per thread, because serving engines launch from several.
+class Refusal {
+ public:
+  template <class... Args>
+  const char* operator()(const char* format, Args... args) {
+    snprintf(text_, sizeof text_, format, args...);
+    return text_;
+  }
+
+ private:
+  char text_[512];
+};
+
+inline const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
+  const auto aligned = [](const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; };
+  if (a.k <= 0 || a.k % kBlockK) return refuse("k: expected a positive multiple of %d, got %d", kBlockK, a.k);
+  if (a.n <= 0 || a.n % 16) return refuse("n: expected a positive multiple of 16, got %d", a.n);
+  if (a.rows < 0) return refuse("rows: expected at least 0, got %d", a.rows);
+  if (a.experts <= 0) return refuse("experts: expected at least 1, got %d", a.experts);
+  if (a.out_type < MXFP4_MOE_OUT_FLOAT32 || a.out_type > MXFP4_MOE_OUT_FLOAT16)
+    return refuse("out_type: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", a.out_type);
+  if (!aligned(a.act, 16)) return refuse("act: expected an address that is a multiple of 16, got %p", a.act);
+  if (!aligned(a.act_scale, 16))
+    return refuse("act_scale: expected an address that is a multiple of 16, got %p", a.act_scale);
+  if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
+  if (!aligned(a.weight_scale, 16))
+    return refuse("weight_scale: expected an address that is a multiple of 16, got %p", a.weight_scale);
+  if (!aligned(a.out, 16)) return refuse("out: expected an address that is a multiple of 16, got %p", a.out);
+  return nullptr;
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// From the driver that runs us, so that the library links to the CUDA runtime alone.
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled fn = [] {
+    void* p = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t e =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &found);
+    return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(p) : nullptr;
+  }();
+  return fn;
+}
+
+// One operand as TMA sees it: extents and box innermost first, strides in bytes of all but the innermost.
+template <int kRank>
+struct TmaOperand {
+  const char* name;
+  CUtensorMapDataType type;
+  const void* address;
+  cuuint64_t extents[kRank];
+  cuuint64_t strides[kRank - 1];
+  cuuint32_t box[kRank];
+  CUtensorMapSwizzle swizzle;
+};
+
+template <int kRank>
+const char* describe(CUtensorMap& map, const TmaOperand<kRank>& t, Refusal& refuse) {
+  const EncodeTiled encode = encode_tiled();
+  if (!encode) return refuse("the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
+  cuuint32_t element_strides[kRank];
+  for (auto& s : element_strides) s = 1;
+  const CUresult e = encode(&map, t.type, kRank, const_cast<void*>(t.address), t.extents, t.strides, t.box,
+                            element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (e != CUDA_SUCCESS) return refuse("%s: TMA descriptor refused by the driver (CUresult %d)", t.name, int(e));
+  return nullptr;
+}
+
+// Blocks of this kernel that the whole device holds at once; opts in to the shared memory on first use.
+template <class Shape>
+const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
+  constexpr int kMaxDevices = 64;
+  static int cached[kMaxDevices] = {};  // benign race: every thread writes the same value
+  if (device < kMaxDevices && cached[device]) {
+    blocks = cached[device];
+    return nullptr;
+  }
+  int sms = 0, per_sm = 0;
+  cudaError_t e =
+      cudaFuncSetAttribute(grouped_gemm<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (e == cudaSuccess)
+    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, grouped_gemm<Shape>, Shape::kThreads, Shape::kSmemBytes);
+  if (e != cudaSuccess || per_sm == 0) {
+    cudaGetLastError();
+    return refuse("tile (%d, %d): a block of %d threads and %d bytes of shared memory does not fit this GPU (%s)",
+                  Shape::M, Shape::N, Shape::kThreads, Shape::kSmemBytes, cudaGetErrorString(e));
+  }
+  blocks = sms * per_sm;
+  if (device < kMaxDevices) cached[device] = blocks;
+  return nullptr;
+}
+
+template <class Shape>
+const char* launch(const Mxfp4MoeGemmArgs& a) {
+  static thread_local Refusal refuse;
+  if (const char* why = check_arguments(a, refuse)) return why;
+  if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
+
+  int device = 0, blocks = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
+  if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
+
+  const auto u64 = [](int64_t v) { return static_cast<cuuint64_t>(v); };
+  CUtensorMap act_map, weight_map;
+  if (const char* why = describe<2>(act_map,
+                                    {"act",
+                                     CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                                     a.act,
+                                     {u64(a.k), u64(a.rows)},
+                                     {u64(a.k)},
+                                     {kTileK, Shape::M},
+                                     CU_TENSOR_MAP_SWIZZLE_128B},
+                                    refuse))
+    return why;
+  if (const char* why = describe<3>(weight_map,
+                                    {"weight",
+                                     CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                                     a.weight,
+                                     {u64(a.k / 2), u64(a.n), u64(a.experts)},
+                                     {u64(a.k / 2), u64(a.n) * u64(a.k / 2)},
+                                     {kWeightRowBytes, Shape::N, 1},
+                                     CU_TENSOR_MAP_SWIZZLE_64B},
+                                    refuse))
+    return why;
+
+  const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
+  const GemmParams params{static_cast<const uint8_t*>(a.act_scale),
+                          static_cast<const uint8_t*>(a.weight_scale),
+                          a.out,
+                          a.m_tiles,
+                          a.num_m_tiles,
+                          a.out_type,
+                          a.rows,
+                          a.n,
+                          a.k};
+  const unsigned grid = static_cast<unsigned>(tiles < blocks ? tiles : blocks);
+  grouped_gemm<Shape>
+      <<<grid, Shape::kThreads, Shape::kSmemBytes, static_cast<cudaStream_t>(a.stream)>>>(act_map, weight_map, params);
+  if (cudaError_t e = cudaGetLastError())
+    return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
+  return nullptr;
+}
+
+}  // namespace mxfp4_moe

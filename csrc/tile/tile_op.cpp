@@ -1,0 +1,175 @@
+// One tile as a torch extension: gathers the archs that tile.cu was compiled for, registers the tile's operator
+// mxfp4_moe::grouped_gemm_<name>, and is importable, so that Python loads it once and hands `entry`, the address of
+// its Mxfp4MoeTile (tile_abi.h), to the layer in csrc/moe.
+//
+// Compiled once per tile with -DTILE_NAME=m8n128_swap, the tile's macros, and '-DMXFP4_MOE_FOR_EACH_ARCH(X)=X(90a)
+// X(120f)'.
+#include <Python.h>
+#include <climits>
+
+#include "../tile_abi.h"
+#include "../torch_args.h"
+#include "schedule.cuh"
+
+#define MXFP4_MOE_JOIN_(a, b) a##b
+#define MXFP4_MOE_JOIN(a, b) MXFP4_MOE_JOIN_(a, b)
+#define MXFP4_MOE_TEXT_(...) #__VA_ARGS__
+#define MXFP4_MOE_TEXT(...) MXFP4_MOE_TEXT_(__VA_ARGS__)
+
+extern "C" {
+#define DECLARE(arch)                                                         \
+  extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch); \
+  const char* MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, arch)(const Mxfp4MoeGemmArgs*);
+MXFP4_MOE_FOR_EACH_ARCH(DECLARE)
+#undef DECLARE
+}
+
+namespace mxfp4_moe {
+namespace {
+
+struct Arch {
+  const Mxfp4MoeTileFacts* facts;
+  const char* (*launch)(const Mxfp4MoeGemmArgs*);
+  int major;  // of the GPUs that its machine code runs on: 90a needs exactly 9.x, 120f the whole 12.x family
+};
+
+constexpr int major_of(const char* arch) {  // "90a" -> 9, "120f" -> 12
+  int number = 0;
+  for (; *arch >= '0' && *arch <= '9'; ++arch) number = number * 10 + (*arch - '0');
+  return number / 10;
+}
+
+const Arch kArchs[] = {
+#define ENTRY(arch) \
+  {&MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch), &MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, arch), major_of(#arch)},
+    MXFP4_MOE_FOR_EACH_ARCH(ENTRY)
+#undef ENTRY
+};
+constexpr int kNumArchs = sizeof kArchs / sizeof kArchs[0];
+
+const char* launch(const Mxfp4MoeGemmArgs* args) {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    cudaGetLastError();
+    return "no usable CUDA device";
+  }
+  for (const Arch& arch : kArchs)
+    if (arch.major == major) return arch.launch(args);
+  static thread_local std::string reason;
+  reason = "tile " MXFP4_MOE_TEXT(TILE_NAME) ": this GPU has compute capability " + std::to_string(major) +
+           ".x, this wheel has machine code for";
+  for (const Arch& arch : kArchs) reason += std::string(" sm_") + arch.facts->arch;
+  return reason.c_str();
+}
+
+const Mxfp4MoeTileFacts* const kFacts[] = {
+#define FACTS(arch) &MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch),
+    MXFP4_MOE_FOR_EACH_ARCH(FACTS)
+#undef FACTS
+};
+
+const Mxfp4MoeTile kTile = {
+    MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, kNumArchs, kFacts, &launch,
+};
+
+// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h.
+void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& weight_scale,
+                  const Tensor& m_tiles, const Tensor& num_m_tiles, const Tensor& out) {
+  const int32_t device = device_of("act", act);
+  STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 [rows, k], got ", describe(act));
+  STD_TORCH_CHECK(weight.dim() == 3, "weight: expected uint8 [experts, n, k / 2], got ", describe(weight));
+  STD_TORCH_CHECK(m_tiles.dim() == 2, "m_tiles: expected int32 [max_m_tiles, 4], got ", describe(m_tiles));
+  const int64_t rows = act.size(0), k = act.size(1), experts = weight.size(0), n = weight.size(1);
+  STD_TORCH_CHECK(k > 0 && k % 32 == 0 && k <= INT_MAX, "k: expected a positive multiple of 32, got ", k);
+  STD_TORCH_CHECK(n > 0 && n % 16 == 0 && n <= INT_MAX, "n: expected a positive multiple of 16, got ", n);
+  STD_TORCH_CHECK(rows <= INT_MAX - 3, "rows: expected at most ", INT_MAX - 3, ", got ", rows);
+  STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
+  check_tensor("act", act, ScalarType::Byte, {rows, k}, device);
+  check_tensor("act_scale", act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
+  check_tensor("weight", weight, ScalarType::Byte, {experts, n, k / 2}, device);
+  check_tensor("weight_scale", weight_scale, ScalarType::Byte, {experts, (n + 127) / 128, scale_k_tiles(k), 512},
+               device);
+  check_tensor("m_tiles", m_tiles, ScalarType::Int, {m_tiles.size(0), 4}, device);
+  check_tensor("num_m_tiles", num_m_tiles, ScalarType::Int, {1}, device, kElementAlignment);
+  const ScalarType out_type = out.scalar_type();
+  STD_TORCH_CHECK(out_type == ScalarType::Float || out_type == ScalarType::BFloat16 || out_type == ScalarType::Half,
+                  "out: expected float32, bfloat16 or float16, got ", describe(out));
+  check_tensor("out", out, out_type, {rows, n}, device);
+
+  const DeviceGuard guard(device);
+  const Mxfp4MoeGemmArgs args = {
+      act.data_ptr(),
+      act_scale.data_ptr(),
+      weight.data_ptr(),
+      weight_scale.data_ptr(),
+      out.data_ptr(),
+      static_cast<const Mxfp4MoeMTile*>(m_tiles.data_ptr()),
+      static_cast<const int32_t*>(num_m_tiles.data_ptr()),
+      static_cast<int32_t>(m_tiles.size(0)),
+      out_type == ScalarType::Float      ? MXFP4_MOE_OUT_FLOAT32
+      : out_type == ScalarType::BFloat16 ? MXFP4_MOE_OUT_BFLOAT16
+                                         : MXFP4_MOE_OUT_FLOAT16,
+      static_cast<int32_t>(rows),
+      static_cast<int32_t>(n),
+      static_cast<int32_t>(k),
+      static_cast<int32_t>(experts),
+      current_stream(device),
+  };
+  const char* refusal = launch(&args);
+  STD_TORCH_CHECK(refusal == nullptr, refusal);
+}
+
+PyObject* facts(PyObject*, PyObject*) {
+  PyObject* all = PyDict_New();
+  for (const Mxfp4MoeTileFacts* f : kFacts) {
+    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "tile_m", f->tile_m, "tile_n", f->tile_n,
+                                  "swap_ab", f->swap_ab, "threads", f->threads, "stages", f->stages, "stage_bytes",
+                                  f->stage_bytes, "smem_bytes", f->smem_bytes, "blocks_per_sm", f->blocks_per_sm,
+                                  "accumulator_registers", f->accumulator_registers);
+    if (!one || PyDict_SetItemString(all, f->arch, one) < 0) {
+      Py_XDECREF(one);
+      Py_DECREF(all);
+      return nullptr;
+    }
+    Py_DECREF(one);
+  }
+  return all;
+}
+
+}  // namespace
+}  // namespace mxfp4_moe
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
+  m.def("grouped_gemm_" MXFP4_MOE_TEXT(
+      TILE_NAME) "(Tensor act, Tensor act_scale, Tensor weight, Tensor weight_scale, Tensor m_tiles, "
+                 "Tensor num_m_tiles, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
+  m.impl("grouped_gemm_" MXFP4_MOE_TEXT(TILE_NAME), TORCH_BOX(&mxfp4_moe::grouped_gemm));
+}
+
+// `entry`: address of the tile's Mxfp4MoeTile. `facts()`: what each arch was compiled with.
+PyMODINIT_FUNC MXFP4_MOE_JOIN(PyInit_tile_, TILE_NAME)(void) {
+  static PyMethodDef methods[] = {
+      {"facts", mxfp4_moe::facts, METH_NOARGS, "dict: arch -> what this tile was compiled with"},
+      {nullptr, nullptr, 0, nullptr}};
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                                      "tile_" MXFP4_MOE_TEXT(TILE_NAME),
+                                      nullptr,
+                                      -1,
+                                      methods,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr};
+  PyObject* m = PyModule_Create(&module);
+  PyObject* entry = m ? PyLong_FromVoidPtr(const_cast<Mxfp4MoeTile*>(&mxfp4_moe::kTile)) : nullptr;
+  if (!entry || PyModule_AddObject(m, "entry", entry) < 0) {
+    Py_XDECREF(entry);
+    Py_XDECREF(m);
+    return nullptr;
+  }
+  return m;
+}

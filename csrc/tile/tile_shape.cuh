@@ -1,0 +1,88 @@
+// What one logical tile (M, N, SWAP_AB) becomes on the chip: warps, fragments, pipeline stages, shared memory.
+//
+// M counts activation rows (tokens of one expert), N weight rows (output features). Native tiles feed activations to
+// the MMA's A operand and weights to B; swapped tiles exchange them, so that the small side M becomes the MMA's
+// N = 8 granule. Everything is constexpr: the kernel, the launcher and the facts that the build compares with the
+// proof in tiles.py all read it from here. tiles.py mirrors this file, statement by statement.
+#pragma once
+
+namespace mxfp4_moe {
+
+constexpr int kTileK = 128;                  // one 32-bit scale word per row: four K = 32 blocks
+constexpr int kBlockK = 32;                  // OCP MX block, and the MMA's K
+constexpr int kActRowBytes = kTileK;         // E4M3: TMA 128-byte swizzle
+constexpr int kWeightRowBytes = kTileK / 2;  // packed E2M1: TMA 64-byte swizzle
+constexpr int kScaleBlockRows = 128;         // the 128x4 scale layout
+constexpr int kScaleBlockBytes = 512;
+constexpr int kSmemPerSm = 100 * 1024;       // SM12x; a block may opt in to 1 KB less. SM90 has more.
+constexpr int kSmemReservedPerBlock = 1024;  // taken by the system from every block
+constexpr int kMaxStages = 8;
+constexpr int kBarrierBytesPerStage = 16;  // one full and one empty mbarrier
+constexpr int kMaxAccumulators = 128;      // fp32 registers per thread; beyond it ptxas spills
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
+
+template <int M_, int N_, bool kSwap_>
+struct TileShape {
+  static constexpr int M = M_, N = N_;
+  static constexpr bool kSwap = kSwap_;
+
+  // Physical extents: rows of the MMA's A operand, columns of its B operand.
+  static constexpr int kPhysM = kSwap ? N : M;
+  static constexpr int kPhysN = kSwap ? M : N;
+
+  // MMA warps in a grid of kWarpsM x kWarpsN. Wide warp tiles in M reuse every expanded weight fragment.
+  static constexpr int kMmaWarps = kSwap ? (N >= 256 ? 8 : 4) : (M * N >= 16384 ? 8 : 4);
+  static constexpr int kWarpN = kSwap ? kPhysN : min_of(N, M* N > 16384 ? 64 : 32);
+  static constexpr int kWarpsN = kPhysN / kWarpN;
+  static constexpr int kWarpsM = kMmaWarps / kWarpsN;
+  static constexpr int kWarpM = kPhysM / kWarpsM;
+  static constexpr int kFragM = kWarpM / 16;
+  static constexpr int kFragN = kWarpN / 8;
+  static constexpr int kAccumulators = kFragM * kFragN * 4;
+  // One warp produces. Where eight warps hold large accumulators it brings a whole warpgroup, because registers move
+  // between roles only by warpgroups (setmaxnreg): 12 x 168 = 8 x 232 + 4 x 40.
+  static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAccumulators >= 64;
+  static constexpr int kMmaRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
+
+  // Bytes of one pipeline stage, and of each of its four parts.
+  static constexpr int kActBytes = M * kActRowBytes;
+  static constexpr int kWeightBytes = N * kWeightRowBytes;
+  static constexpr int kScaleBlocks = ceil_div(N, kScaleBlockRows);
+  static constexpr int kWeightScaleBytes = kScaleBlocks * kScaleBlockBytes;
+  // Bulk copies move 16 bytes, four rows' words, and a tile's first row may be any of the four.
+  static constexpr int kActScaleRows = M + 4;
+  static constexpr int kActScaleBytes = kActScaleRows * 4;
+  static constexpr int kStageBytes = kActBytes + kWeightBytes + kWeightScaleBytes + kActScaleBytes;
+
+  static constexpr int stages_for(int blocks) {
+    const int budget = kSmemPerSm / blocks - kSmemReservedPerBlock;
+    return min_of(kMaxStages, budget / (kStageBytes + kBarrierBytesPerStage));
+  }
+  // Two blocks hide each other's epilogue, as long as each still has a pipeline three deep.
+  static constexpr int kBlocksPerSm = stages_for(2) >= 3 ? 2 : 1;
+  static constexpr int kStages = stages_for(kBlocksPerSm);
+  static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage);
+
+  // Offsets in dynamic shared memory: each part is an array over the stages, strictest alignment first.
+  static constexpr int kActOffset = 0;
+  static constexpr int kWeightOffset = kActOffset + kStages * kActBytes;
+  static constexpr int kWeightScaleOffset = kWeightOffset + kStages * kWeightBytes;
+  static constexpr int kActScaleOffset = kWeightScaleOffset + kStages * kWeightScaleBytes;
+  static constexpr int kBarrierOffset = kActScaleOffset + kStages * kActScaleBytes;
+
+  static_assert(kSwap ? (M == 8 || M == 16 || M == 32) && N % 64 == 0 : M % 64 == 0,
+                "native tiles need M % 64 == 0, swapped ones M in 8/16/32 and N % 64 == 0");
+  static_assert(N >= 8 && N <= 256 && M <= 256, "a TMA box has at most 256 rows");
+  static_assert(kWarpM % 16 == 0 && kWarpN % 8 == 0, "a warp tile is whole MMA fragments");
+  static_assert(kWarpsM * kWarpsN == kMmaWarps, "the warp grid covers the tile");
+  static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
+  static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
+  static_assert(kActBytes % 1024 == 0 && kWeightBytes % 512 == 0, "swizzle atoms must not straddle stages");
+  static_assert(kActScaleBytes % 16 == 0, "bulk copies move multiples of 16 bytes");
+};
+
+}  // namespace mxfp4_moe

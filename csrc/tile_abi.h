@@ -1,0 +1,71 @@
+// The one contract between a tile extension and the code that calls it (csrc/moe, the tile's own torch op).
+//
+// A tile extension is a shared library of its own, so nothing but C crosses the border: a struct of facts that the
+// build compares with the proof in tiles.py, a struct of arguments, and a function that launches or says why not.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MXFP4_MOE_TILE_ABI_VERSION 1
+
+enum Mxfp4MoeOutType {
+  MXFP4_MOE_OUT_FLOAT32 = 0,
+  MXFP4_MOE_OUT_BFLOAT16 = 1,
+  MXFP4_MOE_OUT_FLOAT16 = 2,
+};
+
+// One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
+// one expert. The list is made on the device (csrc/moe/route.cu); the host never reads it.
+typedef struct {
+  int32_t expert;
+  int32_t row_begin;
+  int32_t row_end;
+  int32_t reserved;
+} Mxfp4MoeMTile;
+
+// out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
+typedef struct {
+  const void* act;           // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k
+  const void* act_scale;     // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
+  const void* weight;        // uint8 E2M1 pairs [experts, n, k/2], every 32-bit word rotated left by 2
+  const void* weight_scale;  // uint8 E8M0 [experts, ceil(n/128), ceil(k/128), 512], 128x4 swizzle
+  void* out;                 // [rows, n] of out_type
+  const Mxfp4MoeMTile* m_tiles;
+  const int32_t* num_m_tiles;  // device memory, one value
+  int32_t max_m_tiles;         // upper bound from shapes alone; sizes the grid
+  int32_t out_type;            // Mxfp4MoeOutType
+  int32_t rows;
+  int32_t n;  // multiple of 16
+  int32_t k;  // multiple of 32
+  int32_t experts;
+  void* stream;  // cudaStream_t
+} Mxfp4MoeGemmArgs;
+
+// What the compiler was told for one arch; compared after each build with the proof in tiles.py.
+typedef struct {
+  const char* arch;  // "90a" or "120f"
+  int32_t tile_m, tile_n, swap_ab;
+  int32_t threads;
+  int32_t stages;
+  int32_t stage_bytes;
+  int32_t smem_bytes;  // dynamic shared memory of one block
+  int32_t blocks_per_sm;
+  int32_t accumulator_registers;  // per thread
+} Mxfp4MoeTileFacts;
+
+typedef struct {
+  uint32_t abi_version;
+  int32_t tile_m, tile_n, swap_ab;
+  int32_t num_archs;
+  const Mxfp4MoeTileFacts* const* facts;  // num_archs of them
+  // nullptr when launched, else the reason (valid until this thread's next call).
+  const char* (*launch)(const Mxfp4MoeGemmArgs* args);
+} Mxfp4MoeTile;
+
+#ifdef __cplusplus
+}
+#endif

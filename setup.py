@@ -1,0 +1,97 @@
+"""Builds the wheel's extensions: one per tile of tile_manifest.toml, and the one that they share.
+
+All thinking is in ci/wheelbuild; this file fits it into setuptools. Environment variables: ci/wheelbuild/settings.py
+and ci/wheelbuild/toolchain.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "ci"))
+
+from wheelbuild import BuildError  # noqa: E402
+from wheelbuild.build import Build, resolve_build, run_build, write_package_files  # noqa: E402
+from wheelbuild.plan import MOE_MODULE  # noqa: E402
+
+VERSION = "0.1.0"
+
+
+def resolve() -> tuple[Build | None, str]:
+    """The build, or why there is none: reading metadata or making an sdist needs no compiler."""
+    try:
+        return resolve_build(os.environ), ""
+    except BuildError as error:
+        return None, str(error)
+
+
+BUILD, REFUSAL = resolve()
+
+
+def needed_build() -> Build:
+    if BUILD is None:
+        raise SetupError(REFUSAL)
+    return BUILD
+
+
+def full_version() -> str:
+    if BUILD is None or "sdist" in sys.argv or not BUILD.local_version:
+        return VERSION
+    return f"{VERSION}+{BUILD.local_version}"
+
+
+class BuildInOwnFolder(build):
+    """Each profile, toolkit and filter has its own folder, and the wheel's contents are gathered afresh each time."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.build_base = str(needed_build().folder)
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildTiles(build_ext):
+    """Runs the one graph over all extensions, then puts each library where setuptools expects it."""
+
+    def build_extensions(self) -> None:
+        try:
+            plan, self.report = run_build(needed_build(), full_version())
+        except BuildError as error:
+            raise SetupError(str(error)) from error
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / plan.library(extension.name.rpartition(".")[2]), target)
+        write_package_files(Path(self.build_lib) / "mxfp4_moe", self.report)
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install: the sources' folder is the package, so what the wheel has on top goes there."""
+        package = ROOT / "python" / "mxfp4_moe"
+        shutil.rmtree(package / "_ext", ignore_errors=True)
+        (package / "_ext").mkdir()
+        super().copy_extensions_to_source()
+        write_package_files(package, self.report)
+
+
+def extensions() -> list[Extension]:
+    modules = [*(tile.module for tile in BUILD.settings.tiles), MOE_MODULE] if BUILD else [MOE_MODULE]
+    return [Extension(f"mxfp4_moe._ext.{module}", sources=[], py_limited_api=True) for module in modules]
+
+
+setup(
+    version=full_version(),
+    ext_modules=extensions(),
+    cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

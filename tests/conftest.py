@@ -1,0 +1,23 @@
+"""Settings shared by all tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Under --import-mode=importlib nothing else makes the helper modules beside the tests (oracles.py) importable.
+sys.path.insert(0, str(Path(__file__).parent))
+
+# The tests make many small tensor operations, where a second thread mostly waits, badly so on a busy machine.
+torch.set_num_threads(1)
+
+settings.register_profile("mxfp4_moe", deadline=None, max_examples=60)
+settings.load_profile("mxfp4_moe")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A GPU test that was asked for (-m gpu) fails without a GPU: skipping it would look like success."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail("marked gpu, and torch sees no GPU here", pytrace=False)

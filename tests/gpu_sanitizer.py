@@ -1,0 +1,54 @@
+"""Every kernel of the wheel once on small problems, to be run under compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python tests/gpu_sanitizer.py    (then racecheck, synccheck, initcheck)
+
+Results are compared too, so that a clean report of a kernel that did nothing counts for nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from gpu_problems import bits, gpu, random_call, random_problem, random_weights, relative_error
+
+import mxfp4_moe
+from mxfp4_moe import reference
+from mxfp4_moe.tiles import load_manifest
+
+# Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
+GEMMS = [(32, 16), (160, 80), (672, 144)]
+ROWS_PER_EXPERT = (0, 1, 9, 65, 130)
+LAYERS = [(1, 1), (33, 3)]  # tokens, top_k
+
+
+def main() -> int:
+    device, start = gpu(), time.monotonic()
+    tiles = load_manifest().tiles
+    mxfp4_moe.prewarm_moe_tiles()
+    failures = []
+    problems = {(k, n): random_problem(k, n, device, rows_per_expert=ROWS_PER_EXPERT) for k, n in GEMMS}
+    weights = random_weights(5, 160, 96, device)
+    calls = [random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
+    calls[1].topk_ids[::5, 1] = -1
+    expected = [reference.fused_moe(*call.args(), weights) for call in calls]
+    for number, tile in enumerate(tiles, start=1):
+        for (k, n), problem in problems.items():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                mismatch = problem.mismatch(problem.run(tile, dtype))
+                failures += [f"{tile.name}, K={k}, N={n}, {dtype}: {mismatch}"] if mismatch else []
+        for call, wanted in zip(calls, expected, strict=True):
+            out = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn)
+            again = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn)
+            error = relative_error(out, wanted)
+            if not torch.equal(bits(out), bits(again)) or error > 5e-3:
+                failures.append(f"{tile.name}, layer of {len(out)} tokens: relative error {error:.2e}")
+        torch.cuda.synchronize()
+        print(f"tile {number} of {len(tiles)}: {tile.name}, {time.monotonic() - start:.0f} s", flush=True)
+    print("\n".join(failures) or "all results as expected")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+// The host arithmetic of the tiles, and CuTe's word on the same things, for pytest. Test-only: never in the wheel.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cute/atom/mma_traits_sm120.hpp>
+#include <cute/tensor.hpp>
+#include <cutlass/detail/sm100_blockscaled_layout.hpp>
+#include <tuple>
+#include <vector>
+
+#include "tile/mma_mx.cuh"
+#include "tile/scale_layout.cuh"
+#include "tile/schedule.cuh"
+#include "tile/tile_shape.cuh"
+
+namespace py = pybind11;
+using namespace mxfp4_moe;
+
+namespace {
+
+using Atom = cute::SM120::BLOCKSCALED::SM120_16x8x32_TN_VS<cute::float_e4m3_t, cute::float_e2m1_t, float,
+                                                           cute::float_ue8m0_t, 32>;
+using SwappedAtom = cute::SM120::BLOCKSCALED::SM120_16x8x32_TN_VS<cute::float_e2m1_t, cute::float_e4m3_t, float,
+                                                                  cute::float_ue8m0_t, 32>;
+using Config = cutlass::detail::Sm1xxBlockScaledConfig<32>;
+
+// (lane, value) -> linear index of a (thread, value) layout, as nested lists [32][values].
+template <class Layout>
+std::vector<std::vector<int>> table(Layout layout) {
+  std::vector<std::vector<int>> all(32);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int value = 0; value < int(cute::size<1>(layout)); ++value) all[lane].push_back(int(layout(lane, value)));
+  return all;
+}
+
+template <class Traits>
+py::dict cute_tables() {
+  py::dict tables;
+  tables["a"] = table(typename Traits::ALayout{});
+  tables["b"] = table(typename Traits::BLayout{});
+  tables["c"] = table(typename Traits::CLayout{});
+  tables["sfa"] = table(typename Traits::SFALayout{});
+  tables["sfb"] = table(typename Traits::SFBLayout{});
+  return tables;
+}
+
+// What the kernel assumes, in CuTe's terms: index = row + rows * k (operands, scales) or row + rows * column (C).
+py::dict our_tables() {
+  std::vector<std::vector<int>> a(32), b(32), c(32), sfa(32), sfb(32);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int reg = 0; reg < 4; ++reg)
+      for (int byte = 0; byte < 4; ++byte) a[lane].push_back(a_row(lane, reg) + 16 * a_k(lane, reg, byte));
+    for (int reg = 0; reg < 2; ++reg)
+      for (int byte = 0; byte < 4; ++byte) b[lane].push_back(b_col(lane) + 8 * b_k(lane, reg, byte));
+    for (int reg = 0; reg < 4; ++reg) c[lane].push_back(c_row(lane, reg) + 16 * c_col(lane, reg));
+    for (int k = 0; k < 32; ++k) {  // one scale serves all 32 k
+      sfa[lane].push_back(scale_a_row(lane) + 16 * k);
+      sfb[lane].push_back(scale_b_col(lane) + 8 * k);
+    }
+  }
+  py::dict tables;
+  tables["a"] = a;
+  tables["b"] = b;
+  tables["c"] = c;
+  tables["sfa"] = sfa;
+  tables["sfb"] = sfb;
+  return tables;
+}
+
+// Offsets of every (row, k_block) as [rows][k_blocks].
+template <class Offset>
+std::vector<std::vector<int64_t>> offsets(int64_t rows, int64_t k, Offset offset) {
+  std::vector<std::vector<int64_t>> all(rows);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t block = 0; block < k / 32; ++block) all[r].push_back(offset(r, block));
+  return all;
+}
+
+template <int M, int N, bool kSwap>
+void add_shape(py::list& shapes) {
+  using S = TileShape<M, N, kSwap>;
+  py::dict d;
+  d["m"] = M;
+  d["n"] = N;
+  d["swap_ab"] = kSwap;
+  d["threads"] = S::kThreads;
+  d["stages"] = S::kStages;
+  d["stage_bytes"] = S::kStageBytes;
+  d["smem_bytes"] = S::kSmemBytes;
+  d["blocks_per_sm"] = S::kBlocksPerSm;
+  d["accumulator_registers"] = S::kAccumulators;
+  d["barrier_offset"] = S::kBarrierOffset;
+  shapes.append(d);
+}
+
+template <int M>
+void add_native(py::list& shapes) {
+  add_shape<M, 8, false>(shapes);
+  add_shape<M, 16, false>(shapes);
+  add_shape<M, 32, false>(shapes);
+  add_shape<M, 64, false>(shapes);
+  add_shape<M, 128, false>(shapes);
+  if constexpr (M < 256) add_shape<M, 256, false>(shapes);  // (256, 256) does not compile: that is the proof's verdict
+}
+
+template <int M>
+void add_swapped(py::list& shapes) {
+  add_shape<M, 64, true>(shapes);
+  add_shape<M, 128, true>(shapes);
+  add_shape<M, 256, true>(shapes);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(mxfp4_moe_host, m) {
+  m.def("cute_tables", &cute_tables<cute::MMA_Traits<Atom>>);
+  m.def("cute_tables_swapped", &cute_tables<cute::MMA_Traits<SwappedAtom>>);
+  m.def("our_tables", &our_tables);
+
+  m.def("weight_scale_bytes", &weight_scale_bytes);
+  m.def("weight_scale_offsets", [](int64_t n, int64_t k) {
+    return offsets(n, k, [&](int64_t r, int64_t block) { return weight_scale_offset(r, block, k); });
+  });
+  m.def("weight_scale_offsets_by_word", [](int64_t n, int64_t k) {  // the way the kernel reaches them
+    return offsets(n, k, [&](int64_t r, int64_t block) {
+      return weight_scale_block_offset(r / 128, block / 4, k) + weight_scale_word_offset(int(r % 128)) + block % 4;
+    });
+  });
+  m.def("weight_scale_word_offset", &weight_scale_word_offset);
+  m.def("cute_scale_offsets_a", [](int64_t n, int64_t k) {
+    const auto layout = Config::tile_atom_to_shape_SFA(cute::make_shape(int(n), 128, int(k), 1));
+    return offsets(n, k, [&](int64_t r, int64_t block) { return int64_t(layout(int(r), int(block * 32), 0)); });
+  });
+  m.def("cute_scale_offsets_b", [](int64_t n, int64_t k) {
+    const auto layout = Config::tile_atom_to_shape_SFB(cute::make_shape(128, int(n), int(k), 1));
+    return offsets(n, k, [&](int64_t r, int64_t block) { return int64_t(layout(int(r), int(block * 32), 0)); });
+  });
+  m.def("cute_scale_bytes", [](int64_t n, int64_t k) {
+    return int64_t(
+        cute::cosize(cute::filter_zeros(Config::tile_atom_to_shape_SFB(cute::make_shape(128, int(n), int(k), 1)))));
+  });
+  m.def("act_scale_bytes", &act_scale_bytes);
+  m.def("act_scale_offsets", [](int64_t rows, int64_t k) {
+    return offsets(rows, k, [&](int64_t r, int64_t block) { return act_scale_offset(r, block, rows); });
+  });
+
+  m.def("m_tiles_of", &m_tiles_of);
+  m.def("max_m_tiles", &max_m_tiles);
+  m.def("tile_coord", [](int32_t linear, int32_t num_n_tiles) {
+    const TileCoord c = tile_coord(linear, num_n_tiles);
+    return std::tuple(c.m, c.n);
+  });
+
+  m.def("tile_shapes", [] {
+    py::list shapes;
+    add_native<64>(shapes);
+    add_native<128>(shapes);
+    add_native<256>(shapes);
+    add_swapped<8>(shapes);
+    add_swapped<16>(shapes);
+    add_swapped<32>(shapes);
+    return shapes;
+  });
+}

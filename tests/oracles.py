@@ -1,0 +1,198 @@
+"""Slow, plain counterparts of the library's functions, written from the formulas with numpy and ml_dtypes only.
+
+They share no code with the library, so that a mistake would have to be made twice.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+E4M3 = ml_dtypes.float8_e4m3fn
+E2M1 = ml_dtypes.float4_e2m1fn
+E8M0 = ml_dtypes.float8_e8m0fnu
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal float32 bits, so -0 is not +0; every NaN counts as the same."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    nan = np.isnan(a) & np.isnan(b)
+    return a.shape == b.shape and bool(((a.view(np.uint32) == b.view(np.uint32)) | nan).all())
+
+
+def e4m3_values(codes: np.ndarray) -> np.ndarray:
+    return codes.view(E4M3).astype(np.float64)
+
+
+def e4m3_codes(values: np.ndarray) -> np.ndarray:
+    """RNE with saturation, NaN -> 0x7F."""
+    with np.errstate(all="ignore"):
+        codes = np.clip(values, -448, 448).astype(E4M3).view(np.uint8)
+    return np.where(np.isnan(values), np.uint8(0x7F), codes)
+
+
+def e2m1_values(packed: np.ndarray) -> np.ndarray:
+    """[..., K/2] packed bytes -> float64 [..., K]."""
+    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+    return nibbles.view(E2M1).astype(np.float64)
+
+
+def mxfp4_values(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """[..., K/2] and [..., K/32] -> float64 [..., K]."""
+    return e2m1_values(packed) * np.repeat(np.exp2(scales.astype(np.float64) - 127), 32, axis=-1)
+
+
+def mxfp8_values(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """[..., K] and [..., K/32] -> float64 [..., K]."""
+    return e4m3_values(codes) * np.repeat(np.exp2(scales.astype(np.float64) - 127), 32, axis=-1)
+
+
+def mxfp8_quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [..., K] -> codes uint8 [..., K], scales uint8 [..., K/32]; one block at a time."""
+    assert x.dtype == np.float32
+    blocks = x.reshape(-1, 32)
+    codes = np.zeros(blocks.shape, dtype=np.uint8)
+    scales = np.zeros(len(blocks), dtype=np.uint8)
+    for i, block in enumerate(blocks):
+        if not np.isfinite(block).all():
+            codes[i], scales[i] = 0x7F, 127
+            continue
+        amax = np.abs(block).max()
+        if amax == 0:
+            continue
+        p = float(amax * np.float32(1 / 448))
+        fraction, exponent = math.frexp(p)  # p = fraction * 2^exponent, 0.5 <= fraction < 1
+        log2_up = exponent - 1 if fraction == 0.5 else exponent
+        scales[i] = 0 if p == 0 else min(max(log2_up + 127, 0), 254)
+        codes[i] = e4m3_codes(block.astype(np.float64) * 2.0 ** (127 - int(scales[i])))
+    return codes.reshape(x.shape), scales.reshape(*x.shape[:-1], x.shape[-1] // 32)
+
+
+def scale_offset(row: int, block: int, k: int) -> int:
+    """Byte offset of a weight scale in the 128x4 swizzle."""
+    k_tiles = -(-k // 128)
+    return row // 128 * k_tiles * 512 + block // 4 * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+
+
+def chain_gemm(codes: np.ndarray, row_scales: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """[M, K] x [N, K] of one expert by the fp32 chain over k-blocks, one output at a time."""
+    a, b = e4m3_values(codes), e2m1_values(packed)
+    out = np.empty((len(a), len(b)), dtype=np.float32)
+    with np.errstate(all="ignore"):
+        for r in range(len(a)):
+            for c in range(len(b)):
+                acc = np.float32(0)
+                for i in range(a.shape[1] // 32):
+                    block = np.float32(math.fsum(a[r, 32 * i : 32 * i + 32] * b[c, 32 * i : 32 * i + 32]))
+                    sa, sb = (np.float32(2.0 ** (int(s) - 127)) for s in (row_scales[r, i], scales[c, i]))
+                    acc = acc + block * (sa * sb)
+                out[r, c] = acc
+    return out
+
+
+def gate_up_rows(order: str, intermediate_size: int) -> tuple[list[int], list[int]]:
+    """Rows of the gates and of the ups in a checkpoint's w13."""
+    i = intermediate_size
+    first, second, pairs = range(i), range(i, 2 * i), range(0, 2 * i, 2)
+    if order == "interleaved":
+        return list(pairs), [r + 1 for r in pairs]
+    return (list(first), list(second)) if order == "gate_up" else (list(second), list(first))
+
+
+def swiglu(
+    gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, beta: float, limit: float | None
+) -> np.ndarray:
+    """float64 in, float64 out."""
+    if activation == "swiglu":
+        return gate / (1 + np.exp(-gate)) * up
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate / (1 + np.exp(-alpha * gate)) * (up + beta)
+
+
+def dense_moe(
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    checkpoint: dict[str, torch.Tensor],
+    *,
+    gate_up_order: str = "interleaved",
+    activation: str = "swiglu_oai",
+    alpha: float = 1.702,
+    beta: float = 1.0,
+    limit: float | None = 7.0,
+) -> np.ndarray:
+    """The layer in float64 from checkpoint tensors (keys as the arguments of from_mxfp4; 3-D blocks), token by token.
+
+    The only roundings are the two that the layer is defined by: MXFP8 before each GEMM.
+    """
+    tensors = {name: t.float().numpy() if name.endswith("bias") else t.numpy() for name, t in checkpoint.items()}
+    experts, _, half = tensors["w13"].shape
+    w13 = mxfp4_values(tensors["w13"], tensors["w13_scale"])
+    w2 = mxfp4_values(tensors["w2"], tensors["w2_scale"])
+    gates, ups = gate_up_rows(gate_up_order, w13.shape[1] // 2)
+    x = mxfp8_values(*mxfp8_quantize(hidden_states.float().numpy()))
+    out = np.zeros((len(x), 2 * half))
+    for t, ids in enumerate(topk_ids.tolist()):
+        for j, e in enumerate(ids):
+            if not 0 <= e < experts:
+                continue
+            h = w13[e] @ x[t]
+            if "w13_bias" in tensors:
+                h = h + tensors["w13_bias"][e]
+            act = swiglu(h[gates], h[ups], activation, alpha, beta, limit).astype(np.float32)
+            y = w2[e] @ mxfp8_values(*mxfp8_quantize(act))
+            if "w2_bias" in tensors:
+                y = y + tensors["w2_bias"][e]
+            out[t] += float(topk_weights[t, j]) * y
+    return out
+
+
+def random_checkpoint(
+    num_experts: int, hidden_size: int, intermediate_size: int, *, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """MXFP4 weights of one layer with realistic magnitudes, keyed as the arguments of from_mxfp4."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, dtype=torch.uint8, generator=generator)
+
+    def bias(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul(0.2).bfloat16()
+
+    e, h, i = num_experts, hidden_size, intermediate_size
+    return {
+        "w13": integers(0, 255, e, 2 * i, h // 2),
+        "w13_scale": integers(118, 123, e, 2 * i, h // 32),
+        "w2": integers(0, 255, e, h, i // 2),
+        "w2_scale": integers(118, 123, e, h, i // 32),
+        "w13_bias": bias(e, 2 * i),
+        "w2_bias": bias(e, h),
+    }
+
+
+def gpt_oss_tensors(checkpoint: dict[str, torch.Tensor], layer: int = 0) -> dict[str, torch.Tensor]:
+    """The same tensors under gpt-oss's names, blocks in its four dimensions."""
+    prefix = f"model.layers.{layer}.mlp.experts."
+    names = {"w13": "gate_up_proj", "w2": "down_proj"}
+    tensors = {}
+    for short, name in names.items():
+        blocks = checkpoint[short]
+        tensors[f"{prefix}{name}_blocks"] = blocks.reshape(*blocks.shape[:2], -1, 16)
+        tensors[f"{prefix}{name}_scales"] = checkpoint[f"{short}_scale"]
+        tensors[f"{prefix}{name}_bias"] = checkpoint[f"{short}_bias"]
+    return tensors
+
+
+def random_gpt_oss_checkpoint(
+    path: str | Path, *, num_experts: int, hidden_size: int, intermediate_size: int, layer: int = 0, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Writes one layer's MoE weights to a .safetensors file with gpt-oss's names; returns them as random_checkpoint."""
+    checkpoint = random_checkpoint(num_experts, hidden_size, intermediate_size, seed=seed)
+    save_file(gpt_oss_tensors(checkpoint, layer), path)
+    return checkpoint

@@ -1,0 +1,326 @@
+"""Number formats against ml_dtypes, layouts against loops over their formulas. All comparisons are bitwise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from mxfp4_moe import formats
+
+ALL_BYTES = torch.arange(256).to(torch.uint8)
+
+
+def random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def with_neighbours(values: np.ndarray) -> np.ndarray:
+    """The values, the floats just above and below, and all their negatives."""
+    values = values.astype(np.float32)
+    near = np.concatenate((values, np.nextafter(values, np.float32(np.inf)), np.nextafter(values, np.float32(-np.inf))))
+    return np.concatenate((near, -near))
+
+
+def random_float_bits(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32).view(np.float32)
+
+
+class TestE2M1:
+    def test_values(self) -> None:
+        assert formats.E2M1_VALUES[:8] == (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+        assert [math.copysign(1, v) for v in formats.E2M1_VALUES] == [1] * 8 + [-1] * 8
+
+    def test_decode_every_byte(self) -> None:
+        assert oracles.same_bits(formats.decode_e2m1(ALL_BYTES).numpy(), oracles.e2m1_values(ALL_BYTES.numpy()))
+
+    def test_decode_keeps_leading_dimensions_and_order(self) -> None:
+        packed = random_bytes(3, 5, 16)
+        assert oracles.same_bits(formats.decode_e2m1(packed).numpy(), oracles.e2m1_values(packed.numpy()))
+
+    def test_encode_against_ml_dtypes(self) -> None:
+        magnitudes = np.array(formats.E2M1_VALUES[:8])
+        edges = with_neighbours(np.concatenate((magnitudes, (magnitudes[1:] + magnitudes[:-1]) / 2, [5, 7, 8, 1e30])))
+        bits = random_float_bits(20000)
+        x = np.concatenate((edges, np.random.default_rng(1).uniform(-8, 8, 20000), bits[~np.isnan(bits)]))
+        x = np.concatenate((x, [np.inf, -np.inf])).astype(np.float32)
+        x = x[: len(x) // 2 * 2]
+        expected = np.clip(x, -6, 6).astype(oracles.E2M1).view(np.uint8)
+        packed = formats.encode_e2m1(torch.from_numpy(x)).numpy()
+        assert np.array_equal(packed, expected[0::2] | expected[1::2] << 4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_decode_then_encode_is_the_identity(self, dtype: torch.dtype) -> None:
+        assert torch.equal(formats.encode_e2m1(formats.decode_e2m1(ALL_BYTES).to(dtype)), ALL_BYTES)
+
+    def test_encode_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"x: expected no NaN .*, got float32 \[2\] with NaN"):
+            formats.encode_e2m1(torch.tensor([0.0, math.nan]))
+        with pytest.raises(ValueError, match=r"x: expected .* a multiple of 2, got float32 \[3\]"):
+            formats.encode_e2m1(torch.zeros(3))
+
+
+class TestE4M3:
+    def test_decode_every_byte(self) -> None:
+        assert oracles.same_bits(formats.decode_e4m3(ALL_BYTES).numpy(), oracles.e4m3_values(ALL_BYTES.numpy()))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_encode_every_half(self, dtype: torch.dtype) -> None:
+        x = torch.arange(65536).to(torch.int16).view(dtype)
+        assert np.array_equal(formats.encode_e4m3(x).numpy(), oracles.e4m3_codes(x.float().numpy()))
+
+    def test_encode_float32(self) -> None:
+        values = oracles.e4m3_values(np.arange(127, dtype=np.uint8))
+        ties = (values[1:] + values[:-1]) / 2
+        edges = with_neighbours(np.concatenate((values, ties, [448, 464, 480, 1e30, 2.0**-149, 2.0**-126, 2.0**-10])))
+        specials = np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0], dtype=np.float32)
+        for x in (edges, specials, random_float_bits(1 << 20), np.random.default_rng(2).normal(0, 100, 1 << 20)):
+            x = x.astype(np.float32)
+            assert np.array_equal(formats.encode_e4m3(torch.from_numpy(x)).numpy(), oracles.e4m3_codes(x))
+
+    def test_ties_go_to_the_even_code(self) -> None:
+        assert formats.encode_e4m3(torch.tensor([17.0, 19.0, -17.0])).tolist() == [0x58, 0x5A, 0xD8]
+
+
+class TestE8M0:
+    def test_decode_every_byte(self) -> None:
+        assert oracles.same_bits(
+            formats.decode_e8m0(ALL_BYTES).numpy(), ALL_BYTES.numpy().view(oracles.E8M0).astype(np.float32)
+        )
+
+
+def mxfp8_cases() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    shape = (64, 96)
+    normal = rng.normal(size=shape)
+    powers = np.exp2(np.arange(-149, 128, dtype=np.float64))
+    # One block per value, the value its amax: powers of two, and where amax/448 passes a power of two.
+    edges = with_neighbours(np.concatenate((powers, 448 * np.exp2(np.arange(-140, 119, dtype=np.float64)))))
+    edges = edges[np.isfinite(edges)]
+    edge_blocks = edges[:, None] * rng.uniform(-1, 1, (len(edges), 32)).astype(np.float32)
+    edge_blocks[np.arange(len(edges)), rng.integers(0, 32, len(edges))] = edges
+    # The same for the products that are subnormal themselves: every count of ulps near 2^-127 and 2^-126.
+    tiny = (448 * np.exp2(rng.uniform(-130, -124, (256, 1)))).astype(np.float32)
+    mixed = normal * np.exp2(rng.integers(-140, 120, (64, 1)))
+    zeros = np.zeros(shape)
+    zeros[::3] = -0.0
+    zeros[5, 40] = 1e-3
+    bits = random_float_bits(64 * 96, seed=4).reshape(shape)
+    poisoned = normal.copy()
+    poisoned[0, 3], poisoned[1, 40], poisoned[2, 95], poisoned[3, :32] = np.nan, np.inf, -np.inf, np.nan
+    huge = np.full(shape, np.finfo(np.float32).max)
+    huge[:, ::2] *= -0.3
+    cases = {
+        "normal": normal,
+        "edges": edge_blocks,
+        "subnormal products": tiny * rng.uniform(-1, 1, (256, 32)),
+        "every magnitude": mixed,
+        "zeros of both signs": zeros,
+        "subnormals": rng.integers(-(2**23), 2**23, shape) * 2.0**-149,
+        "huge": huge,
+        "random bits": np.where(np.isfinite(bits), bits, 1),
+        "not finite": poisoned,
+        "many outliers": normal**9,
+    }
+    return {name: x.astype(np.float32) for name, x in cases.items()}
+
+
+class TestMxfp8:
+    @pytest.mark.parametrize("name", mxfp8_cases())
+    def test_quantize_against_brute_force(self, name: str) -> None:
+        x = mxfp8_cases()[name]
+        codes, scales = formats.quantize_mxfp8(torch.from_numpy(x))
+        expected_codes, expected_scales = oracles.mxfp8_quantize(x)
+        assert np.array_equal(scales.numpy(), expected_scales)
+        assert np.array_equal(codes.numpy(), expected_codes)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_halves_are_quantized_as_their_float32_values(self, dtype: torch.dtype) -> None:
+        x = torch.randn(7, 3, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
+        codes, scales = formats.quantize_mxfp8(x)
+        expected_codes, expected_scales = oracles.mxfp8_quantize(x.float().numpy())
+        assert np.array_equal(codes.numpy(), expected_codes)
+        assert np.array_equal(scales.numpy(), expected_scales)
+
+    @pytest.mark.parametrize(
+        ("amax", "byte", "code"),
+        [
+            (448.0, 127, 0x7E),  # exactly the largest code at scale 1
+            (math.nextafter(448.0, 500.0), 127, 0x7E),  # the float32 above 448 is still 448 when rounded from double
+            (448.0 + 2.0**-15, 128, 0x76),  # one float32 ulp more needs scale 2
+            (1.0, 119, 0x78),  # 1/448 rounds up to 2^-8
+            (448 * 2.0**-127, 0, 0x7E),  # the smallest scale
+            (449 * 2.0**-127, 1, 0x76),
+            (2.0**-149, 0, 0x00),
+        ],
+    )
+    def test_known_values(self, amax: float, byte: int, code: int) -> None:
+        x = torch.zeros(1, 32)
+        x[0, 7] = amax
+        codes, scales = formats.quantize_mxfp8(x)
+        assert (scales.item(), codes[0, 7].item()) == (byte, code)
+        assert codes.count_nonzero() == (code != 0)
+
+    def test_a_poisoned_block_decodes_to_nan(self) -> None:
+        x = torch.ones(64)
+        x[40] = math.inf
+        values = formats.dequantize_mxfp8(*formats.quantize_mxfp8(x))
+        assert values[:32].isfinite().all()
+        assert values[32:].isnan().all()
+
+    def test_dequantize(self) -> None:
+        codes, scales = random_bytes(5, 96), random_bytes(5, 3, seed=1) // 2 + 60
+        expected = oracles.mxfp8_values(codes.numpy(), scales.numpy())
+        assert oracles.same_bits(formats.dequantize_mxfp8(codes, scales).numpy(), expected)
+
+    def test_empty(self) -> None:
+        codes, scales = formats.quantize_mxfp8(torch.zeros(0, 64))
+        assert (codes.shape, scales.shape) == ((0, 64), (0, 2))
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"x: expected a last dimension that is a multiple of 32, got .*\[2, 40\]"):
+            formats.quantize_mxfp8(torch.zeros(2, 40))
+        with pytest.raises(TypeError, match=r"x: expected float32 or bfloat16 or float16 tensor, got float64 \[32\]"):
+            formats.quantize_mxfp8(torch.zeros(32, dtype=torch.float64))
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[2, 2\], got uint8 \[2, 1\]"):
+            formats.dequantize_mxfp8(random_bytes(2, 64), random_bytes(2, 1))
+
+
+class TestMxfp4:
+    def test_quantize_against_brute_force(self) -> None:
+        cases = mxfp8_cases()
+        x = np.concatenate([cases[name].reshape(-1, 32) for name in cases if name != "not finite"])
+        packed, scales = formats.quantize_mxfp4(torch.from_numpy(x))
+        amax = np.abs(x).max(axis=1).astype(np.float64)
+        exponent = np.frexp(amax)[1] - 1  # floor(log2(amax))
+        expected = np.where(amax == 0, 0, np.maximum(exponent - 2 + 127, 0))
+        assert np.array_equal(scales.numpy()[:, 0], expected)
+        scaled = np.clip(x.astype(np.float64) * np.exp2(127.0 - expected)[:, None], -6, 6)
+        scaled[amax == 0] = 0
+        codes = scaled.astype(np.float32).astype(oracles.E2M1).view(np.uint8)
+        assert np.array_equal(packed.numpy(), codes[:, 0::2] | codes[:, 1::2] << 4)
+
+    def test_representable_values_come_back(self) -> None:
+        packed, scales = random_bytes(20, 48), random_bytes(20, 3, seed=1) // 2 + 64
+        packed[:, ::16] = 0x70  # each block holds a 6, so the scale is determined
+        values = formats.dequantize_mxfp4(packed, scales)
+        assert oracles.same_bits(values.numpy(), oracles.mxfp4_values(packed.numpy(), scales.numpy()))
+        again_packed, again_scales = formats.quantize_mxfp4(values)
+        assert torch.equal(again_packed, packed)
+        assert torch.equal(again_scales, scales)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_refuses_what_is_not_finite(self, bad: float) -> None:
+        x = torch.zeros(2, 32)
+        x[1, 1] = bad
+        with pytest.raises(ValueError, match="x: expected finite values"):
+            formats.quantize_mxfp4(x)
+
+
+class TestScaleSwizzle:
+    @pytest.mark.parametrize("n", [1, 16, 31, 80, 128, 129, 300, 384])
+    @pytest.mark.parametrize("k", [32, 96, 128, 160, 2880])
+    def test_against_the_formula(self, n: int, k: int) -> None:
+        scales = random_bytes(n, k // 32)
+        expected = np.zeros(-(-n // 128) * -(-k // 128) * 512, dtype=np.uint8)
+        for row in range(n):
+            for block in range(k // 32):
+                expected[oracles.scale_offset(row, block, k)] = scales[row, block]
+        swizzled = formats.swizzle_scales(scales)
+        assert swizzled.shape == (-(-n // 128), -(-k // 128), 512)
+        assert swizzled.is_contiguous()
+        assert np.array_equal(swizzled.flatten().numpy(), expected)
+        assert torch.equal(formats.unswizzle_scales(swizzled, n, k), scales)
+
+    def test_leading_dimensions(self) -> None:
+        scales = random_bytes(2, 3, 130, 5)
+        swizzled = formats.swizzle_scales(scales)
+        assert swizzled.shape == (2, 3, 2, 2, 512)
+        assert torch.equal(swizzled[1, 2], formats.swizzle_scales(scales[1, 2]))
+        assert torch.equal(formats.unswizzle_scales(swizzled, 130, 160), scales)
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[\.\.\., N, K/32\], got uint8 \[4\]"):
+            formats.swizzle_scales(random_bytes(4))
+        with pytest.raises(TypeError, match=r"scales: expected uint8 tensor, got float32 \[4, 4\]"):
+            formats.swizzle_scales(torch.zeros(4, 4))
+        with pytest.raises(ValueError, match="k: expected a multiple of 32, got 100"):
+            formats.unswizzle_scales(random_bytes(1, 1, 512), 128, 100)
+        with pytest.raises(ValueError, match=r"swizzled: expected uint8 \[\.\.\., 2, 1, 512\], got .*\[1, 1, 512\]"):
+            formats.unswizzle_scales(random_bytes(1, 1, 512), 129, 128)
+
+
+class TestWordRotation:
+    def test_against_integers(self) -> None:
+        packed = random_bytes(2, 3, 64)
+        expected = bytearray()
+        for word in packed.numpy().reshape(-1, 4):
+            value = int.from_bytes(word.tobytes(), "little")
+            expected += ((value << 2 | value >> 30) & 0xFFFFFFFF).to_bytes(4, "little")
+        rotated = formats.rotate_words(packed)
+        assert rotated.numpy().tobytes() == bytes(expected)
+        assert torch.equal(formats.unrotate_words(rotated), packed)
+
+    def test_codes_land_in_bits_5_to_2(self) -> None:
+        packed = random_bytes(8, 16)
+        words = formats.rotate_words(packed).numpy().view("<u4")
+        even = (words & np.uint32(0x3C3C3C3C)) >> 2
+        odd = ((words >> np.uint32(4) | words << np.uint32(28)) & np.uint32(0x3C3C3C3C)) >> 2
+        assert np.array_equal(even.view(np.uint8), packed.numpy() & 15)
+        assert np.array_equal(odd.view(np.uint8), packed.numpy() >> 4)
+
+    def test_refuses_half_words(self) -> None:
+        with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 4, got uint8 \[2, 6\]"):
+            formats.rotate_words(random_bytes(2, 6))
+
+
+class TestInterleave:
+    def test_positions(self) -> None:
+        codes = random_bytes(3, 2, 96)
+        stored = formats.interleave_k(codes)
+        for block in range(3):
+            for s in range(16):
+                assert torch.equal(stored[..., 32 * block + s], codes[..., 32 * block + 2 * s])
+                assert torch.equal(stored[..., 32 * block + 16 + s], codes[..., 32 * block + 2 * s + 1])
+        assert torch.equal(formats.deinterleave_k(stored), codes)
+
+    def test_refuses_partial_blocks(self) -> None:
+        for function in (formats.interleave_k, formats.deinterleave_k):
+            with pytest.raises(ValueError, match="codes: expected a last dimension that is a multiple of 32"):
+                function(random_bytes(2, 48))
+
+
+class TestRowScales:
+    @pytest.mark.parametrize("rows", [0, 1, 4, 6, 33])
+    @pytest.mark.parametrize("k", [32, 128, 160, 2880])
+    def test_positions(self, rows: int, k: int) -> None:
+        scales = random_bytes(rows, k // 32)
+        expected = np.zeros((-(-k // 128), -(-rows // 4) * 4, 4), dtype=np.uint8)
+        for row in range(rows):
+            for block in range(k // 32):
+                expected[block // 4, row, block % 4] = scales[row, block]
+        packed = formats.pack_row_scales(scales)
+        assert packed.is_contiguous()
+        assert np.array_equal(packed.numpy(), expected)
+        assert torch.equal(formats.unpack_row_scales(packed, rows, k), scales)
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[R, K/32\], got uint8 \[2, 2, 2\]"):
+            formats.pack_row_scales(random_bytes(2, 2, 2))
+        with pytest.raises(ValueError, match=r"packed: expected uint8 \[2, 8, 4\], got uint8 \[2, 4, 4\]"):
+            formats.unpack_row_scales(random_bytes(2, 4, 4), 5, 160)
+
+
+def test_require_tensor_names_what_is_wrong() -> None:
+    with pytest.raises(TypeError, match=r"^w13: expected uint8 \[4, K\], got list$"):
+        formats.require_tensor("w13", [1], torch.uint8, (4, "K"))
+    with pytest.raises(TypeError, match=r"^w13: expected uint8 \[4, K\], got int8 \[4, 2\]$"):
+        formats.require_tensor("w13", torch.zeros(4, 2, dtype=torch.int8), torch.uint8, (4, "K"))
+    with pytest.raises(ValueError, match=r"^w13: expected uint8 \[4, K\], got uint8 \[3, 2\]$"):
+        formats.require_tensor("w13", random_bytes(3, 2), torch.uint8, (4, "K"))
+    with pytest.raises(ValueError, match=r"^w13: expected uint8 \[4, K\] on meta, got uint8 \[4, 2\] on cpu$"):
+        formats.require_tensor("w13", random_bytes(4, 2), torch.uint8, (4, "K"), torch.device("meta"))
+    formats.require_tensor("w13", random_bytes(4, 2), torch.uint8, (4, "K"), torch.device("cpu"))

@@ -1,0 +1,482 @@
+"""The public call on CPU tensors: what it refuses and in which words, and what it means. GPU: test_gpu_moe.py."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mxfp4_moe
+from mxfp4_moe import _load, formats
+from mxfp4_moe.fused_moe import check_capability, manifest_tile
+from mxfp4_moe.tiles import Tile
+from mxfp4_moe.weights import MoEWeights
+
+E, T, K, H, INTER = 4, 6, 2, 64, 96
+
+
+def make_weights(*, bias: bool = True, seed: int = 0, **options: Any) -> MoEWeights:
+    g = torch.Generator().manual_seed(seed)
+    w13, w13_scale = formats.quantize_mxfp4(torch.randn(E, 2 * INTER, H, generator=g) / H**0.5)
+    w2, w2_scale = formats.quantize_mxfp4(torch.randn(E, H, INTER, generator=g) / INTER**0.5)
+    return MoEWeights.from_mxfp4(
+        w13,
+        w13_scale,
+        w2,
+        w2_scale,
+        w13_bias=torch.randn(E, 2 * INTER, generator=g) if bias else None,
+        w2_bias=torch.randn(E, H, generator=g) if bias else None,
+        **options,
+    )
+
+
+def make_call(*, dtype: torch.dtype = torch.bfloat16, tokens: int = T, seed: int = 1) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(tokens, H, generator=g).to(dtype),
+        "topk_weights": torch.rand(tokens, K, generator=g),
+        "topk_ids": torch.randint(0, E, (tokens, K), generator=g),
+        "weights": make_weights(),
+    }
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+BAD: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]] = [
+    (
+        "weights type",
+        lambda c: {"weights": {"w13": c["weights"].w13}},
+        TypeError,
+        r"weights: expected MoEWeights, got dict",
+    ),
+    (
+        "hidden_states type",
+        lambda c: {"hidden_states": c["hidden_states"].tolist()},
+        TypeError,
+        r"hidden_states: expected bfloat16 or float16 \[T, H\], got list",
+    ),
+    (
+        "hidden_states float32",
+        lambda c: {"hidden_states": c["hidden_states"].float()},
+        TypeError,
+        r"hidden_states: expected bfloat16 or float16 \[T, 64\], got float32 \[6, 64\]",
+    ),
+    (
+        "hidden_states float8, for which there is no path yet",
+        lambda c: {"hidden_states": c["hidden_states"].to(torch.float8_e4m3fn)},
+        TypeError,
+        r"hidden_states: expected bfloat16 or float16 \[T, 64\], got float8_e4m3fn \[6, 64\]",
+    ),
+    (
+        "hidden_states width",
+        lambda c: {"hidden_states": c["hidden_states"][:, :33].contiguous()},
+        ValueError,
+        r"hidden_states: expected bfloat16 or float16 \[T, 64\], got bfloat16 \[6, 33\]",
+    ),
+    (
+        "hidden_states dimensions",
+        lambda c: {"hidden_states": c["hidden_states"][None]},
+        ValueError,
+        r"hidden_states: expected bfloat16 or float16 \[T, 64\], got bfloat16 \[1, 6, 64\]",
+    ),
+    (
+        "hidden_states stride",
+        lambda c: {"hidden_states": c["hidden_states"].t().contiguous().t()},
+        ValueError,
+        r"hidden_states: expected a contiguous tensor, got strides \[1, 6\] for shape \[6, 64\]",
+    ),
+    (
+        "hidden_states device",
+        lambda c: {"hidden_states": c["hidden_states"].to("meta")},
+        ValueError,
+        r"hidden_states: expected a CUDA or CPU tensor, got one on meta",
+    ),
+    (
+        "weights device",
+        lambda c: {"weights": c["weights"].to("meta")},
+        ValueError,
+        r"weights: expected MoEWeights on cpu, where hidden_states is, got meta; weights.to\('cpu'\)",
+    ),
+    (
+        "topk_ids dtype",
+        lambda c: {"topk_ids": c["topk_ids"].to(torch.int16)},
+        TypeError,
+        r"topk_ids: expected int32 or int64 \[6, k\], got int16 \[6, 2\]",
+    ),
+    (
+        "topk_ids tokens",
+        lambda c: {"topk_ids": c["topk_ids"][:5]},
+        ValueError,
+        r"topk_ids: expected int32 or int64 \[6, k\], got int64 \[5, 2\]",
+    ),
+    (
+        "topk_ids flat",
+        lambda c: {"topk_ids": c["topk_ids"].flatten()},
+        ValueError,
+        r"topk_ids: expected int32 or int64 \[6, k\], got int64 \[12\]",
+    ),
+    (
+        "topk_ids empty",
+        lambda c: {"topk_ids": c["topk_ids"][:, :0], "topk_weights": c["topk_weights"][:, :0]},
+        ValueError,
+        r"topk_ids: expected \[6, k\] with k at least 1, got k = 0",
+    ),
+    (
+        "topk_ids stride",
+        lambda c: {"topk_ids": torch.cat([c["topk_ids"]] * 2, 1)[:, ::2]},
+        ValueError,
+        r"topk_ids: expected a contiguous tensor, got strides \[4, 2\] for shape \[6, 2\]",
+    ),
+    (
+        "topk_ids device",
+        lambda c: {"topk_ids": c["topk_ids"].to("meta")},
+        ValueError,
+        r"topk_ids: expected int32 or int64 \[6, k\] on cpu, got int64 \[6, 2\] on meta",
+    ),
+    (
+        "topk_ids type",
+        lambda c: {"topk_ids": c["topk_ids"].tolist()},
+        TypeError,
+        r"topk_ids: expected int32 or int64 \[6, k\], got list",
+    ),
+    (
+        "topk_weights dtype",
+        lambda c: {"topk_weights": c["topk_weights"].bfloat16()},
+        TypeError,
+        r"topk_weights: expected float32 \[6, 2\], got bfloat16 \[6, 2\]",
+    ),
+    (
+        "topk_weights shape",
+        lambda c: {"topk_weights": c["topk_weights"][:, :1].contiguous()},
+        ValueError,
+        r"topk_weights: expected float32 \[6, 2\], got float32 \[6, 1\]",
+    ),
+    (
+        "topk_weights device",
+        lambda c: {"topk_weights": c["topk_weights"].to("meta")},
+        ValueError,
+        r"topk_weights: expected float32 \[6, 2\] on cpu, got float32 \[6, 2\] on meta",
+    ),
+    (
+        "output dtype",
+        lambda c: {"output": torch.empty(T, H, dtype=torch.float16)},
+        TypeError,
+        r"output: expected bfloat16 \[6, 64\], got float16 \[6, 64\]",
+    ),
+    (
+        "output shape",
+        lambda c: {"output": torch.empty(T + 1, H, dtype=torch.bfloat16)},
+        ValueError,
+        r"output: expected bfloat16 \[6, 64\], got bfloat16 \[7, 64\]",
+    ),
+    (
+        "output stride",
+        lambda c: {"output": torch.empty(T, 2 * H, dtype=torch.bfloat16)[:, :H]},
+        ValueError,
+        r"output: expected a contiguous tensor, got strides \[128, 1\] for shape \[6, 64\]",
+    ),
+    (
+        "output device",
+        lambda c: {"output": c["hidden_states"].to("meta")},
+        ValueError,
+        r"output: expected bfloat16 \[6, 64\] on cpu, got bfloat16 \[6, 64\] on meta",
+    ),
+    (
+        "tile not in the manifest",
+        lambda c: {"tile_mn": (192, 128)},
+        ValueError,
+        r"tile_mn: expected a tile of the manifest \(.*\(128, 128\).*\), got \(192, 128\)",
+    ),
+    (
+        "tile no pair",
+        lambda c: {"tile_mn": 128},
+        TypeError,
+        r"tile_mn: expected a pair of integers \(M, N\), got 128",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_input_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setattr(mxfp4_moe.reference, "fused_moe", lambda *_: pytest.fail("computed before the last check"))
+    call = make_call()
+    call |= change(call)
+    with pytest.raises(error, match=message) as caught:
+        mxfp4_moe.fused_moe(**call)
+    assert "\n" not in str(caught.value)
+
+
+def test_k_that_is_no_multiple_of_32_is_refused_with_the_weights() -> None:
+    hidden, inter = 48, 64
+    with pytest.raises(ValueError, match=r"w13: expected H .* a multiple of 32, got 48"):
+        MoEWeights.from_mxfp4(
+            torch.zeros(2, 2 * inter, hidden // 2, dtype=torch.uint8),
+            torch.zeros(2, 2 * inter, 2, dtype=torch.uint8),
+            torch.zeros(2, hidden, inter // 2, dtype=torch.uint8),
+            torch.zeros(2, hidden, inter // 32, dtype=torch.uint8),
+        )
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (12, 0), (12, 1)])
+def test_supported_gpus(capability: tuple[int, int]) -> None:
+    check_capability(capability, "a GPU")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (10, 0), (10, 3), (11, 0)])
+def test_unsupported_gpu_is_named_with_archs_and_versions(capability: tuple[int, int]) -> None:
+    arch = f"sm_{capability[0]}{capability[1]}"
+    with pytest.raises(RuntimeError, match=rf"\(sm_90a, sm_120f\), got one on Old GPU, which is {arch}; ") as caught:
+        check_capability(capability, "Old GPU")
+    assert f"torch {torch.__version__}" in str(caught.value)
+    assert "the wheel was built for" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---- what it means -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+def test_layer_is_close_to_float64_without_activation_quantization(dtype: torch.dtype, activation: str) -> None:
+    """Two MXFP8 quantizations stand between the two: relative error 2^-4 per value at worst, a few percent overall."""
+    call = make_call(dtype=dtype, tokens=32)
+    call["weights"] = weights = make_weights(activation=activation)
+    plain = weights.to_mxfp4()
+    w13 = formats.dequantize_mxfp4(plain.w13, plain.w13_scale).double()
+    w2 = formats.dequantize_mxfp4(plain.w2, plain.w2_scale).double()
+    assert plain.w13_bias is not None
+    assert plain.w2_bias is not None
+    expected = torch.zeros(32, H, dtype=torch.float64)
+    for t in range(32):
+        for j in range(K):
+            e = int(call["topk_ids"][t, j])
+            row = w13[e] @ call["hidden_states"][t].double() + plain.w13_bias[e].double()
+            gate, up = row[0::2], row[1::2]
+            if activation == "swiglu_oai":
+                gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+                act = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            else:
+                act = gate * torch.sigmoid(gate) * up
+            expected[t] += call["topk_weights"][t, j].double() * (w2[e] @ act + plain.w2_bias[e].double())
+    out = mxfp4_moe.fused_moe(**call)
+    assert out.dtype == dtype
+    assert (out.double() - expected).norm() / expected.norm() < 0.06
+
+
+def test_ids_that_are_no_expert_contribute_nothing() -> None:
+    call = make_call()
+    ids = call["topk_ids"]
+    ids[0, 1], ids[1, 0], ids[2] = -1, E, torch.tensor([-(2**40), 2**32 + 1])
+    out = mxfp4_moe.fused_moe(**call)
+    for t, j in ((0, 0), (1, 1)):  # the slot that is left
+        one = mxfp4_moe.fused_moe(
+            call["hidden_states"][t : t + 1],
+            call["topk_weights"][t : t + 1, j : j + 1].contiguous(),
+            ids[t : t + 1, j : j + 1].contiguous(),
+            call["weights"],
+        )
+        assert torch.equal(bits(out[t : t + 1]), bits(one))
+    assert torch.equal(bits(out[2]), torch.zeros(H, dtype=torch.int16))
+
+
+def test_expert_may_repeat_within_a_token() -> None:
+    call = make_call(tokens=1)
+    call["topk_ids"] = torch.tensor([[2, 2]])
+    call["topk_weights"] = torch.tensor([[0.25, 0.5]])
+    twice = mxfp4_moe.fused_moe(**call)
+    call["topk_ids"], call["topk_weights"] = torch.tensor([[2]]), torch.tensor([[0.75]])
+    torch.testing.assert_close(twice, mxfp4_moe.fused_moe(**call), rtol=2**-7, atol=0)  # one bfloat16 rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_no_tokens(dtype: torch.dtype) -> None:
+    call = make_call(tokens=0)
+    call["topk_ids"] = call["topk_ids"].to(dtype)
+    out = mxfp4_moe.fused_moe(**call)
+    assert out.shape == (0, H)
+    assert out.dtype == torch.bfloat16
+
+
+def test_int32_and_int64_ids_are_the_same() -> None:
+    call = make_call()
+    out = mxfp4_moe.fused_moe(**call)
+    call["topk_ids"] = call["topk_ids"].int()
+    assert torch.equal(bits(out), bits(mxfp4_moe.fused_moe(**call)))
+
+
+def test_output_is_written_and_returned() -> None:
+    call = make_call()
+    expected = mxfp4_moe.fused_moe(**call)
+    output = torch.full_like(expected, float("nan"))
+    assert mxfp4_moe.fused_moe(**call, output=output) is output
+    assert torch.equal(bits(output), bits(expected))
+    in_place = call["hidden_states"]
+    assert mxfp4_moe.fused_moe(**call, output=in_place) is in_place
+    assert torch.equal(bits(in_place), bits(expected))
+
+
+def test_token_alone_equals_token_in_a_batch() -> None:
+    call = make_call(tokens=9)
+    out = mxfp4_moe.fused_moe(**call)
+    for t in range(9):
+        alone: dict[str, Any] = {name: x[t : t + 1] if isinstance(x, Tensor) else x for name, x in call.items()}
+        assert torch.equal(bits(out[t : t + 1]), bits(mxfp4_moe.fused_moe(**alone)))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poison_stays_in_its_token(poison: float) -> None:
+    call = make_call()
+    clean = mxfp4_moe.fused_moe(**call)
+    call["hidden_states"][3, 40] = poison
+    out = mxfp4_moe.fused_moe(**call)
+    assert out[3].isnan().all()
+    others = torch.arange(T) != 3
+    assert torch.equal(bits(out[others]), bits(clean[others]))
+
+
+def test_tile_choice_changes_nothing_on_the_cpu() -> None:
+    call = make_call()
+    out = mxfp4_moe.fused_moe(**call)
+    for options in ({"tile_mn": (8, 128)}, {"tile_mn": (256, 64)}, {"auto_tile_select": False}):
+        assert torch.equal(bits(out), bits(mxfp4_moe.fused_moe(**call, **options)))
+
+
+def test_no_gradient_flows() -> None:
+    call = make_call()
+    call["hidden_states"].requires_grad_()
+    call["topk_weights"].requires_grad_()
+    assert not mxfp4_moe.fused_moe(**call).requires_grad
+
+
+def test_without_limit_nothing_is_clamped() -> None:
+    call = make_call()
+    call["hidden_states"] *= 30
+    clamped = mxfp4_moe.fused_moe(**call)
+    call["weights"] = replace(call["weights"], limit=None)
+    free = mxfp4_moe.fused_moe(**call)
+    call["weights"] = replace(call["weights"], limit=1e30)
+    assert torch.equal(bits(free), bits(mxfp4_moe.fused_moe(**call)))
+    assert not torch.equal(bits(free), bits(clamped))
+
+
+# ---- modules and loading -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_loader(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No extension counts as loaded, before and after."""
+    for cached in (_load.load_tile, _load.moe_ops):
+        monkeypatch.setattr(_load, cached.__name__, cached.__wrapped__)
+    return monkeypatch
+
+
+def test_import_loads_no_extension() -> None:
+    code = (
+        "import sys, mxfp4_moe\n"
+        "assert not [m for m in sys.modules if m.startswith('mxfp4_moe._ext')], sys.modules\n"
+        "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
+        "assert 'mxfp4_moe' not in maps, maps\n"
+        "print(sorted(mxfp4_moe.__all__))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert result.returncode == 0, result.stderr
+    for name in eval(result.stdout):
+        assert hasattr(mxfp4_moe, name)
+
+
+def test_module_is_cached_and_bound_to_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    module = mxfp4_moe.get_cutlass_fused_moe_module(backend="120", tile_mn=(8, 128))
+    assert module is mxfp4_moe.get_cutlass_fused_moe_module(tile_mn=(8, 128))
+    assert module is not mxfp4_moe.get_cutlass_fused_moe_module()
+    assert module.tile == Tile(m=8, n=128, swap_ab=True)
+    assert mxfp4_moe.get_cutlass_fused_moe_module().tile == Tile(m=128, n=128, swap_ab=False)
+    call = make_call()
+    output = torch.empty_like(call["hidden_states"])
+    assert module.fused_moe(**call, output=output) is output
+    assert torch.equal(bits(output), bits(mxfp4_moe.fused_moe(**call)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backend": "100"}, ValueError, r"backend: expected '120' .*SM90.*got '100'"),
+        ({"backend": 120}, ValueError, r"backend: expected '120' .*got 120"),
+        ({"tile_mn": (96, 128)}, ValueError, r"tile_mn: expected M a multiple of 64, or 8, 16 or 32 .*got \(96, 128\)"),
+        ({"tile_mn": (24, 128)}, ValueError, r"tile_mn: expected M a multiple of 64, or 8, 16 or 32 .*got \(24, 128\)"),
+        ({"tile_mn": (16, 32)}, ValueError, r"tile_mn: expected N of at least 64 for a swapped tile \(M = 16\), got"),
+        ({"tile_mn": (128, 4)}, ValueError, r"tile_mn: expected N from 8 to 256, got \(128, 4\)"),
+        ({"tile_mn": (128, 512)}, ValueError, r"tile_mn: expected N from 8 to 256, got \(128, 512\)"),
+        ({"tile_mn": (64, 8)}, ValueError, r"tile_mn: expected a tile of the manifest \(.*\), got \(64, 8\)"),
+        ({"tile_mn": (0, 128)}, ValueError, r"tile_mn: expected a tile of the manifest \(.*\), got \(0, 128\)"),
+        ({"tile_mn": (128,)}, TypeError, r"tile_mn: expected a pair of integers \(M, N\), got \(128,\)"),
+        ({"tile_mn": (128.0, 128)}, TypeError, r"tile_mn: expected a pair of integers \(M, N\), got \(128.0, 128\)"),
+    ],
+)
+def test_module_arguments_are_checked(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mxfp4_moe.get_cutlass_fused_moe_module(**arguments)
+
+
+def test_tile_choice_names_are_exported() -> None:
+    assert [mxfp4_moe.select_tile_mn_for_sm120(n) for n in (1, 63, 64, 255, 256)] == [
+        (64, 128),
+        (64, 128),
+        (128, 128),
+        (128, 128),
+        (256, 64),
+    ]
+    assert manifest_tile((16, 128)).swap_ab
+
+
+def test_loading_without_cuda_torch_is_one_sentence(fresh_loader: pytest.MonkeyPatch) -> None:
+    fresh_loader.setattr(torch.version, "cuda", None)
+    module = mxfp4_moe.get_cutlass_fused_moe_module()
+    for load in (lambda: module.grouped_gemm, mxfp4_moe.prewarm_moe_tiles):
+        with pytest.raises(
+            RuntimeError, match=r"mxfp4_moe\._ext\.moe needs a CUDA build of torch: .*no CUDA"
+        ) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
+def test_extension_that_does_not_load_quotes_what_it_was_built_for(
+    fresh_loader: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    report = tmp_path / "build_report.json"
+    report.write_text('{"built_with": {"cuda": "13.0", "torch": "2.13.0"}}')
+
+    def refuse(name: str) -> Any:
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    fresh_loader.setattr(_load, "_REPORT", report)
+    fresh_loader.setattr(torch.version, "cuda", "12.6")
+    fresh_loader.setattr(importlib, "import_module", refuse)
+    with pytest.raises(RuntimeError, match=r"mxfp4_moe\._ext\.moe cannot be loaded \(libcudart") as caught:
+        mxfp4_moe.prewarm_moe_tiles()
+    message = str(caught.value)
+    assert "built for CUDA 13.0 with torch 2.13.0" in message
+    assert f"you have torch {torch.__version__} with CUDA 12.6" in message
+    assert "\n" not in message
+    assert isinstance(caught.value.__cause__, ImportError)
+    report.unlink()
+    with pytest.raises(RuntimeError, match="an unknown CUDA"):
+        mxfp4_moe.prewarm_moe_tiles()

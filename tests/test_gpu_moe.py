@@ -1,0 +1,451 @@
+"""The layer on the GPU: its kernels one by one against the reference, then the whole at gpt-oss-120b's size."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import gpu_problems
+import pytest
+import torch
+from gpu_problems import Call, bits, random_call, random_weights, relative_error
+from torch import Tensor
+
+import mxfp4_moe
+from mxfp4_moe import _load, formats, reference
+from mxfp4_moe.tiles import Tile, load_manifest
+from mxfp4_moe.weights import MoEWeights
+
+pytestmark = pytest.mark.gpu
+
+TILES = load_manifest().tiles
+HALVES = (torch.bfloat16, torch.float16)
+UNWRITTEN = 0xEE
+TOP_K = 4
+# Both sides quantize the same values twice and round the same rows to bfloat16; what is left is exp's last bits.
+LAYER_TOLERANCE = 5e-3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> torch.device:
+    return gpu_problems.gpu()
+
+
+@functools.cache
+def gpt_oss() -> MoEWeights:
+    return random_weights(128, 2880, 2880, gpu_problems.gpu())
+
+
+@functools.cache
+def small() -> MoEWeights:
+    return random_weights(8, 160, 96, gpu_problems.gpu())
+
+
+def ops() -> Any:
+    return _load.moe_ops()
+
+
+def run(call: Call, weights: MoEWeights, **options: Any) -> Tensor:
+    return mxfp4_moe.fused_moe(*call.args(), weights, **options)
+
+
+# ---- kernel by kernel ------------------------------------------------------------------------------------------------
+
+
+def ids_of(tokens: int, top_k: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    g = torch.Generator(device).manual_seed(tokens * top_k + experts)
+    return torch.randint(-2, experts + 2, (tokens, top_k), generator=g, device=device, dtype=dtype)
+
+
+def check_route(ids: Tensor, experts: int, tile_m: int) -> None:
+    offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles = ops().route(ids, experts, tile_m)
+    expected_offsets, expected_row_slot, expected_slot_row = reference.route(ids, experts)
+    assert torch.equal(offsets, expected_offsets)
+    assert torch.equal(row_slot, expected_row_slot)
+    assert torch.equal(slot_row, expected_slot_row)
+    valid = int(offsets[-1])
+    assert torch.equal(
+        row_expert[:valid].long(), torch.arange(experts, device=ids.device).repeat_interleave(offsets.diff())
+    )
+    assert (row_expert[valid:] == -1).all()
+    expected_tiles = reference.m_tiles(expected_offsets, tile_m)
+    assert num_m_tiles.tolist() == [len(expected_tiles)]
+    assert torch.equal(m_tiles[: len(expected_tiles)], expected_tiles)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [
+        *[(0, 4, 8), (1, 1, 1), (1, 4, 128), (5, 4, 128), (33, 1, 2), (64, 4, 128), (257, 3, 5), (1024, 4, 128)],
+        *[(100, 16, 1024), (300, 4, 1024), (7, 8, 513), (4096, 8, 256), (131_072, 4, 128)],
+    ],
+)
+def test_route_is_exact(tokens: int, top_k: int, experts: int, dtype: torch.dtype, device: torch.device) -> None:
+    ids = ids_of(tokens, top_k, experts, dtype, device)
+    for tile_m in (8, 64, 256):
+        check_route(ids, experts, tile_m)
+
+
+@pytest.mark.parametrize("expert", [0, 3, 7, -1, 8])
+def test_route_when_all_go_the_same_way(expert: int, device: torch.device) -> None:
+    check_route(torch.full((1000, 4), expert, dtype=torch.int32, device=device), 8, 16)
+
+
+def test_route_reads_all_64_bits(device: torch.device) -> None:
+    ids = torch.tensor([[2**32 + 1, -(2**63), 2**63 - 1, 1, 2**31, -(2**31)]], device=device)
+    check_route(ids, 4, 8)
+
+
+def special_rows(width: int, dtype: torch.dtype) -> Tensor:
+    """Every kind of value: magnitudes far apart, any bit pattern, denormals, zeros of both signs, NaN and infinity."""
+    g = torch.Generator().manual_seed(width)
+
+    def patterns(high: int) -> Tensor:
+        return torch.randint(0, high, (width,), generator=g, dtype=torch.int32).to(torch.int16).view(dtype)
+
+    x = torch.randn(9, width, generator=g)
+    x *= torch.randint(-20, 12, (9, width // 32, 1), generator=g).float().exp2().expand(-1, -1, 32).reshape(9, width)
+    x = x.to(dtype)
+    x[1] = patterns(1 << 16)
+    x[2] = patterns(0x80 if dtype is torch.bfloat16 else 0x400)  # denormals
+    x[3] = patterns(0x7F80 if dtype is torch.bfloat16 else 0x7C00)  # finite, all exponents
+    x[4, :16], x[4, 16:32] = 0.0, -0.0
+    x[5, 0], x[6, width - 1], x[7, width // 2] = float("nan"), float("inf"), -float("inf")
+    x[8] = torch.finfo(dtype).max
+    return x
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 160, 2880, 4096])
+def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = special_rows(width, dtype)
+    top_k, experts = 3, 5
+    ids = ids_of(len(x), top_k, experts, torch.int32, device)
+    offsets, row_slot, _ = reference.route(ids, experts)
+    codes, scales = ops().quantize_permute(x.to(device), row_slot, offsets, top_k)
+    valid = int(offsets[-1])
+    token = row_slot[:valid].cpu() // top_k
+    expected_codes, expected_scales = formats.quantize_mxfp8(x)
+    expected_words = formats.pack_row_scales(expected_scales[token])
+    assert torch.equal(codes[:valid].cpu(), formats.interleave_k(expected_codes[token]))
+    assert torch.equal(scales[:, :valid].cpu(), expected_words[:, :valid])
+
+
+def run_activation(
+    gemm1: Tensor, row_expert: Tensor, bias: Tensor | None, weights: MoEWeights
+) -> tuple[Tensor, Tensor]:
+    """Codes in plain order and scales, of all rows."""
+    rows, inter = gemm1.shape[0], gemm1.shape[1] // 2
+    offsets = torch.tensor([0, 0, rows], dtype=torch.int32, device=gemm1.device)
+    if bias is not None:
+        offsets = torch.full((len(bias) + 1,), rows, dtype=torch.int32, device=gemm1.device)
+    kind = ["swiglu", "swiglu_oai"].index(weights.activation.value)
+    limit = math.inf if weights.limit is None else weights.limit
+    codes, scales = ops().activation(gemm1, row_expert, offsets, bias, kind, weights.alpha, weights.beta, limit)
+    padding = scales.transpose(0, 1)[:rows].reshape(rows, -1)[:, inter // 32 :]
+    assert not padding.any(), "scale bytes past the row must be zero"
+    return formats.deinterleave_k(codes), formats.unpack_row_scales(scales, rows, inter)
+
+
+def ordinal(codes: Tensor) -> Tensor:
+    """E4M3 codes as integers in the order of their values: neighbours differ by one."""
+    magnitude = (codes & 0x7F).int()
+    return torch.where(codes >= 0x80, -magnitude, magnitude)
+
+
+@pytest.mark.parametrize("limit", [7.0, None])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("inter", [32, 96, 160, 2880])
+def test_activation_is_close(
+    inter: int, with_bias: bool, activation: str, limit: float | None, device: torch.device
+) -> None:
+    """exp may differ in its last bits, which moves a code to its neighbour when the value lies near a tie."""
+    weights = replace(small(), activation=mxfp4_moe.Activation(activation), limit=limit)
+    g = torch.Generator(device).manual_seed(inter)
+    experts, rows = 5, 67
+    gemm1 = torch.randn(rows, 2 * inter, generator=g, device=device) * 4
+    gemm1[0, 0], gemm1[1, 8], gemm1[2, 0] = float("nan"), float("nan"), float("inf")
+    gemm1[3, 0], gemm1[3, 1], gemm1[3, 9] = -200.0, 200.0, 1e30
+    row_expert = torch.arange(rows, device=device, dtype=torch.int32) % experts
+    bias = torch.randn(experts, 2 * inter, generator=g, device=device) if with_bias else None
+    codes, scales = run_activation(gemm1, row_expert, bias, weights)
+    values = reference.activate(gemm1, row_expert, bias, activation, weights.alpha, weights.beta, limit)
+    expected_codes, expected_scales = formats.quantize_mxfp8(values)
+    assert torch.equal(scales, expected_scales)
+    assert (codes != expected_codes).float().mean() < 2e-3
+    assert (ordinal(codes) - ordinal(expected_codes)).abs().max() <= 1
+
+
+def test_activation_quantizes_exactly(device: torch.device) -> None:
+    """sigmoid(128) is 1 in fp32, so the product is exact and the quantizer sees known bits, fp32 denormals too."""
+    rows, inter = 40, 160
+    g = torch.Generator(device).manual_seed(1)
+    up = torch.randn(rows, inter, generator=g, device=device)
+    up *= (
+        torch.randint(-120, 100, (rows, inter // 32, 1), generator=g, device=device)
+        .float()
+        .exp2()
+        .repeat_interleave(32, -1)
+        .view(rows, inter)
+    )
+    up[1] = torch.randint(0, 1 << 23, (inter,), generator=g, device=device, dtype=torch.int32).view(torch.float32)
+    up[2], up[3, :32] = 0.0, -0.0
+    gemm1 = torch.stack([torch.full_like(up, 128.0).view(rows, -1, 8), up.view(rows, -1, 8)], dim=2).view(rows, -1)
+    weights = replace(small(), activation=mxfp4_moe.Activation.SWIGLU)
+    codes, scales = run_activation(gemm1, torch.zeros(rows, dtype=torch.int32, device=device), None, weights)
+    expected_codes, expected_scales = formats.quantize_mxfp8(up.cpu() * 128)
+    assert torch.equal(codes.cpu(), expected_codes)
+    assert torch.equal(scales.cpu(), expected_scales)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 5, 9, 16])
+@pytest.mark.parametrize("width", [32, 2880])
+def test_finalize_is_exact(width: int, top_k: int, with_bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    tokens, experts = 33, 6
+    g = torch.Generator(device).manual_seed(width + top_k)
+    ids = ids_of(tokens, top_k, experts, torch.int32, device)
+    ids[3] = -1
+    _, row_slot, slot_row = reference.route(ids, experts)
+    row_expert = torch.where(row_slot >= 0, ids.flatten()[row_slot.long()], -1).to(torch.int32)
+    rows = torch.randn(tokens * top_k, width, generator=g, device=device).to(dtype)
+    topk_weights = torch.rand(tokens, top_k, generator=g, device=device)
+    bias = torch.randn(experts, width, generator=g, device=device) if with_bias else None
+    out = ops().finalize(rows, slot_row, row_expert, topk_weights, bias)
+    expected = reference.finalize(rows, topk_weights, slot_row, row_expert, bias)
+    assert torch.equal(bits(out), bits(expected))
+    assert not bits(out[3]).any()
+
+
+# ---- the whole layer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 64, 257, 1024])
+def test_gpt_oss_layer_is_close_to_the_reference(tokens: int) -> None:
+    call = random_call(tokens, TOP_K, gpt_oss())
+    out = run(call, gpt_oss())
+    assert torch.equal(bits(out), bits(run(call, gpt_oss()))), "a second run gave other bits"
+    assert relative_error(out, reference.fused_moe(*call.args(), gpt_oss())) <= LAYER_TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 257])
+def test_every_tile_gives_the_same_bits(tokens: int) -> None:
+    call = random_call(tokens, TOP_K, gpt_oss())
+    expected = bits(run(call, gpt_oss()))
+    for tile in TILES:
+        assert torch.equal(expected, bits(run(call, gpt_oss(), tile_mn=tile.mn))), tile.name
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "hidden", "inter", "tokens", "bias"),
+    [(1, 1, 32, 32, 1, True), (3, 2, 96, 160, 7, True), (8, 3, 160, 96, 65, False), (32, 4, 2880, 2880, 40, True)],
+)
+def test_layers_of_other_shapes(
+    experts: int,
+    top_k: int,
+    hidden: int,
+    inter: int,
+    tokens: int,
+    bias: bool,
+    activation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    weights = random_weights(experts, hidden, inter, device, bias=bias, activation=activation)
+    call = random_call(tokens, top_k, weights, dtype=dtype, ids=torch.int64)
+    out = run(call, weights)
+    assert out.dtype == dtype
+    assert relative_error(out, reference.fused_moe(*call.args(), weights)) <= LAYER_TOLERANCE
+
+
+def test_token_alone_equals_token_in_a_batch() -> None:
+    call = random_call(64, TOP_K, gpt_oss())
+    out = run(call, gpt_oss())
+    for t in range(0, 64, 7):
+        assert torch.equal(bits(out[t : t + 1]), bits(run(call.token(t), gpt_oss()))), f"token {t}"
+
+
+def test_ids_that_are_no_expert_contribute_nothing() -> None:
+    call = random_call(64, TOP_K, gpt_oss())
+    call.topk_ids[::3, 1] = -1
+    call.topk_ids[1::3, 2] = 128
+    call.topk_ids[5] = 2**31 - 1
+    out = run(call, gpt_oss())
+    assert relative_error(out, reference.fused_moe(*call.args(), gpt_oss())) <= LAYER_TOLERANCE
+    assert not bits(out[5]).any()
+    call.topk_ids[:] = -1
+    assert not bits(run(call, gpt_oss())).any()
+
+
+def test_output_is_written_and_returned() -> None:
+    call = random_call(16, TOP_K, small())
+    expected = run(call, small())
+    output = torch.full_like(expected, float("nan"))
+    assert run(call, small(), output=output) is output
+    assert torch.equal(bits(output), bits(expected))
+    assert run(call, small(), output=call.hidden_states) is call.hidden_states
+    assert torch.equal(bits(call.hidden_states), bits(expected))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poison_stays_in_its_token(poison: float) -> None:
+    call = random_call(64, TOP_K, gpt_oss())
+    call.topk_ids[:16] = call.topk_ids[3]  # neighbours of the poisoned rows, in the same tiles
+    clean = run(call, gpt_oss())
+    call.hidden_states[3, 1000] = poison
+    others = torch.arange(64, device=clean.device) != 3
+    for tile in TILES:
+        out = run(call, gpt_oss(), tile_mn=tile.mn)
+        assert out[3].isnan().all(), tile.name
+        assert torch.equal(bits(out[others]), bits(clean[others])), tile.name
+
+
+def test_current_stream_is_respected(device: torch.device) -> None:
+    """The inputs arrive late on the stream; work on another stream would read the zeros before them."""
+    call = random_call(64, TOP_K, gpt_oss())
+    expected = run(call, gpt_oss())
+    late = Call(
+        hidden_states=torch.zeros_like(call.hidden_states),
+        topk_weights=torch.zeros_like(call.topk_weights),
+        topk_ids=torch.zeros_like(call.topk_ids),
+    )
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # cycles, about 0.1 s
+        for target, source in zip(late.args(), call.args(), strict=True):
+            target.copy_(source)
+        out = run(late, gpt_oss())
+        result = out.clone()
+    stream.synchronize()
+    assert torch.equal(bits(result), bits(expected))
+
+
+def test_graph_replays_with_other_inputs_and_routing(device: torch.device) -> None:
+    calls = [random_call(48, TOP_K, gpt_oss(), seed=seed) for seed in range(3)]
+    calls[2].topk_ids[:] = calls[2].topk_ids[:1]  # all tokens to the same experts
+    calls[2].topk_ids[7] = -1
+    expected = [run(call, gpt_oss()) for call in calls]
+    static = Call(**{name: torch.empty_like(x) for name, x in vars(calls[0]).items()})
+    output = torch.empty_like(static.hidden_states)
+    for target, source in zip(static.args(), calls[0].args(), strict=True):
+        target.copy_(source)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(static, gpt_oss(), output=output)
+    for call, wanted in zip((*calls, *calls), (*expected, *expected), strict=True):
+        for target, source in zip(static.args(), call.args(), strict=True):
+            target.copy_(source)
+        output.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(bits(output), bits(wanted))
+
+
+def test_memory_goes_back_to_torch(device: torch.device) -> None:
+    call = random_call(64, TOP_K, gpt_oss())
+    run(call, gpt_oss())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    for _ in range(3):
+        run(call, gpt_oss())
+    assert torch.cuda.memory_allocated(device) == before
+
+
+# ---- loading and refusals --------------------------------------------------------------------------------------------
+
+
+def test_prewarm_loads_every_tile() -> None:
+    assert mxfp4_moe.prewarm_moe_tiles() == [tile.name for tile in TILES]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+def test_module_of_a_tile(tile: Tile) -> None:
+    module = mxfp4_moe.get_cutlass_fused_moe_module(tile_mn=tile.mn)
+    assert module is mxfp4_moe.get_cutlass_fused_moe_module("120", tile.mn)
+    call = random_call(16, 3, small())
+    assert torch.equal(bits(module.fused_moe(*call.args(), small())), bits(run(call, small())))
+
+
+def test_no_tokens() -> None:
+    call = random_call(0, TOP_K, small())
+    assert run(call, small()).shape == (0, 160)
+
+
+def test_arguments_on_the_wrong_device_are_refused(device: torch.device) -> None:
+    call = random_call(4, 2, small())
+    x, w, ids = call.args()
+    with pytest.raises(ValueError, match=rf"weights: expected MoEWeights on {device}, where hidden_states is, got cpu"):
+        mxfp4_moe.fused_moe(x, w, ids, small().to("cpu"))
+    with pytest.raises(ValueError, match=r"weights: expected MoEWeights on cpu, where hidden_states is, got cuda"):
+        mxfp4_moe.fused_moe(x.cpu(), w.cpu(), ids.cpu(), small())
+    with pytest.raises(ValueError, match=rf"topk_ids: expected .* on {device}, got int32 \[4, 2\] on cpu"):
+        mxfp4_moe.fused_moe(x, w, ids.cpu(), small())
+    with pytest.raises(ValueError, match=rf"topk_weights: expected .* on {device}, got float32 \[4, 2\] on cpu"):
+        mxfp4_moe.fused_moe(x, w.cpu(), ids, small())
+    with pytest.raises(ValueError, match=rf"output: expected .* on {device}, got bfloat16 \[4, 160\] on cpu"):
+        mxfp4_moe.fused_moe(x, w, ids, small(), output=x.cpu())
+
+
+def test_data_off_a_16_byte_boundary_is_refused() -> None:
+    x, w, ids = random_call(4, 2, small()).args()
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x)
+    with pytest.raises(RuntimeError, match=r"hidden_states: expected data aligned to 16 bytes, got 2 bytes past that"):
+        mxfp4_moe.fused_moe(shifted, w, ids, small())
+    with pytest.raises(RuntimeError, match=r"out: expected data aligned to 16 bytes, got 2 bytes past that"):
+        mxfp4_moe.fused_moe(x, w, ids, small(), output=shifted)
+
+
+def test_router_tensors_may_start_anywhere() -> None:
+    """They are read element by element, so a view that starts at an odd place is fine."""
+    call = random_call(9, 3, small())
+    expected = run(call, small())
+    shifted = []
+    for x in (call.topk_weights, call.topk_ids):
+        shifted.append(torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x).copy_(x))
+    out = mxfp4_moe.fused_moe(call.hidden_states, shifted[0], shifted[1], small())
+    assert torch.equal(bits(out), bits(expected))
+
+
+def test_the_operator_checks_for_itself() -> None:
+    """Callers may skip the Python layer; the operator then says what does not fit."""
+    x, w, ids = random_call(4, 2, small()).args()
+    layer = small()
+    _load.load_tile(TILES[0])
+    good: dict[str, Any] = {
+        **{"hidden_states": x, "topk_weights": w, "topk_ids": ids, "w13": layer.w13, "w13_scale": layer.w13_scale},
+        **{"w13_bias": None, "w2": layer.w2, "w2_scale": layer.w2_scale, "w2_bias": None, "activation": 1},
+        **{"alpha": 1.702, "beta": 1.0, "limit": 7.0, "tile_m": TILES[0].m, "tile_n": TILES[0].n},
+        "out": torch.empty_like(x),
+    }
+    ops().fused_moe(**good)
+    for change, message in (
+        ({"tile_m": 7}, r"tile: expected one that is loaded, got \(7, "),
+        ({"hidden_states": x.float()}, r"hidden_states: expected bfloat16 or float16 .*, got float32 \[4, 160\]"),
+        ({"topk_weights": w.double()}, r"topk_weights: expected float32 \[4, 2\], got another dtype \[4, 2\]"),
+        ({"topk_ids": ids.short()}, r"topk_ids: expected int32 or int64 \[tokens, top_k\]"),
+        ({"w13": layer.w13[:, :, :-1]}, r"w13: expected uint8 \[8, 192, 80\], got uint8 \[8, 192, 79\]"),
+        ({"w2_scale": layer.w2_scale[:-1]}, r"w2_scale: expected uint8 \[8, 2, 1, 512\], got uint8 \[7, 2, 1, 512\]"),
+        (
+            {"w2_bias": torch.empty(8, 96, device=x.device)},
+            r"w2_bias: expected float32 \[8, 160\], got float32 \[8, 96",
+        ),
+        ({"activation": 9}, r"activation: expected 0 to 1, got 9"),
+        ({"out": torch.empty(4, 320, device=x.device, dtype=x.dtype)[:, :160]}, r"out: expected a contiguous tensor"),
+        ({"w2": layer.w2.cpu()}, r"w2: expected a tensor on cuda:\d+, got one on"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops().fused_moe(**{**good, **change})
+
+
+def test_route_refuses_what_it_cannot_hold(device: torch.device) -> None:
+    ids = torch.zeros(2, 2, dtype=torch.int32, device=device)
+    for experts in (0, 1025):
+        with pytest.raises(RuntimeError, match=rf"num_experts: expected 1 to 1024, got {experts}"):
+            ops().route(ids, experts, 8)

@@ -1,0 +1,180 @@
+"""The C++ arithmetic that kernel, launcher and layer share, run on the host: against CuTe, formats.py and tiles.py.
+
+The bindings (tests/host/bindings.cpp) include the kernel's own headers, so what is tested here is what the GPU runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mxfp4_moe import formats, tiles
+from wheelbuild import toolchain
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = [(16, 32), (32, 96), (80, 128), (128, 128), (129, 64), (256, 1024), (300, 2880), (2880, 160)]
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """tests/host/bindings.cpp, compiled with g++ and the headers that the wheel is built with."""
+    folders = toolchain.package_dirs(os.environ)
+    cuda = toolchain.resolve_cuda({**os.environ, "MXFP4_MOE_TOOLCHAIN": "pypi"}, folders, ["120f"])
+    cutlass = toolchain.find_cutlass(os.environ, folders)
+    library = tmp_path_factory.mktemp("host") / ("mxfp4_moe_host" + sysconfig.get_config_var("EXT_SUFFIX"))
+    system = [*cutlass.include_dirs, *cuda.include_dirs, pybind11.get_include(), sysconfig.get_path("include")]
+    command = [
+        str(toolchain.find_cxx(os.environ)),
+        *("-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"),
+        *(word for folder in system for word in ("-isystem", str(folder))),
+        *(str(ROOT / "tests" / "host" / "bindings.cpp"), "-o", str(library)),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    spec = importlib.util.spec_from_file_location("mxfp4_moe_host", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the MMA's operand, scale and selector mapping -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operand", ["a", "b", "c", "sfa", "sfb"])
+@pytest.mark.parametrize("atom", ["cute_tables", "cute_tables_swapped"])
+def test_lane_map_is_that_of_cute(host: ModuleType, operand: str, atom: str) -> None:
+    """Element by element: 32 lanes x every register byte of SM120_16x8x32_TN_VS (E4M3 x E2M1, and exchanged)."""
+    assert host.our_tables()[operand] == getattr(host, atom)()[operand]
+
+
+@pytest.mark.parametrize(("operand", "elements"), [("a", 16 * 32), ("b", 8 * 32), ("c", 16 * 8)])
+def test_lane_map_covers_every_element_once(host: ModuleType, operand: str, elements: int) -> None:
+    flat = [index for lane in host.our_tables()[operand] for index in lane]
+    assert sorted(flat) == list(range(elements))
+
+
+def test_scale_words_come_from_the_lanes_that_thread_selector_0_names(host: ModuleType) -> None:
+    """PTX ISA, scale_vec::1X: A's row g from lane 4g and row g + 8 from lane 4g + 1, B's column g from lane 4g."""
+    tables = host.our_tables()
+    for g in range(8):
+        assert tables["sfa"][4 * g][0] == g
+        assert tables["sfa"][4 * g + 1][0] == g + 8
+        assert tables["sfb"][4 * g][0] == g
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_byte_selector_is_the_k_step(host: ModuleType, n: int, k: int) -> None:
+    """A row's scales of one K tile are the bytes of one aligned word, in the order of the K steps."""
+    for row, row_offsets in enumerate(host.weight_scale_offsets(n, k)):
+        for block, offset in enumerate(row_offsets):
+            assert offset % 4 == block % 4, (row, block)
+            assert offset - block % 4 == row_offsets[block - block % 4], (row, block)
+
+
+# --- scale layouts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_weight_scale_layout_is_that_of_cute(host: ModuleType, n: int, k: int) -> None:
+    ours = host.weight_scale_offsets(n, k)
+    assert ours == host.weight_scale_offsets_by_word(n, k)
+    assert ours == host.cute_scale_offsets_a(n, k)
+    assert ours == host.cute_scale_offsets_b(n, k)
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_weight_scale_allocation_is_padded_as_cute_pads(host: ModuleType, n: int, k: int) -> None:
+    size = host.weight_scale_bytes(n, k)
+    assert size == host.cute_scale_bytes(n, k)
+    assert size == -(-n // 128) * -(-k // 128) * 512
+    assert max(max(row) for row in host.weight_scale_offsets(n, k)) < size
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_weight_scale_layout_is_that_of_formats(host: ModuleType, n: int, k: int) -> None:
+    scales = torch.randint(1, 255, (n, k // 32), dtype=torch.uint8)
+    swizzled = formats.swizzle_scales(scales).reshape(-1)
+    assert swizzled.numel() == host.weight_scale_bytes(n, k)
+    offsets = torch.tensor(host.weight_scale_offsets(n, k))
+    assert torch.equal(swizzled[offsets], scales)
+    padding = torch.ones_like(swizzled, dtype=torch.bool)
+    padding[offsets.reshape(-1)] = False
+    assert not swizzled[padding].any()
+
+
+def test_word_offsets_of_a_warp_add_up(host: ModuleType) -> None:
+    """The kernel adds a fragment's constant to the warp's first word: true while neither carries (kernel.cuh)."""
+    word = host.weight_scale_word_offset
+    for base in range(0, 128, 8):
+        for x in range(128):
+            if base % 32 + x % 32 < 32 and base + x < 128:
+                assert word(base + x) == word(base) + word(x), (base, x)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 32), (3, 96), (4, 128), (7, 160), (130, 2880)])
+def test_act_scale_layout_is_that_of_formats(host: ModuleType, rows: int, k: int) -> None:
+    scales = torch.randint(1, 255, (rows, k // 32), dtype=torch.uint8)
+    packed = formats.pack_row_scales(scales).reshape(-1)
+    assert packed.numel() == host.act_scale_bytes(rows, k)
+    assert torch.equal(packed[torch.tensor(host.act_scale_offsets(rows, k))], scales)
+    assert int(packed.to(torch.int64).sum()) == int(scales.to(torch.int64).sum())  # padding is zero
+
+
+# --- schedule --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    rows=st.lists(st.integers(0, 200), min_size=1, max_size=40),
+    tile_m=st.sampled_from([8, 16, 32, 64, 128, 256]),
+)
+def test_max_m_tiles_bounds_every_distribution(host: ModuleType, rows: list[int], tile_m: int) -> None:
+    tiles_used = sum(host.m_tiles_of(r, tile_m) for r in rows)
+    assert tiles_used == sum(-(-r // tile_m) for r in rows)
+    assert tiles_used <= host.max_m_tiles(sum(rows), len(rows), tile_m)
+
+
+@pytest.mark.parametrize("tile_m", [8, 64, 128])
+@pytest.mark.parametrize(("rows", "experts"), [(1, 128), (5, 128), (1000, 4), (4096, 128), (131072 * 4, 128)])
+def test_max_m_tiles_is_reached(host: ModuleType, rows: int, experts: int, tile_m: int) -> None:
+    """As many experts as possible hold one row past a full tile, so the grid is never larger than it can need be."""
+    active = min(rows, experts)
+    full, rest = divmod(rows - active, tile_m)
+    counts = [1 + full * tile_m] + [1] * (active - 1)
+    counts[-1] += rest
+    assert sum(counts) == rows
+    assert sum(-(-c // tile_m) for c in counts) == host.max_m_tiles(rows, experts, tile_m)
+
+
+@pytest.mark.parametrize("num_n_tiles", [1, 3, 23, 45])
+def test_tile_coord_visits_every_tile_once_with_n_fastest(host: ModuleType, num_n_tiles: int) -> None:
+    coords = [host.tile_coord(i, num_n_tiles) for i in range(7 * num_n_tiles)]
+    assert coords == [(m, n) for m in range(7) for n in range(num_n_tiles)]
+
+
+# --- the proof -------------------------------------------------------------------------------------------------------
+
+
+def test_proof_is_what_the_compiler_sees(host: ModuleType) -> None:
+    """prove() against tile_shape.cuh itself, for every candidate tile that compiles."""
+    shapes = host.tile_shapes()
+    assert len(shapes) == 26
+    for shape in shapes:
+        barrier_offset = shape.pop("barrier_offset")
+        tile = tiles.Tile(m=shape.pop("m"), n=shape.pop("n"), swap_ab=shape.pop("swap_ab"))
+        for arch in ("90a", "120f"):
+            proof = tiles.prove(tile, arch)
+            assert proof.legal, (tile.name, proof.refusals)
+            assert {key: proof.facts()[key] for key in shape} == shape, tile.name
+            assert barrier_offset == proof.stages * proof.stage_bytes

@@ -1,0 +1,405 @@
+"""tiles.py: the manifest's model and its errors, the proof against the kernel's own constants, and tile selection."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mxfp4_moe import tiles
+from mxfp4_moe.tiles import ManifestError, Tile
+
+ROOT = Path(__file__).resolve().parents[1]
+MANIFEST_TEXT = (ROOT / "tile_manifest.toml").read_text(encoding="utf-8")
+ARCHS = ("90a", "120f")
+
+NATIVE = [Tile(m=m, n=n, swap_ab=False) for m, n in product((64, 128, 256), (8, 16, 32, 64, 128, 256))]
+SWAPPED = [Tile(m=m, n=n, swap_ab=True) for m, n in product((8, 16, 32), (64, 128, 256))]
+CANDIDATES = NATIVE + SWAPPED
+IMPOSSIBLE = Tile(m=256, n=256, swap_ab=False)
+LEGAL = [tile for tile in CANDIDATES if tile != IMPOSSIBLE]
+
+HEAD = """
+archs = ["90a", "120f"]
+default_profile = "plain"
+[profile.plain]
+quantization = ["mxfp8_mxfp4"]
+out_dtypes = ["bfloat16"]
+"""
+
+
+def row(m: object = 128, n: object = 128, swap_ab: object = "false", more: str = "") -> str:
+    return f"[[tile]]\nm = {m}\nn = {n}\nswap_ab = {swap_ab}\n{more}\n"
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_the_wheels_manifest_has_the_tiles_that_are_promised() -> None:
+    manifest = tiles.load_manifest()
+    assert {(64, 128), (128, 128), (256, 64), (8, 128), (16, 128), (32, 128)} <= {tile.mn for tile in manifest.tiles}
+    assert manifest.archs == ARCHS
+    assert manifest.default_profile == "mxfp4_minimal"
+    assert [profile.name for profile in manifest.profiles] == ["mxfp4_minimal", "full"]
+    assert manifest.profile("mxfp4_minimal").out_dtypes == ("bfloat16", "float16")
+
+
+def test_the_packages_manifest_is_the_source_trees() -> None:
+    assert tiles.manifest_path().read_text(encoding="utf-8") == MANIFEST_TEXT
+
+
+def test_names_tell_shape_and_mode() -> None:
+    assert Tile(m=128, n=64, swap_ab=False).name == "m128n64"
+    assert Tile(m=8, n=128, swap_ab=True).name == "m8n128_swap"
+    assert Tile(m=8, n=128, swap_ab=True).module == "tile_m8n128_swap"
+    assert Tile.from_mn((32, 64)) == Tile(m=32, n=64, swap_ab=True)
+    assert Tile.from_mn((64, 64)) == Tile(m=64, n=64, swap_ab=False)
+    assert len({tile.name for tile in CANDIDATES}) == 27
+
+
+def test_lookup_by_name_lists_what_there_is() -> None:
+    manifest = tiles.parse_manifest(HEAD + row())
+    assert manifest.tile("m128n128") == Tile(m=128, n=128, swap_ab=False)
+    with pytest.raises(ManifestError, match=r"tile 'm1n1': expected one of m128n128$"):
+        manifest.tile("m1n1")
+    with pytest.raises(ManifestError, match=r"profile 'other': expected one of plain$"):
+        manifest.profile("other")
+
+
+def test_a_profile_says_in_one_sentence_what_it_lacks() -> None:
+    more = '[profile.big]\nquantization = ["mxfp8_mxfp4", "bf16_mxfp4"]\nout_dtypes = ["bfloat16"]\n'
+    manifest = tiles.parse_manifest(HEAD + more + row())
+    assert manifest.refusal("plain", "mxfp8_mxfp4") is None
+    assert manifest.refusal("big", "bf16_mxfp4") is None
+    assert manifest.refusal("plain", "bf16_mxfp4") == (
+        "quantization 'bf16_mxfp4' is not in this wheel's profile 'plain' (it has mxfp8_mxfp4): install a wheel built "
+        "with MXFP4_MOE_BUILD_PROFILE=big"
+    )
+    assert str(manifest.refusal("plain", "int4")).endswith("no profile has it")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("archs = [", "not valid TOML"),
+        (HEAD, "key 'tile' is missing"),
+        (HEAD + row() + "[[tiles]]\nm = 8\n", "unknown key 'tiles'"),
+        (HEAD.replace("[profile", "tile = 3\n[profile"), r"one or more \[\[tile\]\] tables, got 3"),
+        (HEAD.replace("[profile", "tile = []\n[profile"), r"one or more \[\[tile\]\] tables, got \[\]"),
+        (HEAD.replace('"90a", ', '"90", ') + row(), r"arch '90': the kernel has an MMA for 90a and for 12x"),
+        (HEAD.replace('"120f"', '"120"') + row(), r"arch '120': .* does not exist under the plain suffix"),
+        (HEAD.replace('"120f"', '"sm120f"') + row(), r"arch 'sm120f': expected digits and a suffix"),
+        (HEAD.replace('["90a", "120f"]', '["90a", "90a"]') + row(), r"archs: duplicates in \['90a', '90a'\]"),
+        (HEAD.replace('["90a", "120f"]', '"90a"') + row(), r"archs: expected a list of one or more strings, got '90a'"),
+        (HEAD.replace('["90a", "120f"]', "[]") + row(), r"archs: expected a list of one or more strings, got \[\]"),
+        (HEAD.replace('= "plain"', '= "fancy"') + row(), "default_profile: expected one of plain, got 'fancy'"),
+        (HEAD.replace("out_dtypes", "outputs") + row(), "profile 'plain': unknown key 'outputs'"),
+        (HEAD.replace('["bfloat16"]', '"bfloat16"') + row(), "profile 'plain': out_dtypes: expected a list"),
+        (HEAD + row() + row(m=64, more="k = 128"), r"tile 2 .*: unknown key 'k', expected only m, n, swap_ab"),
+        (HEAD + "[[tile]]\nm = 64\nn = 128\n", r"tile 1 .*: key 'swap_ab' is missing"),
+        (HEAD + row(m='"128"'), r"tile 1 .*: m must be an integer, got '128'"),
+        (HEAD + row(m="true"), r"tile 1 .*: m must be an integer, got True"),
+        (HEAD + row(n="128.0"), r"tile 1 .*: n must be an integer, got 128.0"),
+        (HEAD + row(swap_ab="0"), r"tile 1 .*: swap_ab must be true or false, got 0"),
+        (HEAD + row() + row(m=64) + row(), r"tile 3 \(m128n128\): duplicate of tile 1$"),
+        (HEAD + row(m=100), r"tile 1 \(m100n128\): impossible on sm_90a: .* m divisible by 64, not 100"),
+        (HEAD + row() + row(m=256, n=256), r"tile 2 \(m256n256\): impossible on sm_90a: .*102,464 bytes.*101,376"),
+        (HEAD + row(m=8), r"tile 1 \(m8n128\): impossible on sm_90a: a native tile has m divisible by 64, not 8"),
+        (HEAD + row(m=64, swap_ab="true"), r"a swapped tile has m in 8, 16, 32, not 64"),
+        (HEAD + row(m=8, n=32, swap_ab="true"), r"a swapped tile has n of at least 64, not 32"),
+        (HEAD + row(n=512), r"n must be from 8 to 256 .*, not 512"),
+        (HEAD + row(m=512), r"m must be at most 256 .*, not 512"),
+        (HEAD + row(n=12), r"n must be divisible by 8, the MMA's granule, not 12"),
+        (HEAD + row(n=192), r"n must divide 128, .* or be a multiple: 192"),
+        (HEAD + row(m=-64, n=0), r"m divisible by 64, not -64"),
+    ],
+)
+def test_a_manifest_that_cannot_work_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=f"^tile_manifest.toml: .*{message}") as error:
+        tiles.parse_manifest(text)
+    assert "\n" not in str(error.value) or "TOML" in message
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"nothing\.toml: cannot be read .*: reinstall mxfp4-moe"):
+        tiles.load_manifest(tmp_path / "nothing.toml")
+
+
+# ---- archs -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_family_arch_runs_on_both_consumer_blackwells() -> None:
+    assert tiles.arch_runs_on("120f", (12, 0))
+    assert tiles.arch_runs_on("120f", (12, 1))
+    assert not tiles.arch_runs_on("121f", (12, 0))
+    assert not tiles.arch_runs_on("120a", (12, 1))
+    assert not tiles.arch_runs_on("120f", (10, 0))
+    assert tiles.arch_runs_on("90a", (9, 0))
+    assert not tiles.arch_runs_on("90a", (8, 9))
+
+
+def test_what_an_arch_needs_of_the_compiler() -> None:
+    assert tiles.oldest_cuda("120f") == (12, 9)
+    assert tiles.oldest_cuda("120a") == (12, 8)
+    assert tiles.oldest_cuda("90a") == (12, 0)
+    assert tiles.mma_opcode("120f") == "QMMA.SF"
+    assert tiles.mma_opcode("90a") == "HMMA"
+    assert tiles.max_spill_bytes("120f") == 0 < tiles.max_spill_bytes("90a") <= 64
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+# By hand, per stage: activations m * 128, weights n * 64, weight scales 512 per 128 rows of n, activation scales 4 m
+# and 16 to align; plus 16 for barriers. Two blocks share 102,400 bytes, less 1,024 each, if each gets three stages.
+# tile: stage bytes, blocks, stages, bytes, threads, accumulators
+BY_HAND = {
+    # 16,384 + 8,192 + 512 + 528 = 25,616; 101,376 // 25,632 = 3; 8 warps in 2 x 4, each 64 x 32 = 16 fragments of 4
+    "m128n128": (25_616, 1, 3, 76_896, 384, 64),
+    # 8,192 + 8,192 + 512 + 272 = 17,168; 101,376 // 17,184 = 5; 4 warps in 1 x 4, each 64 x 32
+    "m64n128": (17_168, 1, 5, 85_920, 160, 64),
+    # 32,768 + 4,096 + 512 + 1,040 = 38,416; 101,376 // 38,432 = 2; 8 warps in 4 x 2, each 64 x 32
+    "m256n64": (38_416, 1, 2, 76_864, 384, 64),
+    # 1,024 + 8,192 + 512 + 48 = 9,776; 50,176 // 9,792 = 5; 4 warps in 4 x 1, each 32 x 8
+    "m8n128_swap": (9_776, 2, 5, 48_960, 160, 8),
+    # 2,048 + 8,192 + 512 + 80 = 10,832; 50,176 // 10,848 = 4; 4 warps, each 32 x 16
+    "m16n128_swap": (10_832, 2, 4, 43_392, 160, 16),
+    # 4,096 + 8,192 + 512 + 144 = 12,944; 50,176 // 12,960 = 3; 4 warps, each 32 x 32
+    "m32n128_swap": (12_944, 2, 3, 38_880, 160, 32),
+    # 16,384 + 16,384 + 1,024 + 528 = 34,320; 101,376 // 34,336 = 2; 8 warps in 2 x 4, each 64 x 64
+    "m128n256": (34_320, 1, 2, 68_672, 384, 128),
+    # 1,024 + 4,096 + 512 + 48 = 5,680; 50,176 // 5,696 = 8; 4 warps, each 16 x 8
+    "m8n64_swap": (5_680, 2, 8, 45_568, 160, 4),
+    # 4,096 + 16,384 + 1,024 + 144 = 21,648; 101,376 // 21,664 = 4; 8 warps, each 32 x 32, too small to move registers
+    "m32n256_swap": (21_648, 1, 4, 86_656, 288, 32),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_proof_against_numbers_worked_out_by_hand(name: str, arch: str) -> None:
+    (tile,) = [tile for tile in CANDIDATES if tile.name == name]
+    proof = tiles.prove(tile, arch)
+    got = (
+        *(proof.stage_bytes, proof.blocks_per_sm, proof.stages, proof.smem_bytes),
+        *(proof.threads, proof.accumulator_registers),
+    )
+    assert got == BY_HAND[name]
+    assert proof.legal
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tile", CANDIDATES, ids=lambda tile: tile.name)
+def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str) -> None:
+    proof = tiles.prove(tile, arch)
+    assert proof.legal == (tile != IMPOSSIBLE)
+    parts = proof.act_bytes + proof.weight_bytes + proof.weight_scale_bytes + proof.act_scale_bytes
+    assert proof.stage_bytes == parts
+    assert proof.smem_bytes == proof.stages * (parts + proof.barrier_bytes)
+    if not proof.legal:
+        return
+    assert 2 <= proof.stages <= 8
+    assert proof.blocks_per_sm * (proof.smem_bytes + 1024) <= 102_400
+    assert proof.smem_bytes <= tiles.MAX_SMEM_PER_BLOCK == 101_376
+    # One more stage would not fit (or is not wanted): the pipeline is as deep as shared memory allows.
+    more = proof.smem_bytes + parts + proof.barrier_bytes
+    assert proof.stages == 8 or proof.blocks_per_sm * (more + 1024) > 102_400
+    assert proof.accumulator_registers * proof.warps_m * proof.warps_n * 32 == tile.m * tile.n
+    assert proof.accumulator_registers <= 128
+    assert (proof.warps_m * proof.warp_m, proof.warps_n * proof.warp_n) == (proof.physical_m, proof.physical_n)
+    assert (proof.physical_m, proof.physical_n) == (tile.mn[::-1] if tile.swap_ab else tile.mn)
+
+
+def test_the_impossible_candidate_is_refused_for_memory_and_for_registers() -> None:
+    memory, registers = tiles.prove(IMPOSSIBLE, "120f").refusals
+    assert memory == (
+        "shared memory: two pipeline stages need 2 x 51,232 = 102,464 bytes (per stage: activations 32,768, weights "
+        "16,384, weight scales 1,024, activation scales 1,040, barriers 16), a block has 101,376"
+    )
+    assert registers == (
+        "registers: 256 accumulators per thread (128 x 64 per warp), at most 128 leave room for the rest"
+    )
+
+
+@given(m=st.integers(-10, 600), n=st.integers(-10, 600), swap_ab=st.booleans())
+def test_any_numbers_have_a_proof(m: int, n: int, swap_ab: bool) -> None:
+    proof = tiles.prove(Tile(m=m, n=n, swap_ab=swap_ab), "120f")
+    for refusal in proof.refusals:
+        assert any(character.isdigit() for character in refusal)
+    if proof.legal:
+        assert proof.warps_m * proof.warp_m == proof.physical_m
+        assert proof.warps_n * proof.warp_n == proof.physical_n
+        assert swap_ab == (m < 64)
+
+
+def test_proof_refuses_an_arch_it_does_not_know() -> None:
+    with pytest.raises(ManifestError, match="arch '100a'"):
+        tiles.prove(LEGAL[0], "100a")
+
+
+def compile_shapes(folder: Path, shapes: list[Tile]) -> subprocess.CompletedProcess[str]:
+    """Builds a program that prints what csrc/tile/tile_shape.cuh makes of these tiles, as JSON lines."""
+    prints = "\n".join(f"  show<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}>>();" for t in shapes)
+    fields = {
+        "tile_m": "M",
+        "tile_n": "N",
+        "swap_ab": "kSwap",
+        "threads": "kThreads",
+        "stages": "kStages",
+        "stage_bytes": "kStageBytes",
+        "smem_bytes": "kSmemBytes",
+        "blocks_per_sm": "kBlocksPerSm",
+        "accumulator_registers": "kAccumulators",
+        "warp_m": "kWarpM",
+        "warp_n": "kWarpN",
+    }
+    names = ", ".join(f'\\"{name}\\": %d' for name in fields)
+    values = ", ".join(f"int(S::{member})" for member in fields.values())
+    source = folder / "shapes.cpp"
+    source.write_text(
+        f"""#include <cstdio>
+#include "tile/tile_shape.cuh"
+using namespace mxfp4_moe;
+template <class S> void show() {{ std::printf("{{{names}}}\\n", {values}); }}
+int main() {{
+{prints}
+}}
+""",
+        encoding="utf-8",
+    )
+    compiler = shutil.which("g++")
+    assert compiler is not None, "this test compiles a header of csrc: install g++"
+    command = [compiler, "-std=c++17", "-I", str(ROOT / "csrc"), str(source), "-o", str(folder / "shapes")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
+    result = compile_shapes(tmp_path, LEGAL)
+    assert result.returncode == 0, result.stderr
+    lines = subprocess.run([tmp_path / "shapes"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == len(LEGAL)
+    for tile, line in zip(LEGAL, lines, strict=True):
+        proof = tiles.prove(tile, "120f")
+        assert json.loads(line) == proof.facts() | {"warp_m": proof.warp_m, "warp_n": proof.warp_n}
+
+
+@pytest.mark.parametrize(
+    "tile", [IMPOSSIBLE, Tile(m=100, n=128, swap_ab=False), Tile(m=64, n=128, swap_ab=True)], ids=lambda t: t.name
+)
+def test_what_the_proof_refuses_does_not_compile(tile: Tile, tmp_path: Path) -> None:
+    assert not tiles.prove(tile, "120f").legal
+    result = compile_shapes(tmp_path, [tile])
+    assert result.returncode != 0
+    assert "static assertion failed" in result.stderr
+
+
+# ---- selection -------------------------------------------------------------------------------------------------------
+
+
+def test_the_simple_rule() -> None:
+    choices = [tiles.select_tile_mn_for_sm120(tokens) for tokens in range(1025)]
+    assert choices[:64] == [(64, 128)] * 64
+    assert choices[64:256] == [(128, 128)] * 192
+    assert choices[256:] == [(256, 64)] * (1025 - 256)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), list(product((1, 2, 7, 64, 4096), (1, 4), (1, 2, 32, 128))))
+def test_expected_rows_against_exact_arithmetic(tokens: int, top_k: int, experts: int) -> None:
+    slots = tokens * top_k
+    active = experts * (1 - (1 - Fraction(1, experts)) ** slots)
+    assert tiles.expected_rows_per_expert(tokens, top_k, experts) == pytest.approx(float(slots / active), rel=1e-12)
+
+
+def test_expected_rows_of_nothing_and_of_nonsense() -> None:
+    assert tiles.expected_rows_per_expert(0, 4, 128) == 0.0
+    for arguments in ((-1, 4, 128), (1, 0, 128), (1, 4, 0)):
+        with pytest.raises(ValueError, match="expected num_tokens >= 0, top_k >= 1 and num_experts >= 1, got"):
+            tiles.expected_rows_per_expert(*arguments)
+
+
+def test_selection_for_gpt_oss_covers_the_expected_rows() -> None:
+    manifest = tiles.load_manifest()
+    picked = {
+        tokens: tiles.select_tile(tokens, 4, 128, manifest.tiles).mn for tokens in (0, 1, 64, 256, 512, 1024, 4096)
+    }
+    # Expected rows: 0, 1.01, 2.3, 8.003, 16.000002, 32, 128.
+    assert picked == {
+        0: (8, 128),
+        1: (8, 128),
+        64: (8, 128),
+        256: (8, 128),
+        512: (16, 128),
+        1024: (32, 128),
+        4096: (128, 128),
+    }
+
+
+@pytest.mark.parametrize(("top_k", "experts"), [(1, 1), (4, 32), (4, 128), (8, 256)])
+def test_selection_is_the_smallest_cover_and_grows_with_the_batch(top_k: int, experts: int) -> None:
+    for choices in (tiles.load_manifest().tiles, LEGAL):
+        largest = max(tile.m for tile in choices)
+        last = 0
+        for tokens in [*range(0, 300), *range(300, 40_000, 997)]:
+            tile = tiles.select_tile(tokens, top_k, experts, choices)
+            rows = tiles.expected_rows_per_expert(tokens, top_k, experts)
+            assert tile in choices
+            assert tile.m * 1.001 >= rows or tile.m == largest
+            assert all(other.m >= tile.m or other.m * 1.001 < rows for other in choices)
+            widths = [other.n for other in choices if other.m == tile.m]
+            assert tile.n == 128 or 128 not in widths
+            assert tile.m >= last
+            last = tile.m
+
+
+def test_selection_does_not_depend_on_the_order_of_tiles() -> None:
+    for tokens in (1, 100, 3000):
+        chosen = {tiles.select_tile(tokens, 4, 128, order) for order in (LEGAL, LEGAL[::-1], sorted(LEGAL))}
+        assert len(chosen) == 1
+
+
+def test_a_lone_expert_gets_exactly_its_rows() -> None:
+    for m in (8, 16, 32, 64, 128, 256):
+        assert tiles.select_tile(m, 1, 1, LEGAL).m == m
+        assert tiles.select_tile(m + 1, 1, 1, LEGAL).m == min(2 * m, 256)
+
+
+def test_the_nearest_tile_is_the_wanted_one_if_it_is_there() -> None:
+    for tile in LEGAL:
+        assert tiles.nearest_tile(tile, LEGAL) == tile
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ((8, 128), (16, 128)),
+        ((64, 128), (128, 128)),  # one step of m either way: the larger
+        ((256, 64), (128, 128)),
+        ((16, 64), (16, 128)),
+    ],
+)
+def test_the_nearest_tile_when_the_wanted_one_is_missing(wanted: tuple[int, int], expected: tuple[int, int]) -> None:
+    choices = [Tile.from_mn(mn) for mn in ((16, 128), (32, 128), (128, 128))]
+    assert tiles.nearest_tile(Tile.from_mn(wanted), choices).mn == expected
+
+
+def test_selection_among_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="tiles: expected at least one tile, got none"):
+        tiles.select_tile(1, 4, 128, [])
+    with pytest.raises(ValueError, match="tiles: expected at least one tile, got none"):
+        tiles.nearest_tile(LEGAL[0], [])
+
+
+def test_waste_is_bounded_by_the_next_power_of_two() -> None:
+    """With all legal tiles, the tile holds less than twice the rows expected, as far as tiles go that far."""
+    for tokens in range(3, 5000, 11):
+        rows = tiles.expected_rows_per_expert(tokens, 4, 128)
+        m = tiles.select_tile(tokens, 4, 128, LEGAL).m
+        if 8 < rows <= 256:
+            assert m == 2 ** math.ceil(math.log2(rows / 1.001))

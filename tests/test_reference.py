@@ -1,0 +1,371 @@
+"""The reference against slower computations that share no code with it (oracles.py)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mxfp4_moe import formats, reference
+from mxfp4_moe.weights import Activation, MoEWeights
+
+
+def random_bytes(low: int, high: int, *shape: int, seed: int) -> torch.Tensor:
+    return torch.randint(low, high + 1, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def offsets_of(counts: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+
+
+class TestGroupedGemm:
+    def inputs(
+        self, counts: list[int], n: int, k: int, scales: tuple[int, int] = (117, 132), seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, experts = sum(counts), len(counts)
+        codes = random_bytes(0, 255, rows, k, seed=seed)
+        codes[(codes & 0x7F) == 0x7F] = 0
+        return (
+            codes,
+            random_bytes(*scales, rows, k // 32, seed=seed + 1),
+            random_bytes(0, 255, experts, n, k // 2, seed=seed + 2),
+            random_bytes(*scales, experts, n, k // 32, seed=seed + 3),
+            offsets_of(counts),
+        )
+
+    @pytest.mark.parametrize("scales", [(117, 132), (0, 254)], ids=["usual scales", "every scale"])
+    @pytest.mark.parametrize(("counts", "n", "k"), [([3, 0, 1, 5], 16, 96), ([2], 48, 160), ([0, 7], 16, 32)])
+    def test_is_the_fp32_chain(self, counts: list[int], n: int, k: int, scales: tuple[int, int]) -> None:
+        codes, row_scales, packed, weight_scales, offsets = self.inputs(counts, n, k, scales)
+        out = reference.grouped_gemm(codes, row_scales, packed, weight_scales, offsets).numpy()
+        for e in range(len(counts)):
+            rows = slice(offsets[e], offsets[e + 1])
+            arrays = (t.numpy() for t in (codes[rows], row_scales[rows], packed[e], weight_scales[e]))
+            expected = oracles.chain_gemm(*arrays)
+            # Infinities and NaN appear where scales overflow, and must appear in the same places.
+            assert oracles.same_bits(out[rows], expected)
+
+    def test_tiling_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        args = self.inputs([40, 9], 1040, 96)
+        whole = reference.grouped_gemm(*args)
+        monkeypatch.setattr(reference, "_MIB", 1)  # the smallest tiles: 128 columns, 1 row, 1 block
+        assert torch.equal(reference.grouped_gemm(*args), whole)
+
+    def test_integers_are_exact(self) -> None:
+        # Sums of at most 288 products of small integers at scale 1: every float32 step is exact.
+        rng = np.random.default_rng(0)
+        counts, n, k = [5, 2], 32, 288
+        a = rng.integers(-16, 17, (7, k)).astype(np.float32)
+        b = rng.choice([-6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6], (2, n, k)).astype(np.float32)
+        codes, packed = formats.encode_e4m3(torch.from_numpy(a)), formats.encode_e2m1(torch.from_numpy(b))
+        one = torch.full((2, n, k // 32), 127, dtype=torch.uint8)
+        out = reference.grouped_gemm(codes, one[0, :7], packed, one, offsets_of(counts)).numpy()
+        assert np.array_equal(out[:5], a[:5] @ b[0].T)
+        assert np.array_equal(out[5:], a[5:] @ b[1].T)
+
+    def test_block_sums_are_rounded_once(self) -> None:
+        # 30 * 448*6 + 2^-8 + 2^-10 lies just above a float32 tie; adding in float32 loses the small terms one by one.
+        experts = 32
+        a = torch.full((32,), 448.0)
+        b = torch.full((32,), 6.0)
+        a[:2], b[:2] = torch.tensor([2.0**-8, 2.0**-9]), torch.tensor([1.0, 0.5])
+        a, b = (torch.stack([t.roll(i) for i in range(experts)]) for t in (a, b))
+        one = torch.full((experts, 1), 127, dtype=torch.uint8)
+        weights = formats.encode_e2m1(b).unsqueeze(1)
+        out = reference.grouped_gemm(formats.encode_e4m3(a), one, weights, one.unsqueeze(1), offsets_of([1] * experts))
+        assert (out == 30 * 448 * 6 + 2.0**-7).all()
+
+    def test_random_values_against_float64(self) -> None:
+        counts, n, k = [33, 0, 90], 80, 2880
+        codes, row_scales, packed, weight_scales, offsets = self.inputs(counts, n, k)
+        out = reference.grouped_gemm(codes, row_scales, packed, weight_scales, offsets).numpy()
+        a = oracles.mxfp8_values(codes.numpy(), row_scales.numpy())
+        b = oracles.mxfp4_values(packed.numpy(), weight_scales.numpy())
+        blocks = k // 32
+        for e in range(3):
+            rows = slice(offsets[e], offsets[e + 1])
+            # Each block sum and each of the additions is rounded once: at most 2*blocks half-ulps of the running sum,
+            # which the sum of magnitudes bounds.
+            bound = 2 * blocks * 2.0**-24 * (np.abs(a[rows]) @ np.abs(b[e]).T)
+            assert (np.abs(out[rows] - a[rows] @ b[e].T) <= bound).all()
+
+    def test_nan_stays_in_its_row_and_uncovered_rows_are_zero(self) -> None:
+        codes, row_scales, packed, weight_scales, _ = self.inputs([3, 3], 16, 64)
+        codes[1, 40] = 0x7F
+        out = reference.grouped_gemm(codes, row_scales, packed, weight_scales, offsets_of([2, 1]))
+        assert out[1].isnan().all()
+        assert out[[0, 2]].isfinite().all()
+        assert out[3:].count_nonzero() == 0
+
+    def test_refuses(self) -> None:
+        codes, row_scales, packed, weight_scales, offsets = self.inputs([2, 2], 16, 64)
+        gemm = reference.grouped_gemm
+        with pytest.raises(TypeError, match=r"codes: expected uint8 \[R, K\], got float32 \[4, 64\]"):
+            gemm(codes.float(), row_scales, packed, weight_scales, offsets)
+        with pytest.raises(ValueError, match=r"codes: expected K a multiple of 32, got uint8 \[4, 48\]"):
+            gemm(codes[:, :48], row_scales, packed, weight_scales, offsets)
+        with pytest.raises(ValueError, match=r"row_scales: expected uint8 \[4, 2\], got uint8 \[4, 1\]"):
+            gemm(codes, row_scales[:, :1], packed, weight_scales, offsets)
+        with pytest.raises(ValueError, match=r"packed: expected uint8 \[E, N, 32\], got uint8 \[2, 16, 16\]"):
+            gemm(codes, row_scales, packed[..., :16], weight_scales, offsets)
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[2, 16, 2\], got uint8 \[1, 16, 2\]"):
+            gemm(codes, row_scales, packed, weight_scales[:1], offsets)
+        with pytest.raises(ValueError, match=r"packed: .* on cpu, got uint8 \[2, 16, 32\] on meta"):
+            gemm(codes, row_scales, packed.to("meta"), weight_scales, offsets)
+        with pytest.raises(TypeError, match=r"expert_offsets: expected int32 \[3\], got int64 \[3\]"):
+            gemm(codes, row_scales, packed, weight_scales, offsets.long())
+        for bad in ([0, 3, 2], [0, 2, 5], [-1, 2, 4]):
+            with pytest.raises(ValueError, match=r"expert_offsets: expected ascending values in 0\.\.4"):
+                gemm(codes, row_scales, packed, weight_scales, torch.tensor(bad, dtype=torch.int32))
+
+
+ids_lists = st.integers(0, 4).flatmap(lambda k: st.lists(st.lists(st.integers(-2, 8), min_size=k, max_size=k)))
+
+
+class TestRoute:
+    @given(ids=ids_lists, experts=st.integers(1, 7), wide=st.booleans())
+    @example(ids=[], experts=3, wide=False)
+    @example(ids=[[-1, 9]], experts=3, wide=True)
+    @example(ids=[[2, 2, 2], [0, 2, 0]], experts=3, wide=False)
+    def test_against_lists(self, ids: list[list[int]], experts: int, wide: bool) -> None:
+        k = len(ids[0]) if ids else 2
+        topk_ids = torch.tensor(ids, dtype=torch.int64 if wide else torch.int32).reshape(len(ids), k)
+        offsets, row_slot, slot_row = reference.route(topk_ids, experts)
+        flat = [e for token in ids for e in token]
+        rows = [slot for e in range(experts) for slot, id_ in enumerate(flat) if id_ == e]
+        assert [t.dtype for t in (offsets, row_slot, slot_row)] == [torch.int32] * 3
+        assert row_slot.tolist() == rows + [-1] * (len(flat) - len(rows))
+        assert slot_row.tolist() == [rows.index(slot) if slot in rows else -1 for slot in range(len(flat))]
+        count = Counter(flat)
+        assert offsets.tolist() == [sum(count[i] for i in range(e)) for e in range(experts + 1)]
+
+    def test_refuses(self) -> None:
+        with pytest.raises(TypeError, match=r"topk_ids: expected int32 or int64 \[T, k\], got float32 \[2, 2\]"):
+            reference.route(torch.zeros(2, 2), 4)
+        with pytest.raises(ValueError, match=r"topk_ids: expected int32 or int64 \[T, k\], got int32 \[2\]"):
+            reference.route(torch.zeros(2, dtype=torch.int32), 4)
+        with pytest.raises(ValueError, match="num_experts: expected at least 1, got 0"):
+            reference.route(torch.zeros(2, 2, dtype=torch.int32), 0)
+
+
+class TestMTiles:
+    @given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=12), tile_m=st.sampled_from([8, 16, 64, 128, 256]))
+    @example(counts=[0, 0], tile_m=8)
+    @example(counts=[1] * 12, tile_m=128)
+    def test_covers_every_row_once(self, counts: list[int], tile_m: int) -> None:
+        offsets = offsets_of(counts)
+        tiles = reference.m_tiles(offsets, tile_m)
+        assert tiles.dtype == torch.int32
+        assert tiles.shape == (sum(-(-c // tile_m) for c in counts), 4)
+        covered = []
+        for expert, begin, end, zero in tiles.tolist():
+            assert zero == 0
+            assert offsets[expert] <= begin < end <= offsets[expert + 1]
+            assert (begin - offsets[expert]) % tile_m == 0
+            assert end == min(begin + tile_m, offsets[expert + 1])
+            covered += range(begin, end)
+        assert covered == list(range(sum(counts)))  # in order, so experts and rows ascend
+        active = min(sum(counts), len(counts))
+        assert len(tiles) <= (sum(counts) + active * (tile_m - 1)) // tile_m
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match="tile_m: expected at least 1, got 0"):
+            reference.m_tiles(offsets_of([1]), 0)
+        with pytest.raises(TypeError, match=r"expert_offsets: expected int32 \[E\+1\], got int64 \[2\]"):
+            reference.m_tiles(offsets_of([1]).long(), 8)
+
+
+class TestActivate:
+    def gemm1(self, rows: int, inter: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Prepared columns, and the gates and ups in them, placed one by one."""
+        rng = np.random.default_rng(0)
+        gate, up = (rng.normal(0, 6, (rows, inter)).astype(np.float32) for _ in range(2))
+        return torch.from_numpy(self.prepared(gate, up)), gate, up
+
+    def prepared(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        out = np.empty((len(gate), 2 * gate.shape[1]), dtype=np.float32)
+        for j in range(gate.shape[1]):
+            out[:, 16 * (j // 8) + j % 8] = gate[:, j]
+            out[:, 16 * (j // 8) + 8 + j % 8] = up[:, j]
+        return out
+
+    @pytest.mark.parametrize("activation", ["swiglu", Activation.SWIGLU, Activation.SWIGLU_OAI])
+    @pytest.mark.parametrize("numbers", [(1.702, 1.0, 7.0), (1.0, 0.0, None), (0.5, -2.0, 1.5)])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_against_float64(self, activation: str, numbers: tuple[float, float, float | None], bias: bool) -> None:
+        gemm1, gate, up = self.gemm1(50, 64)
+        row_expert = torch.arange(50) // 20
+        w13_bias = None
+        if bias:
+            rng = np.random.default_rng(1)
+            gate_bias, up_bias = (rng.normal(size=(3, 64)).astype(np.float32) for _ in range(2))
+            w13_bias = torch.from_numpy(self.prepared(gate_bias, up_bias))
+            gate, up = gate + gate_bias[row_expert], up + up_bias[row_expert]
+        out = reference.activate(gemm1, row_expert, w13_bias, activation, *numbers)
+        expected = oracles.swiglu(gate.astype(np.float64), up.astype(np.float64), activation, *numbers)
+        assert out.dtype == torch.float32
+        # Four roundings, the sigmoid's few ulps; u + beta may cancel, hence the absolute part.
+        np.testing.assert_allclose(out.numpy(), expected, rtol=2e-6, atol=2e-6)
+
+    def test_clamps_as_gpt_oss_does(self) -> None:
+        gate, up = np.zeros((1, 32), np.float32), np.zeros((1, 32), np.float32)
+        gate[0, :3], up[0, :3] = [100, -100, 1], [100, -100, -100]
+        out = reference.activate(
+            torch.from_numpy(self.prepared(gate, up)), torch.zeros(1, dtype=torch.int32), None, "swiglu_oai"
+        )
+        sigmoid = 1 / (1 + math.exp(-1.702))
+        expected = [7 / (1 + math.exp(-1.702 * 7)) * 8, 0, sigmoid * -6]  # the gate has no lower clamp
+        np.testing.assert_allclose(out[0, :3].numpy(), expected, rtol=1e-6, atol=1e-30)
+
+    def test_nan_stays(self) -> None:
+        gemm1 = torch.zeros(2, 64)
+        gemm1[1] = math.nan
+        out = reference.activate(gemm1, torch.zeros(2, dtype=torch.int32), None, "swiglu_oai")
+        assert out[1].isnan().all()
+        assert out[0].isfinite().all()
+
+    def test_refuses(self) -> None:
+        rows = torch.zeros(2, dtype=torch.int32)
+        with pytest.raises(ValueError, match="activation: expected 'swiglu' or 'swiglu_oai', got 'relu'"):
+            reference.activate(torch.zeros(2, 64), rows, None, "relu")
+        with pytest.raises(ValueError, match=r"gemm1: expected 2I a multiple of 16, got float32 \[2, 24\]"):
+            reference.activate(torch.zeros(2, 24), rows, None, "swiglu")
+        with pytest.raises(ValueError, match=r"row_expert: expected int32 or int64 \[3\], got int32 \[2\]"):
+            reference.activate(torch.zeros(3, 64), rows, None, "swiglu")
+        with pytest.raises(TypeError, match=r"w13_bias: expected float32 \[E, 64\], got bfloat16 \[1, 64\]"):
+            reference.activate(torch.zeros(2, 64), rows, torch.zeros(1, 64).bfloat16(), "swiglu")
+
+
+class TestFinalize:
+    def test_adds_in_slot_order(self) -> None:
+        # In float32, (2^24 + 1) - 2^24 is 0 and (2^24 - 2^24) + 1 is 1.
+        rows = torch.tensor([[2.0**24], [1.0], [-(2.0**24)]]).bfloat16()
+        row_expert = torch.zeros(3, dtype=torch.int32)
+        for order, expected in (([0, 1, 2], 0.0), ([0, 2, 1], 1.0), ([1, 0, 2], 0.0)):
+            slot_row = torch.tensor(order, dtype=torch.int32)
+            out = reference.finalize(rows, torch.ones(1, 3), slot_row, row_expert, None)
+            assert out.item() == expected
+
+    def test_the_product_is_not_rounded(self) -> None:
+        # w * row = 1 - 2^-46 rounds to 1 in float32; fused with -1 it leaves -2^-46.
+        rows = torch.tensor([[-1.0], [1.0]]).bfloat16()
+        bias = torch.tensor([[0.0], [2.0**-23]])
+        weights = torch.tensor([[1.0, 1 - 2.0**-23]])
+        slots = torch.tensor([0, 1], dtype=torch.int32)
+        out = reference.finalize(rows, weights, slots, torch.tensor([0, 1]), bias)
+        assert out.item() == -(2.0**-46)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_bias_and_dropped_slots(self, dtype: torch.dtype) -> None:
+        rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).to(dtype)
+        bias = torch.tensor([[10.0, 20.0], [100.0, 200.0]])
+        slot_row = torch.tensor([2, -1, -1, -1, 0, 1], dtype=torch.int32)
+        weights = torch.tensor([[2.0, math.nan], [math.nan, math.inf], [1.0, 0.5]])
+        out = reference.finalize(rows, weights, slot_row, torch.tensor([0, 0, 1]), bias)
+        assert out.dtype == dtype
+        assert out.tolist() == [[210.0, 412.0], [0.0, 0.0], [11 + 6.5, 22 + 12]]
+
+
+# |out - float64| / |float64|, norms over the whole output. Rows, then their sum, are rounded to the output dtype, each
+# time by at most u = 2^-8 (bfloat16) or 2^-11 (float16) and by less than 0.5u root mean square; together they stay
+# below u. A few E4M3 codes flip where float32 and float64 fall on different sides of a tie, which is lost beside that.
+TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+class TestFusedMoe:
+    def inputs(
+        self, tokens: int, experts: int, top_k: int, hidden: int, dtype: torch.dtype, seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        hidden_states = torch.randn(tokens, hidden, generator=generator).to(dtype)
+        scores = torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1)
+        return hidden_states, scores.values.softmax(dim=1), scores.indices.to(torch.int32)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("order", ["interleaved", "gate_up", "up_gate"])
+    @pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+    @pytest.mark.parametrize(("hidden", "inter"), [(96, 160), (288, 64)])
+    def test_against_a_dense_float64_layer(
+        self, dtype: torch.dtype, order: str, activation: str, hidden: int, inter: int
+    ) -> None:
+        checkpoint = oracles.random_checkpoint(6, hidden, inter, seed=1)
+        hidden_states, topk_weights, topk_ids = self.inputs(37, 6, 3, hidden, dtype)
+        topk_ids[3] = torch.tensor([4, 4, 4])  # an expert three times in one token
+        topk_ids[5] = torch.tensor([-1, 6, 2])  # ids that count for nothing
+        topk_ids[8] = -1
+        weights = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order, activation=activation)
+        out = reference.fused_moe(hidden_states, topk_weights, topk_ids, weights)
+        expected = oracles.dense_moe(
+            hidden_states, topk_weights, topk_ids, checkpoint, gate_up_order=order, activation=activation
+        )
+        assert (out.dtype, out.shape) == (dtype, hidden_states.shape)
+        assert out[8].count_nonzero() == 0
+        error = np.linalg.norm(out.double().numpy() - expected) / np.linalg.norm(expected)
+        assert error <= TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("numbers", [{"alpha": 1.0, "beta": 0.5, "limit": None}, {"limit": 0.75}])
+    def test_activation_numbers_and_no_bias(self, numbers: dict[str, float | None]) -> None:
+        checkpoint = oracles.random_checkpoint(4, 64, 96, seed=2)
+        del checkpoint["w13_bias"], checkpoint["w2_bias"]
+        hidden_states, topk_weights, topk_ids = self.inputs(9, 4, 2, 64, torch.bfloat16)
+        out = reference.fused_moe(
+            hidden_states, topk_weights, topk_ids.long(), MoEWeights.from_mxfp4(**checkpoint, **numbers)
+        )
+        expected = oracles.dense_moe(hidden_states, topk_weights, topk_ids, checkpoint, **numbers)
+        error = np.linalg.norm(out.double().numpy() - expected) / np.linalg.norm(expected)
+        assert error <= TOLERANCE[torch.bfloat16]
+
+    def test_a_token_does_not_depend_on_its_batch(self) -> None:
+        weights = MoEWeights.from_mxfp4(**oracles.random_checkpoint(8, 128, 96))
+        hidden_states, topk_weights, topk_ids = self.inputs(40, 8, 4, 128, torch.bfloat16)
+        out = reference.fused_moe(hidden_states, topk_weights, topk_ids, weights)
+        for t in (0, 17, 39):
+            one = slice(t, t + 1)
+            assert torch.equal(
+                reference.fused_moe(hidden_states[one], topk_weights[one], topk_ids[one], weights), out[one]
+            )
+
+    def test_no_tokens_and_no_valid_ids(self) -> None:
+        weights = MoEWeights.from_mxfp4(**oracles.random_checkpoint(3, 64, 32))
+        hidden_states, topk_weights, topk_ids = self.inputs(5, 3, 2, 64, torch.float16)
+        empty = reference.fused_moe(hidden_states[:0], topk_weights[:0], topk_ids[:0], weights)
+        assert (empty.shape, empty.dtype) == ((0, 64), torch.float16)
+        for bad in (-1, 3, 2**31 - 1, -(2**31)):
+            out = reference.fused_moe(hidden_states, topk_weights, torch.full_like(topk_ids, bad), weights)
+            assert out.shape == hidden_states.shape
+            assert out.count_nonzero() == 0
+
+    def test_a_bad_token_spoils_only_itself(self) -> None:
+        weights = MoEWeights.from_mxfp4(**oracles.random_checkpoint(3, 64, 32))
+        hidden_states, topk_weights, topk_ids = self.inputs(6, 3, 2, 64, torch.bfloat16)
+        hidden_states[2, 33] = math.inf
+        out = reference.fused_moe(hidden_states, topk_weights, topk_ids, weights)
+        assert out[2].isnan().all()
+        assert out[[0, 1, 3, 4, 5]].isfinite().all()
+
+    def test_refuses(self) -> None:
+        weights = MoEWeights.from_mxfp4(**oracles.random_checkpoint(3, 64, 32))
+        hidden_states, topk_weights, topk_ids = self.inputs(5, 3, 2, 64, torch.bfloat16)
+        moe = reference.fused_moe
+        with pytest.raises(TypeError, match=r"hidden_states: expected bfloat16 or float16 .*, got float32 \[5, 64\]"):
+            moe(hidden_states.float(), topk_weights, topk_ids, weights)
+        with pytest.raises(ValueError, match=r"hidden_states: .* \[T, 64\], got bfloat16 \[5, 32\]"):
+            moe(hidden_states[:, :32], topk_weights, topk_ids, weights)
+        with pytest.raises(ValueError, match=r"hidden_states: .* on cpu, got bfloat16 \[5, 64\] on meta"):
+            moe(hidden_states.to("meta"), topk_weights, topk_ids, weights)
+        with pytest.raises(ValueError, match=r"topk_ids: expected int32 or int64 \[5, k\], got int32 \[4, 2\]"):
+            moe(hidden_states, topk_weights, topk_ids[:4], weights)
+        with pytest.raises(TypeError, match=r"topk_ids: expected int32 or int64 \[5, k\], got int16 \[5, 2\]"):
+            moe(hidden_states, topk_weights, topk_ids.short(), weights)
+        with pytest.raises(TypeError, match=r"topk_weights: expected float32 \[5, 2\], got bfloat16 \[5, 2\]"):
+            moe(hidden_states, topk_weights.bfloat16(), topk_ids, weights)
+        with pytest.raises(ValueError, match=r"topk_weights: expected float32 \[5, 2\], got float32 \[5, 1\]"):
+            moe(hidden_states, topk_weights[:, :1], topk_ids, weights)
+        with pytest.raises(TypeError, match="weights: expected MoEWeights, got dict"):
+            moe(hidden_states, topk_weights, topk_ids, {})
