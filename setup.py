@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "ci"))
 from wheelbuild import BuildError  # noqa: E402
 from wheelbuild.build import Build, resolve_build, run_build, write_package_files  # noqa: E402
 from wheelbuild.plan import MOE_MODULE  # noqa: E402
+from wheelbuild.thresholds import check_wheel  # noqa: E402
 
 VERSION = "0.1.0"
 
@@ -84,6 +86,19 @@ class BuildTiles(build_ext):
         write_package_files(package, self.report)
 
 
+class SmallWheel(bdist_wheel):
+    """Refuses a wheel that is larger than ci/thresholds.toml allows."""
+
+    def run(self) -> None:
+        super().run()
+        for command, _, path in self.distribution.dist_files:
+            if command == "bdist_wheel":
+                try:
+                    check_wheel(Path(path), needed_build().thresholds)
+                except BuildError as error:
+                    raise SetupError(str(error)) from error
+
+
 def extensions() -> list[Extension]:
     modules = [*(tile.module for tile in BUILD.settings.tiles), MOE_MODULE] if BUILD else [MOE_MODULE]
     return [Extension(f"mxfp4_moe._ext.{module}", sources=[], py_limited_api=True) for module in modules]
@@ -92,6 +107,6 @@ def extensions() -> list[Extension]:
 setup(
     version=full_version(),
     ext_modules=extensions(),
-    cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles},
+    cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles, "bdist_wheel": SmallWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -21,3 +21,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A GPU test that was asked for (-m gpu) fails without a GPU: skipping it would look like success."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.fail("marked gpu, and torch sees no GPU here", pytrace=False)
+    if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
+        pytest.fail("marked multigpu, and torch sees fewer than two GPUs here", pytrace=False)

@@ -1,25 +1,35 @@
-"""Grouped-GEMM problems and MoE layers on the GPU, with what each must give. For test_gpu_*.py and gpu_sanitizer.py."""
+"""The package's problems and layers (mxfp4_moe/problems.py), and the GPU. For test_gpu_*.py and gpu_sanitizer.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from mxfp4_moe import _load, formats, reference
-from mxfp4_moe.tiles import Tile
-from mxfp4_moe.weights import MoEWeights
+from mxfp4_moe.problems import (
+    ROWS_PER_EXPERT,
+    Call,
+    GemmProblem,
+    bits,
+    layout_problem,
+    offsets_of,
+    random_call,
+    random_problem,
+    random_weights,
+    relative_error,
+)
 
-ROWS_PER_EXPERT = (0, 1, 7, 8, 9, 63, 64, 65, 129, 300, 0, 16)
-ROWS_OF_NO_EXPERT = 5  # behind the sorted rows, as a layer has them for ids that are no expert
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.view(_BITS[x.dtype])
+__all__ = [
+    "ROWS_PER_EXPERT",
+    "Call",
+    "GemmProblem",
+    "bits",
+    "gpu",
+    "layout_problem",
+    "offsets_of",
+    "random_call",
+    "random_problem",
+    "random_weights",
+    "relative_error",
+]
 
 
 def gpu() -> torch.device:
@@ -27,191 +37,3 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         raise RuntimeError(f"a GPU test needs a GPU and a CUDA build of torch, got torch {torch.__version__} with none")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemmProblem:
-    """Operands in plain order, and what the oracle makes of them."""
-
-    codes: Tensor  # uint8 [R, K] E4M3
-    row_scales: Tensor  # uint8 [R, K/32]
-    packed: Tensor  # uint8 [E, N, K/2]
-    scales: Tensor  # uint8 [E, N, K/32]
-    offsets: Tensor  # int32 [E+1]
-    expected: Tensor  # float32 [R, N]; only rows of experts count
-
-    @classmethod
-    def with_oracle(
-        cls, codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, offsets: Tensor
-    ) -> GemmProblem:
-        expected = reference.grouped_gemm(codes, row_scales, packed, scales, offsets)
-        return cls(codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected)
-
-    def run(self, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tile's result in an output poisoned with NaN.
-
-        The m-tile list is as long as a caller who knows only the shapes must make it; behind its valid entries stand
-        ones that would write to the rows of no expert.
-        """
-        rows, experts = self.codes.shape[0], self.packed.shape[0]
-        tiles = reference.m_tiles(self.offsets, tile.m)
-        bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
-        junk = torch.tensor([[0, int(self.offsets[-1]), rows, 0]], dtype=torch.int32, device=tiles.device)
-        out = torch.full((rows, self.packed.shape[1]), float("nan"), dtype=dtype, device=tiles.device)
-        _load.load_tile(tile)(
-            formats.interleave_k(self.codes),
-            formats.pack_row_scales(self.row_scales),
-            formats.rotate_words(self.packed),
-            formats.swizzle_scales(self.scales),
-            torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
-            torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
-            out,
-        )
-        return out
-
-    def mismatch(self, out: Tensor) -> str:
-        """Empty when out has the expected bits, else where it differs and how."""
-        valid = int(self.offsets[-1])
-        expected = torch.full_like(out, float("nan"))  # the very NaN of `run`: casts make others
-        expected[:valid] = self.expected[:valid].to(out.dtype)
-        wrong = (bits(out) != bits(expected)).nonzero()
-        if not len(wrong):
-            return ""
-        row, column = wrong[0].tolist()
-        return (
-            f"{len(wrong)} of {out.numel()} values differ, in {len(set(wrong[:, 0].tolist()))} rows and "
-            f"{len(set(wrong[:, 1].tolist()))} columns; first at [{row}, {column}]: expected "
-            f"{float(expected[row, column])!r}, got {float(out[row, column])!r}"
-        )
-
-
-def offsets_of(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *rows_per_expert], device=device).cumsum(0).to(torch.int32)
-
-
-def random_problem(
-    k: int, n: int, device: torch.device, *, rows_per_expert: Sequence[int] = ROWS_PER_EXPERT, wide_scales: bool = False
-) -> GemmProblem:
-    """Random bits in every operand.
-
-    Even rows are quantized normals of many magnitudes, odd ones any finite E4M3 codes under any of 61 scales; weights
-    are any nibbles. With `wide_scales` the exponents of each k-block cover E8M0's range and cancel between the two
-    operands, so that no partial result leaves fp32's normal range.
-    """
-    g = torch.Generator(device).manual_seed(1000 * k + n)
-
-    def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high + 1, shape, generator=g, device=device)
-
-    order = torch.randperm(len(rows_per_expert), generator=torch.Generator().manual_seed(k + n)).tolist()
-    offsets = offsets_of([rows_per_expert[i] for i in order], device)
-    experts, rows = len(order), int(offsets[-1]) + ROWS_OF_NO_EXPERT
-    magnitude = integers(-20, 20, rows, k // 32, 1).float().exp2()
-    values = torch.randn(rows, k // 32, 32, generator=g, device=device) * magnitude
-    codes, row_scales = formats.quantize_mxfp8(values.flatten(1))
-    any_codes = integers(0, 255, rows, k).to(torch.uint8)
-    any_codes[(any_codes & 0x7F) == 0x7F] = 0x08  # no NaN
-    odd = (torch.arange(rows, device=device) % 2 == 1)[:, None]
-    codes = torch.where(odd, any_codes, codes)
-    row_scales = torch.where(odd, integers(97, 157, rows, k // 32).to(torch.uint8), row_scales)
-    packed = integers(0, 255, experts, n, k // 2).to(torch.uint8)
-    scales = integers(97, 157, experts, n, k // 32).to(torch.uint8)
-    if wide_scales:
-        center = integers(20, 234, k // 32)
-        row_scales = (center + integers(-10, 10, rows, k // 32)).to(torch.uint8)
-        scales = (254 - center + integers(-10, 10, experts, n, k // 32)).to(torch.uint8)
-    return GemmProblem.with_oracle(codes, row_scales, packed, scales, offsets)
-
-
-def layout_problem(device: torch.device) -> GemmProblem:
-    """One-hot rows pick one weight each, so every output is one product whose place in all layouts is known.
-
-    Expected values come from indexing, not from the oracle.
-    """
-    rows_per_expert, n, k = (3, 0, 70, 17), 144, 160
-    offsets = offsets_of(rows_per_expert, device)
-    experts, rows = len(rows_per_expert), int(offsets[-1]) + ROWS_OF_NO_EXPERT
-    e, row, column, ks = (torch.arange(size, device=device) for size in (experts, rows, n, k))
-    hot = (row * 37 + 11) % k
-    codes = torch.zeros(rows, k, dtype=torch.uint8, device=device)
-    codes[row, hot] = 0x38  # 1.0
-    row_scales = (127 + (row[:, None] + torch.arange(k // 32, device=device)) % 5).to(torch.uint8)
-    nibbles = ((e[:, None, None] * 5 + column[None, :, None] * 7 + ks * 3) % 16).to(torch.uint8)
-    packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-    block = torch.arange(k // 32, device=device)
-    scales = (124 + (e[:, None, None] + column[None, :, None] * 3 + block) % 7).to(torch.uint8)
-
-    expert = torch.repeat_interleave(e, offsets.diff())
-    valid = row[: len(expert)]
-    at = hot[valid]
-    value = torch.tensor(formats.E2M1_VALUES, device=device)[nibbles[expert, :, at].long()]
-    exponent = row_scales[valid, at // 32].int()[:, None] + scales[expert, :, at // 32].int() - 254
-    expected = torch.zeros(rows, n, device=device)
-    expected[valid] = value * exponent.float().exp2() + 0.0  # a sum that starts at +0 never ends at -0
-    return GemmProblem(
-        codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected
-    )
-
-
-def random_weights(
-    experts: int, hidden: int, inter: int, device: torch.device, *, bias: bool = True, seed: int = 0, **options: Any
-) -> MoEWeights:
-    """A layer's weights with gpt-oss's magnitudes: outputs of the first GEMM are a few units, some get clamped."""
-    g = torch.Generator(device).manual_seed(seed)
-
-    def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high + 1, shape, dtype=torch.uint8, generator=g, device=device)
-
-    def biases(*shape: int) -> Tensor | None:
-        return torch.randn(shape, generator=g, device=device).mul(0.2).bfloat16() if bias else None
-
-    return MoEWeights.from_mxfp4(
-        integers(0, 255, experts, 2 * inter, hidden // 2),
-        integers(118, 123, experts, 2 * inter, hidden // 32),
-        integers(0, 255, experts, hidden, inter // 2),
-        integers(118, 123, experts, hidden, inter // 32),
-        w13_bias=biases(experts, 2 * inter),
-        w2_bias=biases(experts, hidden),
-        **options,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """The arguments of one layer call beside the weights."""
-
-    hidden_states: Tensor
-    topk_weights: Tensor
-    topk_ids: Tensor
-
-    def args(self) -> tuple[Tensor, Tensor, Tensor]:
-        return (self.hidden_states, self.topk_weights, self.topk_ids)
-
-    def token(self, t: int) -> Call:
-        rows = slice(t, t + 1)
-        return Call(
-            hidden_states=self.hidden_states[rows],
-            topk_weights=self.topk_weights[rows],
-            topk_ids=self.topk_ids[rows],
-        )
-
-
-def random_call(
-    tokens: int,
-    top_k: int,
-    weights: MoEWeights,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    ids: torch.dtype = torch.int32,
-) -> Call:
-    """Normal hidden states; distinct experts per token with softmax weights, as a router gives them."""
-    g = torch.Generator(weights.device).manual_seed(10_000 * seed + tokens)
-    logits = torch.randn(tokens, weights.num_experts, generator=g, device=weights.device)
-    values, choice = logits.topk(top_k, dim=-1)
-    hidden = torch.randn(tokens, weights.hidden_size, generator=g, device=weights.device)
-    return Call(hidden_states=hidden.to(dtype), topk_weights=values.softmax(-1), topk_ids=choice.to(ids))

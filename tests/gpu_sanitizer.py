@@ -9,18 +9,44 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 
 import torch
+from gpu_layers import exact_layer, same
 from gpu_problems import bits, gpu, random_call, random_problem, random_weights, relative_error
 
 import mxfp4_moe
-from mxfp4_moe import reference
+from mxfp4_moe import formats, reference
+from mxfp4_moe.activations import Activation
 from mxfp4_moe.tiles import load_manifest
 
 # Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
 GEMMS = [(32, 16), (160, 80), (672, 144)]
 ROWS_PER_EXPERT = (0, 1, 9, 65, 130)
 LAYERS = [(1, 1), (33, 3)]  # tokens, top_k
+
+
+def other_kernels(device: torch.device) -> list[str]:
+    """Every activation, MXFP8 input in both scale layouts, and the router, in sizes that leave tails."""
+    failures = []
+    for number, activation in enumerate(Activation):
+        layout = reference.SCALE_LAYOUTS[number % 2]
+        weights = random_weights(5, 160, 96, device, activation=activation, alpha=torch.rand(5, device=device))
+        call = random_call(33, 3, weights)
+        codes, scale = formats.quantize_mxfp8(call.hidden_states)
+        call = replace(call, hidden_states=codes)
+        scale = formats.swizzle_scales(scale).flatten() if layout == "swizzled" else scale
+        out = mxfp4_moe.fused_moe(*call.args(), weights, hidden_states_scale=scale, scale_layout=layout)
+        expected = exact_layer(call, weights, hidden_states_scale=scale, scale_layout=layout)
+        if not same(out, expected):
+            failures.append(f"{activation.value}, MXFP8 input with {layout} scales: other bits than expected")
+    for experts, top_k in ((1, 1), (40, 16), (1000, 7)):
+        logits = torch.randn(9, experts, device=device)
+        for renormalize in (True, False):
+            _, ids = mxfp4_moe.topk_softmax(logits, top_k, renormalize)
+            if not torch.equal(ids, reference.topk_softmax(logits, top_k, renormalize)[1]):
+                failures.append(f"topk_softmax of {experts} experts, top_k {top_k}: other experts than expected")
+    return failures
 
 
 def main() -> int:
@@ -46,6 +72,7 @@ def main() -> int:
                 failures.append(f"{tile.name}, layer of {len(out)} tokens: relative error {error:.2e}")
         torch.cuda.synchronize()
         print(f"tile {number} of {len(tiles)}: {tile.name}, {time.monotonic() - start:.0f} s", flush=True)
+    failures += other_kernels(device)
     print("\n".join(failures) or "all results as expected")
     return 1 if failures else 0
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import random
 
 import gpu_problems
 import pytest
 import torch
 from gpu_problems import GemmProblem
 
-from mxfp4_moe import _load
+from mxfp4_moe import _load, problems
 from mxfp4_moe.tiles import Tile, load_manifest
 
 pytestmark = pytest.mark.gpu
@@ -57,6 +58,46 @@ def test_all_tiles_give_the_same_bits(k: int, n: int) -> None:
     first, *others = (gpu_problems.bits(problem(k, n).run(tile)) for tile in TILES)
     for tile, other in zip(TILES[1:], others, strict=True):
         assert torch.equal(first, other), f"{tile.name} differs from {TILES[0].name}"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_problems(seed: int) -> None:
+    """Experts up to 128, rows per expert up to 2000 (few have many), K and N up to 6144: every tile is the oracle."""
+    draw = random.Random(seed)
+    k, n, experts = 32 * draw.randint(1, 192), 16 * draw.randint(1, 384), draw.randint(1, 128)
+    experts = max(1, min(experts, 2**31 // (k * n)))  # a gigabyte of weights
+    rows = [draw.choice((0, draw.randint(0, 12), draw.randint(0, 150), draw.randint(0, 2000))) for _ in range(experts)]
+    while sum(rows) > 6000:
+        rows[rows.index(max(rows))] //= 2
+    given = gpu_problems.random_problem(k, n, gpu_problems.gpu(), rows_per_expert=rows)
+    for tile in TILES:
+        mismatch = given.mismatch(given.run(tile))
+        assert not mismatch, f"{tile.name}, seed {seed}, K={k}, N={n}, rows {rows}: {mismatch}"
+
+
+def test_blocks_wider_than_the_accumulator() -> None:
+    """Blocks that hold both E4M3's largest and smallest values need 27 bits; SM90's f16 MMA keeps fewer.
+
+    There the oracle, which rounds once, may differ in the block's last bit. The tiles still agree with one another.
+    """
+    device = gpu_problems.gpu()
+    rows, n = 64, 32
+    codes = torch.full((rows + problems.ROWS_OF_NO_EXPERT, 32), 0x7E, dtype=torch.uint8, device=device)  # 448
+    row = torch.arange(rows, device=device)
+    codes[row, row % 32] = 0x01  # 2^-9
+    codes[row[32:], (row[32:] * 7 + 3) % 32] = 0x82  # -2^-8
+    given = GemmProblem.with_oracle(
+        codes,
+        torch.full((len(codes), 1), 127, dtype=torch.uint8, device=device),
+        torch.full((1, n, 16), 0x77, dtype=torch.uint8, device=device),  # 6
+        torch.full((1, n, 1), 127, dtype=torch.uint8, device=device),
+        gpu_problems.offsets_of([rows], device),
+    )
+    first, *others = (given.run(tile)[:rows] for tile in TILES)
+    for tile, other in zip(TILES[1:], others, strict=True):
+        assert torch.equal(first, other), f"{tile.name} differs from {TILES[0].name}"
+    last_bit = torch.nextafter(given.expected, torch.full_like(given.expected, torch.inf)) - given.expected
+    assert bool(((first - given.expected[:rows]).abs() <= last_bit[:rows]).all())
 
 
 @each_tile

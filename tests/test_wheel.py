@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -26,13 +27,17 @@ import mxfp4_moe
 from wheelbuild import ROOT, BuildError
 from wheelbuild.check import check_library
 from wheelbuild.machine_code import COUNTED, has_ptx, read_sass
+from wheelbuild.plan import Plan, plan
+from wheelbuild.settings import read_settings
+from wheelbuild.thresholds import load_thresholds
 from wheelbuild.tile_model import tiles
-from wheelbuild.toolchain import Cuda, package_dirs, resolve_cuda
+from wheelbuild.toolchain import Cuda, Headers, Toolchain, Torch, package_dirs, resolve_cuda
 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 PACKAGE = Path(mxfp4_moe.__file__).parent
 MODULES = [*(tile.module for tile in MANIFEST.tiles), "moe"]
 COST = ("cpu_seconds", "wall_seconds", "peak_mb")
+THRESHOLDS = load_thresholds()
 
 
 @cache
@@ -94,6 +99,11 @@ def test_metadata(wheel: zipfile.ZipFile, report: dict[str, Any]) -> None:
     assert data.get_payload(), "the README is the long description"
 
 
+def test_the_command_comes_with_it(wheel: zipfile.ZipFile) -> None:
+    (path,) = [path for path in wheel.namelist() if path.endswith(".dist-info/entry_points.txt")]
+    assert wheel.read(path).decode().split() == ["[console_scripts]", "mxfp4-moe", "=", "mxfp4_moe.cli:main"]
+
+
 def test_every_tile_is_there_once_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert len(names) == len(set(names))
@@ -111,7 +121,7 @@ def test_the_manifest_is_the_one_it_was_built_from(wheel: zipfile.ZipFile) -> No
 
 
 def test_the_wheel_is_small() -> None:
-    assert wheel_path().stat().st_size <= 12e6
+    assert wheel_path().stat().st_size <= THRESHOLDS.wheel_bytes
 
 
 def test_the_tests_run_against_the_installed_wheel(wheel: zipfile.ZipFile) -> None:
@@ -160,22 +170,27 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     assert tiles.prove(tile, arch).facts().items() <= data.items()
     assert 32 <= data["registers"] <= 255
     assert data["registers"] * data["threads"] * data["blocks_per_sm"] <= 65_536
-    assert max(data["spill_store_bytes"], data["spill_load_bytes"]) <= tiles.max_spill_bytes(arch)
-    assert data["stack_bytes"] >= 0
+    assert data["spill_store_bytes"] == data["spill_load_bytes"] == 0
     assert set(data["instructions"]) == {"total", *COUNTED}
     assert data["instructions"][tiles.mma_opcode(arch)] > 0
-    assert data["instructions"]["LDSM"] > 0
+    assert data["instructions"]["LDL"] == data["instructions"]["STL"] == data["instructions"]["BRA.U.ANY"] == 0
+    loop = data["main_loop"]
+    assert set(loop) == {"instructions", "nops", "mma", "ldsm", "instructions_per_mma"}
+    assert loop["mma"] + loop["ldsm"] + loop["nops"] < loop["instructions"] <= data["instructions"]["total"]
+    assert loop["instructions_per_mma"] == round(loop["instructions"] / loop["mma"], 2)
+    assert loop["instructions_per_mma"] <= THRESHOLDS.instructions_per_mma.get(arch, {}).get(tile.name, math.inf)
+    assert loop["ldsm"] >= 2
     for cost in (data["compile"], entry["host_compile"]):
         assert set(cost) == set(COST)
         assert all(value > 0 for value in cost.values())
 
 
 def test_a_tile_costs_less_than_a_third_of_stock_cutlass(report: dict[str, Any]) -> None:
-    """Stock CUTLASS's one tile takes 56 s of CPU and 5.3 GB; ours may take 20 s and 2 GB each."""
+    """Stock CUTLASS's one tile takes 56 s of CPU and 5.3 GB."""
     for entry in report["tiles"].values():
         for data in entry["archs"].values():
-            assert data["compile"]["peak_mb"] <= 2000
-            assert data["compile"]["cpu_seconds"] <= 60, "20 s is the aim; a busy machine is given three times that"
+            assert data["compile"]["peak_mb"] <= THRESHOLDS.peak_mb
+            assert data["compile"]["cpu_seconds"] <= THRESHOLDS.cpu_seconds
 
 
 # ---- the libraries ---------------------------------------------------------------------------------------------------
@@ -218,65 +233,119 @@ def test_a_library_shows_its_initializer_and_needs_only_what_every_user_has(modu
 FIRST, SECOND = MANIFEST.tiles[:2]
 
 
-def check(path: Path, tile: tiles.Tile, cuda: Cuda, **changes: object) -> dict[str, Any]:
-    """The build's check of a tile's library; `changes` replace what the proof says of each arch."""
-    expect = {
-        "ops": [f"mxfp4_moe::grouped_gemm_{tile.name}"],
-        "facts": {arch: tiles.prove(tile, arch).facts() | changes for arch in MANIFEST.archs},
-        "opcodes": {arch: tiles.mma_opcode(arch) for arch in MANIFEST.archs},
-    }
+@pytest.fixture(scope="module")
+def made(cuda: Cuda) -> Plan:
+    """The plan that the wheel was built by, as far as its checks go: they know what to expect of each library."""
+    toolchain = Toolchain(
+        cuda=cuda,
+        cutlass=Headers(version="", include_dirs=()),
+        torch=Torch(version="", include_dirs=(), library_dir=Path()),
+        python=Headers(version="", include_dirs=()),
+        cxx=Path("g++"),
+        cxx_version="",
+    )
+    return plan(read_settings({}, MANIFEST), toolchain, THRESHOLDS, [], Path())
+
+
+def expected(made: Plan, module: str, kind: str) -> dict[str, Any]:
+    (job,) = made.jobs_of(module, kind)
+    data: dict[str, Any] = json.loads(job.command[job.command.index("--expect") + 1])
+    return data
+
+
+def check(path: Path, tile: tiles.Tile, made: Plan, cuda: Cuda) -> dict[str, Any]:
+    """The build's check of the code in a tile's library. What ptxas said is not in the library: nothing bad."""
+    said = (
+        "ptxas info    : Compiling entry function 'k' for 'sm_{}'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 32 registers\n"
+    )
     return check_library(
         library=path,
-        module=tile.module,
         archs=MANIFEST.archs,
-        expect=expect,
-        resources=[],  # what ptxas said is not in the library
-        cudart=cuda.cudart,
+        expect=expected(made, tile.module, "check"),
+        records={arch: {"cpu_seconds": 1, "peak_mb": 1, "output": said.format(arch)} for arch in MANIFEST.archs},
         cuobjdump=cuda.cuobjdump,
     )
 
 
-def test_the_check_passes_what_is_in_the_wheel(cuda: Cuda, report: dict[str, Any]) -> None:
-    seen = check(library(FIRST.module), FIRST, cuda)
-    assert seen["sha256"] == report["tiles"][FIRST.name]["library"]["sha256"]
-    assert seen["facts"] == {arch: tiles.prove(FIRST, arch).facts() for arch in MANIFEST.archs}
+def load(made: Plan, cuda: Cuda, output: Path, *paths: Path, **changes: object) -> list[str]:
+    """The build's load of these libraries, which have their modules' names; returns its refusals, one for each.
+
+    `changes` replace what the proof says of each tile on each arch.
+    """
+    expect = expected(made, "extensions", "load")
+    for tile in expect.values():
+        tile |= {"facts": {arch: facts | changes for arch, facts in tile["facts"].items()}} if tile else {}
+    words = ["--expect", json.dumps(expect), "--cudart", str(cuda.cudart), "--output", str(output), *map(str, paths)]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "wheelbuild.load", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "ci")},
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    refusals = [line.removeprefix("refused: ") for line in result.stdout.splitlines()]
+    assert result.returncode == (1 if refusals else 0)
+    assert output.exists() != bool(refusals)
+    return refusals
 
 
-def test_another_tiles_library_under_this_name_is_refused(cuda: Cuda, tmp_path: Path) -> None:
-    path = tmp_path / library(FIRST.module).name
-    shutil.copy(library(SECOND.module), path)
-    expected = f"registers mxfp4_moe::grouped_gemm_{SECOND.name}, expected exactly mxfp4_moe::grouped_gemm_{FIRST.name}"
-    with pytest.raises(BuildError, match=f"^{path.name} {expected}$"):
-        check(path, FIRST, cuda)
+def test_the_checks_pass_what_is_in_the_wheel(made: Plan, cuda: Cuda, report: dict[str, Any], tmp_path: Path) -> None:
+    seen = check(library(FIRST.module), FIRST, made, cuda)
+    entry = report["tiles"][FIRST.name]
+    assert seen["sha256"] == entry["library"]["sha256"]
+    assert seen["main_loop"] == {arch: entry["archs"][arch]["main_loop"] for arch in MANIFEST.archs}
+
+    assert load(made, cuda, tmp_path / "load.json", *map(library, MODULES)) == []
+    loaded = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
+    assert set(loaded) == set(MODULES)
+    for tile in MANIFEST.tiles:
+        assert loaded[tile.module]["facts"] == {arch: tiles.prove(tile, arch).facts() for arch in MANIFEST.archs}
+        assert loaded[tile.module]["ops"] == report["tiles"][tile.name]["ops"]
 
 
-@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_library_is_refused(part: float, cuda: Cuda, tmp_path: Path) -> None:
-    path = tmp_path / library(FIRST.module).name
+def test_another_tiles_library_under_this_name_is_refused(made: Plan, cuda: Cuda, tmp_path: Path) -> None:
+    swapped = []
+    for name, other in ((FIRST, SECOND), (SECOND, FIRST)):
+        swapped.append(tmp_path / library(name.module).name)
+        shutil.copy(library(other.module), swapped[-1])
+    assert load(made, cuda, tmp_path / "load.json", *swapped, library("moe")) == [
+        f"{path.name} registers mxfp4_moe::grouped_gemm_{other.name}, expected exactly mxfp4_moe::grouped_gemm_"
+        f"{name.name}"
+        for path, name, other in ((swapped[0], FIRST, SECOND), (swapped[1], SECOND, FIRST))
+    ]
+
+
+def test_a_truncated_library_is_refused(made: Plan, cuda: Cuda, tmp_path: Path) -> None:
     data = library(FIRST.module).read_bytes()
-    path.write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(BuildError, match=f"^{path.name} (cannot be loaded: |has machine code for |registers no )"):
-        check(path, FIRST, cuda)
+    paths = []
+    for part in (0.0, 0.001, 0.5, 0.99):
+        paths.append(tmp_path / str(part) / library(FIRST.module).name)
+        paths[-1].parent.mkdir()
+        paths[-1].write_bytes(data[: int(len(data) * part)])
+    refusals = load(made, cuda, tmp_path / "load.json", *paths)
+    assert len(refusals) >= 3
+    assert all(refusal.startswith(f"{paths[0].name} cannot be loaded: ") for refusal in refusals)
+    for path in paths:  # the last lacks only what is not loaded, but the code cannot be read any more
+        with pytest.raises(BuildError, match=f"^{path.name} has machine code for no arch, expected "):
+            check(path, FIRST, made, cuda)
 
 
-def test_a_library_that_disagrees_with_the_proof_is_refused(cuda: Cuda) -> None:
-    with pytest.raises(
-        BuildError, match=r"on sm_90a: stages is \d in the compiled tile and 7 in the proof of tiles\.py"
-    ):
-        check(library(FIRST.module), FIRST, cuda, stages=7)
-
-
-def test_a_library_without_an_arch_is_refused(cuda: Cuda) -> None:
-    with pytest.raises(BuildError, match="has machine code for sm_120f, sm_90a, expected sm_90a$"):
-        check_library(
-            library=library("moe"),
-            module="moe",
-            archs=["90a"],
-            expect={},
-            resources=[],
-            cudart=cuda.cudart,
-            cuobjdump=cuda.cuobjdump,
+def test_libraries_that_disagree_with_the_proof_are_refused(made: Plan, cuda: Cuda, tmp_path: Path) -> None:
+    paths = [library(tile.module) for tile in MANIFEST.tiles]
+    for path, refusal in zip(paths, load(made, cuda, tmp_path / "load.json", *paths, stages=9), strict=True):
+        sentence = (
+            r" on sm_\w+: stages is \d in the compiled tile and 9 in the proof of tiles\.py; csrc/tile/tile_shape"
         )
+        assert re.match(re.escape(path.name) + sentence, refusal)
+
+
+def test_code_for_fewer_archs_than_the_manifests_is_refused(cuda: Cuda) -> None:
+    path = library(FIRST.module)
+    with pytest.raises(BuildError, match=f"^{path.name} has machine code for sm_120f, sm_90a, expected sm_90a$"):
+        check_library(library=path, archs=["90a"], expect={"compile": {}}, records={}, cuobjdump=cuda.cuobjdump)
 
 
 def test_importing_the_package_loads_no_extension() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+REFUSED = "refused: "  # what a check prints before its sentence, by which the build knows it
 
 
 class BuildError(Exception):

@@ -14,6 +14,7 @@ from wheelbuild.graph import run_plan
 from wheelbuild.plan import Plan, plan
 from wheelbuild.report import REPORT_NAME, make_report, summary
 from wheelbuild.settings import Settings, read_settings
+from wheelbuild.thresholds import Thresholds, load_thresholds
 from wheelbuild.tile_model import tiles
 from wheelbuild.toolchain import Toolchain, resolve_toolchain
 
@@ -26,6 +27,7 @@ class Build:
     manifest: Manifest
     settings: Settings
     toolchain: Toolchain
+    thresholds: Thresholds
 
     @property
     def local_version(self) -> str:
@@ -44,12 +46,17 @@ def resolve_build(env: Mapping[str, str]) -> Build:
     except tiles.ManifestError as error:
         raise BuildError(str(error)) from error
     settings = read_settings(env, manifest)
-    return Build(manifest=manifest, settings=settings, toolchain=resolve_toolchain(env, settings.archs))
+    return Build(
+        manifest=manifest,
+        settings=settings,
+        toolchain=resolve_toolchain(env, settings.archs),
+        thresholds=load_thresholds(),
+    )
 
 
 def make_plan(build: Build) -> Plan:
     sources = [path.relative_to(ROOT) for path in ROOT.glob("csrc/moe/*.c*") if path.suffix in (".cu", ".cpp")]
-    return plan(build.settings, build.toolchain, sources, build.folder / "ninja")
+    return plan(build.settings, build.toolchain, build.thresholds, sources, build.folder / "ninja")
 
 
 def run_build(build: Build, version: str) -> tuple[Plan, dict[str, Any]]:

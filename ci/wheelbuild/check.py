@@ -1,7 +1,8 @@
 """What a library must show before it goes into the wheel; each refusal is one sentence and fails the build.
 
-It loads, registers exactly its own operators, agrees with the proof in tiles.py, holds machine code for every arch and
-no PTX, has the MMA of each arch, and spills nothing.
+It holds machine code for every arch and no PTX, the MMA of each arch in a main loop within the limits of
+ci/thresholds.toml, and no spill; ptxas gave up nothing, and compiling it cost no more than allowed. What it brings when
+it is loaded is checked by load.py.
 """
 
 from __future__ import annotations
@@ -9,85 +10,39 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wheelbuild import ROOT, BuildError
-from wheelbuild.machine_code import Code, Resources, has_ptx, parse_ptxas, read_sass
+from wheelbuild import REFUSED, ROOT, BuildError
+from wheelbuild.machine_code import (
+    Code,
+    Resources,
+    has_ptx,
+    parse_ptxas,
+    performance_losses,
+    read_sass,
+    undefined_symbols,
+)
+from wheelbuild.main_loop import MainLoop, find_main_loop
+from wheelbuild.thresholds import THRESHOLDS
 
-REFUSED = "refused: "
-
-
-def load_in_subprocess(library: Path, module: str, cudart: Path) -> dict[str, Any]:
-    """What the library brings when loaded as `mxfp4_moe._ext.<module>`; BuildError when it cannot be."""
-    python_path = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "wheelbuild.load", str(library.resolve()), module, str(cudart)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": python_path},
-    )
-    if result.returncode != 0:
-        words = (result.stderr or result.stdout).strip().splitlines() or [f"exit status {result.returncode}"]
-        raise BuildError(f"{library.name} cannot be loaded: {words[-1]}")
-    loaded: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return loaded
+LOCAL_MEMORY = ("LDL", "STL")
 
 
-def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
-    """The operators and facts of a loaded library against what its manifest row and the proof say."""
-    ops = loaded["ops"]
-    if "ops" in expect and ops and ops != expect["ops"]:
-        raise BuildError(f"{library} registers {', '.join(ops)}, expected exactly {', '.join(expect['ops'])}")
-    if loaded["error"]:
-        raise BuildError(f"{library} cannot be loaded: {loaded['error']}")
-    if not ops:
-        raise BuildError(f"{library} registers no operator of mxfp4_moe")
-    if "facts" not in expect:
-        return
-    if not loaded["entry"]:
-        raise BuildError(f"{library} has no address in its attribute 'entry'")
-    facts = loaded["facts"]
-    if not isinstance(facts, dict) or sorted(facts) != sorted(expect["facts"]):
-        has = sorted(facts) if isinstance(facts, dict) else facts
-        raise BuildError(f"{library} has facts for archs {has}, expected {sorted(expect['facts'])}")
-    for arch, wanted in expect["facts"].items():
-        for key, value in wanted.items():
-            actual = facts[arch].get(key)
-            if actual != value:
-                raise BuildError(
-                    f"{library} on sm_{arch}: {key} is {actual} in the compiled tile and {value} in the proof of "
-                    "tiles.py; csrc/tile/tile_shape.cuh and tiles.py must agree"
-                )
-
-
-def check_code(
-    library: str,
-    code: Mapping[str, Code],
-    resources: Sequence[Resources],
-    archs: Sequence[str],
-    opcodes: Mapping[str, str],
-    max_spill_bytes: Mapping[str, int],
-) -> None:
-    """Machine code for exactly these archs; for a tile also its MMA, its own kernels per arch, and hardly a spill."""
+def check_archs(library: str, code: Mapping[str, Code], archs: Sequence[str]) -> None:
+    """Machine code for exactly these archs, and no kernel that two of them share."""
     if sorted(code) != sorted(archs):
         has, wanted = (", ".join(f"sm_{arch}" for arch in sorted(names)) for names in (code, archs))
         raise BuildError(f"{library} has machine code for {has or 'no arch'}, expected {wanted}")
+
+
+def check_kernel_names(library: str, code: Mapping[str, Code]) -> None:
+    """A kernel's name on one arch only: objects that were compiled per arch are linked into one library."""
     owner: dict[str, str] = {}
-    for arch, opcode in opcodes.items():
-        if not code[arch].count(opcode):
-            raise BuildError(f"{library} on sm_{arch}: no {opcode} among {code[arch].counts()['total']} instructions")
-        if waterfalls := code[arch].waterfalls(opcode):
-            raise BuildError(
-                f"{library} on sm_{arch}: {waterfalls} loops over the lanes of a warp around {opcode}; an operand that "
-                "the instruction wants uniform (the scale selector) is not a constant"
-            )
+    for arch in code:
         for kernel in sorted(code[arch].kernels):
             other = owner.setdefault(kernel, arch)
             if other != arch:
@@ -95,15 +50,74 @@ def check_code(
                     f"{library}: sm_{other} and sm_{arch} share the kernel name {kernel}; the linker would keep one "
                     "host launcher for both, so each arch's kernel needs a type or namespace of its own"
                 )
-    for arch, limit in max_spill_bytes.items():
+
+
+def check_memory(library: str, code: Mapping[str, Code], resources: Sequence[Resources]) -> None:
+    """ptxas's account of every arch, without a spill, and no local memory in the machine code."""
+    for arch in code:
         kernels = [used for used in resources if used.arch == arch]
         if not kernels:
             raise BuildError(f"{library} on sm_{arch}: ptxas gave no account of registers and spills")
         for used in kernels:
-            if max(used.spill_store_bytes, used.spill_load_bytes) > limit:
+            if used.spill_store_bytes or used.spill_load_bytes:
                 raise BuildError(
                     f"{library} on sm_{arch}: {used.registers} registers are not enough, {used.spill_store_bytes} "
-                    f"bytes of spill stores and {used.spill_load_bytes} of loads, at most {limit} allowed"
+                    f"bytes of spill stores and {used.spill_load_bytes} of loads, none allowed"
+                )
+        for opcode in LOCAL_MEMORY:
+            if count := code[arch].count(opcode):
+                raise BuildError(
+                    f"{library} on sm_{arch}: {count} {opcode}, which is local memory, none allowed; an array that is "
+                    "indexed at run time lives there"
+                )
+
+
+def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, Any]) -> MainLoop:
+    """The loop around the MMA: there is one, it holds every MMA, loads both operands by LDSM, and is short enough.
+
+    `expect`: `opcode`; `mma_per_step` and `matrices_per_step`, what one step of K = 32 takes; `limit`, instructions per
+    MMA or None.
+    """
+    opcode = expect["opcode"]
+    where = f"{library} on sm_{arch}"
+    if not code.count(opcode):
+        raise BuildError(f"{where}: no {opcode} among {code.counts()['total']} instructions")
+    if waterfalls := code.waterfalls(opcode):
+        raise BuildError(
+            f"{where}: {waterfalls} loops over the lanes of a warp around {opcode}; an operand that the instruction "
+            "wants uniform (the scale selector) is not a constant"
+        )
+    found = [find_main_loop(kernel, opcode) for kernel in code.kernels.values()]
+    outside = sum(count for _, count in found)
+    if outside:
+        raise BuildError(f"{where}: {outside} of {code.count(opcode)} {opcode} are in no loop, expected one around all")
+    loop = max((loop for loop, _ in found if loop is not None), key=lambda loop: loop.instructions_per_mma)
+    needed = -(-loop.mma * expect["matrices_per_step"] // expect["mma_per_step"])
+    if loop.ldsm_matrices < needed:
+        raise BuildError(
+            f"{where}: LDSM loads {loop.ldsm_matrices} matrices for {loop.mma} {opcode} in the main loop, which need "
+            f"{needed} for both operands; another instruction loads the rest"
+        )
+    limit = expect["limit"]
+    if limit is not None and loop.instructions_per_mma > limit:
+        raise BuildError(
+            f"{where}: {loop.instructions_per_mma} instructions per {opcode} in the main loop ({loop.instructions} for "
+            f"{loop.mma}), at most {limit} allowed ({THRESHOLDS})"
+        )
+    return loop
+
+
+def check_compiling(library: str, records: Mapping[str, Mapping[str, Any]], limits: Mapping[str, float]) -> None:
+    """What each compilation cost, and what ptxas said that it gave up."""
+    units = {"cpu_seconds": "s of CPU", "peak_mb": "MB"}
+    for name, record in records.items():
+        if losses := performance_losses(record["output"]):
+            raise BuildError(f"{library}: ptxas gave something up when compiling {name}: {losses[0]}")
+        for key, limit in limits.items():
+            if record[key] > limit:
+                raise BuildError(
+                    f"{library}: compiling {name} took {record[key]} {units[key]}, at most {limit} allowed "
+                    f"({THRESHOLDS})"
                 )
 
 
@@ -120,30 +134,40 @@ def check_paths(library: Path, folders: Sequence[Path]) -> None:
 def check_library(
     *,
     library: Path,
-    module: str,
     archs: Sequence[str],
     expect: Mapping[str, Any],
-    resources: Sequence[Resources],
-    cudart: Path,
+    records: Mapping[str, Mapping[str, Any]],
     cuobjdump: Path,
 ) -> dict[str, Any]:
-    """Every check of one library, and what they saw, for the report; BuildError for the first failure."""
-    loaded = load_in_subprocess(library, module, cudart)
-    check_load(library.name, loaded, expect)
+    """Every check of one library's code, and what they saw, for the report; BuildError for the first failure.
+
+    `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop`.
+    """
+    name = library.name
+    check_compiling(name, records, expect["compile"])
     code = read_sass(cuobjdump, library)
-    check_code(library.name, code, resources, archs, expect.get("opcodes", {}), expect.get("max_spill_bytes", {}))
+    check_archs(name, code, archs)
+    if "main_loop" in expect:
+        check_kernel_names(name, code)
+    resources = [kernel for record in records.values() for kernel in parse_ptxas(record["output"])]
+    check_memory(name, code, resources)
+    loops = {arch: check_main_loop(name, arch, code[arch], want) for arch, want in expect.get("main_loop", {}).items()}
+    if called := undefined_symbols(cuobjdump, library):
+        raise BuildError(
+            f"{name} calls {called[0]}, which only the driver has; ptxas puts such calls where it cannot prove that an "
+            "instruction is used as the hardware wants it"
+        )
     if has_ptx(cuobjdump, library):
-        raise BuildError(f"{library.name} holds PTX, which a driver would compile on loading it; expected none")
+        raise BuildError(f"{name} holds PTX, which a driver would compile on loading it; expected none")
     environment = Path(sys.prefix)  # of a virtual environment; the system's own prefix is everybody's
     check_paths(library, [ROOT] if sys.prefix == sys.base_prefix else [ROOT, environment])
     data = library.read_bytes()
     return {
-        "file": f"_ext/{library.name}",
+        "file": f"_ext/{name}",
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "ops": loaded["ops"],
-        "facts": loaded["facts"],
         "instructions": {arch: code[arch].counts() for arch in archs},
+        "main_loop": {arch: loop.report() for arch, loop in loops.items()},
         "kernels": {
             arch: [
                 {
@@ -164,23 +188,20 @@ def check_library(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", type=Path, required=True)
-    parser.add_argument("--module", required=True)
-    parser.add_argument("--cudart", type=Path, required=True)
     parser.add_argument("--cuobjdump", type=Path, required=True)
     parser.add_argument("--archs", required=True)
     parser.add_argument("--expect", type=json.loads, required=True)
     parser.add_argument("--record", type=Path, action="append", default=[])
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    texts = [json.loads(record.read_text(encoding="utf-8"))["output"] for record in args.record]
     try:
         seen = check_library(
             library=args.library,
-            module=args.module,
             archs=args.archs.split(","),
             expect=args.expect,
-            resources=[kernel for text in texts for kernel in parse_ptxas(text)],
-            cudart=args.cudart,
+            records={
+                path.name.removesuffix(".o.json"): json.loads(path.read_text(encoding="utf-8")) for path in args.record
+            },
             cuobjdump=args.cuobjdump,
         )
     except BuildError as error:

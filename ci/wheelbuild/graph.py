@@ -13,8 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from wheelbuild import ROOT, BuildError
-from wheelbuild.check import REFUSED
+from wheelbuild import REFUSED, ROOT, BuildError
 from wheelbuild.plan import CompileJob, Plan
 
 BYTES_PER_NVCC = 2 * 1024**3  # one nvcc job on CuTe headers, rounded up
@@ -145,7 +144,8 @@ def run_plan(plan: Plan, max_jobs: int | None) -> None:
                 failed = failed or line.removeprefix("FAILED: ").split("] ")[-1].strip()
             if line.startswith(REFUSED):
                 refusals.append(line.removeprefix(REFUSED))
-            if " -m wheelbuild.check " not in line:  # a compiler's command helps to see why it failed, a check's not
+            # A compiler's command helps to see why it failed, a check's does not.
+            if not re.search(r" -m wheelbuild\.(check|load) ", line):
                 print(line, flush=True)
     if refusals:
         raise BuildError("; ".join(refusals))

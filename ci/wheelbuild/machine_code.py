@@ -65,6 +65,7 @@ class Instruction:
     address: int
     opcode: str  # with its modifiers, e.g. QMMA.SF.16832.F32.E4M3.E2M1.E8
     target: int | None  # where a branch goes
+    conditional: bool = False  # it has a guard, or a branch has a condition among its operands
 
     def is_a(self, name: str) -> bool:
         return self.opcode == name or self.opcode.startswith(name + ".")
@@ -101,7 +102,7 @@ class Code:
         return {"total": total} | {name: self.count(name) for name in COUNTED}
 
 
-_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
 
 
 def parse_sass(text: str) -> dict[str, Code]:
@@ -115,11 +116,24 @@ def parse_sass(text: str) -> dict[str, Code]:
         elif "Function :" in line:
             kernel = current.kernels.setdefault(line.split(":", 1)[1].strip(), [])
         elif match := _INSTRUCTION.match(line):
-            target = re.search(r"0x([0-9a-f]+)", match[3]) if match[2].startswith("BRA") else None
+            target = re.search(r"0x([0-9a-f]+)", match[4]) if match[3].startswith("BRA") else None
             kernel.append(
-                Instruction(address=int(match[1], 16), opcode=match[2], target=int(target[1], 16) if target else None)
+                Instruction(
+                    address=int(match[1], 16),
+                    opcode=match[3],
+                    target=int(target[1], 16) if target else None,
+                    conditional=match[2] is not None or (target is not None and "," in match[4]),
+                )
             )
     return code
+
+
+_LOSS = re.compile(r"ptxas info\s*: (\(C\d+\) Potential Performance Loss: .*)")
+
+
+def performance_losses(text: str) -> list[str]:
+    """What ptxas gave up, in its words, such as "(C7508) Potential Performance Loss: 'setmaxnreg' ignored; ..."."""
+    return [line.strip() for line in _LOSS.findall(text)]
 
 
 def _cuobjdump(cuobjdump: Path, option: str, library: Path) -> str:
@@ -129,6 +143,12 @@ def _cuobjdump(cuobjdump: Path, option: str, library: Path) -> str:
 
 def read_sass(cuobjdump: Path, library: Path) -> Mapping[str, Code]:
     return parse_sass(_cuobjdump(cuobjdump, "-sass", library))
+
+
+def undefined_symbols(cuobjdump: Path, library: Path) -> list[str]:
+    """Functions that the machine code calls and the driver must bring, such as __cuda_syscall_*; sorted, each once."""
+    lines = _cuobjdump(cuobjdump, "-symbols", library).splitlines()
+    return sorted({words[-1] for words in map(str.split, lines) if words[:1] == ["FUNC"] and words[-2:-1] == ["U"]})
 
 
 def has_ptx(cuobjdump: Path, library: Path) -> bool:

@@ -1,16 +1,16 @@
 """From manifest, settings and toolchain to the list of jobs. Pure: nothing here looks at the disk or runs anything.
 
 Per tile: `csrc/tile/tile.cu` once per arch, `csrc/tile/tile_op.cpp` once, a link, a check. The `moe` extension: every
-`csrc/moe/*.cu` once for all archs, every `csrc/moe/*.cpp`, a link, a check. A job's command is the whole truth about
-its output: what changes it reruns that job and those after it, and nothing else.
+`csrc/moe/*.cu` once for all archs, every `csrc/moe/*.cpp`, a link, a check. At the end one job loads all extensions. A
+job's command is the whole truth about its output: what changes it reruns that job and those after it, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,10 @@ from wheelbuild.tile_model import tiles as tile_model
 if TYPE_CHECKING:
     from mxfp4_moe.tiles import Tile
     from wheelbuild.settings import Settings
+    from wheelbuild.thresholds import Thresholds
     from wheelbuild.toolchain import Toolchain
+
+Kind = Literal["nvcc", "cxx", "link", "check", "load"]
 
 TORCH_TARGET_VERSION = "0x020a000000000000ULL"  # torch 2.10, the oldest that the wheel promises
 PYTHON_TARGET_VERSION = "0x030A0000"  # CPython 3.10
@@ -40,8 +43,8 @@ class CompileJob:
     """One command of the build. Relative paths are relative to the source tree's root."""
 
     name: str  # unique, e.g. tile_m128n128.120f
-    kind: Literal["nvcc", "cxx", "link", "check"]
-    module: str  # the extension it is for, e.g. tile_m128n128
+    kind: Kind
+    module: str  # the extension it is for, e.g. tile_m128n128; of the one that loads them, "extensions"
     archs: tuple[str, ...]
     inputs: tuple[Path, ...]
     implicit: tuple[Path, ...]  # inputs that the command does not list
@@ -52,7 +55,7 @@ class CompileJob:
 
     @property
     def description(self) -> str:
-        what = {"nvcc": "compile", "cxx": "compile", "link": "link", "check": "check"}[self.kind]
+        what = "compile" if self.kind in ("nvcc", "cxx") else self.kind
         source = f" {self.inputs[0].name}" if what == "compile" else ""
         archs = " for " + ", ".join(f"sm_{arch}" for arch in self.archs) if self.kind == "nvcc" else ""
         return f"{self.module}: {what}{source}{archs}"
@@ -72,6 +75,10 @@ class Plan:
     def check(self, module: str) -> Path:
         return self.folder / f"{module}.check.json"
 
+    @property
+    def load(self) -> Path:
+        return self.folder / "load.json"
+
     def jobs_of(self, module: str, kind: str) -> tuple[CompileJob, ...]:
         return tuple(job for job in self.jobs if job.module == module and job.kind == kind)
 
@@ -83,6 +90,24 @@ def gencode(arch: str) -> tuple[str, str]:
 
 def _tile_defines(tile: Tile) -> tuple[str, ...]:
     return (f"-DLOGICAL_TILE_M={tile.m}", f"-DLOGICAL_TILE_N={tile.n}", f"-DSWAP_AB={int(tile.swap_ab)}")
+
+
+def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, int]]:
+    return {arch: tile_model.prove(tile, arch).facts() for arch in archs}
+
+
+def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str | float | None]:
+    """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, the MMAs of a warp and the 8 x 16
+    byte matrices that they read (activations take two per 8 rows, packed weights one).
+    """
+    proof = tile_model.prove(tile, arch)
+    act, weight = (proof.warp_n, proof.warp_m) if tile.swap_ab else (proof.warp_m, proof.warp_n)
+    return {
+        "opcode": tile_model.mma_opcode(arch),
+        "mma_per_step": proof.warp_m // 16 * (proof.warp_n // 8) * (32 // tile_model.mma_k(arch)),
+        "matrices_per_step": act // 8 * 2 + weight // 8,
+        "limit": thresholds.instructions_per_mma.get(arch, {}).get(tile.name),
+    }
 
 
 def _system(folders: Sequence[Path]) -> tuple[str, ...]:
@@ -104,15 +129,16 @@ def _prefix_maps(toolchain: Toolchain) -> tuple[str, ...]:
 
 
 class _Planner:
-    def __init__(self, settings: Settings, toolchain: Toolchain, folder: Path) -> None:
+    def __init__(self, settings: Settings, toolchain: Toolchain, thresholds: Thresholds, folder: Path) -> None:
         self.settings = settings
         self.toolchain = toolchain
+        self.thresholds = thresholds
         self.folder = folder
         self.archs = settings.archs
 
     def _job(
         self,
-        kind: Literal["nvcc", "cxx", "link", "check"],
+        kind: Kind,
         name: str,
         module: str,
         inputs: Sequence[Path],
@@ -131,7 +157,7 @@ class _Planner:
             inputs=tuple(inputs),
             implicit=tuple(implicit),
             output=output,
-            record=None if kind == "check" else output.with_name(output.name + ".json"),
+            record=None if kind in ("check", "load") else output.with_name(output.name + ".json"),
             depfile=output.with_name(output.name + ".d") if compiles else None,
             command=tuple(str(word) for word in command),
         )
@@ -181,22 +207,40 @@ class _Planner:
         inputs = [job.output for job in objects]
         return self._job("link", f"{module}.link", module, inputs, output, command, implicit=[EXPORTS])
 
-    def check(self, module: str, library: Path, compiled: Sequence[CompileJob], expect: object) -> CompileJob:
-        tools = self.toolchain
+    def check(
+        self, module: str, library: Path, compiled: Sequence[CompileJob], expect: Mapping[str, object]
+    ) -> CompileJob:
         output = library.with_name(f"{module}.check.json")
+        limits = {"cpu_seconds": self.thresholds.cpu_seconds, "peak_mb": self.thresholds.peak_mb}
         options: list[tuple[str, str | Path]] = [
             ("--library", library),
-            ("--module", module),
             ("--archs", ",".join(self.archs)),
-            ("--expect", json.dumps(expect, sort_keys=True)),
-            ("--cudart", tools.cuda.cudart),
-            ("--cuobjdump", tools.cuda.cuobjdump),
+            ("--expect", json.dumps({"compile": limits, **expect}, sort_keys=True)),
+            ("--cuobjdump", self.toolchain.cuda.cuobjdump),
             ("--output", output),
             *(("--record", job.record) for job in compiled if job.kind == "nvcc" and job.record is not None),
         ]
         command = [sys.executable, "-m", "wheelbuild.check", *(word for option in options for word in option)]
-        code = [Path("ci/wheelbuild") / name for name in ("check.py", "load.py", "machine_code.py")]
+        code = [Path("ci/wheelbuild") / name for name in ("check.py", "machine_code.py", "main_loop.py")]
         return self._job("check", f"{module}.check", module, [library], output, command, implicit=code)
+
+    def load(self, libraries: Sequence[Path], output: Path) -> CompileJob:
+        expect: dict[str, object] = {
+            tile.module: {
+                "ops": [f"mxfp4_moe::grouped_gemm_{tile.name}"],
+                "facts": _facts(tile, self.archs),
+            }
+            for tile in self.settings.tiles
+        }
+        command: list[str | Path] = [
+            *(sys.executable, "-W", "ignore", "-m", "wheelbuild.load"),
+            *("--expect", json.dumps(expect | {MOE_MODULE: {}}, sort_keys=True)),
+            *("--cudart", self.toolchain.cuda.cudart),
+            *("--output", output),
+            *libraries,
+        ]
+        code = [Path("ci/wheelbuild/load.py")]
+        return self._job("load", "load", "extensions", libraries, output, command, implicit=code)
 
     def tile(self, tile: Tile) -> list[CompileJob]:
         module, folder, defines = tile.module, self.folder, _tile_defines(tile)
@@ -220,12 +264,7 @@ class _Planner:
             )
         )
         library = folder / f"{module}.abi3.so"
-        expect = {
-            "ops": [f"mxfp4_moe::grouped_gemm_{tile.name}"],
-            "facts": {arch: tile_model.prove(tile, arch).facts() for arch in self.archs},
-            "opcodes": {arch: tile_model.mma_opcode(arch) for arch in self.archs},
-            "max_spill_bytes": {arch: tile_model.max_spill_bytes(arch) for arch in self.archs},
-        }
+        expect = {"main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs}}
         return [*objects, self.link(module, objects, library), self.check(module, library, objects, expect)]
 
     def moe(self, sources: Sequence[Path]) -> list[CompileJob]:
@@ -240,18 +279,22 @@ class _Planner:
         return [*objects, self.link(MOE_MODULE, objects, library), self.check(MOE_MODULE, library, objects, {})]
 
 
-def plan(settings: Settings, toolchain: Toolchain, moe_sources: Sequence[Path], folder: Path) -> Plan:
+def plan(
+    settings: Settings, toolchain: Toolchain, thresholds: Thresholds, moe_sources: Sequence[Path], folder: Path
+) -> Plan:
     """Every job of the build, in an order in which they could run one after the other.
 
     `moe_sources` are the .cu and .cpp files of csrc/moe; `folder` is where objects and libraries go, under build/.
     """
-    planner = _Planner(settings, toolchain, folder)
+    planner = _Planner(settings, toolchain, thresholds, folder)
     jobs = [job for tile in settings.tiles for job in planner.tile(tile)]
     jobs += planner.moe(moe_sources)
-    return Plan(
+    made = Plan(
         jobs=tuple(jobs),
         modules=(*(tile.module for tile in settings.tiles), MOE_MODULE),
         tiles=settings.tiles,
         archs=settings.archs,
         folder=folder,
     )
+    load = planner.load([made.library(module) for module in made.modules], made.load)
+    return replace(made, jobs=(*made.jobs, load))

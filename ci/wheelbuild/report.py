@@ -46,24 +46,27 @@ def _worst(root: Path, job: CompileJob, arch: str) -> dict[str, int]:
 
 def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: str, root: Path) -> dict[str, Any]:
     """The report of a finished build; `root` is the source tree, to which the plan's paths are relative."""
+    loaded = _read(root / plan.load)
     tiles: dict[str, Any] = {}
     for tile in plan.tiles:
         checked = _read(root / plan.check(tile.module))
         archs: dict[str, Any] = {}
         for job in plan.jobs_of(tile.module, "nvcc"):
             (arch,) = job.archs
-            facts = {key: value for key, value in checked["facts"][arch].items() if isinstance(value, int)}
+            facts = loaded[tile.module]["facts"][arch]
+            facts = {key: value for key, value in facts.items() if isinstance(value, int)}
             archs[arch] = {
                 **facts,
                 **_worst(root, job, arch),
                 "instructions": checked["instructions"][arch],
+                "main_loop": checked["main_loop"][arch],
                 "compile": _cost(root, [job]),
             }
         tiles[tile.name] = {
             "m": tile.m,
             "n": tile.n,
             "swap_ab": tile.swap_ab,
-            "ops": checked["ops"],
+            "ops": loaded[tile.module]["ops"],
             "library": {key: checked[key] for key in ("file", "bytes", "sha256")},
             "archs": archs,
             "host_compile": _cost(root, plan.jobs_of(tile.module, "cxx")),
@@ -85,7 +88,7 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
         },
         "tiles": tiles,
         "moe": {
-            "ops": moe["ops"],
+            "ops": loaded["moe"]["ops"],
             "library": {key: moe[key] for key in ("file", "bytes", "sha256")},
             "kernels": moe["kernels"],
             "instructions": moe["instructions"],
@@ -96,14 +99,13 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
 
 def summary(report: dict[str, Any]) -> str:
     """The report's numbers as a table, one line per tile and arch."""
-    rows = ["tile arch stages smem regs spills QMMA.SF HMMA LDSM total CPU-s MB".split()]
+    rows = ["tile arch stages smem regs total loop NOP MMA LDSM per-MMA CPU-s MB".split()]
     for name, tile in report["tiles"].items():
         for arch, data in tile["archs"].items():
-            counts, cost = data["instructions"], data["compile"]
+            loop, cost = data["main_loop"], data["compile"]
             row = [name, f"sm_{arch}", data["stages"], data["smem_bytes"], data["registers"]]
-            row += [data["spill_store_bytes"] + data["spill_load_bytes"]]
-            row += [counts[key] for key in ("QMMA.SF", "HMMA", "LDSM", "total")]
-            row += [f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
+            row += [data["instructions"]["total"], loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
+            row += [f"{loop['instructions_per_mma']:.2f}", f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
             rows.append([str(cell) for cell in row])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

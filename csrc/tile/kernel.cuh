@@ -30,14 +30,19 @@
 
 namespace mxfp4_moe {
 
+// The operands as TMA sees them; made in launcher.cuh.
+struct TensorMaps {
+  CUtensorMap act;           // bytes [rows][k], 128-byte swizzle
+  CUtensorMap act_scale;     // pairs of words [k tiles][rows / 2]
+  CUtensorMap weight;        // bytes [experts][n][k / 2], 64-byte swizzle
+  CUtensorMap weight_scale;  // words [experts * row blocks][k tiles][128]
+};
+
 struct GemmParams {
-  const uint8_t* act_scale;
-  const uint8_t* weight_scale;
   void* out;
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;
   int32_t out_type;
-  int32_t rows;
   int32_t n;
   int32_t k;
 };
@@ -64,7 +69,13 @@ struct SharedStorage {
   }
 };
 
-// volatile: the epilogue loads its m-tile again rather than hold it in registers through the main loop.
+// volatile, here and in lane_id: what a tile needs before and after its main loop is had twice rather than held in
+// registers through the loop.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 __device__ __forceinline__ Mxfp4MoeMTile load_m_tile(const Mxfp4MoeMTile* at) {
   Mxfp4MoeMTile m;
   asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
@@ -89,42 +100,31 @@ struct Ring {
 // --- producer ---------------------------------------------------------------------------------------------------
 
 template <class Shape>
-__device__ void produce(const CUtensorMap& act_map, const CUtensorMap& weight_map, const GemmParams& p,
-                        const SharedStorage<Shape>& smem) {
+__device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
   const int num_n_tiles = ceil_div(p.n, Shape::N);
   const int num_k_tiles = ceil_div(p.k, kTileK);
   const int num_tiles = *p.num_m_tiles * num_n_tiles;
-  const int last_row_block = ceil_div(p.n, kScaleBlockRows) - 1;
-  const int64_t expert_scale_bytes = weight_scale_bytes(p.n, p.k);
-  const int scale_rows = static_cast<int>(act_scale_rows(p.rows));
+  const int row_blocks = ceil_div(p.n, kScaleBlockRows);
+  // TMA counts whole boxes, zero-filled beyond the edges.
+  constexpr uint32_t kTransactionBytes =
+      Shape::kActBytes + Shape::kWeightBytes + Shape::kWeightScaleBytes + Shape::kActScaleRows * 4;
 
   Ring<Shape::kStages> ring;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const TileCoord coord = tile_coord(tile, num_n_tiles);
     const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
     const int n0 = coord.n * Shape::N;
-    const uint8_t* scales = p.weight_scale + m_tile.expert * expert_scale_bytes;
-    const int scale_row0 = m_tile.row_begin & ~3;
-    const int scale_bytes = min(Shape::kActScaleRows, scale_rows - scale_row0) * 4;
-    // TMA counts whole boxes, zero-filled beyond the edges.
-    const uint32_t transaction_bytes = Shape::kActBytes + Shape::kWeightBytes + Shape::kWeightScaleBytes + scale_bytes;
+    const int scale_block = m_tile.expert * row_blocks + n0 / kScaleBlockRows;
 #pragma unroll 1
     for (int kt = 0; kt < num_k_tiles; ++kt) {
       const int s = ring.stage;
       smem.empty(s)->wait(ring.phase ^ 1);
       uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-      smem.full(s)->arrive_and_expect_tx(transaction_bytes);
-      tma_load_3d(smem.weight(s), weight_map, full, kt * kWeightRowBytes, n0, m_tile.expert, kEvictFirst);
-      tma_load_2d(smem.act(s), act_map, full, kt * kTileK, m_tile.row_begin, kEvictLast);
-      bulk_load(smem.act_scale(s), p.act_scale + (static_cast<int64_t>(kt) * scale_rows + scale_row0) * 4, full,
-                scale_bytes, kEvictLast);
-#pragma unroll
-      for (int b = 0; b < Shape::kScaleBlocks; ++b) {
-        // A tile may end past the last 128 rows of scales; what it reads there is never stored.
-        const int row_block = min(n0 / kScaleBlockRows + b, last_row_block);
-        bulk_load(smem.weight_scale(s) + b * kScaleBlockBytes, scales + weight_scale_block_offset(row_block, kt, p.k),
-                  full, kScaleBlockBytes, kEvictFirst);
-      }
+      smem.full(s)->arrive_and_expect_tx(kTransactionBytes);
+      tma_load_3d(smem.weight(s), maps.weight, full, kt * kWeightRowBytes, n0, m_tile.expert, kEvictFirst);
+      tma_load_3d(smem.weight_scale(s), maps.weight_scale, full, 0, kt, scale_block, kEvictFirst);
+      tma_load_2d(smem.act(s), maps.act, full, kt * kTileK, m_tile.row_begin, kEvictLast);
+      tma_load_2d(smem.act_scale(s), maps.act_scale, full, m_tile.row_begin / 4 * 2, kt, kEvictLast);
       ring.advance();
     }
   }
@@ -166,18 +166,21 @@ __device__ __forceinline__ uint32_t odd_k(uint32_t w) { return __funnelshift_r(w
 
 // A warp's operands of one step (K = 32), as ldmatrix delivers them: per group of 8 rows two words of activations
 // (k slots 0-15 and 16-31) and one of packed weights. a(i) and b(j) are what the MMA takes; swapping is only here.
+// One ldmatrix fetches the activations of two groups in the order of the MMA's registers, because ptxas copies words
+// that are not where the MMA wants them: for A group 0, 1, 0, 1 of slots 0-15 and 16-31, for B group 0, 0, 1, 1.
 template <class Shape>
 struct Operands {
   static constexpr int kActGroups = (Shape::kSwap ? Shape::kWarpN : Shape::kWarpM) / 8;
   static constexpr int kWeightGroups = (Shape::kSwap ? Shape::kWarpM : Shape::kWarpN) / 8;
   static constexpr int kActGroupsPerLoad = min_of(kActGroups, 2);
   static constexpr int kWeightGroupsPerLoad = min_of(kWeightGroups, 4);
-  uint32_t act[kActGroups][2];
+  uint32_t act[kActGroups * 2];
   uint32_t weight[kWeightGroups];
 
   // Offsets of what this lane names at step 0, for a warp whose rows start at row0.
   static __device__ uint32_t act_lane(int row0, int lane) {
-    return act_chunk(row0 + lane / 16 % kActGroupsPerLoad * 8 + lane % 8, lane / 8 % 2);
+    const int group = Shape::kSwap ? lane / 16 % kActGroupsPerLoad : lane / 8 % 2;
+    return act_chunk(row0 + group * 8 + lane % 8, Shape::kSwap ? lane / 8 % 2 : lane / 16);
   }
   static __device__ uint32_t weight_lane(int row0, int lane) {
     return weight_chunk(row0 + lane % (8 * kWeightGroupsPerLoad), 0);
@@ -188,7 +191,7 @@ struct Operands {
     weight_at ^= step << 4;
 #pragma unroll
     for (int g = 0; g < kActGroups; g += kActGroupsPerLoad)
-      ldmatrix<kActGroupsPerLoad * 2>(act[g], smem + act_at + g * 8 * kActRowBytes);
+      ldmatrix<kActGroupsPerLoad * 2>(act + g * 2, smem + act_at + g * 8 * kActRowBytes);
 #pragma unroll
     for (int g = 0; g < kWeightGroups; g += kWeightGroupsPerLoad)
       ldmatrix<kWeightGroupsPerLoad>(weight + g, smem + weight_at + g * 8 * kWeightRowBytes);
@@ -201,17 +204,15 @@ struct Operands {
       r[2] = odd_k(weight[2 * i]);
       r[3] = odd_k(weight[2 * i + 1]);
     } else {
-      r[0] = act[2 * i][0];
-      r[1] = act[2 * i + 1][0];
-      r[2] = act[2 * i][1];
-      r[3] = act[2 * i + 1][1];
+#pragma unroll
+      for (int x = 0; x < 4; ++x) r[x] = act[4 * i + x];
     }
   }
 
   __device__ __forceinline__ void b(uint32_t (&r)[2], int j) const {
     if constexpr (Shape::kSwap) {
-      r[0] = act[j][0];
-      r[1] = act[j][1];
+      r[0] = act[2 * j];
+      r[1] = act[2 * j + 1];
     } else {
       r[0] = even_k(weight[j]);
       r[1] = odd_k(weight[j]);
@@ -220,12 +221,23 @@ struct Operands {
 };
 
 // One K tile: four steps. Where the MMA takes scale selectors they are constants, so the steps are unrolled; elsewhere
-// large warp tiles loop, which keeps the scheduler from hoisting more operands than there are registers.
+// large warp tiles loop, which keeps the scheduler from hoisting more operands than there are registers. word_a and
+// word_b hold this lane's scale words (scale_a_row, scale_b_col). Sharing them among lanes is free on SM12x; elsewhere
+// it doubles their registers, so the largest warp tiles share A's in every step anew.
 template <class Shape>
 __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const uint8_t* smem,
-                                           uint32_t act_at, uint32_t weight_at, const ScaleA (&scale_a)[Shape::kFragM],
-                                           const ScaleB (&scale_b)[Shape::kFragN]) {
+                                           uint32_t act_at, uint32_t weight_at, const uint32_t (&word_a)[Shape::kFragM],
+                                           const uint32_t (&word_b)[Shape::kFragN]) {
   constexpr Fp4Operand kFp4 = Shape::kSwap ? Fp4Operand::kA : Fp4Operand::kB;
+  constexpr bool kShareLate = Shape::kAccumulators > 64;
+  ScaleA scale_a[Shape::kFragM];
+  ScaleB scale_b[Shape::kFragN];
+#pragma unroll
+  for (int i = 0; i < Shape::kFragM; ++i)
+    if constexpr (!kShareLate) scale_a[i] = share_scale_a(word_a[i]);
+#pragma unroll
+  for (int j = 0; j < Shape::kFragN; ++j) scale_b[j] = share_scale_b(word_b[j]);
+
   const auto step = [&](auto s) {
     Operands<Shape> operands;
     operands.load(smem, act_at, weight_at, s);
@@ -236,6 +248,7 @@ __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kF
     for (int i = 0; i < Shape::kFragM; ++i) {
       uint32_t a[4];
       operands.a(a, i);
+      if constexpr (kShareLate) scale_a[i] = share_scale_a(word_a[i]);
 #pragma unroll
       for (int j = 0; j < Shape::kFragN; ++j) mx_mma<kFp4>(acc[i][j], a, b[j], scale_a[i], scale_b[j], s);
     }
@@ -314,7 +327,6 @@ __device__ __forceinline__ void store(const float (&acc)[Shape::kFragM][Shape::k
 template <class Shape>
 __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, int warp, int lane) {
   const int num_n_tiles = ceil_div(p.n, Shape::N);
-  const int num_k_tiles = ceil_div(p.k, kTileK);
   const int num_tiles = *p.num_m_tiles * num_n_tiles;
   const int m0 = warp / Shape::kWarpsN * Shape::kWarpM;
   const int n0 = warp % Shape::kWarpsN * Shape::kWarpN;
@@ -324,14 +336,14 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
   const uint32_t act_lane = Shape::kActOffset + Operands<Shape>::act_lane(Shape::kSwap ? n0 : m0, lane);
   const uint32_t weight_lane = Shape::kWeightOffset + Operands<Shape>::weight_lane(Shape::kSwap ? m0 : n0, lane);
   const int scale_lane = Shape::kSwap ? scale_a_row(lane) : scale_b_col(lane);
-  const int act_scale_row = Shape::kSwap ? n0 + scale_b_col(lane) : m0 + scale_a_row(lane);
 
   Ring<Shape::kStages> ring;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const TileCoord coord = tile_coord(tile, num_n_tiles);
     const int tile_n0 = coord.n * Shape::N;
     const int scale_row_shift = load_m_tile(p.m_tiles + coord.m).row_begin % 4;
-    const uint32_t act_scale_lane = Shape::kActScaleOffset + (act_scale_row + scale_row_shift) * 4;
+    const int act_scale_row = Shape::kSwap ? n0 + scale_b_col(lane_id()) : m0 + scale_a_row(lane_id());
+    uint32_t act_scale_lane = Shape::kActScaleOffset + (act_scale_row + scale_row_shift) * 4;
     const int scale_row = tile_n0 % kScaleBlockRows + (Shape::kSwap ? m0 : n0);  // narrow tiles share a scale block
     const uint32_t weight_scale_lane = Shape::kWeightScaleOffset + scale_row / kScaleBlockRows * kScaleBlockBytes +
                                        weight_scale_word_offset(scale_row % kScaleBlockRows) +
@@ -339,7 +351,7 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
 
     float acc[Shape::kFragM][Shape::kFragN][4] = {};
 #pragma unroll 1
-    for (int kt = 0; kt < num_k_tiles; ++kt) {
+    for (int k = 0; k < p.k; k += kTileK) {
       const int s = ring.stage;
       smem.full(s)->wait(ring.phase);
       const uint8_t* act_scales = smem.base + act_scale_lane + s * Shape::kActScaleBytes;
@@ -348,28 +360,29 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
       const auto weight_word = [&](int row) {
         return *reinterpret_cast<const uint32_t*>(weight_scales + weight_scale_word_offset(row));
       };
-      ScaleA scale_a[Shape::kFragM];
-      ScaleB scale_b[Shape::kFragN];
+      uint32_t word_a[Shape::kFragM], word_b[Shape::kFragN];
 #pragma unroll
-      for (int i = 0; i < Shape::kFragM; ++i)
-        scale_a[i] = share_scale_a(Shape::kSwap ? weight_word(i * 16) : act_word(i * 16));
+      for (int i = 0; i < Shape::kFragM; ++i) word_a[i] = Shape::kSwap ? weight_word(i * 16) : act_word(i * 16);
 #pragma unroll
-      for (int j = 0; j < Shape::kFragN; ++j)
-        scale_b[j] = share_scale_b(Shape::kSwap ? act_word(j * 8) : weight_word(j * 8));
-      mma_k_tile<Shape>(acc, smem.base, act_lane + s * Shape::kActBytes, weight_lane + s * Shape::kWeightBytes, scale_a,
-                        scale_b);
+      for (int j = 0; j < Shape::kFragN; ++j) word_b[j] = Shape::kSwap ? act_word(j * 8) : weight_word(j * 8);
+      mma_k_tile<Shape>(acc, smem.base, act_lane + s * Shape::kActBytes, weight_lane + s * Shape::kWeightBytes, word_a,
+                        word_b);
       __syncwarp();
       if (lane == 0) smem.empty(s)->arrive();
       ring.advance();
     }
-    store<Shape>(acc, p, load_m_tile(p.m_tiles + coord.m), tile_n0, m0, n0, lane);
+    // The coordinates are computed again, from a tile index that the compiler cannot know to be the same, so that they
+    // hold no registers through the main loop.
+    int same_tile = tile;
+    asm volatile("" : "+r"(same_tile));
+    const TileCoord done = tile_coord(same_tile, num_n_tiles);
+    store<Shape>(acc, p, load_m_tile(p.m_tiles + done.m), done.n * Shape::N, m0, n0, lane_id());
   }
 }
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    grouped_gemm(const __grid_constant__ CUtensorMap act_map, const __grid_constant__ CUtensorMap weight_map,
-                 const __grid_constant__ GemmParams p) {
+    grouped_gemm(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
   // Uniform across the warp, so that the compiler keeps it and what follows from it in uniform registers.
@@ -388,7 +401,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   if (warp >= Shape::kMmaWarps) {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kProducerRegisters));
-    if (warp == Shape::kMmaWarps && cute::elect_one_sync()) produce<Shape>(act_map, weight_map, p, smem);
+    if (warp == Shape::kMmaWarps && cute::elect_one_sync()) produce<Shape>(maps, p, smem);
   } else {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));

@@ -71,16 +71,56 @@ struct TmaOperand {
 };
 
 template <int kRank>
-const char* describe(CUtensorMap& map, const TmaOperand<kRank>& t, Refusal& refuse) {
-  const EncodeTiled encode = encode_tiled();
-  if (!encode) return refuse("the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
+const char* encode(CUtensorMap& map, const TmaOperand<kRank>& t, Refusal& refuse) {
+  const EncodeTiled encode_fn = encode_tiled();
+  if (!encode_fn) return refuse("the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
   cuuint32_t element_strides[kRank];
   for (auto& s : element_strides) s = 1;
-  const CUresult e = encode(&map, t.type, kRank, const_cast<void*>(t.address), t.extents, t.strides, t.box,
-                            element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult e = encode_fn(&map, t.type, kRank, const_cast<void*>(t.address), t.extents, t.strides, t.box,
+                               element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle,
+                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (e != CUDA_SUCCESS) return refuse("%s: TMA descriptor refused by the driver (CUresult %d)", t.name, int(e));
   return nullptr;
+}
+
+template <class Shape>
+const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
+  const auto u64 = [](int64_t v) { return static_cast<cuuint64_t>(v); };
+  const cuuint64_t k = u64(a.k), n = u64(a.n), experts = u64(a.experts), k_tiles = u64(scale_k_tiles(a.k));
+  const cuuint64_t scale_rows = u64(act_scale_rows(a.rows)), row_blocks = u64(ceil_div(a.n, kScaleBlockRows));
+  const TmaOperand<2> act{"act",
+                          CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                          a.act,
+                          {k, u64(a.rows)},
+                          {k},
+                          {kTileK, Shape::M},
+                          CU_TENSOR_MAP_SWIZZLE_128B};
+  // Pairs of words, because a box has at most 256 elements a side and the largest tile wants 260 rows.
+  const TmaOperand<2> act_scale{"act_scale",
+                                CU_TENSOR_MAP_DATA_TYPE_INT64,
+                                a.act_scale,
+                                {scale_rows / 2, k_tiles},
+                                {scale_rows * 4},
+                                {Shape::kActScaleRows / 2, 1},
+                                CU_TENSOR_MAP_SWIZZLE_NONE};
+  const TmaOperand<3> weight{"weight",
+                             CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                             a.weight,
+                             {k / 2, n, experts},
+                             {k / 2, n * (k / 2)},
+                             {kWeightRowBytes, Shape::N, 1},
+                             CU_TENSOR_MAP_SWIZZLE_64B};
+  const TmaOperand<3> weight_scale{"weight_scale",
+                                   CU_TENSOR_MAP_DATA_TYPE_INT32,
+                                   a.weight_scale,
+                                   {kScaleBlockBytes / 4, k_tiles, row_blocks * experts},
+                                   {kScaleBlockBytes, k_tiles * kScaleBlockBytes},
+                                   {kScaleBlockBytes / 4, 1, Shape::kScaleBlocks},
+                                   CU_TENSOR_MAP_SWIZZLE_NONE};
+  if (const char* why = encode(maps.act, act, refuse)) return why;
+  if (const char* why = encode(maps.act_scale, act_scale, refuse)) return why;
+  if (const char* why = encode(maps.weight, weight, refuse)) return why;
+  return encode(maps.weight_scale, weight_scale, refuse);
 }
 
 // Blocks of this kernel that the whole device holds at once; opts in to the shared memory on first use.
@@ -118,42 +158,12 @@ const char* launch(const Mxfp4MoeGemmArgs& a) {
   if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
   if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
 
-  const auto u64 = [](int64_t v) { return static_cast<cuuint64_t>(v); };
-  CUtensorMap act_map, weight_map;
-  if (const char* why = describe<2>(act_map,
-                                    {"act",
-                                     CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                                     a.act,
-                                     {u64(a.k), u64(a.rows)},
-                                     {u64(a.k)},
-                                     {kTileK, Shape::M},
-                                     CU_TENSOR_MAP_SWIZZLE_128B},
-                                    refuse))
-    return why;
-  if (const char* why = describe<3>(weight_map,
-                                    {"weight",
-                                     CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                                     a.weight,
-                                     {u64(a.k / 2), u64(a.n), u64(a.experts)},
-                                     {u64(a.k / 2), u64(a.n) * u64(a.k / 2)},
-                                     {kWeightRowBytes, Shape::N, 1},
-                                     CU_TENSOR_MAP_SWIZZLE_64B},
-                                    refuse))
-    return why;
-
+  TensorMaps maps;
+  if (const char* why = describe<Shape>(maps, a, refuse)) return why;
+  const GemmParams params{a.out, a.m_tiles, a.num_m_tiles, a.out_type, a.n, a.k};
   const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
-  const GemmParams params{static_cast<const uint8_t*>(a.act_scale),
-                          static_cast<const uint8_t*>(a.weight_scale),
-                          a.out,
-                          a.m_tiles,
-                          a.num_m_tiles,
-                          a.out_type,
-                          a.rows,
-                          a.n,
-                          a.k};
   const unsigned grid = static_cast<unsigned>(tiles < blocks ? tiles : blocks);
-  grouped_gemm<Shape>
-      <<<grid, Shape::kThreads, Shape::kSmemBytes, static_cast<cudaStream_t>(a.stream)>>>(act_map, weight_map, params);
+  grouped_gemm<Shape><<<grid, Shape::kThreads, Shape::kSmemBytes, static_cast<cudaStream_t>(a.stream)>>>(maps, params);
   if (cudaError_t e = cudaGetLastError())
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;

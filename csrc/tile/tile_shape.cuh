@@ -21,6 +21,7 @@ constexpr int kBarrierBytesPerStage = 16;  // one full and one empty mbarrier
 constexpr int kMaxAccumulators = 128;      // fp32 registers per thread; beyond it ptxas spills
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 template <int M_, int N_, bool kSwap_>
@@ -32,9 +33,9 @@ struct TileShape {
   static constexpr int kPhysM = kSwap ? N : M;
   static constexpr int kPhysN = kSwap ? M : N;
 
-  // MMA warps in a grid of kWarpsM x kWarpsN. Wide warp tiles in M reuse every expanded weight fragment.
+  // MMA warps in a grid of kWarpsM x kWarpsN. Tall warp tiles reuse every expanded weight fragment.
   static constexpr int kMmaWarps = kSwap ? (N >= 256 ? 8 : 4) : (M * N >= 16384 ? 8 : 4);
-  static constexpr int kWarpN = kSwap ? kPhysN : min_of(N, M* N > 16384 ? 64 : 32);
+  static constexpr int kWarpN = kSwap ? kPhysN : min_of(N, 32);
   static constexpr int kWarpsN = kPhysN / kWarpN;
   static constexpr int kWarpsM = kMmaWarps / kWarpsN;
   static constexpr int kWarpM = kPhysM / kWarpsM;
@@ -53,9 +54,9 @@ struct TileShape {
   static constexpr int kWeightBytes = N * kWeightRowBytes;
   static constexpr int kScaleBlocks = ceil_div(N, kScaleBlockRows);
   static constexpr int kWeightScaleBytes = kScaleBlocks * kScaleBlockBytes;
-  // Bulk copies move 16 bytes, four rows' words, and a tile's first row may be any of the four.
+  // TMA starts at multiples of 16 bytes, four rows' words, and a tile's first row may be any of the four.
   static constexpr int kActScaleRows = M + 4;
-  static constexpr int kActScaleBytes = kActScaleRows * 4;
+  static constexpr int kActScaleBytes = round_up(kActScaleRows * 4, 128);
   static constexpr int kStageBytes = kActBytes + kWeightBytes + kWeightScaleBytes + kActScaleBytes;
 
   static constexpr int stages_for(int blocks) {
@@ -82,7 +83,6 @@ struct TileShape {
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
   static_assert(kActBytes % 1024 == 0 && kWeightBytes % 512 == 0, "swizzle atoms must not straddle stages");
-  static_assert(kActScaleBytes % 16 == 0, "bulk copies move multiples of 16 bytes");
 };
 
 }  // namespace mxfp4_moe

@@ -1,8 +1,8 @@
 // Bulk copies from global memory to this block's shared memory, completing on an mbarrier.
 //
-// The destination is written .shared::cta, not .shared::cluster as in CuTe's SM90 atoms: there are no clusters here,
-// and on SM12x ptxas would otherwise guard every plain bulk copy with a system call for remote destinations, whose
-// calling convention also makes it ignore setmaxnreg. (PTX ISA 8.6, cp.async.bulk and cp.async.bulk.tensor.)
+// The destination is written .shared::cta, not .shared::cluster as in CuTe's SM90 atoms: there are no clusters here.
+// Everything is a tensor copy, scales too: compute-sanitizer's racecheck does not see that an mbarrier orders a plain
+// bulk copy, and reports its every byte. (PTX ISA 8.6, cp.async.bulk.tensor.)
 #pragma once
 
 #include <cuda.h>
@@ -32,16 +32,6 @@ __device__ __forceinline__ void tma_load_3d(void* smem, const CUtensorMap& map, 
       "cp.async.bulk.tensor.3d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
       "%3, %4}], [%5], %6;" ::"r"(cute::cast_smem_ptr_to_uint(smem)),
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(cute::cast_smem_ptr_to_uint(barrier)), "l"(cache_hint)
-      : "memory");
-}
-
-// bytes, both addresses: multiples of 16.
-__device__ __forceinline__ void bulk_load(void* smem, const void* global, uint64_t* barrier, int bytes,
-                                          uint64_t cache_hint) {
-  asm volatile(
-      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          cute::cast_smem_ptr_to_uint(smem)),
-      "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(barrier)), "l"(cache_hint)
       : "memory");
 }
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import platform
-from pathlib import Path
+import warnings
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from .tiles import Manifest, Tile, load_manifest
+from . import blocklist
+from ._wheel import REPORT as _REPORT
+from ._wheel import library_fault, read_report
+from .tiles import Manifest, Tile, load_manifest, nearest_tile
 
 _EXTENSIONS = "mxfp4_moe._ext"
-_REPORT = Path(__file__).with_name("build_report.json")
 
 
 class LoadError(RuntimeError):
@@ -47,6 +48,47 @@ def load_tile(tile: Tile) -> Any:
     return getattr(ops, f"grouped_gemm_{tile.name}")
 
 
+def load_nearest(wanted: Tile, device: str, capability: tuple[int, int]) -> Tile:
+    """Loads `wanted` or, where it is blocked on the device or does not load, the nearest tile that can be used.
+
+    Every tile gives the same bits, so a fall-back costs speed and nothing else; a warning says why it happened.
+
+    Args:
+        wanted: a tile of the manifest.
+        device, capability: the GPU's name and compute capability.
+
+    Raises:
+        LoadError: the layer's own extension does not load, or no tile is left.
+    """
+    moe_ops()  # where this fails every tile would, and these are the words that help
+    blocked = blocklist.blocked(device, capability)
+    reasons: dict[Tile, str] = {}
+    left = list(manifest().tiles)
+    while left:
+        tile = nearest_tile(wanted, left)
+        left.remove(tile)
+        if tile.name in blocked:
+            reasons[tile] = f"it failed the self-test on this GPU ({blocked[tile.name]})"
+            continue
+        try:
+            load_tile(tile)
+        except LoadError as error:
+            reasons[tile] = str(error)
+            continue
+        if tile != wanted:
+            warnings.warn(
+                f"tile {wanted.name} is not used on {device}: {reasons[wanted]}; {tile.name} takes its place, with "
+                "the same results",
+                RuntimeWarning,
+                stacklevel=4,  # who called fused_moe
+            )
+        return tile
+    raise LoadError(
+        f"no tile can be used on {device}; {wanted.name}: {reasons[wanted]}; `mxfp4-moe doctor --selftest` tests them "
+        "all and says what is wrong with each"
+    )
+
+
 def environment() -> str:
     """torch and Python as they are here, for error messages."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -56,9 +98,9 @@ def environment() -> str:
 def built_for() -> str:
     """What the wheel was built for, for error messages: its build report's words."""
     try:
-        built_with = json.loads(_REPORT.read_text(encoding="utf-8"))["built_with"]
+        built_with = (read_report(_REPORT) or {})["built_with"]
         return f"CUDA {built_with['cuda']} with torch {built_with['torch']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return "an unknown CUDA (it has no build report)"
 
 
@@ -69,6 +111,8 @@ def _import(module: str) -> ModuleType:
             f"{name} needs a CUDA build of torch: the wheel was built for {built_for()}, you have {environment()} "
             "(CPU tensors need no extension)"
         )
+    if fault := library_fault(module):
+        raise LoadError(f"{name} cannot be loaded ({fault}): reinstall mxfp4-moe, `mxfp4-moe doctor` says more")
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -63,13 +63,9 @@ def mma_opcode(arch: str) -> str:
     return "QMMA.SF" if _arch_parts(arch)[0] == 12 else "HMMA"
 
 
-def max_spill_bytes(arch: str) -> int:
-    """Bytes that a tile's kernel may spill to local memory (stores, and as many loads): none on SM12x.
-
-    SM90 needs more registers for the same schedule (it unpacks both operands and scales by hand); the few bytes that
-    it may spill are loop invariants.
-    """
-    return 0 if _arch_parts(arch)[0] == 12 else 64
+def mma_k(arch: str) -> int:
+    """How much of K one such MMA covers: a block-scaled step of 32 is one QMMA.SF, or two HMMA."""
+    return 32 if mma_opcode(arch) == "QMMA.SF" else 16
 
 
 def oldest_cuda(arch: str) -> tuple[int, int]:
@@ -111,6 +107,13 @@ class Tile:
         """The tile of this shape; fewer than 64 rows means swapped operands."""
         m, n = tile_mn
         return cls(m=m, n=n, swap_ab=m < 64)
+
+
+# Every tile that was considered for the wheel; the proof below says which of them can be.
+CANDIDATES = (
+    *(Tile(m=m, n=n, swap_ab=False) for m in (64, 128, 256) for n in (8, 16, 32, 64, 128, 256)),
+    *(Tile(m=m, n=n, swap_ab=True) for m in (8, 16, 32) for n in (64, 128, 256)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +275,7 @@ _SMEM_PER_SM = 100 * 1024  # SM12x; SM90 has more, and both archs run the same s
 _SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
 _MAX_STAGES = 8
 _BARRIER_BYTES_PER_STAGE = 16
-_MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
+MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
 MAX_SMEM_PER_BLOCK = _SMEM_PER_SM - _SMEM_RESERVED_PER_BLOCK
 
 
@@ -361,7 +364,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
 
     physical_m, physical_n = (n, m) if swap else (m, n)
     mma_warps = (8 if n >= 256 else 4) if swap else (8 if m * n >= 16384 else 4)
-    warp_n = physical_n if swap else min(n, 64 if m * n > 16384 else 32)
+    warp_n = physical_n if swap else min(n, 32)
     warps_n = physical_n // warp_n
     warps_m = max(mma_warps // warps_n, 1)
     warp_m = physical_m // warps_m
@@ -374,7 +377,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
     act_bytes = m * _ACT_ROW_BYTES
     weight_bytes = n * _WEIGHT_ROW_BYTES
     weight_scale_bytes = _ceil_div(n, _SCALE_BLOCK_ROWS) * _SCALE_BLOCK_BYTES
-    act_scale_bytes = (m + 4) * 4  # bulk copies move four rows; the first row may be any of the four
+    act_scale_bytes = _ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
     stage_bytes = act_bytes + weight_bytes + weight_scale_bytes + act_scale_bytes
     stage_and_barriers = stage_bytes + _BARRIER_BYTES_PER_STAGE
 
@@ -401,10 +404,10 @@ def prove(tile: Tile, arch: str) -> TileProof:
             f"activation scales {act_scale_bytes:,}, barriers {_BARRIER_BYTES_PER_STAGE}), a block has "
             f"{MAX_SMEM_PER_BLOCK:,}"
         )
-    if accumulators > _MAX_ACCUMULATORS:
+    if accumulators > MAX_ACCUMULATORS:
         refusals.append(
             f"registers: {accumulators} accumulators per thread ({warp_m} x {warp_n} per warp), at most "
-            f"{_MAX_ACCUMULATORS} leave room for the rest"
+            f"{MAX_ACCUMULATORS} leave room for the rest"
         )
     return TileProof(
         tile=tile,
@@ -483,7 +486,7 @@ def select_tile(num_tokens: int, top_k: int, num_experts: int, tiles: Iterable[T
 
 
 def nearest_tile(wanted: Tile, tiles: Iterable[Tile]) -> Tile:
-    """`wanted` if it is among `tiles`, else the one nearest by ratio: in m first, then in n; larger on a tie.
+    """`wanted` if it is among `tiles`, else the nearest: of the same mode, then by ratio in m, in n; larger on a tie.
 
     This is the fallback when a tile is missing from the wheel or blocked on the device.
     """
@@ -491,7 +494,8 @@ def nearest_tile(wanted: Tile, tiles: Iterable[Tile]) -> Tile:
     if not choices:
         raise ValueError("tiles: expected at least one tile, got none")
 
-    def distance(tile: Tile) -> tuple[float, float, int, int]:
-        return (abs(math.log2(tile.m / wanted.m)), abs(math.log2(tile.n / wanted.n)), -tile.m, -tile.n)
+    def distance(tile: Tile) -> tuple[bool, float, float, int, int]:
+        m, n = abs(math.log2(tile.m / wanted.m)), abs(math.log2(tile.n / wanted.n))
+        return (tile.swap_ab != wanted.swap_ab, m, n, -tile.m, -tile.n)
 
     return min(choices, key=distance)

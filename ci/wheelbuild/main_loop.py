@@ -1,0 +1,166 @@
+"""The main loop of a kernel, found in its machine code: the innermost loops that hold its MMAs.
+
+A loop is what compilers call a natural loop: the blocks from which a branch back to the loop's head is reached without
+passing the head. Addresses alone would not do: ptxas moves the slow path of a wait behind the kernel's end, from where
+it branches back into the middle of the loop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from wheelbuild.machine_code import Instruction
+
+_INDIRECT = ("BRX", "BRXU", "JMX", "JMXU")
+_JUMPS = ("BRA", "EXIT", "RET", *_INDIRECT)  # after one of these, if unconditional, the next instruction is not next
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainLoop:
+    """Counts of one loop's instructions, with everything inside it: waits, padding, branches."""
+
+    instructions: int
+    nops: int
+    mma: int
+    ldsm: int
+    ldsm_matrices: int  # 8 x 16 bytes each; an LDSM brings one, two or four
+
+    @property
+    def instructions_per_mma(self) -> float:
+        return round(self.instructions / self.mma, 2)
+
+    def report(self) -> dict[str, float]:
+        return {
+            "instructions": self.instructions,
+            "nops": self.nops,
+            "mma": self.mma,
+            "ldsm": self.ldsm,
+            "instructions_per_mma": self.instructions_per_mma,
+        }
+
+
+def _is_any(instruction: Instruction, names: Iterable[str]) -> bool:
+    return any(instruction.is_a(name) for name in names)
+
+
+def _blocks(kernel: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The kernel cut before every target of a branch and after every jump."""
+    targets = {instruction.target for instruction in kernel}
+    blocks: list[list[Instruction]] = []
+    cut = True
+    for instruction in kernel:
+        if cut or instruction.address in targets:
+            blocks.append([])
+        blocks[-1].append(instruction)
+        cut = _is_any(instruction, _JUMPS)
+    return blocks
+
+
+def _successors(blocks: Sequence[Sequence[Instruction]]) -> list[set[int]]:
+    """Where each block may go. An indirect branch's table is not in the listing: it may go to any block that no other
+    block leads to.
+    """
+    place = {block[0].address: index for index, block in enumerate(blocks)}
+    following: list[set[int]] = [set() for _ in blocks]
+    for index, block in enumerate(blocks):
+        last = block[-1]
+        if last.target in place:
+            following[index].add(place[last.target])
+        if index + 1 < len(blocks) and (last.conditional or not _is_any(last, _JUMPS)):
+            following[index].add(index + 1)
+    orphans = set(range(1, len(blocks))) - set().union(*following)
+    for index, block in enumerate(blocks):
+        if _is_any(block[-1], _INDIRECT):
+            following[index] |= orphans
+    return following
+
+
+def _dominators(following: Sequence[set[int]]) -> list[int]:
+    """Per block the set of blocks that every way to it passes, as bits; 0 for a block that cannot be reached."""
+    before: list[list[int]] = [[] for _ in following]
+    reached, todo = {0}, [0]
+    while todo:
+        block = todo.pop()
+        for target in following[block]:
+            before[target].append(block)
+            if target not in reached:
+                reached.add(target)
+                todo.append(target)
+    everything = (1 << len(following)) - 1
+    dominators = [everything if block in reached else 0 for block in range(len(following))]
+    dominators[0] = 1
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(reached - {0}):
+            meet = everything
+            for source in before[block]:
+                meet &= dominators[source]
+            if (meet | 1 << block) != dominators[block]:
+                dominators[block] = meet | 1 << block
+                changed = True
+    return dominators
+
+
+def _loops(following: Sequence[set[int]]) -> list[set[int]]:
+    """Every loop as the set of its blocks; loops with one head are one."""
+    dominators = _dominators(following)
+    before: list[list[int]] = [[] for _ in following]
+    for block, targets in enumerate(following):
+        for target in targets:
+            if dominators[block]:
+                before[target].append(block)
+    loops: dict[int, set[int]] = {}
+    for head in range(len(following)):
+        ends = [block for block in before[head] if dominators[block] >> head & 1]
+        if not ends:
+            continue
+        body, todo = {head}, ends
+        while todo:
+            block = todo.pop()
+            if block not in body:
+                body.add(block)
+                todo += before[block]
+        loops[head] = body
+    return list(loops.values())
+
+
+def _matrices(instruction: Instruction) -> int:
+    wide = re.search(r"\.([24])$", instruction.opcode)
+    return int(wide[1]) if wide else 1
+
+
+def find_main_loop(kernel: Sequence[Instruction], mma: str) -> tuple[MainLoop | None, int]:
+    """The innermost loop around this kernel's MMAs (opcode `mma`), and how many MMAs are outside of every loop.
+
+    Of several such loops the one with most instructions per MMA; None when no loop has an MMA.
+    """
+    if not any(instruction.is_a(mma) for instruction in kernel):
+        return None, 0
+    blocks = _blocks(kernel)
+    loops = sorted(_loops(_successors(blocks)), key=len)
+    innermost: list[set[int]] = []
+    outside = 0
+    for index, block in enumerate(blocks):
+        count = sum(instruction.is_a(mma) for instruction in block)
+        around = next((loop for loop in loops if index in loop), None)
+        if count and around is None:
+            outside += count
+        elif count and around is not None and around not in innermost:
+            innermost.append(around)
+    found = []
+    for loop in innermost:
+        body = [instruction for index in sorted(loop) for instruction in blocks[index]]
+        loads = [instruction for instruction in body if instruction.is_a("LDSM")]
+        found.append(
+            MainLoop(
+                instructions=len(body),
+                nops=sum(instruction.is_a("NOP") for instruction in body),
+                mma=sum(instruction.is_a(mma) for instruction in body),
+                ldsm=len(loads),
+                ldsm_matrices=sum(map(_matrices, loads)),
+            )
+        )
+    return max(found, key=lambda loop: loop.instructions / loop.mma, default=None), outside

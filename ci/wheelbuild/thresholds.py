@@ -1,0 +1,91 @@
+"""ci/thresholds.toml: limits of what the build makes. A figure beyond its limit fails the build with a sentence.
+
+`python -m wheelbuild.thresholds --update build_report.json` writes the table of measured tiles anew: each tile's
+instructions per MMA in that report, and a twentieth more for another release of ptxas. What is set by hand stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wheelbuild import ROOT, BuildError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+THRESHOLDS = Path("ci/thresholds.toml")
+SLACK = 1.05
+_MEASURED = "[instructions_per_mma.measured]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    instructions_per_mma: Mapping[str, Mapping[str, float]]  # by arch, then by tile
+    cpu_seconds: float  # of one run of nvcc
+    peak_mb: float
+    wheel_bytes: int
+
+
+def parse_thresholds(text: str) -> Thresholds:
+    """The limits in `text`; what is set by hand wins over what was measured."""
+    try:
+        data = tomllib.loads(text)
+        tables = data["instructions_per_mma"]
+        limits = {
+            arch: {**tables["measured"].get(arch, {}), **tables["set"].get(arch, {})}
+            for arch in {**tables["measured"], **tables["set"]}
+        }
+        return Thresholds(
+            instructions_per_mma=limits,
+            cpu_seconds=data["compile"]["cpu_seconds"],
+            peak_mb=data["compile"]["peak_mb"],
+            wheel_bytes=data["wheel"]["bytes"],
+        )
+    except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise BuildError(f"{THRESHOLDS}: not what wheelbuild.thresholds reads: {error!r}") from error
+
+
+def load_thresholds() -> Thresholds:
+    return parse_thresholds((ROOT / THRESHOLDS).read_text(encoding="utf-8"))
+
+
+def check_wheel(wheel: Path, thresholds: Thresholds) -> None:
+    """BuildError when the wheel is larger than allowed."""
+    size = wheel.stat().st_size
+    if size > thresholds.wheel_bytes:
+        raise BuildError(f"{wheel.name} has {size:,} bytes, at most {thresholds.wheel_bytes:,} allowed ({THRESHOLDS})")
+
+
+def updated(text: str, report: Mapping[str, Any]) -> str:
+    """`text` with the measured limits of the archs it has, and of every tile of `report` without one set by hand."""
+    by_hand = tomllib.loads(text)["instructions_per_mma"]["set"]
+    lines = []
+    for arch, fixed in by_hand.items():
+        lines += ["", f'[instructions_per_mma.measured."{arch}"]']
+        for name, tile in report["tiles"].items():
+            if name not in fixed and arch in tile["archs"]:
+                figure = tile["archs"][arch]["main_loop"]["instructions_per_mma"]
+                lines.append(f"{name} = {math.ceil(round(figure * SLACK * 10, 6)) / 10}")
+    head, marker, _ = text.partition(_MEASURED)
+    return head + marker + "\n" + "\n".join(lines[1:]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", type=Path, required=True, metavar="REPORT", help="build_report.json of a build")
+    path = ROOT / THRESHOLDS
+    report = json.loads(parser.parse_args().update.read_text(encoding="utf-8"))
+    path.write_text(updated(path.read_text(encoding="utf-8"), report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

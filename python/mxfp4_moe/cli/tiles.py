@@ -1,0 +1,203 @@
+"""The tiles of the installed wheel, or the proof that a tile is or is not possible."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from .. import __version__, _wheel
+from ..tiles import MAX_ACCUMULATORS, MAX_SMEM_PER_BLOCK, Tile, TileProof, prove
+
+HELP = "the table of tiles, or one tile's proof"
+
+_SCHEMA = 1
+_UNKNOWN = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--explain",
+        type=_tile,
+        metavar="M,N[,swap]",
+        help="the proof for any tile, in the wheel or not: shared memory by part, stages, registers, and the verdict",
+    )
+    parser.add_argument("--json", action="store_true", help="the same for machines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.explain is not None:
+        data = explain_data(arguments.explain)
+        words = explain_text(arguments.explain)
+    else:
+        data = table_data()
+        words = table_text(data)
+    print(json.dumps(data, indent=1) if arguments.json else words)
+    return 0
+
+
+def _tile(text: str) -> Tile:
+    parts = [part.strip() for part in text.split(",")]
+    sizes, mode = parts[:2], parts[2:]
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes) or mode not in ([], ["swap"]):
+        raise argparse.ArgumentTypeError(f"expected M,N or M,N,swap, such as 128,128 or 8,128,swap, got {text!r}")
+    return Tile(m=int(sizes[0]), n=int(sizes[1]), swap_ab=bool(mode))
+
+
+def _mode(tile: Tile) -> str:
+    return "swapped" if tile.swap_ab else "native"
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def table_data() -> dict[str, Any]:
+    """The wheel's tiles: what its build report measured, and the proof's numbers where the report has none."""
+    report = _wheel.read_report() or {}
+    archs = _wheel.built_archs()
+    tiles = []
+    for tile in _wheel.built_tiles():
+        entry = report.get("tiles", {}).get(tile.name, {})
+        path = _wheel.library(tile.module)
+        tiles.append(
+            {
+                "name": tile.name,
+                "m": tile.m,
+                "n": tile.n,
+                "mode": _mode(tile),
+                "library": {
+                    "file": f"_ext/{path.name}",
+                    "bytes": path.stat().st_size if path.exists() else None,
+                    "sha256": entry.get("library", {}).get("sha256"),
+                },
+                "archs": {arch: _arch_data(tile, arch, entry.get("archs", {}).get(arch, {})) for arch in archs},
+            }
+        )
+    return {
+        "schema": _SCHEMA,
+        "version": __version__,
+        "profile": report.get("profile"),
+        "built_with": report.get("built_with"),
+        "archs": list(archs),
+        "tiles": tiles,
+    }
+
+
+def _arch_data(tile: Tile, arch: str, built: dict[str, Any]) -> dict[str, Any]:
+    proof = prove(tile, arch).facts()
+    names = ("stages", "smem_bytes", "threads", "blocks_per_sm", "accumulator_registers")
+    return {
+        **{name: built.get(name, proof[name]) for name in names},
+        "registers": built.get("registers"),
+        "instructions_per_mma": (built.get("main_loop") or {}).get("instructions_per_mma"),
+    }
+
+
+def table_text(data: dict[str, Any]) -> str:
+    archs = data["archs"]
+    head = ["tile", "mode", "archs", "stages", "shared memory"]
+    head += [f"registers {arch}" for arch in archs] + [f"instr/MMA {arch}" for arch in archs] + ["size"]
+    rows = [head]
+    for tile in data["tiles"]:
+        each = [tile["archs"][arch] for arch in archs]
+        row = [tile["name"], tile["mode"], ", ".join(archs)]
+        row += [_joined(arch[name] for arch in each) for name in ("stages", "smem_bytes")]
+        row += [_number(arch["registers"]) for arch in each] + [_number(arch["instructions_per_mma"]) for arch in each]
+        row += ["missing" if tile["library"]["bytes"] is None else _number(tile["library"]["bytes"])]
+        rows.append(row)
+    sizes = [tile["library"]["bytes"] or 0 for tile in data["tiles"]]
+    tail = f"mxfp4-moe {data['version']}: {len(data['tiles'])} tiles, {sum(sizes):,} bytes"
+    if data["profile"]:
+        tail += f", profile {data['profile']}, built with CUDA {(data['built_with'] or {}).get('cuda', 'unknown')}"
+    else:
+        tail += "; no build report, so only what can be proved"
+    return "\n".join([*_aligned(rows, left=3), "", tail])
+
+
+def _number(value: float | None) -> str:
+    return _UNKNOWN if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+
+def _joined(values: Iterable[float]) -> str:
+    """One number for all archs where they agree, as they should."""
+    return " / ".join(dict.fromkeys(map(_number, values)))
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.ljust(w) if place < left else c.rjust(w) for place, (c, w) in cells).rstrip())
+    return lines
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+
+def explain_data(tile: Tile) -> dict[str, Any]:
+    proofs = {}
+    for arch in _wheel.built_archs():
+        proof = prove(tile, arch)
+        proofs[arch] = {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch")}
+        limits = {"max_smem_bytes": MAX_SMEM_PER_BLOCK, "max_accumulator_registers": MAX_ACCUMULATORS}
+        proofs[arch] |= {**limits, "legal": proof.legal}
+    return {
+        "schema": _SCHEMA,
+        "name": tile.name,
+        "m": tile.m,
+        "n": tile.n,
+        "mode": _mode(tile),
+        "in_wheel": tile in _wheel.built_tiles(),
+        "archs": proofs,
+    }
+
+
+def explain_text(tile: Tile) -> str:
+    """One proof where all archs have the same numbers, else one for each."""
+    groups: dict[TileProof, list[str]] = {}
+    for arch in _wheel.built_archs():
+        groups.setdefault(replace(prove(tile, arch), arch=""), []).append(f"sm_{arch}")
+    return "\n\n".join(_proof_text(proof, ", ".join(archs)) for proof, archs in groups.items())
+
+
+def _proof_text(proof: TileProof, archs: str) -> str:
+    tile = proof.tile
+    roles = "A = weights, B = activations" if tile.swap_ab else "A = activations, B = weights"
+    stage = proof.stage_bytes + proof.barrier_bytes
+    rows = [
+        ("activations", proof.act_bytes),
+        ("weights", proof.weight_bytes),
+        ("weight scales", proof.weight_scale_bytes),
+        ("activation scales", proof.act_scale_bytes),
+        ("barriers", proof.barrier_bytes),
+        ("one stage", stage),
+        (_count(proof.stages, "stage"), proof.smem_bytes),
+        ("a block may have", MAX_SMEM_PER_BLOCK),
+    ]
+    lines = [
+        f"{tile.name} on {archs}",
+        f"  {_mode(tile)}: {roles}; physical tile {proof.physical_m} x {proof.physical_n}, K = 128 per stage",
+        "  shared memory, bytes",
+        *(f"    {name:<18}{size:>9,}" for name, size in rows),
+        f"  stages: {proof.stages}, with {_count(proof.blocks_per_sm, 'block')} per SM",
+        f"  warps: {proof.warps_m} x {proof.warps_n} MMA warps of {proof.warp_m} x {proof.warp_n}; "
+        f"{proof.threads} threads with the producer's",
+        f"  accumulators: {proof.accumulator_registers} fp32 registers per thread, of at most {MAX_ACCUMULATORS}",
+    ]
+    if proof.legal:
+        lines.append("  verdict: legal, " + ("in this wheel" if tile in _wheel.built_tiles() else "not in this wheel"))
+    else:
+        lines.append("  verdict: refused")
+        lines += [f"    - {refusal}" for refusal in proof.refusals]
+        other = replace(tile, swap_ab=not tile.swap_ab)
+        if all(prove(other, arch).legal for arch in _wheel.built_archs()):
+            option = f"{tile.m},{tile.n}" + (",swap" if other.swap_ab else "")
+            lines.append(f"  the {_mode(other)} tile of this shape is legal: --explain {option}")
+    return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

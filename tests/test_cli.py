@@ -1,0 +1,358 @@
+"""The command line on a machine without a GPU: its tables, its proofs, its findings, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_wheel
+import pytest
+
+import mxfp4_moe
+from mxfp4_moe import _wheel, blocklist, cli
+from mxfp4_moe.tiles import MAX_SMEM_PER_BLOCK, Tile, load_manifest, prove
+
+NATIVE, SWAPPED = Tile(m=128, n=128, swap_ab=False), Tile(m=8, n=128, swap_ab=True)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel of two tiles: one with all that a report can say, one from before reports had main loops."""
+    archs = {
+        NATIVE.name: {
+            "90a": fake_wheel.arch_entry(NATIVE, "90a", 168, 10.4),
+            "120f": fake_wheel.arch_entry(NATIVE, "120f", 162, 3.25),
+        },
+        SWAPPED.name: {arch: fake_wheel.arch_entry(SWAPPED, arch, 89, None) for arch in fake_wheel.ARCHS},
+    }
+    return fake_wheel.install(tmp_path, monkeypatch, [NATIVE, SWAPPED], archs)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = cli.main(arguments)
+    return status, capsys.readouterr().out
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+    status, out = run(capsys, *arguments, "--json")
+    return status, json.loads(out)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"mxfp4-moe {mxfp4_moe.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["tiles", "--nonsense"]])
+def test_arguments_that_make_no_sense(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: mxfp4-moe" in capsys.readouterr().err
+
+
+def python(*arguments: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, with the same package, and with `path` before everything else."""
+    folders = [str(path)] if path else []
+    paths = os.pathsep.join([*folders, *filter(None, sys.path)])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": paths} | env,
+    )
+
+
+def test_tiles_does_not_import_torch() -> None:
+    program = "import sys; from mxfp4_moe.cli import main; main(['tiles']); print('torch' in sys.modules)"
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_as_a_module_and_into_a_closed_pipe() -> None:
+    whole = python("-m", "mxfp4_moe.cli", "tiles", "--json")
+    assert json.loads(whole.stdout)["schema"] == 1
+    command = f"{sys.executable} -m mxfp4_moe.cli tiles --json | true"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    closed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=env)
+    assert closed.stderr == ""
+
+
+def test_the_public_names_come_when_asked_for() -> None:
+    program = (
+        "import sys, mxfp4_moe\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(mxfp4_moe.__all__) <= set(dir(mxfp4_moe))\n"
+        "from mxfp4_moe.fused_moe import manifest_tile\n"
+        "assert callable(mxfp4_moe.fused_moe), 'the function, though the submodule was imported first'\n"
+        "from mxfp4_moe import *\n"
+        "for name in mxfp4_moe.__all__: assert eval(name) is getattr(mxfp4_moe, name), name\n"
+        "try: mxfp4_moe.nonsense\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "module 'mxfp4_moe' has no attribute 'nonsense'\n"
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (package / "_ext" / f"{SWAPPED.module}.abi3.so").unlink()
+    status, out = run(capsys, "tiles")
+    head, native, swapped, _, tail = out.splitlines()
+    assert status == 0
+    assert head.split() == (
+        "tile mode archs stages shared memory registers 90a registers 120f instr/MMA 90a instr/MMA 120f size".split()
+    )
+    proofs = [f"{proof.stages} {proof.smem_bytes:,}" for proof in (prove(NATIVE, "90a"), prove(SWAPPED, "90a"))]
+    assert native.split() == f"m128n128 native 90a, 120f {proofs[0]} 168 162 10.40 3.25 4,096".split()
+    assert swapped.split() == f"m8n128_swap swapped 90a, 120f {proofs[1]} 89 89 - - missing".split()
+    assert tail.startswith(f"mxfp4-moe {mxfp4_moe.__version__}: 2 tiles, 4,096 bytes, profile mxfp4_minimal")
+
+
+def test_the_table_for_machines(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, data = run_json(capsys, "tiles")
+    assert status == 0
+    assert set(data) == {"schema", "version", "profile", "built_with", "archs", "tiles"}
+    assert data["archs"] == list(fake_wheel.ARCHS)
+    native, swapped = data["tiles"]
+    assert set(native) == {"name", "m", "n", "mode", "library", "archs"}
+    assert native["library"] == {"file": f"_ext/{NATIVE.module}.abi3.so", "bytes": 4096, "sha256": "0" * 64}
+    proof = prove(NATIVE, "120f")
+    assert native["archs"]["120f"] == {
+        "stages": proof.stages,
+        "smem_bytes": proof.smem_bytes,
+        "threads": proof.threads,
+        "blocks_per_sm": proof.blocks_per_sm,
+        "accumulator_registers": proof.accumulator_registers,
+        "registers": 162,
+        "instructions_per_mma": 3.25,
+    }
+    assert swapped["archs"]["90a"]["instructions_per_mma"] is None
+
+
+def test_without_a_report_the_table_has_what_can_be_proved(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (package / "build_report.json").write_text("{")
+    status, out = run(capsys, "tiles")
+    assert status == 0
+    lines = out.splitlines()
+    assert len(lines) == len(load_manifest().tiles) + 3
+    assert lines[-1].endswith("no build report, so only what can be proved")
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_the_proof_of_a_legal_tile(swap: bool, package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tile = SWAPPED if swap else NATIVE
+    status, out = run(capsys, "tiles", "--explain", f"{tile.m},{tile.n}" + (",swap" if swap else ""))
+    proof = prove(tile, "90a")
+    assert status == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == f"{tile.name} on sm_90a, sm_120f", "one proof for both archs"
+    for name, size in (
+        ("activations", proof.act_bytes),
+        ("weights", proof.weight_bytes),
+        ("weight scales", proof.weight_scale_bytes),
+        ("activation scales", proof.act_scale_bytes),
+        ("barriers", proof.barrier_bytes),
+        ("one stage", proof.stage_bytes + proof.barrier_bytes),
+        (f"{proof.stages} stages", proof.smem_bytes),
+        ("a block may have", MAX_SMEM_PER_BLOCK),
+    ):
+        assert f"{name} {size:,}" in lines
+    assert f"accumulators: {proof.accumulator_registers} fp32 registers per thread, of at most 128" in lines
+    assert any(
+        f"{proof.threads} threads" in line and f"{proof.warps_m} x {proof.warps_n} MMA" in line for line in lines
+    )
+    assert lines[-1] == "verdict: legal, in this wheel"
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ("256,256", ["shared memory: two pipeline stages need 2 x 51,", "a block has 101,376", "stages: 1,"]),
+        ("256,256", ["accumulators: 256 fp32 registers per thread, of at most 128", "registers: 256 accumulators"]),
+        ("100,128", ["a native tile has m divisible by 64, not 100"]),
+        ("128,96", ["n must divide 128, the rows of a weight scale block, or be a multiple: 96"]),
+        ("12,32,swap", ["a swapped tile has m in 8, 16, 32, not 12", "a swapped tile has n of at least 64, not 32"]),
+        ("8,128", ["m divisible by 64, not 8", "the swapped tile of this shape is legal: --explain 8,128,swap"]),
+        ("512,512", ["m must be at most 256", "n must be from 8 to 256"]),
+    ],
+)
+def test_the_proof_of_an_impossible_tile(
+    shape: str, words: list[str], package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out = run(capsys, "tiles", "--explain", shape)
+    flat = " ".join(out.split())
+    assert status == 0, "explaining succeeds, whatever the verdict"
+    assert "verdict: refused" in flat
+    for word in words:
+        assert word in flat
+    _, data = run_json(capsys, "tiles", "--explain", shape)
+    for arch in fake_wheel.ARCHS:
+        assert not data["archs"][arch]["legal"]
+        assert all(refusal in flat for refusal in data["archs"][arch]["refusals"]), "every refusal is printed"
+
+
+def test_the_proof_for_machines(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, data = run_json(capsys, "tiles", "--explain", "64,128")
+    assert {key: data[key] for key in ("name", "m", "n", "mode", "in_wheel")} == {
+        "name": "m64n128",
+        "m": 64,
+        "n": 128,
+        "mode": "native",
+        "in_wheel": False,
+    }
+    proof = data["archs"]["120f"]
+    assert proof["legal"]
+    assert proof["refusals"] == []
+    assert (proof["max_smem_bytes"], proof["max_accumulator_registers"]) == (101_376, 128)
+    assert proof["smem_bytes"] == proof["stages"] * (proof["stage_bytes"] + proof["barrier_bytes"])
+    parts = ("act_bytes", "weight_bytes", "weight_scale_bytes", "act_scale_bytes")
+    assert proof["stage_bytes"] == sum(proof[part] for part in parts)
+
+
+@pytest.mark.parametrize(
+    "shape", ["128", "128,128,128", "0,128", "-8,128", "a,b", "8,128,swapped", "8.0,128", "1,2,swap,"]
+)
+def test_a_shape_that_is_none(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tiles", f"--explain={shape}"])
+    assert caught.value.code == 2
+    assert f"expected M,N or M,N,swap, such as 128,128 or 8,128,swap, got '{shape}'" in capsys.readouterr().err
+
+
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def subjects(data: Any, level: str) -> list[str]:
+    return [finding["subject"] for finding in data["findings"] if finding["level"] == level]
+
+
+def test_doctor_on_a_cpu(package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.cuda", None)
+    status, data = run_json(capsys, "doctor")
+    assert (status, data["worst"], data["selftest"]) == (1, "warning", None)
+    assert subjects(data, "ok") == ["wheel", "libraries", "blocklist"]
+    assert subjects(data, "warning") == ["torch"]
+    status, out = run(capsys, "doctor")
+    assert status == 1
+    assert "profile mxfp4_minimal, 2 tiles for sm_90a, sm_120f, built with CUDA 13.0.88" in out
+    assert "-> CPU tensors work, slowly; for a GPU install a CUDA build of torch" in out
+
+
+def test_doctor_sees_libraries_that_are_broken(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", None)
+    library = package / "_ext" / f"{NATIVE.module}.abi3.so"
+    library.write_bytes(library.read_bytes()[:2000])
+    status, out = run(capsys, "doctor")
+    assert status == 1
+    assert "tile_m128n128.abi3.so is truncated: 2,000 of 4,096 bytes" in out
+    assert "1 of 2 tiles have a whole library" in out
+    (package / "_ext" / f"{SWAPPED.module}.abi3.so").write_bytes(fake_wheel.elf(NATIVE.module))
+    status, out = run(capsys, "doctor")
+    assert status == 2, "no tile is left"
+    assert "tile_m8n128_swap.abi3.so is another module's library: it has no PyInit_tile_m8n128_swap" in out
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> None:
+    """A CUDA torch with one GPU, and libraries that load."""
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: capability)
+    monkeypatch.setattr("mxfp4_moe._load.moe_ops", lambda: None)
+    monkeypatch.setattr("mxfp4_moe._load.load_tile", lambda tile: None)
+
+
+def test_doctor_when_all_is_well(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpu(monkeypatch)
+    status, data = run_json(capsys, "doctor")
+    assert (status, data["worst"]) == (0, "ok"), data
+    assert subjects(data, "ok") == ["wheel", "libraries", "torch", "GPU", "blocklist", "tiles"]
+    assert "runs the machine code for sm_90a" in data["findings"][3]["text"]
+
+
+@pytest.mark.parametrize(("capability", "words"), [((8, 9), "no machine code"), ((12, 1), "machine code for sm_120f")])
+def test_doctor_says_which_machine_code_runs(
+    capability: tuple[int, int],
+    words: str,
+    package: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gpu(monkeypatch, "NVIDIA GB10", capability)
+    status, out = run(capsys, "doctor")
+    assert words in out
+    assert status == (2 if capability[0] == 8 else 0)
+
+
+def test_doctor_shows_what_is_blocked(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpu(monkeypatch)
+    path = blocklist.write("NVIDIA H200", (9, 0), {NATIVE: "3 of 9 values differ"})
+    assert path is not None
+    status, out = run(capsys, "doctor")
+    assert status == 1
+    assert "m128n128 failed the self-test on NVIDIA H200: 3 of 9 values differ" in out
+    assert "1 of 1 not blocked load" in out
+    path.write_text("{")
+    status, out = run(capsys, "doctor")
+    assert status == 1
+    assert "-> run `mxfp4-moe doctor --selftest` to write a new one" in out
+
+
+def test_selftest_without_a_gpu_is_an_error_in_words(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    status, data = run_json(capsys, "doctor", "--selftest")
+    assert status == 2
+    assert subjects(data, "error") == ["self-test"]
+    assert not data["selftest"]["passed"]
+    assert "needs GPU 0 and a CUDA build of torch" in data["selftest"]["fault"]
+    assert {tile["status"] for tile in data["selftest"]["tiles"]} == {"not run"}
+
+
+def test_doctor_without_torch_and_with_a_broken_one(tmp_path: Path) -> None:
+    for program in ("raise ModuleNotFoundError(\"No module named 'torch'\")", "raise OSError('libtorch.so: no such')"):
+        (tmp_path / "torch.py").write_text(program)
+        for arguments in (["doctor"], ["doctor", "--selftest"]):
+            result = python("-m", "mxfp4_moe.cli", *arguments, path=tmp_path, MXFP4_MOE_CACHE_DIR=str(tmp_path))
+            assert result.returncode == 2
+            assert "Traceback" not in result.stdout + result.stderr
+            assert "torch" in result.stdout
+            assert "pip install 'torch>=2.10'" in result.stdout
+
+
+def test_doctor_survives_a_manifest_that_it_cannot_read(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Any:
+        raise ValueError("tile_manifest.toml: not valid TOML")
+
+    monkeypatch.setattr(_wheel, "load_manifest", broken)
+    status, data = run_json(capsys, "doctor")
+    assert status == 2
+    assert {"wheel", "libraries"} <= set(subjects(data, "error"))
+    status, data = run_json(capsys, "doctor", "--selftest")
+    assert status == 2
+    assert "self-test" in subjects(data, "error")
