@@ -104,15 +104,37 @@ def gate_up_rows(order: str, intermediate_size: int) -> tuple[list[int], list[in
     return (list(first), list(second)) if order == "gate_up" else (list(second), list(first))
 
 
-def swiglu(
-    gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, beta: float, limit: float | None
+GATED = ("swiglu", "swiglu_oai", "swiglu_step", "geglu", "geglu_tanh")
+NOT_GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+_ERFC = np.vectorize(math.erfc, otypes=[np.float64])
+
+Number = float | np.ndarray  # an array broadcasts against the rows
+
+
+def one_input(x: np.ndarray, activation: str) -> np.ndarray:
+    """An activation that is not gated; float64 in, float64 out."""
+    if activation == "silu":
+        return x / (1 + np.exp(-x))
+    if activation == "gelu":
+        return x / 2 * _ERFC(-x / math.sqrt(2))
+    if activation == "gelu_tanh":
+        with np.errstate(over="ignore"):  # x / infinity is the zero that it should be
+            return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    positive = np.maximum(x, 0)
+    return {"relu": positive, "relu2": positive**2, "identity": x}[activation]
+
+
+def two_inputs(
+    gate: np.ndarray, up: np.ndarray, activation: str, alpha: Number, beta: Number, limit: Number | None
 ) -> np.ndarray:
-    """float64 in, float64 out."""
-    if activation == "swiglu":
-        return gate / (1 + np.exp(-gate)) * up
-    if limit is not None:
-        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    return gate / (1 + np.exp(-alpha * gate)) * (up + beta)
+    """A gated activation; float64 in, float64 out."""
+    bound = np.inf if limit is None else limit
+    if activation == "swiglu_oai":
+        gate, up = np.minimum(gate, bound), np.clip(up, -bound, bound)
+        return gate / (1 + np.exp(-alpha * gate)) * (up + beta)
+    if activation == "swiglu_step":
+        return np.minimum(one_input(gate, "silu"), bound) * np.clip(up, -bound, bound)
+    return one_input(gate, {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}[activation]) * up
 
 
 def dense_moe(
@@ -136,6 +158,12 @@ def dense_moe(
     w13 = mxfp4_values(tensors["w13"], tensors["w13_scale"])
     w2 = mxfp4_values(tensors["w2"], tensors["w2_scale"])
     gates, ups = gate_up_rows(gate_up_order, w13.shape[1] // 2)
+
+    def between(h: np.ndarray) -> np.ndarray:
+        if activation in NOT_GATED:
+            return one_input(h, activation)
+        return two_inputs(h[gates], h[ups], activation, alpha, beta, limit)
+
     x = mxfp8_values(*mxfp8_quantize(hidden_states.float().numpy()))
     out = np.zeros((len(x), 2 * half))
     for t, ids in enumerate(topk_ids.tolist()):
@@ -145,7 +173,7 @@ def dense_moe(
             h = w13[e] @ x[t]
             if "w13_bias" in tensors:
                 h = h + tensors["w13_bias"][e]
-            act = swiglu(h[gates], h[ups], activation, alpha, beta, limit).astype(np.float32)
+            act = between(h).astype(np.float32)
             y = w2[e] @ mxfp8_values(*mxfp8_quantize(act))
             if "w2_bias" in tensors:
                 y = y + tensors["w2_bias"][e]
@@ -154,7 +182,7 @@ def dense_moe(
 
 
 def random_checkpoint(
-    num_experts: int, hidden_size: int, intermediate_size: int, *, seed: int = 0
+    num_experts: int, hidden_size: int, intermediate_size: int, *, seed: int = 0, gated: bool = True
 ) -> dict[str, torch.Tensor]:
     """MXFP4 weights of one layer with realistic magnitudes, keyed as the arguments of from_mxfp4."""
     generator = torch.Generator().manual_seed(seed)
@@ -166,12 +194,13 @@ def random_checkpoint(
         return torch.randn(shape, generator=generator).mul(0.2).bfloat16()
 
     e, h, i = num_experts, hidden_size, intermediate_size
+    rows = 2 * i if gated else i
     return {
-        "w13": integers(0, 255, e, 2 * i, h // 2),
-        "w13_scale": integers(118, 123, e, 2 * i, h // 32),
+        "w13": integers(0, 255, e, rows, h // 2),
+        "w13_scale": integers(118, 123, e, rows, h // 32),
         "w2": integers(0, 255, e, h, i // 2),
         "w2_scale": integers(118, 123, e, h, i // 32),
-        "w13_bias": bias(e, 2 * i),
+        "w13_bias": bias(e, rows),
         "w2_bias": bias(e, h),
     }
 

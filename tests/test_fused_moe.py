@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import mxfp4_moe
-from mxfp4_moe import _load, formats
+from mxfp4_moe import _load, formats, reference
 from mxfp4_moe.fused_moe import check_capability, manifest_tile
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
@@ -52,6 +52,21 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int16)
 
 
+def mxfp8(call: dict[str, Any], scale_layout: str = "linear") -> dict[str, Any]:
+    """The hidden states of a call as the layer would quantize them."""
+    codes, scales = formats.quantize_mxfp8(call["hidden_states"])
+    if scale_layout == "swizzled":
+        scales = formats.swizzle_scales(scales).flatten()
+    return {"hidden_states": codes, "hidden_states_scale": scales, "scale_layout": scale_layout}
+
+
+def too_many_experts() -> MoEWeights:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(1025, *shape, dtype=torch.uint8)
+
+    return MoEWeights(w13=zeros(64, 32), w13_scale=zeros(1, 1, 512), w2=zeros(64, 16), w2_scale=zeros(1, 1, 512))
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 BAD: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]] = [
@@ -74,7 +89,7 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Exception]
         r"hidden_states: expected bfloat16 or float16 \[T, 64\], got float32 \[6, 64\]",
     ),
     (
-        "hidden_states float8, for which there is no path yet",
+        "hidden_states float8 without its scales",
         lambda c: {"hidden_states": c["hidden_states"].to(torch.float8_e4m3fn)},
         TypeError,
         r"hidden_states: expected bfloat16 or float16 \[T, 64\], got float8_e4m3fn \[6, 64\]",
@@ -194,6 +209,66 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Exception]
         r"output: expected bfloat16 \[6, 64\] on cpu, got bfloat16 \[6, 64\] on meta",
     ),
     (
+        "output of the input's dtype where another was asked for",
+        lambda c: {"output": c["hidden_states"], "output_dtype": torch.float16},
+        TypeError,
+        r"output: expected float16 \[6, 64\], got bfloat16 \[6, 64\]",
+    ),
+    (
+        "output_dtype",
+        lambda c: {"output_dtype": torch.float32},
+        TypeError,
+        r"output_dtype: expected torch.bfloat16 or torch.float16, got torch.float32",
+    ),
+    (
+        "bfloat16 with scales",
+        lambda c: mxfp8(c) | {"hidden_states": c["hidden_states"]},
+        TypeError,
+        r"hidden_states: expected uint8 or float8_e4m3fn \[T, 64\], got bfloat16 \[6, 64\]",
+    ),
+    (
+        "scale layout",
+        lambda c: mxfp8(c) | {"scale_layout": "128x4"},
+        ValueError,
+        r"scale_layout: expected 'linear' or 'swizzled', got '128x4'",
+    ),
+    (
+        "scales of the other layout",
+        lambda c: mxfp8(c) | {"scale_layout": "swizzled"},
+        ValueError,
+        r"hidden_states_scale: expected uint8 \[512\], got uint8 \[6, 2\]",
+    ),
+    (
+        "scales' shape",
+        lambda c: mxfp8(c, "swizzled") | {"scale_layout": "linear"},
+        ValueError,
+        r"hidden_states_scale: expected uint8 \[6, 2\], got uint8 \[512\]",
+    ),
+    (
+        "scales' dtype",
+        lambda c: mxfp8(c) | {"hidden_states_scale": torch.ones(6, 2)},
+        TypeError,
+        r"hidden_states_scale: expected uint8 \[6, 2\], got float32 \[6, 2\]",
+    ),
+    (
+        "scales' device",
+        lambda c: mxfp8(c) | {"hidden_states_scale": torch.ones(6, 2, dtype=torch.uint8, device="meta")},
+        ValueError,
+        r"hidden_states_scale: expected uint8 \[6, 2\] on cpu, got uint8 \[6, 2\] on meta",
+    ),
+    (
+        "scales' stride",
+        lambda c: mxfp8(c) | {"hidden_states_scale": torch.ones(2, 6, dtype=torch.uint8).t()},
+        ValueError,
+        r"hidden_states_scale: expected a contiguous tensor, got strides \[1, 6\] for shape \[6, 2\]",
+    ),
+    (
+        "too many experts",
+        lambda c: {"weights": too_many_experts()},
+        ValueError,
+        r"weights: expected at most 1024 experts, got 1025",
+    ),
+    (
         "tile not in the manifest",
         lambda c: {"tile_mn": (192, 128)},
         ValueError,
@@ -215,7 +290,7 @@ def test_bad_input_is_refused_in_one_sentence(
     error: type[Exception],
     message: str,
 ) -> None:
-    monkeypatch.setattr(mxfp4_moe.reference, "fused_moe", lambda *_: pytest.fail("computed before the last check"))
+    monkeypatch.setattr(reference, "fused_moe", lambda *_, **__: pytest.fail("computed before the last check"))
     call = make_call()
     call |= change(call)
     with pytest.raises(error, match=message) as caught:
@@ -376,6 +451,87 @@ def test_without_limit_nothing_is_clamped() -> None:
     assert not torch.equal(bits(free), bits(clamped))
 
 
+@pytest.mark.parametrize("output_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("view", [torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("scale_layout", ["linear", "swizzled"])
+def test_mxfp8_input_is_what_the_layer_quantizes_to(
+    scale_layout: str, view: torch.dtype, output_dtype: torch.dtype
+) -> None:
+    call = make_call(tokens=131)
+    expected = mxfp4_moe.fused_moe(**call, output_dtype=output_dtype)
+    assert expected.dtype == output_dtype
+    call |= mxfp8(call, scale_layout)
+    call["hidden_states"] = call["hidden_states"].view(view)
+    out = mxfp4_moe.fused_moe(**call, output_dtype=output_dtype)
+    assert out.dtype == output_dtype
+    assert torch.equal(bits(out), bits(expected))
+    assert mxfp4_moe.fused_moe(**call).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("output_dtype", [torch.bfloat16, torch.float16])
+def test_intermediate_rounding_is_an_option(output_dtype: torch.dtype) -> None:
+    call = make_call() | {"output_dtype": output_dtype}
+    out, default = mxfp4_moe.fused_moe(**call, intermediate_rounding=True), mxfp4_moe.fused_moe(**call)
+    assert torch.equal(bits(out), bits(reference.fused_moe(**call, intermediate_rounding=True)))
+    assert torch.equal(bits(default), bits(mxfp4_moe.fused_moe(**call, intermediate_rounding=False)))
+    assert not torch.equal(bits(out), bits(default))
+    assert (out.float() - default.float()).norm() < 0.05 * default.float().norm()
+
+
+def test_output_dtype_is_chosen_apart_from_the_input() -> None:
+    for given in (torch.bfloat16, torch.float16):
+        call = make_call(dtype=given)
+        results = {d: mxfp4_moe.fused_moe(**call, output_dtype=d) for d in (torch.bfloat16, torch.float16)}
+        for dtype, out in results.items():
+            assert out.dtype == dtype
+            output = torch.empty_like(out)
+            assert mxfp4_moe.fused_moe(**call, output_dtype=dtype, output=output) is output
+            assert torch.equal(bits(output), bits(out))
+        # Rounding rows and sums to bfloat16 or to float16: half a bfloat16 step each, of values up to their norm.
+        difference = results[torch.bfloat16].double() - results[torch.float16].double()
+        assert difference.norm() <= 2**-8 * results[torch.float16].double().norm()
+
+
+@pytest.mark.parametrize("scale_layout", ["linear", "swizzled"])
+def test_mxfp8_scales_and_codes_that_are_no_number(scale_layout: str) -> None:
+    """Bytes up to 248 count as they are; above that, and with a NaN code, the token is NaN, and no other is touched."""
+    plain = make_call()
+    codes, scales = formats.quantize_mxfp8(plain["hidden_states"])
+    call = plain | mxfp8(plain, scale_layout)
+    clean = mxfp4_moe.fused_moe(**call)
+    scales[1, 1], scales[2, 0], scales[3, 1] = 249, 254, 255
+    codes[4, 17] = 0x7F
+    scales[5], codes[5] = 248, 0  # nothing times 2^121
+    scales_given = formats.swizzle_scales(scales).flatten() if scale_layout == "swizzled" else scales
+    out = mxfp4_moe.fused_moe(**{**call, "hidden_states": codes, "hidden_states_scale": scales_given})
+    assert out[1:5].isnan().all()
+    assert torch.equal(bits(out[0]), bits(clean[0]))
+    zero = plain["hidden_states"].clone()
+    zero[5] = 0
+    assert torch.equal(bits(out[5]), bits(mxfp4_moe.fused_moe(**{**plain, "hidden_states": zero})[5]))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_router_weight_that_is_no_number_stays_in_its_token(poison: float) -> None:
+    call = make_call()
+    clean = mxfp4_moe.fused_moe(**call)
+    call["topk_weights"][2, 1] = poison
+    out = mxfp4_moe.fused_moe(**call)
+    assert not out[2].isfinite().any()
+    others = torch.arange(T) != 2
+    assert torch.equal(bits(out[others]), bits(clean[others]))
+
+
+def test_limits_are_stated_before_anything_is_allocated() -> None:
+    from mxfp4_moe.fused_moe import MAX_SLOTS, check_limits
+
+    check_limits(1024, MAX_SLOTS, 1)
+    with pytest.raises(ValueError, match=r"weights: expected at most 1024 experts, got 1025"):
+        check_limits(1025, 1, 1)
+    with pytest.raises(ValueError, match=r"topk_ids: expected at most 2147482623 slots .*, got 1073741312 \* 2"):
+        check_limits(1, (MAX_SLOTS + 1) // 2, 2)
+
+
 # ---- modules and loading -------------------------------------------------------------------------------------------
 
 
@@ -384,6 +540,7 @@ def fresh_loader(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No extension counts as loaded, before and after."""
     for cached in (_load.load_tile, _load.moe_ops):
         monkeypatch.setattr(_load, cached.__name__, cached.__wrapped__)
+    monkeypatch.setattr(_load, "library_fault", lambda module: None)  # the source tree has no libraries
     return monkeypatch
 
 
@@ -425,7 +582,7 @@ def test_module_is_cached_and_bound_to_its_tile(monkeypatch: pytest.MonkeyPatch)
         ({"tile_mn": (16, 32)}, ValueError, r"tile_mn: expected N of at least 64 for a swapped tile \(M = 16\), got"),
         ({"tile_mn": (128, 4)}, ValueError, r"tile_mn: expected N from 8 to 256, got \(128, 4\)"),
         ({"tile_mn": (128, 512)}, ValueError, r"tile_mn: expected N from 8 to 256, got \(128, 512\)"),
-        ({"tile_mn": (64, 8)}, ValueError, r"tile_mn: expected a tile of the manifest \(.*\), got \(64, 8\)"),
+        ({"tile_mn": (448, 8)}, ValueError, r"tile_mn: expected a tile of the manifest \(.*\), got \(448, 8\)"),
         ({"tile_mn": (0, 128)}, ValueError, r"tile_mn: expected a tile of the manifest \(.*\), got \(0, 128\)"),
         ({"tile_mn": (128,)}, TypeError, r"tile_mn: expected a pair of integers \(M, N\), got \(128,\)"),
         ({"tile_mn": (128.0, 128)}, TypeError, r"tile_mn: expected a pair of integers \(M, N\), got \(128.0, 128\)"),

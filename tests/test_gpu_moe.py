@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import gpu_problems
 import pytest
 import torch
+from gpu_layers import ROUNDINGS, exact_layer, kernel_activation, poison_memory, same
 from gpu_problems import Call, bits, random_call, random_weights, relative_error
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mxfp4_moe
 from mxfp4_moe import _load, formats, reference
+from mxfp4_moe import ops as mxfp4_moe_ops
+from mxfp4_moe.activations import Activation
 from mxfp4_moe.tiles import Tile, load_manifest
 from mxfp4_moe.weights import MoEWeights
 
@@ -134,50 +138,79 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, device: torch
     assert torch.equal(scales[:, :valid].cpu(), expected_words[:, :valid])
 
 
-def run_activation(
-    gemm1: Tensor, row_expert: Tensor, bias: Tensor | None, weights: MoEWeights
-) -> tuple[Tensor, Tensor]:
-    """Codes in plain order and scales, of all rows."""
-    rows, inter = gemm1.shape[0], gemm1.shape[1] // 2
-    offsets = torch.tensor([0, 0, rows], dtype=torch.int32, device=gemm1.device)
-    if bias is not None:
-        offsets = torch.full((len(bias) + 1,), rows, dtype=torch.int32, device=gemm1.device)
-    kind = ["swiglu", "swiglu_oai"].index(weights.activation.value)
-    limit = math.inf if weights.limit is None else weights.limit
-    codes, scales = ops().activation(gemm1, row_expert, offsets, bias, kind, weights.alpha, weights.beta, limit)
-    padding = scales.transpose(0, 1)[:rows].reshape(rows, -1)[:, inter // 32 :]
-    assert not padding.any(), "scale bytes past the row must be zero"
-    return formats.deinterleave_k(codes), formats.unpack_row_scales(scales, rows, inter)
-
-
 def ordinal(codes: Tensor) -> Tensor:
     """E4M3 codes as integers in the order of their values: neighbours differ by one."""
     magnitude = (codes & 0x7F).int()
     return torch.where(codes >= 0x80, -magnitude, magnitude)
 
 
-@pytest.mark.parametrize("limit", [7.0, None])
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("swizzled", [False, True])
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 160, 2880, 4096])
+def test_permute_is_exact(width: int, swizzled: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Every code, and every scale byte: those above 248 become NaN blocks."""
+    g = torch.Generator().manual_seed(width)
+    tokens, top_k, experts = 133, 3, 5
+    codes = torch.randint(0, 256, (tokens, width), generator=g, dtype=torch.uint8)
+    scales = torch.randint(0, 256, (tokens, width // 32), generator=g, dtype=torch.uint8)
+    given = formats.swizzle_scales(scales).flatten() if swizzled else scales
+    ids = ids_of(tokens, top_k, experts, torch.int32, device)
+    offsets, row_slot, _ = reference.route(ids, experts)
+    hidden = codes.view(dtype).to(device).view(torch.uint8)
+    out, out_scales = ops().permute(hidden, given.to(device), swizzled, row_slot, offsets, top_k)
+    valid = int(offsets[-1])
+    token = row_slot[:valid].cpu() // top_k
+    expected, expected_scales = reference.mxfp8_rows(codes, given, "swizzled" if swizzled else "linear")
+    assert torch.equal(out[:valid].cpu(), formats.interleave_k(expected[token]))
+    words = formats.pack_row_scales(expected_scales[token])
+    assert torch.equal(out_scales[:, :valid].cpu(), words[:, :valid])
+
+
+NUMBERS: dict[str, dict[str, Any]] = {
+    "one for all": {"limit": 7.0},
+    "no limit": {"limit": None},
+    "per expert": {
+        "alpha": [1.702, 1.0, 0.5, 2.0, 1.0],
+        "beta": [1.0, 0.0, -2.0, 1.0, 0.5],
+        "limit": [7, 1, 3, 0.5, 9],
+    },
+}
+
+
+def layer_of(
+    experts: int, inter: int, activation: str, numbers: str, *, bias: bool, device: torch.device
+) -> MoEWeights:
+    each = {
+        n: torch.tensor(v, device=device).float() if isinstance(v, list) else v for n, v in NUMBERS[numbers].items()
+    }
+    return random_weights(experts, 32, inter, device, bias=bias, activation=activation, **each)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("activation", [a.value for a in Activation])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("inter", [32, 96, 160, 2880])
 def test_activation_is_close(
-    inter: int, with_bias: bool, activation: str, limit: float | None, device: torch.device
+    inter: int, with_bias: bool, activation: str, numbers: str, rounding: torch.dtype | None, device: torch.device
 ) -> None:
     """exp may differ in its last bits, which moves a code to its neighbour when the value lies near a tie."""
-    weights = replace(small(), activation=mxfp4_moe.Activation(activation), limit=limit)
-    g = torch.Generator(device).manual_seed(inter)
     experts, rows = 5, 67
-    gemm1 = torch.randn(rows, 2 * inter, generator=g, device=device) * 4
+    weights = layer_of(experts, inter, activation, numbers, bias=with_bias, device=device)
+    g = torch.Generator(device).manual_seed(inter)
+    gemm1 = torch.randn(rows, weights.w13.shape[1], generator=g, device=device) * 4
     gemm1[0, 0], gemm1[1, 8], gemm1[2, 0] = float("nan"), float("nan"), float("inf")
     gemm1[3, 0], gemm1[3, 1], gemm1[3, 9] = -200.0, 200.0, 1e30
     row_expert = torch.arange(rows, device=device, dtype=torch.int32) % experts
-    bias = torch.randn(experts, 2 * inter, generator=g, device=device) if with_bias else None
-    codes, scales = run_activation(gemm1, row_expert, bias, weights)
-    values = reference.activate(gemm1, row_expert, bias, activation, weights.alpha, weights.beta, limit)
+    codes, scales = kernel_activation(gemm1, row_expert, weights, rounding)
+    each = (weights.alpha, weights.beta, weights.limit)
+    values = reference.activate(gemm1, row_expert, weights.w13_bias, activation, *each, rounding=rounding)
     expected_codes, expected_scales = formats.quantize_mxfp8(values)
     assert torch.equal(scales, expected_scales)
     assert (codes != expected_codes).float().mean() < 2e-3
     assert (ordinal(codes) - ordinal(expected_codes)).abs().max() <= 1
+    if activation in ("relu", "relu2", "identity"):
+        assert torch.equal(codes, expected_codes)
 
 
 def test_activation_quantizes_exactly(device: torch.device) -> None:
@@ -195,11 +228,40 @@ def test_activation_quantizes_exactly(device: torch.device) -> None:
     up[1] = torch.randint(0, 1 << 23, (inter,), generator=g, device=device, dtype=torch.int32).view(torch.float32)
     up[2], up[3, :32] = 0.0, -0.0
     gemm1 = torch.stack([torch.full_like(up, 128.0).view(rows, -1, 8), up.view(rows, -1, 8)], dim=2).view(rows, -1)
-    weights = replace(small(), activation=mxfp4_moe.Activation.SWIGLU)
-    codes, scales = run_activation(gemm1, torch.zeros(rows, dtype=torch.int32, device=device), None, weights)
+    weights = random_weights(8, 32, inter, device, bias=False, activation="swiglu")
+    codes, scales = kernel_activation(gemm1, torch.zeros(rows, dtype=torch.int32, device=device), weights)
     expected_codes, expected_scales = formats.quantize_mxfp8(up.cpu() * 128)
     assert torch.equal(codes.cpu(), expected_codes)
     assert torch.equal(scales.cpu(), expected_scales)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rounding", HALVES)
+def test_activation_rounds_exactly(rounding: torch.dtype, with_bias: bool, device: torch.device) -> None:
+    """Without an exp every bit is known: ties, denormals, float16's overflow, and what is rounded before the bias."""
+    rows, inter = 96, 160
+    g = torch.Generator(device).manual_seed(7)
+    gemm1 = torch.randn(rows, inter, generator=g, device=device)
+    gemm1 *= torch.randint(-40, 18, (rows, 1), generator=g, device=device).float().exp2()
+    step = 2.0 ** (-8 if rounding is torch.bfloat16 else -11)
+    gemm1[0] = 1 + torch.arange(inter, device=device) * step  # every second one is a tie
+    gemm1[1] = 65504 + torch.arange(inter, device=device) / 8  # past 65520 float16 is infinity
+    gemm1[2] = torch.arange(inter, device=device) * 2.0**-25  # ties of float16's denormals
+    row_expert = torch.arange(rows, device=device, dtype=torch.int32) % 5
+    for activation in ("identity", "relu", "relu2"):
+        weights = layer_of(5, inter, activation, "one for all", bias=with_bias, device=device)
+        codes, scales = kernel_activation(gemm1, row_expert, weights, rounding)
+        values = gemm1.to(rounding).float()
+        if weights.w13_bias is not None:
+            values += weights.w13_bias[row_expert]
+        if activation != "identity":
+            values = torch.where(values < 0, 0.0, values)  # -0 stays
+        if activation == "relu2":
+            values = values * values
+        expected_codes, expected_scales = formats.quantize_mxfp8(values.to(rounding).float())
+        assert torch.equal(codes, expected_codes), activation
+        assert torch.equal(scales, expected_scales), activation
+        assert bool((codes[1] == formats.E4M3_NAN).any()) == (rounding is torch.float16)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -233,19 +295,42 @@ def test_gpt_oss_layer_is_close_to_the_reference(tokens: int) -> None:
     assert relative_error(out, reference.fused_moe(*call.args(), gpt_oss())) <= LAYER_TOLERANCE
 
 
+@pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 257])
-def test_every_tile_gives_the_same_bits(tokens: int) -> None:
+def test_every_tile_gives_the_same_bits(tokens: int, rounding: bool) -> None:
     call = random_call(tokens, TOP_K, gpt_oss())
-    expected = bits(run(call, gpt_oss()))
+    expected = bits(run(call, gpt_oss(), intermediate_rounding=rounding))
     for tile in TILES:
-        assert torch.equal(expected, bits(run(call, gpt_oss(), tile_mn=tile.mn))), tile.name
+        out = run(call, gpt_oss(), tile_mn=tile.mn, intermediate_rounding=rounding)
+        assert torch.equal(expected, bits(out)), tile.name
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@pytest.mark.parametrize("activation", [a.value for a in Activation])
+def test_intermediate_rounding(activation: str, dtype: torch.dtype, device: torch.device) -> None:
+    weights = random_weights(8, 160, 96, device, activation=activation)
+    call = random_call(65, 3, weights, dtype=dtype)
+    out = run(call, weights, intermediate_rounding=True)
+    assert same(out, exact_layer(call, weights, intermediate_rounding=True))
+    expected = reference.fused_moe(*call.args(), weights, intermediate_rounding=True)
+    assert relative_error(out, expected) <= LAYER_TOLERANCE
+    assert not torch.equal(bits(out), bits(run(call, weights)))
+    compiled = torch.compile(mxfp4_moe.fused_moe, fullgraph=True, backend="aot_eager")
+    assert torch.equal(bits(compiled(*call.args(), weights, intermediate_rounding=True)), bits(out))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("output_dtype", HALVES)
+@pytest.mark.parametrize("activation", [a.value for a in Activation])
 @pytest.mark.parametrize(
-    ("experts", "top_k", "hidden", "inter", "tokens", "bias"),
-    [(1, 1, 32, 32, 1, True), (3, 2, 96, 160, 7, True), (8, 3, 160, 96, 65, False), (32, 4, 2880, 2880, 40, True)],
+    ("experts", "top_k", "hidden", "inter", "tokens", "bias", "given"),
+    [
+        (1, 1, 32, 32, 1, True, "bfloat16"),
+        (3, 2, 96, 160, 7, True, "float16"),
+        (8, 3, 160, 96, 65, False, "swizzled"),
+        (9, 16, 64, 64, 130, True, "linear"),
+        (8, 4, 2880, 2880, 40, True, "bfloat16"),
+    ],
 )
 def test_layers_of_other_shapes(
     experts: int,
@@ -254,15 +339,56 @@ def test_layers_of_other_shapes(
     inter: int,
     tokens: int,
     bias: bool,
+    given: str,
     activation: str,
-    dtype: torch.dtype,
+    output_dtype: torch.dtype,
     device: torch.device,
 ) -> None:
+    """Bit by bit with the kernel's activation; and close to the reference with torch's exp."""
     weights = random_weights(experts, hidden, inter, device, bias=bias, activation=activation)
+    if top_k > experts:
+        top_k, repeats = experts, -(-top_k // experts)
+    else:
+        repeats = 1
+    dtype = torch.float16 if given == "float16" else torch.bfloat16
     call = random_call(tokens, top_k, weights, dtype=dtype, ids=torch.int64)
+    # Experts that occur more than once in a token.
+    call = Call(
+        hidden_states=call.hidden_states,
+        topk_weights=call.topk_weights.repeat(1, repeats),
+        topk_ids=call.topk_ids.repeat(1, repeats),
+    )
+    options: dict[str, Any] = {"output_dtype": output_dtype}
+    if given in reference.SCALE_LAYOUTS:
+        codes, scales = formats.quantize_mxfp8(call.hidden_states)
+        call = replace(call, hidden_states=codes.view(torch.float8_e4m3fn))
+        scales = formats.swizzle_scales(scales).flatten() if given == "swizzled" else scales
+        options |= {"hidden_states_scale": scales, "scale_layout": given}
+    out = run(call, weights, **options)
+    assert out.dtype == output_dtype
+    assert same(out, exact_layer(call, weights, **options))
+    # A code that falls to the other side of a tie moves one of few values by up to an eighth where I is small.
+    tolerance = LAYER_TOLERANCE if tokens * inter > 1000 else 0.1
+    assert relative_error(out, reference.fused_moe(*call.args(), weights, **options)) <= tolerance
+
+
+def test_numbers_of_each_expert(device: torch.device) -> None:
+    weights = layer_of(5, 160, "swiglu_oai", "per expert", bias=True, device=device)
+    call = random_call(33, 3, weights)
     out = run(call, weights)
-    assert out.dtype == dtype
+    assert same(out, exact_layer(call, weights))
     assert relative_error(out, reference.fused_moe(*call.args(), weights)) <= LAYER_TOLERANCE
+
+
+@pytest.mark.parametrize(("hidden", "inter"), [(2880, 32), (32, 1440)])
+def test_products_of_sizes_past_31_bits(hidden: int, inter: int, device: torch.device) -> None:
+    """Rows times hidden, and rows times GEMM1's width, are past 2^31; the last tokens come out as they do alone."""
+    weights = random_weights(8, hidden, inter, device)
+    call = random_call(190_000, 4, weights)
+    assert 190_000 * 4 * max(hidden, 2 * inter) > 2**31
+    out = run(call, weights)
+    for t in (0, 1, 95_000, 186_413, 189_998, 189_999):
+        assert torch.equal(bits(out[t : t + 1]), bits(run(call.token(t), weights))), f"token {t}"
 
 
 def test_token_alone_equals_token_in_a_batch() -> None:
@@ -270,6 +396,24 @@ def test_token_alone_equals_token_in_a_batch() -> None:
     out = run(call, gpt_oss())
     for t in range(0, 64, 7):
         assert torch.equal(bits(out[t : t + 1]), bits(run(call.token(t), gpt_oss()))), f"token {t}"
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+def test_batch_invariance(tile: Tile) -> None:
+    """A token has the same bits alone, in any batch up to 1024, at any position, under every tile."""
+    call = random_call(1024, TOP_K, gpt_oss())
+    expected = bits(run(call, gpt_oss(), tile_mn=(128, 128)))
+    assert torch.equal(bits(run(call, gpt_oss(), tile_mn=tile.mn)), expected)
+    shuffle = torch.Generator().manual_seed(tile.m * 1000 + tile.n)
+    for size in (1, 2, 7, 33, 64, 200, 511, 1023):
+        chosen = torch.randperm(1024, generator=shuffle)[:size].to(call.topk_ids.device)
+        batch = Call(
+            hidden_states=call.hidden_states[chosen],
+            topk_weights=call.topk_weights[chosen],
+            topk_ids=call.topk_ids[chosen],
+        )
+        out = bits(run(batch, gpt_oss(), tile_mn=tile.mn))
+        assert torch.equal(out, expected[chosen]), f"batch of {size}"
 
 
 def test_ids_that_are_no_expert_contribute_nothing() -> None:
@@ -358,6 +502,82 @@ def test_memory_goes_back_to_torch(device: torch.device) -> None:
     assert torch.cuda.memory_allocated(device) == before
 
 
+def test_threads_and_streams_do_not_disturb_each_other(device: torch.device) -> None:
+    layers = [small(), random_weights(5, 96, 64, device, activation="relu2"), gpt_oss()]
+    calls = [(random_call(tokens, 3, w, seed=tokens), w) for tokens in (1, 17, 64) for w in layers]
+    expected = [run(call, w).clone() for call, w in calls]
+    torch.cuda.synchronize()
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        torch.cuda.set_device(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            for turn in range(20):
+                i = (turn * 5 + number) % len(calls)
+                call, weights = calls[i]
+                poison_memory(device, 0xFF)
+                out = run(call, weights, tile_mn=TILES[(turn + number) % len(TILES)].mn if turn % 2 else None)
+                if not bool((bits(out) == bits(expected[i])).all()):
+                    wrong.append(f"thread {number}, turn {turn}, call {i}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not wrong
+
+
+@torch.no_grad()
+def test_compiles_whole_and_not_for_every_token_count(device: torch.device) -> None:
+    torch._dynamo.reset()
+    counter, weights = CompileCounterWithBackend("aot_eager"), small()
+
+    def layer(hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+        topk_weights, topk_ids = mxfp4_moe.topk_softmax(router_logits, 3)
+        return mxfp4_moe.fused_moe(hidden_states, topk_weights, topk_ids, weights)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for tokens in (5, 6, 33, 64, 300, 17):
+        x = random_call(tokens, 3, weights).hidden_states
+        logits = torch.randn(tokens, 8, device=device)
+        assert torch.equal(bits(compiled(x, logits)), bits(layer(x, logits))), tokens
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "linear", "swizzled"])
+def test_opcheck(given: str, device: torch.device) -> None:
+    weights = layer_of(5, 160, "swiglu_oai", "per expert", bias=True, device=device)
+    x, topk_weights, topk_ids = random_call(9, 3, weights).args()
+    scale = None
+    if given != "bfloat16":
+        x, scale = formats.quantize_mxfp8(x)
+        scale = formats.swizzle_scales(scale).flatten() if given == "swizzled" else scale
+    torch.library.opcheck(
+        mxfp4_moe_ops.moe_layer,
+        (
+            *(x, topk_weights, topk_ids, weights.w13, weights.w13_scale, weights.w13_bias),
+            *(weights.w2, weights.w2_scale, weights.w2_bias, "swiglu_oai", 0.0, 0.0, None),
+            *(weights.alpha, weights.beta, weights.limit, scale, "swizzled" if given == "swizzled" else "linear"),
+            torch.float16,
+        ),
+    )
+    torch.library.opcheck(mxfp4_moe_ops.topk_softmax, (torch.randn(9, 5, device=device), 3, True))
+
+
+def test_inference_mode_and_any_device_index() -> None:
+    """The current device stays what it is, whatever device the tensors are on."""
+    call = random_call(9, 3, small())
+    expected = run(call, small()).cpu()
+    current = torch.cuda.current_device()
+    for index in range(torch.cuda.device_count()):
+        with torch.inference_mode():
+            there = Call(**{name: x.to(f"cuda:{index}") for name, x in vars(call).items()})
+            out = run(there, small().to(f"cuda:{index}"))
+        assert out.device.index == index
+        assert torch.equal(bits(out.cpu()), bits(expected))
+        assert torch.cuda.current_device() == current
+
+
 # ---- loading and refusals --------------------------------------------------------------------------------------------
 
 
@@ -421,7 +641,8 @@ def test_the_operator_checks_for_itself() -> None:
     good: dict[str, Any] = {
         **{"hidden_states": x, "topk_weights": w, "topk_ids": ids, "w13": layer.w13, "w13_scale": layer.w13_scale},
         **{"w13_bias": None, "w2": layer.w2, "w2_scale": layer.w2_scale, "w2_bias": None, "activation": 1},
-        **{"alpha": 1.702, "beta": 1.0, "limit": 7.0, "tile_m": TILES[0].m, "tile_n": TILES[0].n},
+        **{"alpha": 1.702, "beta": 1.0, "limit": 7.0, "alphas": None, "betas": None, "limits": None},
+        **{"hidden_states_scale": None, "scale_is_swizzled": False, "tile_m": TILES[0].m, "tile_n": TILES[0].n},
         "out": torch.empty_like(x),
     }
     ops().fused_moe(**good)
@@ -436,7 +657,10 @@ def test_the_operator_checks_for_itself() -> None:
             {"w2_bias": torch.empty(8, 96, device=x.device)},
             r"w2_bias: expected float32 \[8, 160\], got float32 \[8, 96",
         ),
-        ({"activation": 9}, r"activation: expected 0 to 1, got 9"),
+        ({"activation": 11}, r"activation: expected 0 to 10, got 11"),
+        ({"limits": torch.ones(7, device=x.device)}, r"limit: expected float32 \[8\], got float32 \[7\]"),
+        ({"hidden_states_scale": w}, r"hidden_states: expected uint8 \[tokens, hidden\] with hidden_states_scale, got"),
+        ({"out": torch.empty_like(x).float()}, r"out: expected bfloat16 or float16 .*, got float32 \[4, 160\]"),
         ({"out": torch.empty(4, 320, device=x.device, dtype=x.dtype)[:, :160]}, r"out: expected a contiguous tensor"),
         ({"w2": layer.w2.cpu()}, r"w2: expected a tensor on cuda:\d+, got one on"),
     ):
@@ -449,3 +673,5 @@ def test_route_refuses_what_it_cannot_hold(device: torch.device) -> None:
     for experts in (0, 1025):
         with pytest.raises(RuntimeError, match=rf"num_experts: expected 1 to 1024, got {experts}"):
             ops().route(ids, experts, 8)
+    with pytest.raises(RuntimeError, match=r"tile_m: expected 1 to 1024, got 2000"):
+        ops().route(ids, 4, 2000)

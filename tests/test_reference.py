@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import oracles
 import pytest
@@ -195,23 +197,103 @@ class TestActivate:
             out[:, 16 * (j // 8) + 8 + j % 8] = up[:, j]
         return out
 
-    @pytest.mark.parametrize("activation", ["swiglu", Activation.SWIGLU, Activation.SWIGLU_OAI])
-    @pytest.mark.parametrize("numbers", [(1.702, 1.0, 7.0), (1.0, 0.0, None), (0.5, -2.0, 1.5)])
+    @pytest.mark.parametrize("activation", [*Activation, "swiglu", "relu2"])
+    @pytest.mark.parametrize("numbers", [(1.702, 1.0, 7.0), (1.0, 0.0, None), (0.5, -2.0, 1.5), "per expert"])
     @pytest.mark.parametrize("bias", [False, True])
-    def test_against_float64(self, activation: str, numbers: tuple[float, float, float | None], bias: bool) -> None:
+    def test_against_float64(self, activation: str, numbers: Any, bias: bool) -> None:
         gemm1, gate, up = self.gemm1(50, 64)
         row_expert = torch.arange(50) // 20
+        gated = Activation(activation).is_gated
+        if not gated:
+            gemm1 = torch.from_numpy(gate)
         w13_bias = None
         if bias:
             rng = np.random.default_rng(1)
             gate_bias, up_bias = (rng.normal(size=(3, 64)).astype(np.float32) for _ in range(2))
-            w13_bias = torch.from_numpy(self.prepared(gate_bias, up_bias))
+            w13_bias = torch.from_numpy(self.prepared(gate_bias, up_bias) if gated else gate_bias)
             gate, up = gate + gate_bias[row_expert], up + up_bias[row_expert]
-        out = reference.activate(gemm1, row_expert, w13_bias, activation, *numbers)
-        expected = oracles.swiglu(gate.astype(np.float64), up.astype(np.float64), activation, *numbers)
+        ours = theirs = numbers
+        if numbers == "per expert":
+            ours = tuple(torch.tensor(n) for n in ([1.702, 1.0, 0.5], [1.0, 0.0, -2.0], [7.0, 1e30, 1.5]))
+            theirs = tuple(n[row_expert].double().numpy()[:, None] for n in ours)
+        out = reference.activate(gemm1, row_expert, w13_bias, activation, *ours)
+        name = Activation(activation).value
+        if gated:
+            expected = oracles.two_inputs(gate.astype(np.float64), up.astype(np.float64), name, *theirs)
+        else:
+            expected = oracles.one_input(gate.astype(np.float64), name)
         assert out.dtype == torch.float32
-        # Four roundings, the sigmoid's few ulps; u + beta may cancel, hence the absolute part.
-        np.testing.assert_allclose(out.numpy(), expected, rtol=2e-6, atol=2e-6)
+        assert out.shape == (50, 64)
+        # Four roundings, the sigmoid's or erfc's few ulps (more where the argument is large); u + beta may cancel,
+        # hence the absolute part.
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-5 if name.startswith("ge") else 2e-6, atol=2e-6)
+
+    def test_far_below_zero_nothing_cancels(self) -> None:
+        x = torch.linspace(-8, -3, 64)[None]
+        for name in ("silu", "gelu", "gelu_tanh"):
+            out = reference.activate(x, torch.zeros(1, dtype=torch.int32), None, name)
+            expected = oracles.one_input(x.double().numpy(), name)
+            # The relative error of exp(y) is the absolute one of y, and |y| reaches 50.
+            np.testing.assert_allclose(out.numpy(), expected, rtol=3e-5, atol=0)
+
+    @pytest.mark.parametrize("activation", list(Activation))
+    def test_nan_and_infinity_spoil_their_own_value(self, activation: Activation) -> None:
+        """NaN gives NaN. An infinity gives NaN or what the formula's limit is: never a number that was clamped away."""
+        width = 64 if activation.is_gated else 32
+        gemm1 = torch.ones(3, width)
+        gemm1[0, 0], gemm1[1, 2] = math.nan, math.inf
+        if activation.is_gated:
+            gemm1[2, 8 + 1] = math.nan  # an up
+        else:
+            gemm1[2, 1] = math.nan
+        out = reference.activate(gemm1, torch.zeros(3, dtype=torch.int32), None, activation)
+        assert out[0, 0].isnan()
+        assert out[2, 1].isnan()
+        spoiled = torch.zeros(3, 32, dtype=torch.bool)
+        spoiled[0, 0] = spoiled[1, 2] = spoiled[2, 1] = True
+        assert out[~spoiled].isfinite().all()
+        assert (out[~spoiled] == out[0, 5]).all()
+
+    @pytest.mark.parametrize("rounding", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("activation", list(Activation))
+    def test_rounding(self, activation: Activation, bias: bool, rounding: torch.dtype) -> None:
+        """Gates and ups before the bias, and the result: each to nearest, ties to even, by numpy and ml_dtypes."""
+        dtype = np.dtype(np.float16 if rounding is torch.float16 else ml_dtypes.bfloat16)
+        gemm1, gate, up = self.gemm1(50, 64)
+        gate[0] = 1 + np.arange(64) * 2.0 ** (-11 if rounding is torch.float16 else -8)  # every second one is a tie
+        gemm1 = torch.from_numpy(self.prepared(gate, up) if activation.is_gated else gate)
+        gate, up = (x.astype(dtype).astype(np.float64) for x in (gate, up))
+        w13_bias = None
+        if bias:
+            rng = np.random.default_rng(1)
+            gate_bias, up_bias = (rng.normal(size=(1, 64)).astype(np.float32) for _ in range(2))
+            w13_bias = torch.from_numpy(self.prepared(gate_bias, up_bias) if activation.is_gated else gate_bias)
+            gate, up = gate + gate_bias, up + up_bias
+        row_expert = torch.zeros(50, dtype=torch.int64)
+        out = reference.activate(gemm1, row_expert, w13_bias, activation, rounding=rounding)
+        name = activation.value
+        if activation.is_gated:
+            exact = oracles.two_inputs(gate, up, name, 1.702, 1.0, 7.0)
+        else:
+            exact = oracles.one_input(gate, name)
+        assert out.dtype == torch.float32
+        assert torch.equal(out, out.to(rounding).float())
+        expected = exact.astype(np.float32).astype(dtype).astype(np.float64)
+        # Rarely fp32's own error carries a value over a tie: then it is the neighbour, one step away.
+        step = 2.0**-10 if rounding is torch.float16 else 2.0**-7
+        np.testing.assert_allclose(out.numpy(), expected, rtol=step, atol=1e-6)
+        large = np.abs(expected) > 1e-4  # below, float64's own 1 + tanh has cancelled, and float16 has denormals
+        assert (out.numpy() != expected)[large].mean() < 1e-2
+        assert not torch.equal(out, reference.activate(gemm1, row_expert, w13_bias, activation))
+
+    def test_rounding_past_float16_is_infinity(self) -> None:
+        gemm1 = torch.tensor([[65519.0, 65520.0, 300.0, -1e30]])
+        row = torch.zeros(1, dtype=torch.int64)
+        out = reference.activate(gemm1, row, None, "identity", rounding=torch.float16)
+        assert out.tolist() == [[65504.0, math.inf, 300.0, -math.inf]]
+        out = reference.activate(gemm1, row, None, "relu2", rounding=torch.float16)
+        assert out.tolist() == [[math.inf, math.inf, math.inf, 0.0]]
 
     def test_clamps_as_gpt_oss_does(self) -> None:
         gate, up = np.zeros((1, 32), np.float32), np.zeros((1, 32), np.float32)
@@ -232,14 +314,16 @@ class TestActivate:
 
     def test_refuses(self) -> None:
         rows = torch.zeros(2, dtype=torch.int32)
-        with pytest.raises(ValueError, match="activation: expected 'swiglu' or 'swiglu_oai', got 'relu'"):
-            reference.activate(torch.zeros(2, 64), rows, None, "relu")
+        with pytest.raises(ValueError, match="activation: expected one of 'swiglu', 'swiglu_oai', .*, got 'tanh'"):
+            reference.activate(torch.zeros(2, 64), rows, None, "tanh")
         with pytest.raises(ValueError, match=r"gemm1: expected 2I a multiple of 16, got float32 \[2, 24\]"):
             reference.activate(torch.zeros(2, 24), rows, None, "swiglu")
         with pytest.raises(ValueError, match=r"row_expert: expected int32 or int64 \[3\], got int32 \[2\]"):
             reference.activate(torch.zeros(3, 64), rows, None, "swiglu")
         with pytest.raises(TypeError, match=r"w13_bias: expected float32 \[E, 64\], got bfloat16 \[1, 64\]"):
             reference.activate(torch.zeros(2, 64), rows, torch.zeros(1, 64).bfloat16(), "swiglu")
+        with pytest.raises(TypeError, match=r"rounding: expected torch.bfloat16, torch.float16 or None, got torch.flo"):
+            reference.activate(torch.zeros(2, 64), rows, None, "swiglu", rounding=torch.float32)
 
 
 class TestFinalize:
@@ -289,7 +373,7 @@ class TestFusedMoe:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("order", ["interleaved", "gate_up", "up_gate"])
-    @pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+    @pytest.mark.parametrize("activation", oracles.GATED)
     @pytest.mark.parametrize(("hidden", "inter"), [(96, 160), (288, 64)])
     def test_against_a_dense_float64_layer(
         self, dtype: torch.dtype, order: str, activation: str, hidden: int, inter: int
@@ -309,6 +393,37 @@ class TestFusedMoe:
         error = np.linalg.norm(out.double().numpy() - expected) / np.linalg.norm(expected)
         assert error <= TOLERANCE[dtype]
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("activation", oracles.NOT_GATED)
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_not_gated(self, activation: str, bias: bool, dtype: torch.dtype) -> None:
+        checkpoint = oracles.random_checkpoint(6, 96, 160, seed=3, gated=False)
+        if not bias:
+            del checkpoint["w13_bias"], checkpoint["w2_bias"]
+        hidden_states, topk_weights, topk_ids = self.inputs(19, 6, 3, 96, dtype)
+        topk_ids[5] = torch.tensor([-1, 6, 2])
+        weights = MoEWeights.from_mxfp4(**checkpoint, activation=activation)
+        assert (weights.intermediate_size, weights.hidden_size) == (160, 96)
+        out = reference.fused_moe(hidden_states, topk_weights, topk_ids, weights)
+        expected = oracles.dense_moe(hidden_states, topk_weights, topk_ids, checkpoint, activation=activation)
+        error = np.linalg.norm(out.double().numpy() - expected) / np.linalg.norm(expected)
+        assert error <= TOLERANCE[dtype]
+
+    def test_numbers_of_each_expert(self) -> None:
+        """Experts with numbers of their own are single experts with those numbers."""
+        checkpoint = oracles.random_checkpoint(3, 64, 96, seed=4)
+        numbers = {"alpha": [1.702, 1.0, 0.5], "beta": [1.0, 0.0, -0.5], "limit": [7.0, 0.5, 2.0]}
+        hidden_states, topk_weights, topk_ids = self.inputs(9, 3, 1, 64, torch.bfloat16)
+        each = {name: torch.tensor(values) for name, values in numbers.items()}
+        out = reference.fused_moe(hidden_states, topk_weights, topk_ids, MoEWeights.from_mxfp4(**checkpoint, **each))
+        for e in range(3):
+            single = {name: values[e] for name, values in numbers.items()}
+            alone = reference.fused_moe(
+                hidden_states, topk_weights, topk_ids, MoEWeights.from_mxfp4(**checkpoint, **single)
+            )
+            rows = topk_ids[:, 0] == e
+            assert torch.equal(out[rows], alone[rows])
+
     @pytest.mark.parametrize("numbers", [{"alpha": 1.0, "beta": 0.5, "limit": None}, {"limit": 0.75}])
     def test_activation_numbers_and_no_bias(self, numbers: dict[str, float | None]) -> None:
         checkpoint = oracles.random_checkpoint(4, 64, 96, seed=2)
@@ -320,6 +435,22 @@ class TestFusedMoe:
         expected = oracles.dense_moe(hidden_states, topk_weights, topk_ids, checkpoint, **numbers)
         error = np.linalg.norm(out.double().numpy() - expected) / np.linalg.norm(expected)
         assert error <= TOLERANCE[torch.bfloat16]
+
+    @pytest.mark.parametrize("output_dtype", [None, torch.bfloat16, torch.float16])
+    def test_intermediate_rounding_is_to_the_output_dtype(self, output_dtype: torch.dtype | None) -> None:
+        weights = MoEWeights.from_mxfp4(**oracles.random_checkpoint(4, 64, 96, seed=2))
+        args = (*self.inputs(9, 4, 2, 64, torch.bfloat16), weights)
+        out = reference.fused_moe(*args, output_dtype=output_dtype, intermediate_rounding=True)
+
+        def between(gemm1: torch.Tensor, row_expert: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rounded = gemm1.to(out.dtype).float()
+            numbers = (weights.alpha, weights.beta, weights.limit)
+            values = reference.activate(rounded, row_expert, weights.w13_bias, weights.activation, *numbers)
+            return formats.quantize_mxfp8(values.to(out.dtype).float())
+
+        assert out.dtype == (output_dtype or torch.bfloat16)
+        assert torch.equal(out, reference.layer(*args, between, output_dtype=output_dtype))
+        assert not torch.equal(out, reference.fused_moe(*args, output_dtype=output_dtype))
 
     def test_a_token_does_not_depend_on_its_batch(self) -> None:
         weights = MoEWeights.from_mxfp4(**oracles.random_checkpoint(8, 128, 96))

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mxfp4_moe import _prepare, formats
 from mxfp4_moe.weights import Activation, GateUpOrder, MoEWeights
 
 ORDERS = ["interleaved", "gate_up", "up_gate"]
@@ -23,6 +33,16 @@ PREFIX = "model.layers.0.mlp.experts."
 @pytest.fixture(scope="module")
 def checkpoint() -> dict[str, torch.Tensor]:
     return oracles.random_checkpoint(E, H, I, seed=7)
+
+
+def random_floats(dtype: torch.dtype, rows: int, seed: int = 11) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "w13": torch.randn(E, rows, H, generator=g).to(dtype),
+        "w2": torch.randn(E, H, I, generator=g).to(dtype),
+        "w13_bias": torch.randn(E, rows, generator=g).to(dtype),
+        "w2_bias": torch.randn(E, H, generator=g).to(dtype),
+    }
 
 
 def same(a: MoEWeights, b: MoEWeights) -> bool:
@@ -196,11 +216,26 @@ class TestRefuses:
                 ValueError,
                 "gate_up_order: expected one of 'interleaved', 'gate_up', 'up_gate', got",
             ),
-            ({"activation": "gelu"}, ValueError, "activation: expected one of 'swiglu', 'swiglu_oai', got 'gelu'"),
-            ({"alpha": "1"}, TypeError, "alpha: expected a number, got str"),
+            ({"activation": "mish"}, ValueError, "activation: expected one of 'swiglu', 'swiglu_oai', .*, got 'mish'"),
+            ({"activation": "relu2"}, ValueError, r"w2: expected uint8 \[3, 96, 160\], got uint8 \[3, 96, 80\]"),
+            ({"alpha": "1"}, TypeError, r"alpha: expected a number, or float32 \[3\], got str"),
+            ({"alpha": [1.0]}, TypeError, r"alpha: expected a number, or float32 \[3\], got list"),
+            ({"beta": torch.zeros(2)}, ValueError, r"beta: expected float32 \[3\], got float32 \[2\]"),
+            ({"limit": torch.zeros(3).double()}, TypeError, r"limit: expected float32 \[3\], got float64 \[3\]"),
             ({"beta": math.nan}, ValueError, "beta: expected a finite number, got nan"),
             ({"limit": math.inf}, ValueError, "limit: expected a finite number, got inf"),
             ({"limit": 0}, ValueError, "limit: expected a number above 0, or None, got 0"),
+            ({"ep_size": 2}, ValueError, "ep_size: expected a number of ranks that divides the 3 experts, got 2"),
+            ({"ep_size": 0}, ValueError, "ep_size: expected a number of ranks that divides the 3 experts, got 0"),
+            ({"ep_size": 3, "ep_rank": 3}, ValueError, "ep_rank: expected 0 to 2, got 3"),
+            ({"ep_rank": 0.0}, TypeError, "ep_rank: expected an integer, got float"),
+            (
+                {"tp_size": 10},
+                ValueError,
+                "tp_size: expected a number of ranks that divides an intermediate size of 160 in multiples of 32, "
+                "got 10",
+            ),
+            ({"tp_size": 5, "tp_rank": -1}, ValueError, "tp_rank: expected 0 to 4, got -1"),
         ],
     )
     def test_from_mxfp4(
@@ -248,7 +283,21 @@ class TestRefuses:
             ("w2_bias", lambda t: t[:, :32], ValueError, r"w2_bias: expected float32 \[3, 96\], got float32 \[3, 32\]"),
             ("activation", lambda a: "swiglu", TypeError, "activation: expected an Activation, got 'swiglu'"),
             ("gate_up_order", lambda o: "gate_up", TypeError, "gate_up_order: expected a GateUpOrder, got 'gate_up'"),
-            ("alpha", lambda a: True, TypeError, "alpha: expected a number, got bool"),
+            ("alpha", lambda a: True, TypeError, "alpha: expected a number, .*got bool"),
+            (
+                "beta",
+                lambda b: torch.ones(6)[::2],
+                ValueError,
+                r"beta: expected a contiguous tensor, got strides \[2\]",
+            ),
+            (
+                "first_expert",
+                lambda f: 1,
+                ValueError,
+                "first_expert: expected 0 to 0, where the 3 experts here fit into 3, got 1",
+            ),
+            ("first_expert", lambda f: True, TypeError, "first_expert: expected an integer, got bool"),
+            ("num_global_experts", lambda n: 2, ValueError, "first_expert: expected 0 to -1"),
             ("limit", lambda a: -1.0, ValueError, r"limit: expected a number above 0, or None, got -1\.0"),
         ],
     )
@@ -258,6 +307,362 @@ class TestRefuses:
         weights = MoEWeights.from_mxfp4(**checkpoint)
         with pytest.raises(error, match=f"^{message}"):
             dataclasses.replace(weights, **{name: change(getattr(weights, name))})
+
+
+class TestNotGated:
+    """Activations without a gate: w13 is [E, I, H/2] and keeps its rows, whatever gate_up_order says."""
+
+    @pytest.mark.parametrize("activation", ["silu", "relu2"])
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_round_trip(self, checkpoint: dict[str, torch.Tensor], activation: str, order: str) -> None:
+        plain = {name: t[:, :I].contiguous() if name.startswith("w13") else t for name, t in checkpoint.items()}
+        weights = MoEWeights.from_mxfp4(**plain, activation=activation, gate_up_order=order)
+        assert (weights.num_experts, weights.hidden_size, weights.intermediate_size) == (E, H, I)
+        words = weights.w13.numpy().view("<u4")
+        assert ((words >> 2 | words << 30) == plain["w13"].numpy().view("<u4")).all()
+        for name, tensor in weights.to_mxfp4()._asdict().items():
+            assert torch.equal(tensor, plain[name].float() if name.endswith("bias") else plain[name])
+
+
+class TestFromFloat:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize(("order", "activation"), [*((o, "swiglu_oai") for o in ORDERS), ("interleaved", "relu")])
+    def test_is_the_quantizer_and_then_from_mxfp4(self, dtype: torch.dtype, order: str, activation: str) -> None:
+        given = random_floats(dtype, I if activation == "relu" else 2 * I)
+        w13, w13_scale = formats.quantize_mxfp4(given["w13"])
+        w2, w2_scale = formats.quantize_mxfp4(given["w2"])
+        expected = MoEWeights.from_mxfp4(
+            w13,
+            w13_scale,
+            w2,
+            w2_scale,
+            w13_bias=given["w13_bias"],
+            w2_bias=given["w2_bias"],
+            gate_up_order=order,
+            activation=activation,
+        )
+        assert same(MoEWeights.from_float(**given, gate_up_order=order, activation=activation), expected)
+        transposed = {n: t.mT.contiguous().mT if n in ("w13", "w2") else t for n, t in given.items()}
+        assert not transposed["w13"].is_contiguous()
+        assert same(MoEWeights.from_float(**transposed, gate_up_order=order, activation=activation), expected)
+
+    def test_values_that_mxfp4_holds_stay_as_they_are(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        values = {n: formats.dequantize_mxfp4(checkpoint[n], checkpoint[f"{n}_scale"]) for n in ("w13", "w2")}
+        back = MoEWeights.from_float(values["w13"].bfloat16(), values["w2"].bfloat16()).to_mxfp4()
+        assert torch.equal(formats.dequantize_mxfp4(back.w13, back.w13_scale), values["w13"])
+        assert torch.equal(formats.dequantize_mxfp4(back.w2, back.w2_scale), values["w2"])
+
+    def test_parameters(self) -> None:
+        given = {name: torch.nn.Parameter(t) for name, t in random_floats(torch.float32, 2 * I).items()}
+        weights = MoEWeights.from_float(**given)
+        assert weights.w13_bias is not None
+        assert not weights.w13_bias.requires_grad
+
+    @pytest.mark.parametrize("name", ["w13", "w2"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_refuses_what_is_not_finite(self, name: str, value: float) -> None:
+        given = random_floats(torch.bfloat16, 2 * I)
+        given[name][1, 7, 40] = value
+        with pytest.raises(ValueError, match=f"^{name}: expected finite values, got NaN or infinity in expert 1"):
+            MoEWeights.from_float(**given)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"w13": torch.zeros(3, 320, 96).double()}, TypeError, r"w13: expected bfloat16 or .* \[E, 2I, H\]"),
+            ({"w13": torch.zeros(3, 320, 90)}, ValueError, r"w13: expected H .* a multiple of 32, got 90"),
+            (
+                {"w2": torch.zeros(3, 96, 320)},
+                ValueError,
+                r"w2: expected .* \[3, 96, 160\], got float32 \[3, 96, 320\]",
+            ),
+            ({"w13_bias": torch.zeros(3, 96)}, ValueError, r"w13_bias: expected .* \[3, 320\], got float32 \[3, 96\]"),
+            ({"w2_bias": torch.zeros(3, 96).int()}, TypeError, r"w2_bias: expected .* \[3, 96\], got int32"),
+        ],
+    )
+    def test_refuses(self, change: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=f"^{message}"):
+            MoEWeights.from_float(**{**random_floats(torch.float32, 2 * I), **change})
+
+
+class TestFromFlashInfer:
+    @staticmethod
+    def theirs(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The layer as FlashInfer takes it; the checkpoint's own row order is to be read as [up; gate]."""
+        swizzled = {n: formats.swizzle_scales(checkpoint[f"{n}_scale"]) for n in ("w13", "w2")}
+        return {
+            "fc1_expert_weights": checkpoint["w13"].view(torch.int64),
+            "fc1_scale": swizzled["w13"].view(torch.int32).view(E, 384, 1),
+            "fc2_expert_weights": checkpoint["w2"].view(torch.int64),
+            "fc2_scale": swizzled["w2"].view(torch.int32).view(E, 128, 2),
+            "fc1_expert_biases": checkpoint["w13_bias"],
+            "fc2_expert_biases": checkpoint["w2_bias"],
+        }
+
+    def test_round_trip(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        theirs = self.theirs(checkpoint)
+        weights = MoEWeights.from_flashinfer(**theirs)
+        expected = MoEWeights.from_mxfp4(
+            **checkpoint, gate_up_order="up_gate", activation="swiglu", alpha=1.0, beta=0.0, limit=None
+        )
+        assert same(weights, expected)
+        back = weights.to_mxfp4()
+        assert torch.equal(back.w13.view(torch.int64), theirs["fc1_expert_weights"])
+        assert torch.equal(back.w2.view(torch.int64), theirs["fc2_expert_weights"])
+        scale = formats.swizzle_scales(back.w13_scale)
+        assert torch.equal(scale.flatten(1), theirs["fc1_scale"].view(torch.uint8).flatten(1))
+        scale = formats.swizzle_scales(back.w2_scale)
+        assert torch.equal(scale.flatten(1), theirs["fc2_scale"].view(torch.uint8).flatten(1))
+
+    def test_ranks_name_what_is_here(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        weights = MoEWeights.from_flashinfer(**self.theirs(checkpoint), ep_rank=2, ep_size=4, tp_rank=1, tp_size=2)
+        assert (weights.num_experts, weights.first_expert, weights.num_global_experts) == (E, 2 * E, 4 * E)
+        assert weights.w13_bias is not None
+        assert weights.w2_bias is None
+        assert weights.intermediate_size == I
+
+    @pytest.mark.parametrize(
+        ("name", "change", "error", "message"),
+        [
+            (
+                "fc1_expert_weights",
+                lambda t: t.view(torch.uint8),
+                TypeError,
+                r"expected int64 \[E, 2I, H/16\], got uint8",
+            ),
+            ("fc1_scale", lambda t: t.view(torch.uint8), TypeError, r"expected int32 \[3, 384, 1\], got uint8"),
+            ("fc1_scale", lambda t: t[:, :320], ValueError, r"expected int32 \[3, 384, 1\], got int32 \[3, 320, 1\]"),
+            ("fc2_expert_weights", lambda t: t[..., :8], ValueError, r"expected int64 \[3, 96, 10\], got"),
+            (
+                "fc2_expert_weights",
+                lambda t: t.mT.contiguous().mT,
+                ValueError,
+                r"expected a contiguous tensor, got strides \[960, 1, 96\]",
+            ),
+            ("fc2_scale", lambda t: t[:2], ValueError, r"expected int32 \[3, 128, 2\], got int32 \[2, 128, 2\]"),
+            ("fc2_scale", lambda t: torch.full_like(t, -1), ValueError, r"expected E8M0 bytes 0\.\.254, got 255"),
+            ("fc1_expert_biases", lambda t: t[:1], ValueError, r"expected .* \[3, 320\], got bfloat16 \[1, 320\]"),
+            ("ep_rank", lambda r: 4, ValueError, "expected 0 to 3, got 4"),
+            ("tp_rank", lambda r: 2, ValueError, "expected 0 to 1, got 2"),
+        ],
+    )
+    def test_refuses(
+        self, checkpoint: dict[str, torch.Tensor], name: str, change: Any, error: type[Exception], message: str
+    ) -> None:
+        given = {**self.theirs(checkpoint), "ep_rank": 0, "ep_size": 4, "tp_rank": 0, "tp_size": 2}
+        with pytest.raises(error, match=f"^{name}: {message}"):
+            MoEWeights.from_flashinfer(**{**given, name: change(given[name])})
+
+
+class TestSlices:
+    """What `expert_parallel` and `tensor_parallel` cut out, against the same cut of the checkpoint."""
+
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("ranks", [(1, 3, 0, 1), (0, 1, 0, 5), (0, 1, 3, 5), (2, 3, 4, 5)])
+    def test_of_weights_and_of_checkpoints(
+        self, checkpoint: dict[str, torch.Tensor], order: str, ranks: tuple[int, int, int, int]
+    ) -> None:
+        ep_rank, ep_size, tp_rank, tp_size = ranks
+        limit = torch.tensor([5.0, 6.0, 7.0])
+        whole = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order, limit=limit)
+        part = whole.expert_parallel(ep_rank, ep_size).tensor_parallel(tp_rank, tp_size)
+
+        local, inter = E // ep_size, I // tp_size
+        experts, columns = slice(ep_rank * local, (ep_rank + 1) * local), range(tp_rank * inter, (tp_rank + 1) * inter)
+        gates, ups = ([rows[j] for j in columns] for rows in oracles.gate_up_rows(order, I))
+        pairs = [row for pair in zip(gates, ups, strict=True) for row in pair]
+        rows = {"interleaved": pairs, "gate_up": gates + ups, "up_gate": ups + gates}[order]
+        cut = {name: t[experts][:, rows] if name.startswith("w13") else t[experts] for name, t in checkpoint.items()}
+        cut["w2"] = cut["w2"][..., columns.start // 2 : columns.stop // 2]
+        cut["w2_scale"] = cut["w2_scale"][..., columns.start // 32 : columns.stop // 32]
+        if tp_rank:
+            del cut["w2_bias"]
+        expected = MoEWeights.from_mxfp4(**cut, gate_up_order=order, limit=limit[experts].clone())
+        expected = dataclasses.replace(expected, first_expert=experts.start, num_global_experts=E)
+        assert same(part, expected)
+
+        options: dict[str, Any] = {"gate_up_order": order, "limit": limit}
+        names = dict(zip(("ep_rank", "ep_size", "tp_rank", "tp_size"), ranks, strict=True))
+        assert same(MoEWeights.from_mxfp4(**checkpoint, **options, **names), expected)
+        for name, tensor in part.to_mxfp4()._asdict().items():
+            if tensor is None:
+                assert (name, tp_rank > 0) == ("w2_bias", True)
+            else:
+                assert torch.equal(tensor, cut[name].float() if name.endswith("bias") else cut[name])
+
+    def test_not_gated(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        plain = {name: t[:, :I] if name.startswith("w13") else t for name, t in checkpoint.items()}
+        part = MoEWeights.from_mxfp4(**plain, activation="gelu").tensor_parallel(1, 5)
+        cut = {name: t[:, 32:64] if name.startswith("w13") else t for name, t in plain.items() if name != "w2_bias"}
+        cut |= {"w2": plain["w2"][..., 16:32], "w2_scale": plain["w2_scale"][..., 1:2]}
+        assert same(part, MoEWeights.from_mxfp4(**cut, activation="gelu"))
+
+    def test_a_slice_of_a_slice(self) -> None:
+        whole = MoEWeights.from_mxfp4(**oracles.random_checkpoint(8, 32, 32))
+        part = whole.expert_parallel(1, 2).expert_parallel(1, 2)
+        assert (part.first_expert, part.num_experts, part.num_global_experts) == (6, 2, 8)
+        assert torch.equal(part.w13, whole.w13[6:])
+        assert part.w13.data_ptr() == whole.w13[6:].data_ptr(), "expert slices share memory"
+        assert "num_experts=2, first_expert=6, num_global_experts=8, " in repr(part)
+
+    @pytest.mark.parametrize(
+        ("method", "rank", "size", "message"),
+        [
+            ("expert_parallel", 0, 2, "ep_size: expected a number of ranks that divides the 3 experts, got 2"),
+            ("expert_parallel", 3, 3, "ep_rank: expected 0 to 2, got 3"),
+            ("tensor_parallel", 0, 2, "tp_size: expected .* an intermediate size of 160 in multiples of 32, got 2"),
+            ("tensor_parallel", 5, 5, "tp_rank: expected 0 to 4, got 5"),
+        ],
+    )
+    def test_refuses(
+        self, checkpoint: dict[str, torch.Tensor], method: str, rank: int, size: int, message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            getattr(MoEWeights.from_mxfp4(**checkpoint), method)(rank, size)
+
+
+@given(
+    experts=st.integers(1, 4),
+    hidden=st.integers(1, 5),
+    inter=st.integers(1, 5),
+    order=st.sampled_from(ORDERS),
+    gated=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_layer_comes_back(experts: int, hidden: int, inter: int, order: str, gated: bool, seed: int) -> None:
+    checkpoint = oracles.random_checkpoint(experts, 32 * hidden, 32 * inter, seed=seed)
+    if not gated:
+        checkpoint = {n: t[:, : 32 * inter] if n.startswith("w13") else t for n, t in checkpoint.items()}
+    weights = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order, activation="swiglu" if gated else "identity")
+    for name, tensor in weights.to_mxfp4()._asdict().items():
+        assert torch.equal(tensor, checkpoint[name].float() if name.endswith("bias") else checkpoint[name])
+
+
+class StorageMeter(TorchDispatchMode):
+    """Counts the bytes of all storages made under it, and the most that were alive after any one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before:
+                mapped = func is torch.ops.aten.set_.source_Storage  # how safetensors shows a mapped file
+                self.alive[storage._cdata] = (StorageWeakRef(storage), 0 if mapped else storage.nbytes())
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+class TestMemory:
+    """What preparing needs beyond its result: less than two experts as they came in."""
+
+    SIZES = (6, 256, 512)
+
+    @staticmethod
+    def result_bytes(weights: MoEWeights) -> int:
+        return sum(t.nbytes for t in vars(weights).values() if isinstance(t, torch.Tensor))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_from_float(self, dtype: torch.dtype) -> None:
+        experts, hidden, inter = self.SIZES
+        g = torch.Generator().manual_seed(0)
+        w13 = torch.randn(experts, 2 * inter, hidden, generator=g).to(dtype)
+        w2 = torch.randn(experts, hidden, inter, generator=g).to(dtype)
+        with StorageMeter() as meter:
+            weights = MoEWeights.from_float(w13, w2)
+        assert meter.peak - self.result_bytes(weights) < 2 * (w13[0].nbytes + w2[0].nbytes)
+
+    @pytest.mark.parametrize("source", ["from_mxfp4", "from_mxfp4 strided", "from_flashinfer", "from_safetensors"])
+    def test_from_mxfp4_of_any_kind(self, source: str, tmp_path: Path) -> None:
+        experts, hidden, inter = self.SIZES
+        checkpoint = oracles.random_checkpoint(experts, hidden, inter)
+        two_experts = 2 * sum(t[0].nbytes for t in checkpoint.values())
+        make: Callable[[], MoEWeights]
+        if source == "from_safetensors":
+            save_file(oracles.gpt_oss_tensors(checkpoint), tmp_path / "model.safetensors")
+            make = functools.partial(MoEWeights.from_safetensors, tmp_path, layer=0)
+        elif source == "from_flashinfer":
+            scales = {n: formats.swizzle_scales(checkpoint[f"{n}_scale"]).view(torch.int32) for n in ("w13", "w2")}
+            make = functools.partial(
+                MoEWeights.from_flashinfer,
+                checkpoint["w13"].view(torch.int64),
+                scales["w13"].view(experts, 2 * inter, hidden // 128),
+                checkpoint["w2"].view(torch.int64),
+                scales["w2"].view(experts, hidden, inter // 128),
+                fc1_expert_biases=checkpoint["w13_bias"],
+                fc2_expert_biases=checkpoint["w2_bias"],
+            )
+        else:
+            if "strided" in source:
+                checkpoint = {name: t.mT.contiguous().mT for name, t in checkpoint.items()}
+                for name in ("w13", "w2"):
+                    checkpoint[name] = checkpoint[name].unflatten(-1, (-1, 16))
+            make = functools.partial(MoEWeights.from_mxfp4, **checkpoint)
+        with StorageMeter() as meter:
+            weights = make()
+        assert meter.peak - self.result_bytes(weights) < two_experts
+
+
+@pytest.mark.gpu
+class TestOnTheGpu:
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_the_same_bits(self, checkpoint: dict[str, torch.Tensor], order: str) -> None:
+        on_gpu = {name: tensor.cuda() for name, tensor in checkpoint.items()}
+        expected = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order)
+        weights = MoEWeights.from_mxfp4(**on_gpu, gate_up_order=order)
+        assert same(weights.to("cpu"), expected)
+        assert same(weights.tensor_parallel(2, 5).to("cpu"), expected.tensor_parallel(2, 5))
+        for name, tensor in weights.to_mxfp4()._asdict().items():
+            assert torch.equal(tensor.cpu(), checkpoint[name].float() if name.endswith("bias") else checkpoint[name])
+        floats = random_floats(torch.bfloat16, 2 * I)
+        on_gpu = {name: tensor.cuda() for name, tensor in floats.items()}
+        assert same(MoEWeights.from_float(**on_gpu).to("cpu"), MoEWeights.from_float(**floats))
+
+    @pytest.mark.parametrize("source", ["from_mxfp4", "from_float"])
+    def test_memory(self, source: str) -> None:
+        experts, hidden, inter = 6, 512, 1024
+        if source == "from_mxfp4":
+            given = {name: t.cuda() for name, t in oracles.random_checkpoint(experts, hidden, inter).items()}
+        else:
+            given = {
+                "w13": torch.randn(experts, 2 * inter, hidden, dtype=torch.bfloat16, device="cuda"),
+                "w2": torch.randn(experts, hidden, inter, dtype=torch.bfloat16, device="cuda"),
+            }
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        weights = getattr(MoEWeights, source)(**given)
+        extra = torch.cuda.max_memory_allocated() - before - TestMemory.result_bytes(weights)
+        assert extra < 2 * sum(tensor[0].nbytes for tensor in given.values())
+
+
+class TestProgress:
+    @staticmethod
+    def stderr(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, after_s: float) -> str:
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(_prepare, "_PROGRESS_AFTER_S", after_s)
+        MoEWeights.from_mxfp4(**oracles.random_checkpoint(4, 32, 32))
+        return stream.getvalue()
+
+    def test_a_bar_when_it_is_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = self.stderr(monkeypatch, terminal=True, after_s=-1.0)
+        lines = text.removesuffix("\n").split("\r")[1:]
+        assert lines[-1] == f"MoE weights [{'#' * 30}] 4/4 experts"
+        assert [line.count("#") for line in lines] == [7, 15, 22, 30]
+        assert text.endswith("\n")
+
+    def test_silence_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.stderr(monkeypatch, terminal=False, after_s=-1.0) == ""
+        assert self.stderr(monkeypatch, terminal=True, after_s=60.0) == ""
 
 
 class TestSafetensors:
@@ -289,6 +694,12 @@ class TestSafetensors:
         )
         path = str(tmp_path) if as_directory else file
         assert same(MoEWeights.from_safetensors(path, layer=layer), MoEWeights.from_mxfp4(**checkpoint))
+
+    def test_reads_one_rank(self, directory: Path, checkpoint: dict[str, torch.Tensor]) -> None:
+        ranks = {"ep_rank": 1, "ep_size": 3, "tp_rank": 2, "tp_size": 5}
+        weights = MoEWeights.from_safetensors(directory, layer=0, **ranks)
+        assert same(weights, MoEWeights.from_mxfp4(**checkpoint, **ranks))
+        assert weights.first_expert == 1
 
     def test_shards(self, directory: Path, checkpoint: dict[str, torch.Tensor]) -> None:
         numbers: dict[str, Any] = {"activation": "swiglu", "alpha": 2.0, "beta": 0.0, "limit": None}

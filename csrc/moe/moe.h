@@ -1,4 +1,4 @@
-// The four kernels around the two grouped GEMMs, as host functions: arguments in, launch error out.
+// The kernels around the two grouped GEMMs, and the router's, as host functions: arguments in, launch error out.
 //
 // Everything here is asynchronous on the given stream, reads no device memory from the host and sizes its grids from
 // shapes alone, so that a CUDA graph captures it. Callers (ops.cpp) have checked shapes, dtypes and alignment.
@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
+#include "../tile/scale_layout.cuh"
 #include "../tile_abi.h"
 
 namespace mxfp4_moe {
@@ -15,10 +16,35 @@ namespace mxfp4_moe {
 constexpr int kMaxExperts = 1024;
 constexpr int kScaleBlock = 32;  // OCP MX: values under one E8M0 scale
 
-// Values as in Mxfp4MoeOutType, because the layer's input and output dtype are the same.
+constexpr int kMaxTopK = 16;  // of topk_softmax; a layer takes any
+
+// Values as in Mxfp4MoeOutType, because GEMM2 writes the layer's output dtype.
 enum class HalfType : int { kBFloat16 = MXFP4_MOE_OUT_BFLOAT16, kFloat16 = MXFP4_MOE_OUT_FLOAT16 };
 
-enum class Activation : int { kSwiglu = 0, kSwigluOai = 1 };
+// To which dtype the activation's kernel rounds; values as in Mxfp4MoeOutType, whose fp32 means not at all.
+enum class Rounding : int {
+  kNone = MXFP4_MOE_OUT_FLOAT32,
+  kBFloat16 = MXFP4_MOE_OUT_BFLOAT16,
+  kFloat16 = MXFP4_MOE_OUT_FLOAT16
+};
+
+// The order of activations.py, whose codes these are: gated ones first. Formulas: activation.cu.
+enum class Activation : int {
+  kSwiglu,
+  kSwigluOai,
+  kSwigluStep,
+  kGeglu,
+  kGegluTanh,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kRelu,
+  kRelu2,
+  kIdentity,
+};
+constexpr int kNumActivations = static_cast<int>(Activation::kIdentity) + 1;
+
+MXFP4_MOE_HOST_DEVICE constexpr bool is_gated(Activation activation) { return activation < Activation::kSilu; }
 
 struct RouteArgs {
   const void* topk_ids;  // [slots], int64 if ids_are_int64, else int32; slot = token * k + j
@@ -48,17 +74,40 @@ struct QuantizePermuteArgs {
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
 
+// Rows that are MXFP8 already: gathered into expert order, k reordered, scales repacked.
+struct PermuteArgs {
+  const uint8_t* hidden;        // [T, hidden_size] E4M3, plain k order, 16-byte aligned
+  const uint8_t* hidden_scale;  // E8M0: [T, hidden_size / 32], or 128x4-swizzled with T padded to 128
+  bool scale_is_swizzled;
+  const int32_t* row_slot;    // [rows]
+  const int32_t* valid_rows;  // device memory, one value
+  int32_t rows;
+  int32_t top_k;
+  int32_t hidden_size;  // multiple of 32
+  uint8_t* codes;       // [rows, hidden_size], even k first
+  uint8_t* scales;      // [ceil(hidden_size / 128), rows padded to 4, 4]
+};
+cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream);
+
+// A number that the layer has once, or once per expert.
+struct PerExpert {
+  float value;
+  const float* values;  // [E] in device memory, or nullptr: then `value` holds for all
+};
+
 struct ActivationArgs {
-  const float* gemm1;         // [rows, 2 * intermediate], groups of 8 gates and 8 ups
-  const float* bias;          // [E, 2 * intermediate] in the same order, or nullptr
+  const float* gemm1;         // [rows, 2 * intermediate], groups of 8 gates and 8 ups; not gated: [rows, intermediate]
+  const float* bias;          // [E, 2 * intermediate] or [E, intermediate] in the same order, or nullptr
   const int32_t* row_expert;  // [rows]
   const int32_t* valid_rows;  // device memory, one value
   int32_t rows;
   int32_t intermediate;  // multiple of 32
   Activation activation;
-  float alpha, beta, limit;  // of kSwigluOai; limit = +inf when there is none
-  uint8_t* codes;            // [rows, intermediate], even k first
-  uint8_t* scales;           // [ceil(intermediate / 128), rows padded to 4, 4]
+  Rounding rounding;      // of gemm1's values before the bias, and of the activation's
+  PerExpert alpha, beta;  // of kSwigluOai
+  PerExpert limit;        // of kSwigluOai and kSwigluStep; +inf when there is none
+  uint8_t* codes;         // [rows, intermediate], even k first
+  uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 
@@ -75,5 +124,19 @@ struct FinalizeArgs {
   void* out;            // [tokens, hidden_size] of type, 16-byte aligned
 };
 cudaError_t launch_finalize(const FinalizeArgs& args, cudaStream_t stream);
+
+enum class LogitsType : int { kFloat32, kBFloat16, kFloat16 };
+
+struct TopkSoftmaxArgs {
+  const void* logits;  // [tokens, experts] of type
+  LogitsType type;
+  int32_t tokens;
+  int32_t experts;      // 1 to kMaxExperts
+  int32_t top_k;        // 1 to min(experts, kMaxTopK)
+  bool renormalize;     // softmax over the chosen, else over all
+  float* topk_weights;  // [tokens, top_k]
+  int32_t* topk_ids;    // [tokens, top_k]
+};
+cudaError_t launch_topk_softmax(const TopkSoftmaxArgs& args, cudaStream_t stream);
 
 }  // namespace mxfp4_moe

@@ -1,8 +1,9 @@
 // The torch operators of the layer (namespace mxfp4_moe), on torch's stable ABI alone.
 //
 // fused_moe runs the six kernels of a layer on the current stream: route, quantize-permute, GEMM1, activation, GEMM2,
-// finalize. route, quantize_permute, activation and finalize expose its parts to tests and benchmarks. register_tile
-// takes the address of a loaded tile (tile_abi.h); fused_moe finds its GEMM there.
+// finalize. route, quantize_permute, permute, activation and finalize expose its parts to tests and benchmarks.
+// route_topk is the router's kernel, topk_softmax.cu. register_tile takes the address of a loaded tile (tile_abi.h);
+// fused_moe finds its GEMM there.
 // Every argument is checked before anything is launched; a failed check names argument, expected and actual. Nothing
 // here synchronizes or reads device memory. Shapes and layouts: moe.h.
 #include <Python.h>
@@ -10,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <climits>
 #include <initializer_list>
 #include <optional>
@@ -58,7 +60,40 @@ int32_t check_range(const char* name, int64_t value, int64_t low, int64_t high) 
   return static_cast<int32_t>(value);
 }
 
-constexpr int64_t kMaxSlots = INT_MAX - 3;  // padded to a multiple of 4 it still is an int32
+// Row numbers are int32; with room for the largest tile past the last row, and for padding to a multiple of 4.
+constexpr int64_t kMaxTileM = 1024;
+constexpr int64_t kMaxSlots = INT_MAX - kMaxTileM;
+
+Activation check_activation(int64_t activation) {
+  return static_cast<Activation>(check_range("activation", activation, 0, kNumActivations - 1));
+}
+
+// A number of the activation; float32 [experts] where every expert has its own.
+PerExpert check_number(const char* name, double value, const std::optional<Tensor>& values, int64_t experts,
+                       int32_t device) {
+  PerExpert number = {static_cast<float>(value), nullptr};
+  if (values.has_value()) {
+    check_tensor(name, *values, ScalarType::Float, {experts}, device, kElementAlignment);
+    number.values = static_cast<const float*>(values->data_ptr());
+  }
+  return number;
+}
+
+// hidden_states that are MXFP8: uint8 [tokens, hidden], and the scales that belong to them.
+void check_mxfp8(const Tensor& hidden_states, const Tensor& scale, bool swizzled, int32_t device) {
+  STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Byte && hidden_states.dim() == 2,
+                  "hidden_states: expected uint8 [tokens, hidden] with hidden_states_scale, got ",
+                  describe(hidden_states));
+  check_placed("hidden_states", hidden_states, device);
+  const int64_t tokens = hidden_states.size(0), hidden = hidden_states.size(1);
+  if (swizzled) {
+    check_tensor("hidden_states_scale", scale, ScalarType::Byte, {weight_scale_bytes(tokens, hidden)}, device,
+                 kElementAlignment);
+  } else {
+    check_tensor("hidden_states_scale", scale, ScalarType::Byte, {tokens, hidden / kScaleBlock}, device,
+                 kElementAlignment);
+  }
+}
 
 void check_launch(const char* kernel, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, " kernel did not launch: ", cudaGetErrorString(error));
@@ -82,14 +117,25 @@ T* data(const std::optional<Tensor>& tensor) {
 
 // ---- the whole layer ----------------------------------------------------------------------------------------------
 
-// w13 [E, 2I, H/2] and w2 [E, H, I/2] prepared as MoEWeights holds them; out [T, H] is written.
-void fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& w13,
-               const Tensor& w13_scale, const std::optional<Tensor>& w13_bias, const Tensor& w2, const Tensor& w2_scale,
-               const std::optional<Tensor>& w2_bias, int64_t activation, double alpha, double beta, double limit,
-               int64_t tile_m, int64_t tile_n, const Tensor& out) {
+// w13 [E, 2I, H/2] ([E, I, H/2] when the activation is not gated) and w2 [E, H, I/2] prepared as MoEWeights holds them;
+// out [T, H] is written, in its own dtype, to which intermediate_rounding rounds GEMM1 and the activation as well. With
+// hidden_states_scale, hidden_states are uint8 E4M3.
+void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_states_scale, bool scale_is_swizzled,
+               const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& w13, const Tensor& w13_scale,
+               const std::optional<Tensor>& w13_bias, const Tensor& w2, const Tensor& w2_scale,
+               const std::optional<Tensor>& w2_bias, int64_t activation_code, double alpha, double beta, double limit,
+               const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
+               const std::optional<Tensor>& limits, int64_t tile_m, int64_t tile_n, const Tensor& out,
+               bool intermediate_rounding) {
   const int32_t device = device_of("hidden_states", hidden_states);
-  const HalfType type = check_half("hidden_states", hidden_states);
-  check_placed("hidden_states", hidden_states, device);
+  const HalfType out_type = check_half("out", out);
+  const bool is_mxfp8 = hidden_states_scale.has_value();
+  if (is_mxfp8) {
+    check_mxfp8(hidden_states, *hidden_states_scale, scale_is_swizzled, device);
+  } else {
+    check_half("hidden_states", hidden_states);
+    check_placed("hidden_states", hidden_states, device);
+  }
   const int64_t tokens = hidden_states.size(0);
   const int32_t hidden = check_multiple_of_32("hidden size", hidden_states.size(1));
 
@@ -100,24 +146,31 @@ void fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Te
                   describe(topk_ids));
   const int32_t slots = check_range("tokens * top_k", tokens * top_k, 0, kMaxSlots);
 
-  STD_TORCH_CHECK(w13.dim() == 3, "w13: expected uint8 [experts, 2 * intermediate, hidden / 2], got ", describe(w13));
+  const Activation activation = check_activation(activation_code);
+  STD_TORCH_CHECK(w13.dim() == 3, "w13: expected uint8 [experts, ",
+                  is_gated(activation) ? "2 * intermediate" : "intermediate", ", hidden / 2], got ", describe(w13));
   const int32_t experts = check_range("experts", w13.size(0), 1, kMaxExperts);
-  const int32_t intermediate = check_multiple_of_32("intermediate size", w13.size(1) / 2);
+  const int32_t intermediate =
+      check_multiple_of_32("intermediate size", is_gated(activation) ? w13.size(1) / 2 : w13.size(1));
+  const int32_t gemm1_width = is_gated(activation) ? 2 * intermediate : intermediate;
   const auto padded_rows = [](int64_t n) { return (n + 127) / 128; };
-  check_tensor("w13", w13, ScalarType::Byte, {experts, 2 * intermediate, hidden / 2}, device);
+  check_tensor("w13", w13, ScalarType::Byte, {experts, gemm1_width, hidden / 2}, device);
   check_tensor("w13_scale", w13_scale, ScalarType::Byte,
-               {experts, padded_rows(2 * intermediate), scale_k_tiles(hidden), 512}, device);
+               {experts, padded_rows(gemm1_width), scale_k_tiles(hidden), 512}, device);
   check_tensor("w2", w2, ScalarType::Byte, {experts, hidden, intermediate / 2}, device);
   check_tensor("w2_scale", w2_scale, ScalarType::Byte, {experts, padded_rows(hidden), scale_k_tiles(intermediate), 512},
                device);
   if (w13_bias.has_value()) {
-    check_tensor("w13_bias", *w13_bias, ScalarType::Float, {experts, 2 * intermediate}, device);
+    check_tensor("w13_bias", *w13_bias, ScalarType::Float, {experts, gemm1_width}, device);
   }
   if (w2_bias.has_value()) {
     check_tensor("w2_bias", *w2_bias, ScalarType::Float, {experts, hidden}, device);
   }
-  check_tensor("out", out, hidden_states.scalar_type(), {tokens, hidden}, device);
-  check_range("activation", activation, 0, 1);
+  check_tensor("out", out, out.scalar_type(), {tokens, hidden}, device);
+  ActivationArgs activation_args = {};
+  activation_args.alpha = check_number("alpha", alpha, alphas, experts, device);
+  activation_args.beta = check_number("beta", beta, betas, experts, device);
+  activation_args.limit = check_number("limit", limit, limits, experts, device);
   const Mxfp4MoeTile* tile = tiles().find(tile_m, tile_n);
   STD_TORCH_CHECK(tile != nullptr, "tile: expected one that is loaded, got (", tile_m, ", ", tile_n, ")");
   if (tokens == 0) {
@@ -127,7 +180,7 @@ void fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Te
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto m_tile_bound = static_cast<int32_t>(max_m_tiles(slots, experts, tile_m));
-  const Workspace layout(slots, experts, hidden, intermediate, m_tile_bound);
+  const Workspace layout(slots, experts, hidden, intermediate, gemm1_width, m_tile_bound);
   const Tensor workspace = empty({layout.bytes}, ScalarType::Byte, device);
   auto* base = data<uint8_t>(workspace);
   const auto at = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
@@ -148,17 +201,28 @@ void fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Te
   route_args.num_m_tiles = at(layout.num_m_tiles);
   check_launch("route", launch_route(route_args, stream));
 
-  QuantizePermuteArgs quantize_args = {};
-  quantize_args.hidden = hidden_states.data_ptr();
-  quantize_args.type = type;
-  quantize_args.row_slot = at(layout.row_slot);
-  quantize_args.valid_rows = valid_rows;
-  quantize_args.rows = slots;
-  quantize_args.top_k = static_cast<int32_t>(top_k);
-  quantize_args.hidden_size = hidden;
-  quantize_args.codes = base + layout.codes;
-  quantize_args.scales = base + layout.scales;
-  check_launch("quantize-permute", launch_quantize_permute(quantize_args, stream));
+  const auto to_rows = [&](auto args) {
+    args.row_slot = at(layout.row_slot);
+    args.valid_rows = valid_rows;
+    args.rows = slots;
+    args.top_k = static_cast<int32_t>(top_k);
+    args.hidden_size = hidden;
+    args.codes = base + layout.codes;
+    args.scales = base + layout.scales;
+    return args;
+  };
+  if (is_mxfp8) {
+    PermuteArgs args = to_rows(PermuteArgs{});
+    args.hidden = data<const uint8_t>(hidden_states);
+    args.hidden_scale = data<const uint8_t>(*hidden_states_scale);
+    args.scale_is_swizzled = scale_is_swizzled;
+    check_launch("permute", launch_permute(args, stream));
+  } else {
+    QuantizePermuteArgs args = to_rows(QuantizePermuteArgs{});
+    args.hidden = hidden_states.data_ptr();
+    args.type = check_half("hidden_states", hidden_states);
+    check_launch("quantize-permute", launch_quantize_permute(args, stream));
+  }
 
   Mxfp4MoeGemmArgs gemm = {};
   gemm.act = base + layout.codes;
@@ -180,28 +244,25 @@ void fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Te
     const char* reason = tile->launch(&gemm);
     STD_TORCH_CHECK(reason == nullptr, name, " did not launch: ", reason);
   };
-  run_gemm("GEMM1", w13, w13_scale, MXFP4_MOE_OUT_FLOAT32, 2 * intermediate, hidden);
+  run_gemm("GEMM1", w13, w13_scale, MXFP4_MOE_OUT_FLOAT32, gemm1_width, hidden);
 
-  ActivationArgs activation_args = {};
   activation_args.gemm1 = reinterpret_cast<const float*>(base + layout.gemm_out);
   activation_args.bias = data<const float>(w13_bias);
   activation_args.row_expert = at(layout.row_expert);
   activation_args.valid_rows = valid_rows;
   activation_args.rows = slots;
   activation_args.intermediate = intermediate;
-  activation_args.activation = static_cast<Activation>(activation);
-  activation_args.alpha = static_cast<float>(alpha);
-  activation_args.beta = static_cast<float>(beta);
-  activation_args.limit = static_cast<float>(limit);
+  activation_args.activation = activation;
+  activation_args.rounding = intermediate_rounding ? static_cast<Rounding>(out_type) : Rounding::kNone;
   activation_args.codes = base + layout.codes;
   activation_args.scales = base + layout.scales;
   check_launch("activation", launch_activation(activation_args, stream));
 
-  run_gemm("GEMM2", w2, w2_scale, static_cast<int32_t>(type), hidden, intermediate);
+  run_gemm("GEMM2", w2, w2_scale, static_cast<int32_t>(out_type), hidden, intermediate);
 
   FinalizeArgs finalize_args = {};
   finalize_args.gemm2 = base + layout.gemm_out;
-  finalize_args.type = type;
+  finalize_args.type = out_type;
   finalize_args.bias = data<const float>(w2_bias);
   finalize_args.topk_weights = data<const float>(topk_weights);
   finalize_args.slot_row = at(layout.slot_row);
@@ -223,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
   args.ids_are_int64 = check_ids(topk_ids, device);
   args.slots = check_range("topk_ids.numel()", topk_ids.numel(), 0, kMaxSlots);
   args.experts = check_range("num_experts", num_experts, 1, kMaxExperts);
-  args.tile_m = check_range("tile_m", tile_m, 1, INT_MAX / 2);
+  args.tile_m = check_range("tile_m", tile_m, 1, kMaxTileM);
   const DeviceGuard guard(device);
   const Tensor expert_offsets = empty({num_experts + 1}, ScalarType::Int, device);
   const Tensor row_slot = empty({args.slots}, ScalarType::Int, device);
@@ -278,30 +339,61 @@ std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const T
   return {codes, scales};
 }
 
-// Returns codes [R, I] and scales.
+// The same of hidden_states that are MXFP8: uint8 E4M3 [T, H] and their scales.
+std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hidden_states_scale,
+                                   bool scale_is_swizzled, const Tensor& row_slot, const Tensor& expert_offsets,
+                                   int64_t top_k) {
+  const int32_t device = device_of("hidden_states", hidden_states);
+  PermuteArgs args = {};
+  check_mxfp8(hidden_states, hidden_states_scale, scale_is_swizzled, device);
+  args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
+  args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
+  args.rows = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
+  check_tensor("row_slot", row_slot, ScalarType::Int, {args.rows}, device, kElementAlignment);
+  args.valid_rows = check_offsets(expert_offsets, device);
+  const DeviceGuard guard(device);
+  const auto [codes, scales] = empty_rows(args.rows, args.hidden_size, device);
+  args.hidden = data<const uint8_t>(hidden_states);
+  args.hidden_scale = data<const uint8_t>(hidden_states_scale);
+  args.scale_is_swizzled = scale_is_swizzled;
+  args.row_slot = data<const int32_t>(row_slot);
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("permute", launch_permute(args, current_stream(device)));
+  return {codes, scales};
+}
+
+// Returns codes [R, I] and scales. rounding: 0 for none, else an Mxfp4MoeOutType.
 std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_expert, const Tensor& expert_offsets,
                                       const std::optional<Tensor>& w13_bias, int64_t activation, double alpha,
-                                      double beta, double limit) {
+                                      double beta, double limit, const std::optional<Tensor>& alphas,
+                                      const std::optional<Tensor>& betas, const std::optional<Tensor>& limits,
+                                      int64_t rounding) {
   const int32_t device = device_of("gemm1", gemm1);
-  STD_TORCH_CHECK(gemm1.dim() == 2, "gemm1: expected float32 [rows, 2 * intermediate], got ", describe(gemm1));
   ActivationArgs args = {};
+  args.activation = check_activation(activation);
+  args.rounding =
+      static_cast<Rounding>(check_range("rounding", rounding, MXFP4_MOE_OUT_FLOAT32, MXFP4_MOE_OUT_FLOAT16));
+  const int64_t widths = is_gated(args.activation) ? 2 : 1;
+  STD_TORCH_CHECK(gemm1.dim() == 2, "gemm1: expected float32 [rows, ", widths, " * intermediate], got ",
+                  describe(gemm1));
   args.rows = check_range("rows", gemm1.size(0), 0, kMaxSlots);
-  args.intermediate = check_multiple_of_32("intermediate size", gemm1.size(1) / 2);
-  check_tensor("gemm1", gemm1, ScalarType::Float, {args.rows, 2 * args.intermediate}, device);
+  args.intermediate = check_multiple_of_32("intermediate size", gemm1.size(1) / widths);
+  check_tensor("gemm1", gemm1, ScalarType::Float, {args.rows, widths * args.intermediate}, device);
   check_tensor("row_expert", row_expert, ScalarType::Int, {args.rows}, device, kElementAlignment);
   args.valid_rows = check_offsets(expert_offsets, device);
+  const int64_t experts = expert_offsets.numel() - 1;
   if (w13_bias.has_value()) {
-    check_tensor("w13_bias", *w13_bias, ScalarType::Float, {expert_offsets.numel() - 1, 2 * args.intermediate}, device);
+    check_tensor("w13_bias", *w13_bias, ScalarType::Float, {experts, widths * args.intermediate}, device);
   }
-  args.activation = static_cast<Activation>(check_range("activation", activation, 0, 1));
+  args.alpha = check_number("alpha", alpha, alphas, experts, device);
+  args.beta = check_number("beta", beta, betas, experts, device);
+  args.limit = check_number("limit", limit, limits, experts, device);
   const DeviceGuard guard(device);
   const auto [codes, scales] = empty_rows(args.rows, args.intermediate, device);
   args.gemm1 = data<const float>(gemm1);
   args.bias = data<const float>(w13_bias);
   args.row_expert = data<const int32_t>(row_expert);
-  args.alpha = static_cast<float>(alpha);
-  args.beta = static_cast<float>(beta);
-  args.limit = static_cast<float>(limit);
   args.codes = data<uint8_t>(codes);
   args.scales = data<uint8_t>(scales);
   check_launch("activation", launch_activation(args, current_stream(device)));
@@ -341,6 +433,35 @@ Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_e
   return out;
 }
 
+// ---- the router ---------------------------------------------------------------------------------------------------
+
+// Returns topk_weights and topk_ids, both [T, k].
+std::tuple<Tensor, Tensor> route_topk(const Tensor& router_logits, int64_t top_k, bool renormalize) {
+  const int32_t device = device_of("router_logits", router_logits);
+  TopkSoftmaxArgs args = {};
+  const ScalarType type = router_logits.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half) &&
+                      router_logits.dim() == 2,
+                  "router_logits: expected float32, bfloat16 or float16 [tokens, experts], got ",
+                  describe(router_logits));
+  check_placed("router_logits", router_logits, device, kElementAlignment);
+  args.type = type == ScalarType::Float      ? LogitsType::kFloat32
+              : type == ScalarType::BFloat16 ? LogitsType::kBFloat16
+                                             : LogitsType::kFloat16;
+  args.tokens = check_range("tokens", router_logits.size(0), 0, INT_MAX);
+  args.experts = check_range("experts", router_logits.size(1), 1, kMaxExperts);
+  args.top_k = check_range("top_k", top_k, 1, std::min<int64_t>(args.experts, kMaxTopK));
+  args.renormalize = renormalize;
+  const DeviceGuard guard(device);
+  const Tensor topk_weights = empty({args.tokens, top_k}, ScalarType::Float, device);
+  const Tensor topk_ids = empty({args.tokens, top_k}, ScalarType::Int, device);
+  args.logits = router_logits.data_ptr();
+  args.topk_weights = data<float>(topk_weights);
+  args.topk_ids = data<int32_t>(topk_ids);
+  check_launch("topk-softmax", launch_topk_softmax(args, current_stream(device)));
+  return {topk_weights, topk_ids};
+}
+
 void register_tile(int64_t entry) {
   const std::string reason = tiles().add(reinterpret_cast<const Mxfp4MoeTile*>(static_cast<uintptr_t>(entry)));
   STD_TORCH_CHECK(reason.empty(), reason);
@@ -353,16 +474,22 @@ void register_tile(int64_t entry) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("register_tile(int entry) -> ()");
   m.def(
-      "fused_moe(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor w13, Tensor w13_scale, "
-      "Tensor? w13_bias, Tensor w2, Tensor w2_scale, Tensor? w2_bias, int activation, float alpha, float beta, "
-      "float limit, int tile_m, int tile_n, Tensor(a!) out) -> ()");
+      "fused_moe(Tensor hidden_states, Tensor? hidden_states_scale, bool scale_is_swizzled, Tensor topk_weights, "
+      "Tensor topk_ids, Tensor w13, Tensor w13_scale, Tensor? w13_bias, Tensor w2, Tensor w2_scale, Tensor? w2_bias, "
+      "int activation, float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, "
+      "int tile_m, int tile_n, Tensor(a!) out, bool intermediate_rounding=False) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "quantize_permute(Tensor hidden_states, Tensor row_slot, Tensor expert_offsets, int top_k) -> (Tensor, Tensor)");
   m.def(
+      "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor row_slot, "
+      "Tensor expert_offsets, int top_k) -> (Tensor, Tensor)");
+  m.def(
       "activation(Tensor gemm1, Tensor row_expert, Tensor expert_offsets, Tensor? w13_bias, int activation, "
-      "float alpha, float beta, float limit) -> (Tensor, Tensor)");
+      "float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, int rounding=0) "
+      "-> (Tensor, Tensor)");
   m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
+  m.def("route_topk(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {
@@ -373,8 +500,10 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("fused_moe", TORCH_BOX(&mxfp4_moe::fused_moe));
   m.impl("route", TORCH_BOX(&mxfp4_moe::route));
   m.impl("quantize_permute", TORCH_BOX(&mxfp4_moe::quantize_permute));
+  m.impl("permute", TORCH_BOX(&mxfp4_moe::permute));
   m.impl("activation", TORCH_BOX(&mxfp4_moe::activation));
   m.impl("finalize", TORCH_BOX(&mxfp4_moe::finalize));
+  m.impl("route_topk", TORCH_BOX(&mxfp4_moe::route_topk));
 }
 
 // `import mxfp4_moe._ext.moe` runs the registrations above; the module itself is empty.

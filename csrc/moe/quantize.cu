@@ -1,6 +1,8 @@
-// Quantize-permute: hidden_states to MXFP8 rows in expert order.
+// Quantize-permute: hidden_states to MXFP8 rows in expert order. Permute: the same for hidden_states that are MXFP8.
 //
 // in   hidden [T, H] bf16 or fp16; row_slot [R]: the slot t * k + j that each sorted row came from
+//      or hidden [T, H] E4M3 with scales E8M0, linear [T, H/32] or 128x4-swizzled (T padded to 128). A scale byte above
+//      kMaxInputScale, NaN among them, becomes a poisoned block, as a NaN in bf16 does
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
 // Called by ops.cpp between route and GEMM1. A token is quantized once per expert that it goes to, which costs writes
 // that GEMM1 needs anyway; its reads after the first come from L2. Rows past the valid count are not touched.
@@ -14,6 +16,9 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
+// 2^121, twice what a quantizer that rounds up makes of the largest bf16: above it, what the tiles multiply a scale by
+// for their own ends (2^6 on SM90) leaves fp32. reference.MXFP8_INPUT_SCALE_MAX is the same number.
+constexpr uint32_t kMaxInputScale = 248;
 
 template <HalfType kType>
 __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const QuantizePermuteArgs args) {
@@ -32,17 +37,47 @@ __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const Quanti
   }
 }
 
+__global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs args) {
+  const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
+  const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
+  const int k_block = column / kScaleBlock;
+  const int valid_rows = *args.valid_rows;
+
+  for (int64_t row = blockIdx.y; row < valid_rows; row += gridDim.y) {
+    QuadCodes quad = {};
+    if (column < args.hidden_size) {
+      const int64_t token = args.row_slot[row] / args.top_k;
+      const uint2 codes = __ldg(reinterpret_cast<const uint2*>(args.hidden + token * args.hidden_size + column));
+      const int64_t at = args.scale_is_swizzled ? weight_scale_offset(token, k_block, args.hidden_size)
+                                                : token * (args.hidden_size / kScaleBlock) + k_block;
+      const uint32_t scale = __ldg(args.hidden_scale + at);
+      quad = scale > kMaxInputScale
+                 ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
+                 : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};
+    }
+    store_k_tile(quad, row, k_tile, args.hidden_size, args.rows, args.codes, args.scales);
+  }
+}
+
+template <typename Args>
+dim3 grid_of(const Args& args) {
+  const int k_tiles = static_cast<int>(scale_k_tiles(args.hidden_size));
+  return dim3((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, args.rows < kMaxGridY ? args.rows : kMaxGridY);
+}
+
 }  // namespace
 
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream) {
   if (args.rows == 0) {
     return cudaSuccess;
   }
-  const int k_tiles = static_cast<int>(scale_k_tiles(args.hidden_size));
-  const dim3 grid((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, args.rows < kMaxGridY ? args.rows : kMaxGridY);
   return args.type == HalfType::kBFloat16
-             ? launch(quantize_permute_kernel<HalfType::kBFloat16>, grid, kThreads, 0, stream, args)
-             : launch(quantize_permute_kernel<HalfType::kFloat16>, grid, kThreads, 0, stream, args);
+             ? launch(quantize_permute_kernel<HalfType::kBFloat16>, grid_of(args), kThreads, 0, stream, args)
+             : launch(quantize_permute_kernel<HalfType::kFloat16>, grid_of(args), kThreads, 0, stream, args);
+}
+
+cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
+  return args.rows == 0 ? cudaSuccess : launch(permute_kernel, grid_of(args), kThreads, 0, stream, args);
 }
 
 }  // namespace mxfp4_moe

@@ -2,7 +2,8 @@
 //
 // bytes = 4 (E + 1) + 3 * 4 R + 16 max_m_tiles + 4                      routing
 //       + R max(H, I) + 4 ceil(max(H, I) / 128) (R padded to 4)         MXFP8 rows and scales of GEMM1, then GEMM2
-//       + max(8 R I, 2 R H)                                             GEMM1 output fp32 [R, 2I], then GEMM2's
+//       + max(4 R N1, 2 R H)                                            GEMM1 output fp32 [R, N1], then GEMM2's
+// where N1 is GEMM1's width, 2I when the activation is gated and I when it is not,
 // each term rounded up to 256 (expert_offsets and so on are terms of their own). The rows that GEMM1 reads are dead
 // when the activation writes those that GEMM2 reads, and GEMM1's output is dead when GEMM2 writes, so each pair
 // shares its bytes: nothing but the live intermediates is paid for.
@@ -24,7 +25,8 @@ struct Workspace {
   int64_t codes, scales, gemm_out;
   int64_t bytes;
 
-  Workspace(int64_t slots, int64_t experts, int64_t hidden, int64_t intermediate, int64_t max_m_tiles) {
+  Workspace(int64_t slots, int64_t experts, int64_t hidden, int64_t intermediate, int64_t gemm1_width,
+            int64_t max_m_tiles) {
     bytes = 0;
     const auto take = [this](int64_t size) {
       const int64_t offset = bytes;
@@ -40,7 +42,7 @@ struct Workspace {
     num_m_tiles = take(4);
     codes = take(slots * widest);
     scales = take(act_scale_bytes(slots, widest));
-    gemm_out = take(std::max(slots * 2 * intermediate * 4, slots * hidden * 2));
+    gemm_out = take(std::max(slots * gemm1_width * 4, slots * hidden * 2));
   }
 };
 

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _load, reference
-from .formats import require_tensor
+from . import _load, ops, reference
+from .formats import BLOCK, require_tensor
 from .tiles import Tile, arch_runs_on, select_tile
-from .weights import Activation, MoEWeights
+from .weights import MoEWeights
 
+MAX_EXPERTS = 1024  # csrc/moe/moe.h, kMaxExperts
+MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/ops.cpp, kMaxSlots
 DEFAULT_TILE_MN = (128, 128)  # for callers that turn the automatic choice off and name no tile
 
 _HALVES = (torch.bfloat16, torch.float16)
+_MXFP8 = (torch.uint8, torch.float8_e4m3fn)
+_UINT8 = (torch.uint8,)
 _IDS = (torch.int32, torch.int64)
 _FLOAT32 = (torch.float32,)
-_ACTIVATION_CODES = {Activation.SWIGLU: 0, Activation.SWIGLU_OAI: 1}  # csrc/moe/moe.h, enum Activation
 _SWAPPED_M = (8, 16, 32)
+_Number = TypeVar("_Number", float, None)
 
 
 def fused_moe(
@@ -34,39 +39,70 @@ def fused_moe(
     topk_ids: Tensor,
     weights: MoEWeights,
     *,
+    hidden_states_scale: Tensor | None = None,
+    scale_layout: str = "linear",
+    output_dtype: torch.dtype | None = None,
     tile_mn: tuple[int, int] | None = None,
     auto_tile_select: bool = True,
     output: Tensor | None = None,
+    intermediate_rounding: bool = False,
 ) -> Tensor:
     """One MoE layer with MXFP4 weights: sum over a token's experts of topk_weight * (w2 . act(w13 . x + b13) + b2).
 
     T tokens, k experts per token, E experts, H hidden size. Activations are quantized to MXFP8 before each of the two
     GEMMs. A token's result depends on nothing but that token: the same bits in every batch and with every tile.
     For inference: no gradient flows. Work is queued on the current CUDA stream, without synchronization; CUDA graphs
-    capture it. All tensors are contiguous and on one device.
+    capture it, and any number of threads and streams may call at once. All tensors are contiguous and on one device.
+    In a function under torch.compile or torch.export the call is one operator, `mxfp4_moe::moe_layer`, which chooses
+    its tile when it runs: tile_mn and auto_tile_select mean nothing there.
+
+    Limits: E up to 1024, T * k up to 2^31 - 1025; H and I are multiples of 32; products of sizes may pass 2^31.
 
     Args:
         hidden_states: bfloat16 or float16 [T, H]; T may be 0. A NaN or infinity makes its own token NaN, and no other.
-        topk_weights: float32 [T, k], the router weights.
-        topk_ids: int32 or int64 [T, k], k >= 1. An id < 0 or >= E contributes nothing; a token with no valid id is
-            zero. An expert may occur more than once in a token.
+            With hidden_states_scale: MXFP8, uint8 or float8_e4m3fn [T, H] (E4M3 codes; a NaN code, the same).
+        topk_weights: float32 [T, k], the router weights; NaN and infinities reach their own token, and no other.
+        topk_ids: int32 or int64 [T, k], k >= 1, ids of the whole layer's experts. An id of no expert in weights
+            contributes nothing; a token with no valid id is zero. An expert may occur more than once in a token.
         weights: prepared weights on the same device.
-        tile_mn: GEMM tile (M, N) of the wheel's manifest, for measurements; every tile gives the same result.
+        hidden_states_scale: uint8 E8M0 scales of MXFP8 hidden states, one for each 32 values (OCP MX v1.0). Bytes 0 to
+            248 (2^121) count as they are; 249 to 254, which no finite bfloat16 needs, count as NaN, as does 255.
+        scale_layout: "linear", [T, H/32]; or "swizzled", 128x4 with T padded to 128 and H/32 to 4 (as
+            `formats.swizzle_scales`), flat, ceil(T/128) * ceil(H/128) * 512 bytes.
+        output_dtype: bfloat16 or float16; by default the dtype of hidden_states, bfloat16 where they are MXFP8.
+        tile_mn: GEMM tile (M, N) of the wheel's manifest, for measurements; every tile gives the same result. This
+            one and the automatic choice give way to the nearest tile, with one warning, where the GPU's self-test
+            blocked the tile or its library does not load.
         auto_tile_select: without tile_mn, choose the tile by the expected rows per expert; False takes (128, 128).
-        output: tensor like hidden_states to write the result to; may be hidden_states itself.
+        output: tensor [T, H] of the output dtype to write the result to; may be hidden_states itself.
+        intermediate_rounding: round GEMM1's values, before their bias, and the activation's to the output dtype, as
+            FlashInfer does; there a value beyond float16's range becomes an infinity, which makes its token NaN unless
+            the activation clamps it. Without it they stay in float32 until MXFP8, which is closer to the exact layer.
 
     Returns:
-        [T, H] in the dtype of hidden_states: `output` where it was given.
+        [T, H] in the output dtype: `output` where it was given.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument of another shape, device or stride; a tile that is not in the manifest; weights on
-            another device.
+            another device; more experts or slots than the limits.
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch; data
             not aligned to 16 bytes.
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
+    if torch.compiler.is_compiling():
+        result = _traced(
+            hidden_states,
+            topk_weights,
+            topk_ids,
+            weights,
+            hidden_states_scale,
+            scale_layout,
+            output_dtype,
+            intermediate_rounding,
+        )
+        return result if output is None else output.copy_(result)
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
     device = hidden_states.device
@@ -77,32 +113,53 @@ def fused_moe(
             f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
             f"weights.to('{device}') copies them there"
         )
-    tokens = hidden_states.shape[0] if hidden_states.dim() == 2 else 0
-    _check("hidden_states", hidden_states, _HALVES, (tokens, weights.hidden_size), ("T", weights.hidden_size), device)
-    top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2 else 0
-    _check("topk_ids", topk_ids, _IDS, (tokens, top_k), (tokens, "k"), device)
-    if top_k == 0:
-        raise ValueError(f"topk_ids: expected [{tokens}, k] with k at least 1, got k = 0")
-    _check("topk_weights", topk_weights, _FLOAT32, (tokens, top_k), (tokens, top_k), device)
+    output_dtype = check_call(
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        hidden_states_scale,
+        scale_layout,
+        output_dtype,
+        weights.hidden_size,
+        device,
+    )
+    tokens, top_k = topk_ids.shape
+    check_limits(weights.num_experts, tokens, top_k)
     if output is not None:
         shape = (tokens, weights.hidden_size)
-        _check("output", output, (hidden_states.dtype,), shape, shape, device)
+        _check("output", output, (output_dtype,), shape, shape, device)
     if tile_mn is not None:
         tile = manifest_tile(tile_mn)
     elif auto_tile_select:
-        tile = _select(tokens, top_k, weights.num_experts)
+        tile = select(tokens, top_k, weights.num_global_experts)  # a slice gets its share of the rows
     else:
         tile = manifest_tile(DEFAULT_TILE_MN)
 
     if device.type == "cpu":
         with torch.no_grad():
-            result = reference.fused_moe(hidden_states, topk_weights, topk_ids, weights)
+            result = reference.fused_moe(
+                hidden_states,
+                topk_weights,
+                topk_ids,
+                weights,
+                hidden_states_scale=hidden_states_scale,
+                scale_layout=scale_layout,
+                output_dtype=output_dtype,
+                intermediate_rounding=intermediate_rounding,
+            )
             return result if output is None else output.copy_(result)
-    op = _operator(device.index, tile)
+    op, tile = _operator(device.index, tile)
+    if weights.first_expert:  # a slice of the experts: global ids come in, the operator counts from 0
+        topk_ids = topk_ids - weights.first_expert
     if output is None:
-        output = torch.empty_like(hidden_states, requires_grad=False)
+        output = torch.empty_like(hidden_states, dtype=output_dtype, requires_grad=False)
+    alpha, alphas = split_number(weights.alpha, 0.0)
+    beta, betas = split_number(weights.beta, 0.0)
+    limit, limits = split_number(weights.limit, math.inf)
     op(
-        hidden_states,
+        hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
+        hidden_states_scale,
+        scale_layout == "swizzled",
         topk_weights,
         topk_ids,
         weights.w13,
@@ -111,15 +168,60 @@ def fused_moe(
         weights.w2,
         weights.w2_scale,
         weights.w2_bias,
-        _ACTIVATION_CODES[weights.activation],
-        weights.alpha,
-        weights.beta,
-        math.inf if weights.limit is None else weights.limit,
+        weights.activation.code,
+        alpha,
+        beta,
+        limit,
+        alphas,
+        betas,
+        limits,
         tile.m,
         tile.n,
         output,
+        intermediate_rounding,
     )
     return output
+
+
+def _traced(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    weights: MoEWeights,
+    hidden_states_scale: Tensor | None,
+    scale_layout: str,
+    output_dtype: torch.dtype | None,
+    intermediate_rounding: bool,
+) -> Tensor:
+    """The call as a compiled graph sees it (ops.py): tensors and constants, and no tile that would tie it to T."""
+    if output_dtype is None:
+        output_dtype = reference.default_output_dtype(hidden_states, hidden_states_scale)
+    alpha, alphas = split_number(weights.alpha, 0.0)
+    beta, betas = split_number(weights.beta, 0.0)
+    limit, limits = split_number(weights.limit, None)
+    result: Tensor = ops.moe_layer(
+        hidden_states.detach(),
+        topk_weights.detach(),
+        topk_ids - weights.first_expert if weights.first_expert else topk_ids,
+        weights.w13,
+        weights.w13_scale,
+        weights.w13_bias,
+        weights.w2,
+        weights.w2_scale,
+        weights.w2_bias,
+        weights.activation.value,
+        alpha,
+        beta,
+        limit,
+        alphas,
+        betas,
+        limits,
+        hidden_states_scale,
+        scale_layout,
+        output_dtype,
+        intermediate_rounding,
+    )
+    return result
 
 
 @dataclass(frozen=True)
@@ -146,10 +248,25 @@ class FusedMoEModule:
         topk_ids: Tensor,
         weights: MoEWeights,
         *,
+        hidden_states_scale: Tensor | None = None,
+        scale_layout: str = "linear",
+        output_dtype: torch.dtype | None = None,
         output: Tensor | None = None,
+        intermediate_rounding: bool = False,
     ) -> Tensor:
         """`mxfp4_moe.fused_moe` with this tile."""
-        return fused_moe(hidden_states, topk_weights, topk_ids, weights, tile_mn=self.tile.mn, output=output)
+        return fused_moe(
+            hidden_states,
+            topk_weights,
+            topk_ids,
+            weights,
+            hidden_states_scale=hidden_states_scale,
+            scale_layout=scale_layout,
+            output_dtype=output_dtype,
+            tile_mn=self.tile.mn,
+            output=output,
+            intermediate_rounding=intermediate_rounding,
+        )
 
 
 def get_cutlass_fused_moe_module(backend: str = "120", tile_mn: tuple[int, int] = DEFAULT_TILE_MN) -> FusedMoEModule:
@@ -182,16 +299,27 @@ def get_cutlass_fused_moe_module(backend: str = "120", tile_mn: tuple[int, int] 
 def prewarm_moe_tiles() -> list[str]:
     """Loads every tile of the wheel, so that no later call has to; call it at start-up.
 
+    A tile that does not load is left out with a warning: calls that want it take the nearest one.
+
     Returns:
-        The tiles' names, in the manifest's order.
+        The loaded tiles' names, in the manifest's order.
 
     Raises:
-        RuntimeError: an extension does not fit this torch; the message says what it was built for and what is here.
+        RuntimeError: no extension fits this torch; the message says what they were built for and what is here.
     """
-    tiles = _load.manifest().tiles
-    for tile in tiles:
-        _load.load_tile(tile)
-    return [tile.name for tile in tiles]
+    _load.moe_ops()
+    loaded, errors = [], []
+    for tile in _load.manifest().tiles:
+        try:
+            _load.load_tile(tile)
+            loaded.append(tile.name)
+        except _load.LoadError as error:
+            errors.append(error)
+    if errors and not loaded:
+        raise errors[0]
+    if errors:
+        warnings.warn("; ".join(map(str, errors)), RuntimeWarning, stacklevel=2)
+    return loaded
 
 
 def manifest_tile(tile_mn: tuple[int, int]) -> Tile:
@@ -207,6 +335,65 @@ def manifest_tile(tile_mn: tuple[int, int]) -> Tile:
         having = ", ".join(str(t.mn) for t in tiles)
         raise ValueError(f"tile_mn: expected a tile of the manifest ({having}), got {tile.mn}")
     return tile
+
+
+def check_call(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    hidden_states_scale: Tensor | None,
+    scale_layout: str,
+    output_dtype: torch.dtype | None,
+    hidden_size: int,
+    device: torch.device,
+) -> torch.dtype:
+    """Checks the tensors of a call; also on fake ones, while a graph is traced.
+
+    Returns:
+        The output dtype.
+
+    Raises:
+        TypeError, ValueError: as `fused_moe`.
+    """
+    tokens = hidden_states.shape[0] if hidden_states.dim() == 2 else 0
+    dtypes = _HALVES if hidden_states_scale is None else _MXFP8
+    _check("hidden_states", hidden_states, dtypes, (tokens, hidden_size), ("T", hidden_size), device)
+    if hidden_states_scale is not None:
+        if scale_layout not in reference.SCALE_LAYOUTS:
+            raise ValueError(f"scale_layout: expected 'linear' or 'swizzled', got {scale_layout!r}")
+        shape: tuple[int, ...] = (tokens, hidden_size // BLOCK)
+        if scale_layout == "swizzled":
+            shape = (-(-tokens // 128) * -(-hidden_size // 128) * 512,)
+        _check("hidden_states_scale", hidden_states_scale, _UINT8, shape, shape, device)
+    top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2 else 0
+    _check("topk_ids", topk_ids, _IDS, (tokens, top_k), (tokens, "k"), device)
+    if top_k == 0:
+        raise ValueError(f"topk_ids: expected [{tokens}, k] with k at least 1, got k = 0")
+    _check("topk_weights", topk_weights, _FLOAT32, (tokens, top_k), (tokens, top_k), device)
+    if output_dtype is None:
+        return reference.default_output_dtype(hidden_states, hidden_states_scale)
+    if output_dtype not in _HALVES:
+        raise TypeError(f"output_dtype: expected torch.bfloat16 or torch.float16, got {output_dtype}")
+    return output_dtype
+
+
+def check_limits(num_experts: int, tokens: int, top_k: int) -> None:
+    """Refuses sizes that the kernels cannot count.
+
+    Raises:
+        ValueError: more than MAX_EXPERTS experts or MAX_SLOTS slots.
+    """
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"weights: expected at most {MAX_EXPERTS} experts, got {num_experts}")
+    if tokens * top_k > MAX_SLOTS:
+        raise ValueError(f"topk_ids: expected at most {MAX_SLOTS} slots (tokens * top_k), got {tokens} * {top_k}")
+
+
+def split_number(value: float | Tensor | None, otherwise: _Number) -> tuple[float | _Number, Tensor | None]:
+    """A number of the activation as the operators take it: the one for all experts, the tensor with one for each."""
+    if isinstance(value, Tensor):
+        return otherwise, value
+    return (otherwise if value is None else value), None
 
 
 def check_capability(capability: tuple[int, int], name: str) -> None:
@@ -263,17 +450,18 @@ def _pair(tile_mn: object) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(tokens: int, top_k: int, experts: int) -> Tile:
+def select(tokens: int, top_k: int, experts: int) -> Tile:
+    """The tile of an automatic choice."""
     return select_tile(tokens, top_k, experts, _load.manifest().tiles)
 
 
 @functools.cache
-def _operator(device_index: int, tile: Tile) -> Any:
-    """The layer's operator, once this device is known to be supported and the tile is loaded."""
-    name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
-    check_capability(torch.cuda.get_device_capability(device_index), name)
-    _load.load_tile(tile)
-    return _load.moe_ops().fused_moe.default
+def _operator(device_index: int, tile: Tile) -> tuple[Any, Tile]:
+    """The layer's operator and the tile to call it with: loaded, on a supported device, and not blocked there."""
+    name, capability = torch.cuda.get_device_name(device_index), torch.cuda.get_device_capability(device_index)
+    check_capability(capability, f"{name} (cuda:{device_index})")
+    tile = _load.load_nearest(tile, name, capability)
+    return _load.moe_ops().fused_moe.default, tile
 
 
 @functools.cache

@@ -1,10 +1,11 @@
 """The library's mathematics in plain torch: the CPU implementation, and the oracle that the kernels are compared with.
 
 One call flows through `route` -> `quantize_mxfp8` -> `grouped_gemm` -> `activate` -> `quantize_mxfp8` ->
-`grouped_gemm` -> `finalize`; `fused_moe` is that chain. All of it runs on CPU and CUDA tensors.
+`grouped_gemm` -> `finalize`; `fused_moe` is that chain. All of it runs on CPU and CUDA tensors. `topk_softmax` is the
+router in front of it.
 
-Routing, quantization and the two GEMMs are what the kernels do bit for bit. `activate` evaluates the same float32
-formula with torch's exp instead of the kernel's, so it agrees closely, not bitwise.
+Routing, quantization and the two GEMMs are what the kernels do bit for bit. `activate` and the softmax evaluate the
+same float32 formulas with torch's exp instead of the kernel's, so they agree closely, not bitwise.
 
 Words: T tokens, k experts per token, E experts, H hidden size, I intermediate size. A slot is one (token, choice)
 pair, number t*k+j; a row is one slot's place in the activations sorted by expert; R = T*k.
@@ -12,14 +13,18 @@ pair, number t*k+j; a row is one slot's place in the activations sorted by exper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from .activations import Activation
 from .formats import (
     BLOCK,
+    E4M3_NAN,
+    E8M0_ONE,
     decode_e2m1,
     decode_e4m3,
     decode_e8m0,
@@ -30,8 +35,13 @@ from .formats import (
 )
 from .weights import MoEWeights
 
+SCALE_LAYOUTS = ("linear", "swizzled")
+MXFP8_INPUT_SCALE_MAX = 248  # the E8M0 byte of 2^121; csrc/moe/quantize.cu says why
+
 _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MXFP8 = (torch.uint8, torch.float8_e4m3fn)
 _MIB = 1 << 20
 
 
@@ -122,43 +132,114 @@ def activate(
     gemm1: Tensor,
     row_expert: Tensor,
     w13_bias: Tensor | None,
-    activation: str,
-    alpha: float = 1.702,
-    beta: float = 1.0,
-    limit: float | None = 7.0,
+    activation: Activation | str,
+    alpha: float | Tensor = 1.702,
+    beta: float | Tensor = 1.0,
+    limit: float | Tensor | None = 7.0,
+    *,
+    rounding: torch.dtype | None = None,
 ) -> Tensor:
-    """SwiGLU of the first GEMM's output, in float32.
-
-    With the biases added to g and u: ``swiglu_oai`` (gpt-oss) first takes g = min(g, limit) and
-    u = clamp(u, -limit, limit) and returns g * sigmoid(alpha*g) * (u + beta); ``swiglu`` returns g * sigmoid(g) * u
-    and ignores alpha, beta and limit. NaN stays NaN.
+    """What stands between the GEMMs, in float32; the formulas are those of `Activation`. NaN stays NaN.
 
     Args:
-        gemm1: float32 [R, 2I] in prepared row order: groups of 16 columns = 8 gates, then their 8 ups.
+        gemm1: float32 [R, 2I] in prepared row order: groups of 16 columns = 8 gates, then their 8 ups. [R, I] when the
+            activation is not gated.
         row_expert: int32 or int64 [R], the expert of each row, 0 <= expert < E.
-        w13_bias: float32 [E, 2I] in the same order, or None.
-        activation: "swiglu_oai" or "swiglu".
-        alpha, beta, limit: swiglu_oai's numbers; limit None clamps nothing.
+        w13_bias: float32 [E, 2I] or [E, I] in the same order, or None.
+        activation: its name.
+        alpha, beta: numbers of swiglu_oai, or float32 [E] with one for each expert; others ignore them.
+        limit: the same for swiglu_oai and swiglu_step; None clamps nothing.
+        rounding: bfloat16 or float16: gemm1, before the bias, and the result are rounded to it (to nearest, ties to
+            even; beyond float16's range to infinity). None rounds neither.
 
     Returns:
         float32 [R, I].
     """
-    require_tensor("gemm1", gemm1, torch.float32, ("R", "2I"))
+    try:
+        kind = Activation(activation)
+    except ValueError:
+        names = ", ".join(repr(a.value) for a in Activation)
+        raise ValueError(f"activation: expected one of {names}, got {activation!r}") from None
+    width = "2I" if kind.is_gated else "I"
+    require_tensor("gemm1", gemm1, torch.float32, ("R", width))
     rows, columns = gemm1.shape
-    if columns % 16:
+    if kind.is_gated and columns % 16:
         raise ValueError(f"gemm1: expected 2I a multiple of 16, got float32 {[rows, columns]}")
     require_tensor("row_expert", row_expert, _IDS, (rows,), gemm1.device)
+    if rounding is not None and rounding not in _HALVES:
+        raise TypeError(f"rounding: expected torch.bfloat16, torch.float16 or None, got {rounding}")
+
+    def rounded(x: Tensor) -> Tensor:
+        return x if rounding is None else x.to(rounding).to(torch.float32)
+
+    gemm1 = rounded(gemm1)
     if w13_bias is not None:
         require_tensor("w13_bias", w13_bias, torch.float32, ("E", columns), gemm1.device)
         gemm1 = gemm1 + w13_bias[row_expert]
+    if not kind.is_gated:
+        return rounded(_NOT_GATED[kind](gemm1))
+
     gate, up = (half.flatten(-2) for half in torch.unflatten(gemm1, -1, (columns // 16, 2, 8)).unbind(-2))
-    if activation == "swiglu":
-        return gate * torch.sigmoid(gate) * up
-    if activation != "swiglu_oai":
-        raise ValueError(f"activation: expected 'swiglu' or 'swiglu_oai', got {activation!r}")
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + beta)
+
+    def per_row(number: float | Tensor) -> float | Tensor:
+        return number[row_expert].unsqueeze(1) if isinstance(number, Tensor) else number
+
+    bound = per_row(math.inf if limit is None else limit)
+
+    def clamp_above(x: Tensor) -> Tensor:
+        return torch.where(x > bound, bound, x)
+
+    def clamp_both(x: Tensor) -> Tensor:
+        return torch.where(x < -bound, -bound, clamp_above(x))
+
+    if kind is Activation.SWIGLU_OAI:
+        gate = clamp_above(gate)
+        return rounded(gate * torch.sigmoid(per_row(alpha) * gate) * (clamp_both(up) + per_row(beta)))
+    if kind is Activation.SWIGLU_STEP:
+        return rounded(clamp_above(_silu(gate)) * clamp_both(up))
+    return rounded(_GATE[kind](gate) * up)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """x * Phi(x); 1 + erf would cancel where x is far below zero."""
+    tail: Tensor = torch.special.erfc(x * -math.sqrt(0.5))
+    return 0.5 * x * tail
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), by 1 + tanh(y) = 2 sigmoid(2y), which does not cancel."""
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def _relu(x: Tensor) -> Tensor:
+    return torch.where(x < 0, 0.0, x)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return _relu(x) * _relu(x)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+_GATE: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SWIGLU: _silu,
+    Activation.GEGLU: _gelu,
+    Activation.GEGLU_TANH: _gelu_tanh,
+}
+_NOT_GATED: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: _silu,
+    Activation.GELU: _gelu,
+    Activation.GELU_TANH: _gelu_tanh,
+    Activation.RELU: _relu,
+    Activation.RELU2: _relu2,
+    Activation.IDENTITY: _identity,
+}
 
 
 def finalize(
@@ -195,20 +276,62 @@ def finalize(
     return acc.to(rows.dtype)
 
 
-def fused_moe(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: MoEWeights) -> Tensor:
-    """One MoE layer: the sum over each token's experts of topk_weight * (w2 . swiglu(w13 . x + bias) + bias).
+def mxfp8_rows(hidden_states: Tensor, hidden_states_scale: Tensor, scale_layout: str) -> tuple[Tensor, Tensor]:
+    """Hidden states that are MXFP8 already, as `quantize_mxfp8` would give them.
+
+    A scale byte above `MXFP8_INPUT_SCALE_MAX` (255 is E8M0's NaN; no finite bfloat16 needs the others) becomes what the
+    quantizer makes of a NaN: byte 127 and 32 NaN codes.
+
+    Args:
+        hidden_states: uint8 or float8_e4m3fn [T, H], plain k order.
+        hidden_states_scale: uint8, "linear" [T, H/32], or "swizzled": `formats.swizzle_scales` of it, flat.
+        scale_layout: "linear" or "swizzled".
+
+    Returns:
+        codes uint8 [T, H], scales uint8 [T, H/32].
+    """
+    tokens, hidden = hidden_states.shape
+    scales = hidden_states_scale
+    if scale_layout == "swizzled":
+        scales = unswizzle_scales(scales.view(-(-tokens // 128), -(-hidden // 128), 512), tokens, hidden)
+    poison = scales > MXFP8_INPUT_SCALE_MAX
+    codes = torch.unflatten(hidden_states.view(torch.uint8), -1, (-1, BLOCK))
+    codes = codes.masked_fill(poison.unsqueeze(-1), E4M3_NAN).flatten(-2)
+    return codes, scales.masked_fill(poison, E8M0_ONE)
+
+
+def default_output_dtype(hidden_states: Tensor, hidden_states_scale: Tensor | None) -> torch.dtype:
+    """The output dtype of a call that names none: the input's, bfloat16 where that is MXFP8."""
+    return hidden_states.dtype if hidden_states_scale is None else torch.bfloat16
+
+
+def fused_moe(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    weights: MoEWeights,
+    *,
+    hidden_states_scale: Tensor | None = None,
+    scale_layout: str = "linear",
+    output_dtype: torch.dtype | None = None,
+    intermediate_rounding: bool = False,
+) -> Tensor:
+    """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
 
     Activations are quantized to MXFP8 before each GEMM (`quantize_mxfp8`), and the second GEMM's rows are rounded to
     the output dtype before the weighted sum.
 
     Args:
-        hidden_states: bfloat16 or float16 [T, H]; T may be 0.
+        hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn.
         topk_weights: float32 [T, k], the router weights.
         topk_ids: int32 or int64 [T, k]; ids < 0 or >= E contribute nothing; an expert may repeat within a token.
         weights: prepared weights on the same device.
+        hidden_states_scale, scale_layout: as for `mxfp8_rows`.
+        output_dtype: bfloat16 or float16; None: the dtype of hidden_states, bfloat16 where that is MXFP8.
+        intermediate_rounding: `activate` with the output dtype as its rounding.
 
     Returns:
-        [T, H] in the dtype of hidden_states.
+        [T, H] in the output dtype.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -216,27 +339,95 @@ def fused_moe(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, wei
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
-    require_tensor("hidden_states", hidden_states, _HALVES, ("T", weights.hidden_size), weights.device)
-    require_tensor("topk_ids", topk_ids, _IDS, (hidden_states.shape[0], "k"), weights.device)
+    if output_dtype is None:
+        output_dtype = default_output_dtype(hidden_states, hidden_states_scale)
+    rounding = output_dtype if intermediate_rounding else None
+
+    def between(gemm1: Tensor, row_expert: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = (weights.alpha, weights.beta, weights.limit)
+        values = activate(gemm1, row_expert, weights.w13_bias, weights.activation, *numbers, rounding=rounding)
+        return quantize_mxfp8(values)
+
+    return layer(
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        weights,
+        between,
+        hidden_states_scale=hidden_states_scale,
+        scale_layout=scale_layout,
+        output_dtype=output_dtype,
+    )
+
+
+def layer(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    weights: MoEWeights,
+    between: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    hidden_states_scale: Tensor | None = None,
+    scale_layout: str = "linear",
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`fused_moe` with another step between the GEMMs; with the kernel's own, the whole is the kernels' bit for bit.
+
+    Args:
+        between: (GEMM1's output float32 [R, 2I] or [R, I], row_expert int64 [R]) -> MXFP8 codes uint8 [R, I] in plain
+            k order, scales uint8 [R, I/32]. R counts the valid rows.
+    """
+    tokens, hidden = hidden_states.shape[0], weights.hidden_size
+    shape = ("T", hidden)
+    if hidden_states_scale is None:
+        require_tensor("hidden_states", hidden_states, _HALVES, shape, weights.device)
+    else:
+        require_tensor("hidden_states", hidden_states, _MXFP8, shape, weights.device)
+        require_tensor("hidden_states_scale", hidden_states_scale, torch.uint8, None, weights.device)
+    require_tensor("topk_ids", topk_ids, _IDS, (tokens, "k"), weights.device)
     require_tensor("topk_weights", topk_weights, torch.float32, topk_ids.shape, weights.device)
-    experts, hidden, inter = weights.num_experts, weights.hidden_size, weights.intermediate_size
+    experts, inter, gemm1_width = weights.num_experts, weights.intermediate_size, weights.w13.shape[1]
+    if output_dtype is None:
+        output_dtype = default_output_dtype(hidden_states, hidden_states_scale)
 
     def w13(e: int) -> tuple[Tensor, Tensor]:
-        return unrotate_words(weights.w13[e]), unswizzle_scales(weights.w13_scale[e], 2 * inter, hidden)
+        return unrotate_words(weights.w13[e]), unswizzle_scales(weights.w13_scale[e], gemm1_width, hidden)
 
     def w2(e: int) -> tuple[Tensor, Tensor]:
         return unrotate_words(weights.w2[e]), unswizzle_scales(weights.w2_scale[e], hidden, inter)
 
-    offsets, row_slot, slot_row = route(topk_ids, experts)
+    local_ids = topk_ids - weights.first_expert if weights.first_expert else topk_ids
+    offsets, row_slot, slot_row = route(local_ids, experts)
     row_slot = row_slot[: int(offsets[-1])]
     row_expert = torch.repeat_interleave(torch.arange(experts, device=offsets.device), offsets.diff())
     token = row_slot // max(topk_ids.shape[1], 1)
 
-    codes, scales = quantize_mxfp8(hidden_states)
-    gemm1 = _grouped_gemm(codes[token], scales[token], w13, 2 * inter, offsets, experts)
-    act = activate(gemm1, row_expert, weights.w13_bias, weights.activation, weights.alpha, weights.beta, weights.limit)
-    gemm2 = _grouped_gemm(*quantize_mxfp8(act), w2, hidden, offsets, experts)
-    return finalize(gemm2.to(hidden_states.dtype), topk_weights, slot_row, row_expert, weights.w2_bias)
+    if hidden_states_scale is None:
+        codes, scales = quantize_mxfp8(hidden_states)
+    else:
+        codes, scales = mxfp8_rows(hidden_states, hidden_states_scale, scale_layout)
+    gemm1 = _grouped_gemm(codes[token], scales[token], w13, gemm1_width, offsets, experts)
+    gemm2 = _grouped_gemm(*between(gemm1, row_expert), w2, hidden, offsets, experts)
+    return finalize(gemm2.to(output_dtype), topk_weights, slot_row, row_expert, weights.w2_bias)
+
+
+def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
+    """`mxfp4_moe.topk_softmax` in plain torch: a stable sort, then a softmax in float32.
+
+    Args:
+        router_logits: float32, bfloat16 or float16 [T, E].
+        top_k: k, at most E.
+        renormalize: softmax over the chosen, else over all E.
+
+    Returns:
+        topk_weights float32 [T, k], topk_ids int32 [T, k].
+    """
+    require_tensor("router_logits", router_logits, _FLOATS, ("T", "E"))
+    logits = router_logits.to(torch.float32) + 0.0  # -0 becomes +0, for sorts that look at the bits
+    ordered, experts = logits.sort(dim=-1, descending=True, stable=True)
+    chosen, ids = ordered[:, :top_k], experts[:, :top_k]
+    weights = chosen.softmax(-1) if renormalize else logits.softmax(-1).gather(1, ids)
+    return weights, ids.to(torch.int32)
 
 
 def _grouped_gemm(

@@ -1,0 +1,165 @@
+"""gpt-oss in transformers with this library's experts against the same model with the dequantized weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from mxfp4_moe import formats
+from mxfp4_moe.integrations.transformers import MoEExperts, replace_experts
+
+EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, VOCABULARY = 32, 4, 64, 96, 2, 32
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 12, 8
+# Relative norm of the difference of logits, on which the experts have a share of an eighth. The dequantized model keeps
+# activations in bfloat16, ours are MXFP8 before each GEMM: E4M3 has 4 bits, which is 3% of an expert's output for each
+# of the two; and where a router's logits nearly tie, it can change the choice of the next layer's experts.
+TOLERANCE = 0.02
+# Random logits lie close together, and a greedy token hangs on the closest two. With this seed none does: the smallest
+# lead of a first over a second is more than twice the largest difference of any logit, which the tests check.
+SEED = 45
+
+
+def make_model(dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
+    """Random weights, of which the experts' are values that MXFP4 holds: the dequantized weights."""
+    config = GptOssConfig(
+        num_hidden_layers=LAYERS,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        hidden_size=HIDDEN,
+        intermediate_size=INTER,
+        vocab_size=VOCABULARY,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        sliding_window=32,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(SEED)
+    model = GptOssForCausalLM(config).to(dtype).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            experts = layer.mlp.experts
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                packed, scales = formats.quantize_mxfp4(weight.mT.contiguous())
+                weight.copy_(formats.dequantize_mxfp4(packed, scales).mT)
+            for bias in (experts.gate_up_proj_bias, experts.down_proj_bias):
+                bias.normal_(0, 0.1)
+            experts.down_proj.mul_(1 / 16)
+            experts.down_proj_bias.mul_(1 / 16)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOssForCausalLM:
+    return make_model()
+
+
+def prompt(device: str = "cpu") -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def generate(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
+    )
+    return out
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(model(tokens).logits).float()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def compare(model: Any, device: str) -> None:
+    replaced = copy.deepcopy(model)
+    assert replace_experts(replaced) == LAYERS
+    tokens = generate(model, prompt(device))
+    assert tokens.shape == (PROMPTS, PROMPT_TOKENS + NEW_TOKENS)
+    assert torch.equal(generate(replaced, prompt(device)), tokens)
+
+    expected, ours = logits(model, tokens), logits(replaced, tokens)
+    assert distance(ours, expected) < TOLERANCE
+    chose = slice(PROMPT_TOKENS - 1, -1)  # the positions whose logits chose the new tokens
+    first, second = expected[:, chose].topk(2).values.unbind(-1)
+    assert (first - second).min() > 2 * (ours - expected)[:, chose].abs().max()
+
+    without = copy.deepcopy(model)
+    for layer in without.model.layers:
+        nn.init.zeros_(layer.mlp.experts.down_proj)
+        nn.init.zeros_(layer.mlp.experts.down_proj_bias)
+    assert distance(logits(without, tokens), expected) > 5 * TOLERANCE
+    assert not torch.equal(generate(without, prompt(device)), tokens), "without the experts, other tokens"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_same_tokens_and_logits(dtype: torch.dtype) -> None:
+    compare(make_model(dtype), "cpu")
+
+
+@pytest.mark.gpu
+def test_same_tokens_and_logits_on_the_gpu(model: GptOssForCausalLM) -> None:
+    compare(copy.deepcopy(model).cuda(), "cuda")
+
+
+def test_from_a_checkpoint(model: GptOssForCausalLM, tmp_path: Path) -> None:
+    """The checkpoint's bytes, not the model's weights, and in the layers' order."""
+    checkpoints = [oracles.random_checkpoint(EXPERTS, HIDDEN, INTER, seed=layer) for layer in range(LAYERS)]
+    tensors = {}
+    for layer, checkpoint in enumerate(checkpoints):
+        tensors |= oracles.gpt_oss_tensors(checkpoint, layer)
+    save_file(tensors, tmp_path / "model.safetensors")
+    replaced = copy.deepcopy(model)
+    assert replace_experts(replaced, checkpoint=tmp_path) == LAYERS
+    for layer, checkpoint in zip(replaced.model.layers, checkpoints, strict=True):
+        for name, tensor in layer.mlp.experts.weights.to_mxfp4()._asdict().items():
+            assert torch.equal(tensor, checkpoint[name].to(tensor.dtype))
+
+
+def test_the_module_follows_devices_and_keeps_its_dtypes(model: GptOssForCausalLM) -> None:
+    replaced = copy.deepcopy(model)
+    replace_experts(replaced)
+    experts = replaced.model.layers[0].mlp.experts
+    assert isinstance(experts, MoEExperts)
+    before = {name: buffer.clone() for name, buffer in experts.named_buffers()}
+    replaced.half()
+    for name, buffer in experts.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
+    assert "num_experts=32" in repr(experts)
+    assert copy.deepcopy(replaced).to("meta").model.layers[0].mlp.experts.weights.device == torch.device("meta")
+
+    state = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    assert set(state) == {"w13", "w13_scale", "w2", "w2_scale", "w13_bias", "w2_bias"}
+    other = replaced.model.layers[1].mlp.experts
+    x = torch.randn(5, HIDDEN).bfloat16()
+    ids, scales = torch.randint(0, EXPERTS, (5, TOP_K)), torch.rand(5, TOP_K)
+    for assign in (False, True):
+        other.load_state_dict(state, assign=assign)
+        assert torch.equal(other(x, ids, scales), experts(x, ids, scales))
+
+
+def test_refuses() -> None:
+    with pytest.raises(ValueError, match="model: expected a model with GptOssExperts, got Linear without any"):
+        replace_experts(nn.Linear(2, 2))
+
+    class Mxfp4GptOssExperts(nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match=r"got Mxfp4GptOssExperts; load it with .*Mxfp4Config\(dequantize=True\)"):
+        replace_experts(nn.Sequential(Mxfp4GptOssExperts()))
