@@ -404,7 +404,7 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
         build.resolve_build({"PATH": ""})
     assert re.fullmatch(
         r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a: shared memory: two pipeline stages need .* "
-        r"102,464 bytes .*, a block has 101,376; registers: 256 accumulators per thread .*",
+        r"102,688 bytes .*, a block has 101,376; registers: 256 accumulators per thread .*",
         str(error.value),
     )
 
