@@ -343,7 +343,7 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
     const int tile_n0 = coord.n * Shape::N;
     const int scale_row_shift = load_m_tile(p.m_tiles + coord.m).row_begin % 4;
     const int act_scale_row = Shape::kSwap ? n0 + scale_b_col(lane_id()) : m0 + scale_a_row(lane_id());
-    uint32_t act_scale_lane = Shape::kActScaleOffset + (act_scale_row + scale_row_shift) * 4;
+    const uint32_t act_scale_lane = Shape::kActScaleOffset + (act_scale_row + scale_row_shift) * 4;
     const int scale_row = tile_n0 % kScaleBlockRows + (Shape::kSwap ? m0 : n0);  // narrow tiles share a scale block
     const uint32_t weight_scale_lane = Shape::kWeightScaleOffset + scale_row / kScaleBlockRows * kScaleBlockBytes +
                                        weight_scale_word_offset(scale_row % kScaleBlockRows) +
