@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 #include <stdio.h>
 
-#include <cutlass/version.h>
+#include <atomic>
 
 #include "kernel.cuh"
 
@@ -127,11 +127,8 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
 template <class Shape>
 const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
   constexpr int kMaxDevices = 64;
-  static int cached[kMaxDevices] = {};  // benign race: every thread writes the same value
-  if (device < kMaxDevices && cached[device]) {
-    blocks = cached[device];
-    return nullptr;
-  }
+  static std::atomic<int> cached[kMaxDevices];  // threads that come at once write the same value
+  if (device < kMaxDevices && (blocks = cached[device])) return nullptr;
   int sms = 0, per_sm = 0;
   cudaError_t e =
       cudaFuncSetAttribute(grouped_gemm<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);

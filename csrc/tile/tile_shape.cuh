@@ -79,7 +79,9 @@ struct TileShape {
                 "native tiles need M % 64 == 0, swapped ones M in 8/16/32 and N % 64 == 0");
   static_assert(N >= 8 && N <= 256 && M <= 256, "a TMA box has at most 256 rows");
   static_assert(kWarpM % 16 == 0 && kWarpN % 8 == 0, "a warp tile is whole MMA fragments");
-  static_assert(kWarpsM * kWarpsN == kMmaWarps, "the warp grid covers the tile");
+  static_assert(kWarpsM * kWarpsN == kMmaWarps && kWarpsM * kWarpM == kPhysM && kWarpsN * kWarpN == kPhysN,
+                "the warp grid covers the tile");
+  static_assert(kScaleBlockRows % N == 0 || N % kScaleBlockRows == 0, "a tile has whole scale blocks, or shares one");
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
   static_assert(kActBytes % 1024 == 0 && kWeightBytes % 512 == 0, "swizzle atoms must not straddle stages");
