@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 1
+#define MXFP4_MOE_TILE_ABI_VERSION 2
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -27,6 +27,29 @@ typedef struct {
   int32_t reserved;
 } Mxfp4MoeMTile;
 
+// A number that the layer has once, or once per expert.
+typedef struct {
+  float value;
+  const float* values;  // [E] in device memory, or null: then `value` holds for all
+} Mxfp4MoePerExpert;
+
+// The activations that GEMM1 can apply itself, with a tile that `activates`.
+enum Mxfp4MoeFusedActivation {
+  MXFP4_MOE_SWIGLU = 0,
+  MXFP4_MOE_SWIGLU_OAI = 1,
+};
+
+// GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
+// of `out`, the activation (tile/activation.cuh) is written, as the MXFP8 rows that GEMM2 reads.
+typedef struct {
+  uint8_t* codes;      // [rows, n / 2] E4M3, even k first; null: no activation, `out` is written
+  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0
+  const float* bias;   // [experts, n] or null
+  int32_t activation;  // Mxfp4MoeFusedActivation
+  int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
+  Mxfp4MoePerExpert alpha, beta, limit;  // of MXFP4_MOE_SWIGLU_OAI
+} Mxfp4MoeActivate;
+
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
   const void* act;           // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k
@@ -42,6 +65,10 @@ typedef struct {
   int32_t n;  // multiple of 16
   int32_t k;  // multiple of 32
   int32_t experts;
+  // Nonzero: the m-tiles were written by a kernel that was complete when the one just before this was running, so that
+  // weights may be fetched before that one is done (programmatic dependent launch).
+  int32_t m_tiles_are_ready;
+  Mxfp4MoeActivate activate;
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;
 
@@ -60,6 +87,7 @@ typedef struct {
 typedef struct {
   uint32_t abi_version;
   int32_t tile_m, tile_n, swap_ab;
+  int32_t activates;  // whether Mxfp4MoeGemmArgs::activate may be set
   int32_t num_archs;
   const Mxfp4MoeTileFacts* const* facts;  // num_archs of them
   // nullptr when launched, else the reason (valid until this thread's next call).

@@ -18,6 +18,8 @@ constexpr int kLoadsAhead = 4;  // rows of one token in flight
 
 template <HalfType kType>
 __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
   if (column >= args.hidden_size) {
     return;

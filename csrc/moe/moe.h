@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
+#include "../tile/activation.cuh"
 #include "../tile/scale_layout.cuh"
 #include "../tile_abi.h"
 
@@ -21,39 +22,29 @@ constexpr int kMaxTopK = 16;  // of topk_softmax; a layer takes any
 // Values as in Mxfp4MoeOutType, because GEMM2 writes the layer's output dtype.
 enum class HalfType : int { kBFloat16 = MXFP4_MOE_OUT_BFLOAT16, kFloat16 = MXFP4_MOE_OUT_FLOAT16 };
 
-// To which dtype the activation's kernel rounds; values as in Mxfp4MoeOutType, whose fp32 means not at all.
-enum class Rounding : int {
-  kNone = MXFP4_MOE_OUT_FLOAT32,
-  kBFloat16 = MXFP4_MOE_OUT_BFLOAT16,
-  kFloat16 = MXFP4_MOE_OUT_FLOAT16
-};
+enum class LogitsType : int { kFloat32, kBFloat16, kFloat16 };
 
-// The order of activations.py, whose codes these are: gated ones first. Formulas: activation.cu.
-enum class Activation : int {
-  kSwiglu,
-  kSwigluOai,
-  kSwigluStep,
-  kGeglu,
-  kGegluTanh,
-  kSilu,
-  kGelu,
-  kGeluTanh,
-  kRelu,
-  kRelu2,
-  kIdentity,
+struct TopkSoftmaxArgs {
+  const void* logits;  // [tokens, experts] of type
+  LogitsType type;
+  int32_t tokens;
+  int32_t experts;      // 1 to kMaxExperts
+  int32_t top_k;        // 1 to min(experts, kMaxTopK)
+  bool renormalize;     // softmax over the chosen, else over all
+  float* topk_weights;  // [tokens, top_k]
+  int32_t* topk_ids;    // [tokens, top_k]
 };
-constexpr int kNumActivations = static_cast<int>(Activation::kIdentity) + 1;
-
-MXFP4_MOE_HOST_DEVICE constexpr bool is_gated(Activation activation) { return activation < Activation::kSilu; }
+cudaError_t launch_topk_softmax(const TopkSoftmaxArgs& args, cudaStream_t stream);
 
 struct RouteArgs {
   const void* topk_ids;  // [slots], int64 if ids_are_int64, else int32; slot = token * k + j
   bool ids_are_int64;
   int32_t slots;
-  int32_t experts;  // 1 to kMaxExperts
+  int32_t experts;       // 1 to kMaxExperts
+  int32_t first_expert;  // the id of expert 0: ids from here to first_expert + experts - 1 count
   int32_t tile_m;
   int32_t* expert_offsets;  // [experts + 1]
-  int32_t* row_slot;        // [slots], -1 past the valid rows
+  int32_t* row_slot;        // [slots], -1 past the valid rows; or null
   int32_t* slot_row;        // [slots], -1 for slots whose id is no expert
   int32_t* row_expert;      // [slots], -1 past the valid rows
   Mxfp4MoeMTile* m_tiles;   // [max_m_tiles(slots, experts, tile_m)]
@@ -61,16 +52,22 @@ struct RouteArgs {
 };
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
 
+// Up to so many tokens, and for at most 256 experts, one block chooses for all tokens and routes the choice.
+constexpr int kMaxTokensToRouteAtOnce = 512;
+// launch_topk_softmax and launch_route, in one kernel where that is possible; args.topk_ids are choice.topk_ids, int32.
+// With experts on several GPUs, choice.experts is the number of all and args.experts that of these.
+cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream);
+
 struct QuantizePermuteArgs {
   const void* hidden;  // [T, hidden_size] of type, 16-byte aligned
   HalfType type;
-  const int32_t* row_slot;    // [rows]
-  const int32_t* valid_rows;  // device memory, one value: expert_offsets[E]
-  int32_t rows;
+  const int32_t* slot_row;  // [T * top_k], -1 for slots without a row
+  int32_t tokens;
   int32_t top_k;
-  int32_t hidden_size;  // multiple of 32
-  uint8_t* codes;       // [rows, hidden_size], even k first
-  uint8_t* scales;      // [ceil(hidden_size / 128), rows padded to 4, 4]
+  int32_t hidden_size;   // multiple of 32
+  uint8_t* codes;        // [T * top_k, hidden_size], even k first
+  uint8_t* scales;       // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
+  bool hidden_is_ready;  // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
 
@@ -79,21 +76,14 @@ struct PermuteArgs {
   const uint8_t* hidden;        // [T, hidden_size] E4M3, plain k order, 16-byte aligned
   const uint8_t* hidden_scale;  // E8M0: [T, hidden_size / 32], or 128x4-swizzled with T padded to 128
   bool scale_is_swizzled;
-  const int32_t* row_slot;    // [rows]
-  const int32_t* valid_rows;  // device memory, one value
-  int32_t rows;
+  const int32_t* slot_row;  // [T * top_k], -1 for slots without a row
+  int32_t tokens;
   int32_t top_k;
   int32_t hidden_size;  // multiple of 32
-  uint8_t* codes;       // [rows, hidden_size], even k first
-  uint8_t* scales;      // [ceil(hidden_size / 128), rows padded to 4, 4]
+  uint8_t* codes;       // [T * top_k, hidden_size], even k first
+  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
 };
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream);
-
-// A number that the layer has once, or once per expert.
-struct PerExpert {
-  float value;
-  const float* values;  // [E] in device memory, or nullptr: then `value` holds for all
-};
 
 struct ActivationArgs {
   const float* gemm1;         // [rows, 2 * intermediate], groups of 8 gates and 8 ups; not gated: [rows, intermediate]
@@ -124,19 +114,5 @@ struct FinalizeArgs {
   void* out;            // [tokens, hidden_size] of type, 16-byte aligned
 };
 cudaError_t launch_finalize(const FinalizeArgs& args, cudaStream_t stream);
-
-enum class LogitsType : int { kFloat32, kBFloat16, kFloat16 };
-
-struct TopkSoftmaxArgs {
-  const void* logits;  // [tokens, experts] of type
-  LogitsType type;
-  int32_t tokens;
-  int32_t experts;      // 1 to kMaxExperts
-  int32_t top_k;        // 1 to min(experts, kMaxTopK)
-  bool renormalize;     // softmax over the chosen, else over all
-  float* topk_weights;  // [tokens, top_k]
-  int32_t* topk_ids;    // [tokens, top_k]
-};
-cudaError_t launch_topk_softmax(const TopkSoftmaxArgs& args, cudaStream_t stream);
 
 }  // namespace mxfp4_moe

@@ -1,7 +1,8 @@
 // The torch operators of the layer (namespace mxfp4_moe), on torch's stable ABI alone.
 //
-// fused_moe runs the six kernels of a layer on the current stream: route, quantize-permute, GEMM1, activation, GEMM2,
-// finalize. route, quantize_permute, permute, activation and finalize expose its parts to tests and benchmarks.
+// fused_moe runs a layer's five kernels on the current stream: route, quantize-permute, GEMM1 with its activation,
+// GEMM2, finalize; GEMM1 leaves the rarer activations to a sixth. With logits instead of topk_ids, route chooses the
+// experts first. route, quantize_permute, permute, activation and finalize expose its parts to tests and benchmarks.
 // route_topk is the router's kernel, topk_softmax.cu. register_tile takes the address of a loaded tile (tile_abi.h);
 // fused_moe finds its GEMM there.
 // Every argument is checked before anything is launched; a failed check names argument, expected and actual. Nothing
@@ -117,14 +118,71 @@ T* data(const std::optional<Tensor>& tensor) {
 
 // ---- the whole layer ----------------------------------------------------------------------------------------------
 
+// The router's logits, checked but for their rows; how many experts they are for is theirs to say.
+TopkSoftmaxArgs check_logits(const Tensor& router_logits, int64_t top_k, bool renormalize, int32_t device) {
+  TopkSoftmaxArgs args = {};
+  const ScalarType type = router_logits.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half) &&
+                      router_logits.dim() == 2,
+                  "router_logits: expected float32, bfloat16 or float16 [tokens, experts], got ",
+                  describe(router_logits));
+  check_placed("router_logits", router_logits, device, kElementAlignment);
+  args.logits = router_logits.data_ptr();
+  args.type = type == ScalarType::Float      ? LogitsType::kFloat32
+              : type == ScalarType::BFloat16 ? LogitsType::kBFloat16
+                                             : LogitsType::kFloat16;
+  args.tokens = check_range("tokens", router_logits.size(0), 0, INT_MAX);
+  args.experts = check_range("experts", router_logits.size(1), 1, kMaxExperts);
+  args.top_k = check_range("top_k", top_k, 1, std::min<int64_t>(args.experts, kMaxTopK));
+  args.renormalize = renormalize;
+  return args;
+}
+
+// Where a token's experts come from: topk_weights and topk_ids, or the router's logits.
+struct Routing {
+  int64_t top_k;
+  bool ids_are_int64;
+  const void* ids;
+  const float* weights;
+  TopkSoftmaxArgs choice;
+  bool from_logits;
+};
+
+Routing check_routing(const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& topk_ids,
+                      const std::optional<Tensor>& router_logits, int64_t top_k, bool renormalize, int64_t tokens,
+                      int32_t device) {
+  Routing routing = {};
+  routing.from_logits = router_logits.has_value();
+  if (routing.from_logits) {
+    STD_TORCH_CHECK(!topk_weights.has_value() && !topk_ids.has_value(),
+                    "router_logits: expected none beside topk_weights and topk_ids, got both");
+    routing.choice = check_logits(*router_logits, top_k, renormalize, device);
+    STD_TORCH_CHECK(router_logits->size(0) == tokens, "router_logits: expected [", tokens, ", experts], got ",
+                    describe(*router_logits));
+    routing.top_k = top_k;
+    return routing;
+  }
+  STD_TORCH_CHECK(topk_weights.has_value() && topk_ids.has_value(),
+                  "topk_weights and topk_ids: expected both, or router_logits, got neither or one");
+  routing.ids_are_int64 = check_ids(*topk_ids, device);
+  routing.top_k = topk_ids->size(1);
+  check_tensor("topk_weights", *topk_weights, ScalarType::Float, {tokens, routing.top_k}, device, kElementAlignment);
+  STD_TORCH_CHECK(topk_ids->size(0) == tokens && routing.top_k > 0, "topk_ids: expected [", tokens, ", top_k], got ",
+                  describe(*topk_ids));
+  routing.ids = topk_ids->data_ptr();
+  routing.weights = data<const float>(*topk_weights);
+  return routing;
+}
+
 // w13 [E, 2I, H/2] ([E, I, H/2] when the activation is not gated) and w2 [E, H, I/2] prepared as MoEWeights holds them;
 // out [T, H] is written, in its own dtype, to which intermediate_rounding rounds GEMM1 and the activation as well. With
-// hidden_states_scale, hidden_states are uint8 E4M3.
+// hidden_states_scale, hidden_states are uint8 E4M3. Ids count from first_expert, the global id of w13[0].
 void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_states_scale, bool scale_is_swizzled,
-               const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& w13, const Tensor& w13_scale,
-               const std::optional<Tensor>& w13_bias, const Tensor& w2, const Tensor& w2_scale,
-               const std::optional<Tensor>& w2_bias, int64_t activation_code, double alpha, double beta, double limit,
-               const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
+               const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& topk_ids,
+               const std::optional<Tensor>& router_logits, int64_t top_k, bool renormalize, int64_t first_expert,
+               const Tensor& w13, const Tensor& w13_scale, const std::optional<Tensor>& w13_bias, const Tensor& w2,
+               const Tensor& w2_scale, const std::optional<Tensor>& w2_bias, int64_t activation_code, double alpha,
+               double beta, double limit, const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
                const std::optional<Tensor>& limits, int64_t tile_m, int64_t tile_n, const Tensor& out,
                bool intermediate_rounding) {
   const int32_t device = device_of("hidden_states", hidden_states);
@@ -138,18 +196,14 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
   }
   const int64_t tokens = hidden_states.size(0);
   const int32_t hidden = check_multiple_of_32("hidden size", hidden_states.size(1));
-
-  const bool ids_are_int64 = check_ids(topk_ids, device);
-  const int64_t top_k = topk_ids.size(1);
-  check_tensor("topk_weights", topk_weights, ScalarType::Float, {tokens, top_k}, device, kElementAlignment);
-  STD_TORCH_CHECK(topk_ids.size(0) == tokens && top_k > 0, "topk_ids: expected [", tokens, ", top_k], got ",
-                  describe(topk_ids));
-  const int32_t slots = check_range("tokens * top_k", tokens * top_k, 0, kMaxSlots);
+  Routing routing = check_routing(topk_weights, topk_ids, router_logits, top_k, renormalize, tokens, device);
+  const int32_t slots = check_range("tokens * top_k", tokens * routing.top_k, 0, kMaxSlots);
 
   const Activation activation = check_activation(activation_code);
   STD_TORCH_CHECK(w13.dim() == 3, "w13: expected uint8 [experts, ",
                   is_gated(activation) ? "2 * intermediate" : "intermediate", ", hidden / 2], got ", describe(w13));
   const int32_t experts = check_range("experts", w13.size(0), 1, kMaxExperts);
+  check_range("first_expert", first_expert, 0, INT_MAX - kMaxExperts);
   const int32_t intermediate =
       check_multiple_of_32("intermediate size", is_gated(activation) ? w13.size(1) / 2 : w13.size(1));
   const int32_t gemm1_width = is_gated(activation) ? 2 * intermediate : intermediate;
@@ -167,20 +221,22 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
     check_tensor("w2_bias", *w2_bias, ScalarType::Float, {experts, hidden}, device);
   }
   check_tensor("out", out, out.scalar_type(), {tokens, hidden}, device);
-  ActivationArgs activation_args = {};
-  activation_args.alpha = check_number("alpha", alpha, alphas, experts, device);
-  activation_args.beta = check_number("beta", beta, betas, experts, device);
-  activation_args.limit = check_number("limit", limit, limits, experts, device);
+  const PerExpert alpha_number = check_number("alpha", alpha, alphas, experts, device);
+  const PerExpert beta_number = check_number("beta", beta, betas, experts, device);
+  const PerExpert limit_number = check_number("limit", limit, limits, experts, device);
   const Mxfp4MoeTile* tile = tiles().find(tile_m, tile_n);
   STD_TORCH_CHECK(tile != nullptr, "tile: expected one that is loaded, got (", tile_m, ", ", tile_n, ")");
   if (tokens == 0) {
     return;
   }
 
+  const bool gemm1_activates =
+      tile->activates && (activation == Activation::kSwiglu || activation == Activation::kSwigluOai);
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto m_tile_bound = static_cast<int32_t>(max_m_tiles(slots, experts, tile_m));
-  const Workspace layout(slots, experts, hidden, intermediate, gemm1_width, m_tile_bound);
+  const Workspace layout(
+      {slots, experts, hidden, intermediate, m_tile_bound, gemm1_activates ? 0 : gemm1_width, routing.from_logits});
   const Tensor workspace = empty({layout.bytes}, ScalarType::Byte, device);
   auto* base = data<uint8_t>(workspace);
   const auto at = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
@@ -188,27 +244,34 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
   auto* m_tiles = reinterpret_cast<Mxfp4MoeMTile*>(base + layout.m_tiles);
 
   RouteArgs route_args = {};
-  route_args.topk_ids = topk_ids.data_ptr();
-  route_args.ids_are_int64 = ids_are_int64;
+  route_args.topk_ids = routing.ids;
+  route_args.ids_are_int64 = routing.ids_are_int64;
   route_args.slots = slots;
   route_args.experts = experts;
+  route_args.first_expert = static_cast<int32_t>(first_expert);
   route_args.tile_m = tile->tile_m;
   route_args.expert_offsets = at(layout.expert_offsets);
-  route_args.row_slot = at(layout.row_slot);
   route_args.slot_row = at(layout.slot_row);
   route_args.row_expert = at(layout.row_expert);
   route_args.m_tiles = m_tiles;
   route_args.num_m_tiles = at(layout.num_m_tiles);
-  check_launch("route", launch_route(route_args, stream));
+  if (routing.from_logits) {
+    routing.choice.topk_ids = at(layout.topk_ids);
+    routing.choice.topk_weights = reinterpret_cast<float*>(base + layout.topk_weights);
+    routing.weights = routing.choice.topk_weights;
+    route_args.topk_ids = routing.choice.topk_ids;
+    check_launch("top-k and route", launch_topk_route(routing.choice, route_args, stream));
+  } else {
+    check_launch("route", launch_route(route_args, stream));
+  }
 
   const auto to_rows = [&](auto args) {
-    args.row_slot = at(layout.row_slot);
-    args.valid_rows = valid_rows;
-    args.rows = slots;
-    args.top_k = static_cast<int32_t>(top_k);
+    args.slot_row = at(layout.slot_row);
+    args.tokens = static_cast<int32_t>(tokens);
+    args.top_k = static_cast<int32_t>(routing.top_k);
     args.hidden_size = hidden;
-    args.codes = base + layout.codes;
-    args.scales = base + layout.scales;
+    args.codes = base + layout.codes1;
+    args.scales = base + layout.scales1;
     return args;
   };
   if (is_mxfp8) {
@@ -221,54 +284,77 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
     QuantizePermuteArgs args = to_rows(QuantizePermuteArgs{});
     args.hidden = hidden_states.data_ptr();
     args.type = check_half("hidden_states", hidden_states);
+    args.hidden_is_ready = true;  // route came between whoever wrote it and this kernel
     check_launch("quantize-permute", launch_quantize_permute(args, stream));
   }
 
   Mxfp4MoeGemmArgs gemm = {};
-  gemm.act = base + layout.codes;
-  gemm.act_scale = base + layout.scales;
-  gemm.out = base + layout.gemm_out;
   gemm.m_tiles = m_tiles;
   gemm.num_m_tiles = at(layout.num_m_tiles);
   gemm.max_m_tiles = m_tile_bound;
   gemm.rows = slots;
   gemm.experts = experts;
+  gemm.m_tiles_are_ready = 1;
   gemm.stream = stream;
-  const auto run_gemm = [&](const char* name, const Tensor& weight, const Tensor& scale, int32_t out_type, int32_t n,
-                            int32_t k) {
+  const auto run_gemm = [&](const char* name, const Tensor& weight, const Tensor& scale, int32_t n, int32_t k) {
     gemm.weight = weight.data_ptr();
     gemm.weight_scale = scale.data_ptr();
-    gemm.out_type = out_type;
     gemm.n = n;
     gemm.k = k;
     const char* reason = tile->launch(&gemm);
     STD_TORCH_CHECK(reason == nullptr, name, " did not launch: ", reason);
   };
-  run_gemm("GEMM1", w13, w13_scale, MXFP4_MOE_OUT_FLOAT32, gemm1_width, hidden);
+  const auto rounding = intermediate_rounding ? static_cast<Rounding>(out_type) : Rounding::kNone;
+  gemm.act = base + layout.codes1;
+  gemm.act_scale = base + layout.scales1;
+  gemm.out = base + layout.gemm1_out;
+  gemm.out_type = MXFP4_MOE_OUT_FLOAT32;
+  if (gemm1_activates) {
+    gemm.activate = {base + layout.codes2,
+                     base + layout.scales2,
+                     data<const float>(w13_bias),
+                     static_cast<int32_t>(activation),
+                     static_cast<int32_t>(rounding),
+                     alpha_number,
+                     beta_number,
+                     limit_number};
+  }
+  run_gemm("GEMM1", w13, w13_scale, gemm1_width, hidden);
 
-  activation_args.gemm1 = reinterpret_cast<const float*>(base + layout.gemm_out);
-  activation_args.bias = data<const float>(w13_bias);
-  activation_args.row_expert = at(layout.row_expert);
-  activation_args.valid_rows = valid_rows;
-  activation_args.rows = slots;
-  activation_args.intermediate = intermediate;
-  activation_args.activation = activation;
-  activation_args.rounding = intermediate_rounding ? static_cast<Rounding>(out_type) : Rounding::kNone;
-  activation_args.codes = base + layout.codes;
-  activation_args.scales = base + layout.scales;
-  check_launch("activation", launch_activation(activation_args, stream));
+  if (!gemm1_activates) {
+    ActivationArgs args = {};
+    args.gemm1 = reinterpret_cast<const float*>(base + layout.gemm1_out);
+    args.bias = data<const float>(w13_bias);
+    args.row_expert = at(layout.row_expert);
+    args.valid_rows = valid_rows;
+    args.rows = slots;
+    args.intermediate = intermediate;
+    args.activation = activation;
+    args.rounding = rounding;
+    args.alpha = alpha_number;
+    args.beta = beta_number;
+    args.limit = limit_number;
+    args.codes = base + layout.codes2;
+    args.scales = base + layout.scales2;
+    check_launch("activation", launch_activation(args, stream));
+  }
 
-  run_gemm("GEMM2", w2, w2_scale, static_cast<int32_t>(out_type), hidden, intermediate);
+  gemm.act = base + layout.codes2;
+  gemm.act_scale = base + layout.scales2;
+  gemm.out = base + layout.gemm2_out;
+  gemm.out_type = static_cast<int32_t>(out_type);
+  gemm.activate = {};
+  run_gemm("GEMM2", w2, w2_scale, hidden, intermediate);
 
   FinalizeArgs finalize_args = {};
-  finalize_args.gemm2 = base + layout.gemm_out;
+  finalize_args.gemm2 = base + layout.gemm2_out;
   finalize_args.type = out_type;
   finalize_args.bias = data<const float>(w2_bias);
-  finalize_args.topk_weights = data<const float>(topk_weights);
+  finalize_args.topk_weights = routing.weights;
   finalize_args.slot_row = at(layout.slot_row);
   finalize_args.row_expert = at(layout.row_expert);
   finalize_args.tokens = static_cast<int32_t>(tokens);
-  finalize_args.top_k = static_cast<int32_t>(top_k);
+  finalize_args.top_k = static_cast<int32_t>(routing.top_k);
   finalize_args.hidden_size = hidden;
   finalize_args.out = out.data_ptr();
   check_launch("finalize", launch_finalize(finalize_args, stream));
@@ -318,21 +404,20 @@ const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
 }
 
 // Returns codes [R, H] and scales.
-std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& row_slot,
-                                            const Tensor& expert_offsets, int64_t top_k) {
+std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& slot_row, int64_t top_k) {
   const int32_t device = device_of("hidden_states", hidden_states);
   QuantizePermuteArgs args = {};
   args.type = check_half("hidden_states", hidden_states);
   check_placed("hidden_states", hidden_states, device);
   args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
   args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
-  args.rows = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
-  check_tensor("row_slot", row_slot, ScalarType::Int, {args.rows}, device, kElementAlignment);
-  args.valid_rows = check_offsets(expert_offsets, device);
+  const int32_t slots = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
+  args.tokens = static_cast<int32_t>(hidden_states.size(0));
+  check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
   const DeviceGuard guard(device);
-  const auto [codes, scales] = empty_rows(args.rows, args.hidden_size, device);
+  const auto [codes, scales] = empty_rows(slots, args.hidden_size, device);
   args.hidden = hidden_states.data_ptr();
-  args.row_slot = data<const int32_t>(row_slot);
+  args.slot_row = data<const int32_t>(slot_row);
   args.codes = data<uint8_t>(codes);
   args.scales = data<uint8_t>(scales);
   check_launch("quantize-permute", launch_quantize_permute(args, current_stream(device)));
@@ -341,22 +426,21 @@ std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const T
 
 // The same of hidden_states that are MXFP8: uint8 E4M3 [T, H] and their scales.
 std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hidden_states_scale,
-                                   bool scale_is_swizzled, const Tensor& row_slot, const Tensor& expert_offsets,
-                                   int64_t top_k) {
+                                   bool scale_is_swizzled, const Tensor& slot_row, int64_t top_k) {
   const int32_t device = device_of("hidden_states", hidden_states);
   PermuteArgs args = {};
   check_mxfp8(hidden_states, hidden_states_scale, scale_is_swizzled, device);
   args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
   args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
-  args.rows = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
-  check_tensor("row_slot", row_slot, ScalarType::Int, {args.rows}, device, kElementAlignment);
-  args.valid_rows = check_offsets(expert_offsets, device);
+  const int32_t slots = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
+  args.tokens = static_cast<int32_t>(hidden_states.size(0));
+  check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
   const DeviceGuard guard(device);
-  const auto [codes, scales] = empty_rows(args.rows, args.hidden_size, device);
+  const auto [codes, scales] = empty_rows(slots, args.hidden_size, device);
   args.hidden = data<const uint8_t>(hidden_states);
   args.hidden_scale = data<const uint8_t>(hidden_states_scale);
   args.scale_is_swizzled = scale_is_swizzled;
-  args.row_slot = data<const int32_t>(row_slot);
+  args.slot_row = data<const int32_t>(slot_row);
   args.codes = data<uint8_t>(codes);
   args.scales = data<uint8_t>(scales);
   check_launch("permute", launch_permute(args, current_stream(device)));
@@ -438,24 +522,10 @@ Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_e
 // Returns topk_weights and topk_ids, both [T, k].
 std::tuple<Tensor, Tensor> route_topk(const Tensor& router_logits, int64_t top_k, bool renormalize) {
   const int32_t device = device_of("router_logits", router_logits);
-  TopkSoftmaxArgs args = {};
-  const ScalarType type = router_logits.scalar_type();
-  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half) &&
-                      router_logits.dim() == 2,
-                  "router_logits: expected float32, bfloat16 or float16 [tokens, experts], got ",
-                  describe(router_logits));
-  check_placed("router_logits", router_logits, device, kElementAlignment);
-  args.type = type == ScalarType::Float      ? LogitsType::kFloat32
-              : type == ScalarType::BFloat16 ? LogitsType::kBFloat16
-                                             : LogitsType::kFloat16;
-  args.tokens = check_range("tokens", router_logits.size(0), 0, INT_MAX);
-  args.experts = check_range("experts", router_logits.size(1), 1, kMaxExperts);
-  args.top_k = check_range("top_k", top_k, 1, std::min<int64_t>(args.experts, kMaxTopK));
-  args.renormalize = renormalize;
+  TopkSoftmaxArgs args = check_logits(router_logits, top_k, renormalize, device);
   const DeviceGuard guard(device);
   const Tensor topk_weights = empty({args.tokens, top_k}, ScalarType::Float, device);
   const Tensor topk_ids = empty({args.tokens, top_k}, ScalarType::Int, device);
-  args.logits = router_logits.data_ptr();
   args.topk_weights = data<float>(topk_weights);
   args.topk_ids = data<int32_t>(topk_ids);
   check_launch("topk-softmax", launch_topk_softmax(args, current_stream(device)));
@@ -474,16 +544,17 @@ void register_tile(int64_t entry) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("register_tile(int entry) -> ()");
   m.def(
-      "fused_moe(Tensor hidden_states, Tensor? hidden_states_scale, bool scale_is_swizzled, Tensor topk_weights, "
-      "Tensor topk_ids, Tensor w13, Tensor w13_scale, Tensor? w13_bias, Tensor w2, Tensor w2_scale, Tensor? w2_bias, "
-      "int activation, float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, "
+      "fused_moe(Tensor hidden_states, Tensor? hidden_states_scale, bool scale_is_swizzled, Tensor? topk_weights, "
+      "Tensor? topk_ids, Tensor? router_logits, int top_k, bool renormalize, int first_expert, Tensor w13, "
+      "Tensor w13_scale, Tensor? w13_bias, Tensor w2, Tensor w2_scale, Tensor? w2_bias, int activation, float alpha, "
+      "float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, "
       "int tile_m, int tile_n, Tensor(a!) out, bool intermediate_rounding=False) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k) -> (Tensor, Tensor)");
   m.def(
-      "quantize_permute(Tensor hidden_states, Tensor row_slot, Tensor expert_offsets, int top_k) -> (Tensor, Tensor)");
-  m.def(
-      "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor row_slot, "
-      "Tensor expert_offsets, int top_k) -> (Tensor, Tensor)");
+      "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor slot_row, int top_k) "
+      "-> "
+      "(Tensor, Tensor)");
   m.def(
       "activation(Tensor gemm1, Tensor row_expert, Tensor expert_offsets, Tensor? w13_bias, int activation, "
       "float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, int rounding=0) "

@@ -1,13 +1,14 @@
 // Quantize-permute: hidden_states to MXFP8 rows in expert order. Permute: the same for hidden_states that are MXFP8.
 //
-// in   hidden [T, H] bf16 or fp16; row_slot [R]: the slot t * k + j that each sorted row came from
+// in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1
 //      or hidden [T, H] E4M3 with scales E8M0, linear [T, H/32] or 128x4-swizzled (T padded to 128). A scale byte above
 //      kMaxInputScale, NaN among them, becomes a poisoned block, as a NaN in bf16 does
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
-// Called by ops.cpp between route and GEMM1. A token is quantized once per expert that it goes to, which costs writes
-// that GEMM1 needs anyway; its reads after the first come from L2. Rows past the valid count are not touched.
-// Why it is fast: each lane does one 16-byte load and two 4-byte stores that fill whole 32-byte sectors with its
-// neighbours, a quad finds amax with two shuffles, and a half-warp writes one scale word.
+// Called by ops.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
+// Rows past the valid count are not touched.
+// Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
+// one 16-byte load and per row two 4-byte stores that fill whole 32-byte sectors with its neighbours, a quad finds amax
+// with two shuffles, and a half-warp writes one scale word.
 #include "half8.cuh"
 #include "quantize_mx.cuh"
 
@@ -20,20 +21,37 @@ constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
 // for their own ends (2^6 on SM90) leaves fp32. reference.MXFP8_INPUT_SCALE_MAX is the same number.
 constexpr uint32_t kMaxInputScale = 248;
 
+// Writes one K tile of a token to each of the token's rows.
+template <typename Args>
+__device__ __forceinline__ void store_to_rows(const QuadCodes& quad, int64_t token, int k_tile, const Args& args) {
+  const int64_t first_slot = token * args.top_k, slots = int64_t{args.tokens} * args.top_k;
+  for (int j = 0; j < args.top_k; ++j) {
+    const int row = args.slot_row[first_slot + j];
+    if (row >= 0) {  // the same for the whole warp
+      store_k_tile(quad, row, k_tile, args.hidden_size, slots, args.codes, args.scales);
+    }
+  }
+}
+
 template <HalfType kType>
 __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const QuantizePermuteArgs args) {
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
   const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
   const auto* hidden = static_cast<const typename Half8<kType>::Element*>(args.hidden);
-  const int valid_rows = *args.valid_rows;
-
-  for (int64_t row = blockIdx.y; row < valid_rows; row += gridDim.y) {
+  if (!args.hidden_is_ready) {
+    wait_for_previous_kernel();
+  }
+  for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
     float x[kValuesPerLane] = {};
     if (column < args.hidden_size) {
-      const int64_t token = args.row_slot[row] / args.top_k;
-      widen8<kType>(__ldg(reinterpret_cast<const uint4*>(hidden + token * args.hidden_size + column)), x);
+      widen8<kType>(__ldcg(reinterpret_cast<const uint4*>(hidden + token * args.hidden_size + column)), x);
     }
-    store_k_tile(quantize_quad(x), row, k_tile, args.hidden_size, args.rows, args.codes, args.scales);
+    const QuadCodes quad = quantize_quad(x);
+    if (token == blockIdx.y) {
+      wait_for_previous_kernel();
+      let_next_kernel_start();
+    }
+    store_to_rows(quad, token, k_tile, args);
   }
 }
 
@@ -41,12 +59,12 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
   const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
   const int k_block = column / kScaleBlock;
-  const int valid_rows = *args.valid_rows;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
 
-  for (int64_t row = blockIdx.y; row < valid_rows; row += gridDim.y) {
+  for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
     QuadCodes quad = {};
     if (column < args.hidden_size) {
-      const int64_t token = args.row_slot[row] / args.top_k;
       const uint2 codes = __ldg(reinterpret_cast<const uint2*>(args.hidden + token * args.hidden_size + column));
       const int64_t at = args.scale_is_swizzled ? weight_scale_offset(token, k_block, args.hidden_size)
                                                 : token * (args.hidden_size / kScaleBlock) + k_block;
@@ -55,20 +73,20 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
                  ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
                  : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};
     }
-    store_k_tile(quad, row, k_tile, args.hidden_size, args.rows, args.codes, args.scales);
+    store_to_rows(quad, token, k_tile, args);
   }
 }
 
 template <typename Args>
 dim3 grid_of(const Args& args) {
   const int k_tiles = static_cast<int>(scale_k_tiles(args.hidden_size));
-  return dim3((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, args.rows < kMaxGridY ? args.rows : kMaxGridY);
+  return dim3((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
 }
 
 }  // namespace
 
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream) {
-  if (args.rows == 0) {
+  if (args.tokens == 0) {
     return cudaSuccess;
   }
   return args.type == HalfType::kBFloat16
@@ -77,7 +95,7 @@ cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_
 }
 
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
-  return args.rows == 0 ? cudaSuccess : launch(permute_kernel, grid_of(args), kThreads, 0, stream, args);
+  return args.tokens == 0 ? cudaSuccess : launch(permute_kernel, grid_of(args), kThreads, 0, stream, args);
 }
 
 }  // namespace mxfp4_moe

@@ -1,6 +1,7 @@
 // Route-sort: from topk_ids to rows in expert order, and the list of m-tiles that the two GEMMs walk.
 //
-// in   topk_ids [R = T * k] int32 or int64; ids < 0 or >= E are no expert: their slots get no row
+// in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
+//      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
 // out  expert_offsets [E + 1]; row_slot [R] (row -> slot, -1 past the valid rows); slot_row [R] (slot -> row or -1);
 //      row_expert [R]; m_tiles: every expert's rows cut into pieces of at most tile_m, experts and rows ascending
 // Called by ops.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
@@ -11,6 +12,7 @@
 #include <limits.h>
 
 #include "../tile/schedule.cuh"
+#include "choose_experts.cuh"
 #include "launch.cuh"
 #include "moe.h"
 
@@ -18,6 +20,7 @@ namespace mxfp4_moe {
 namespace {
 
 constexpr int kMaxWarps = 32;
+constexpr int kMaxExpertsToRouteAtOnce = 256;  // more logits per lane would spill beside 1024 threads
 constexpr int kBatch = 4;                      // ids per lane in flight
 constexpr size_t kHistogramBytes = 64 * 1024;  // with the two offset tables well under SM12x's 99 KB
 
@@ -50,8 +53,9 @@ __device__ __forceinline__ void for_each_slot(const RouteArgs& args, int64_t beg
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t slot = base + i * kWarpSize + lane;
-      const Id id = slot < end ? __ldg(ids + slot) : Id{-1};
-      experts[i] = id >= 0 && id < args.experts ? static_cast<int>(id) : -1;
+      // A plain load: the ids may come from this very kernel.
+      const int64_t expert = slot < end ? int64_t{ids[slot]} - args.first_expert : -1;
+      experts[i] = expert >= 0 && expert < args.experts ? static_cast<int>(expert) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -73,7 +77,7 @@ __device__ __forceinline__ int expert_of_tile(const int* tile_base, int experts,
 }
 
 template <typename Id>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const RouteArgs args) {
+__device__ __forceinline__ void route_block(const RouteArgs& args) {
   extern __shared__ int shared[];
   __shared__ RowsAndTiles warp_sums[kMaxWarps];
   const int experts = args.experts;
@@ -153,7 +157,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const Ro
     int row = -1;
     if (expert >= 0) {
       row = row_base[expert] + mine[expert] + __popc(peers & ((1u << lane) - 1));
-      args.row_slot[row] = static_cast<int>(slot);
+      if (args.row_slot != nullptr) {
+        args.row_slot[row] = static_cast<int>(slot);
+      }
       args.row_expert[row] = expert;
     }
     if (slot < end) {
@@ -167,7 +173,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const Ro
   });
 
   for (int64_t row = int64_t{valid_rows} + threadIdx.x; row < args.slots; row += blockDim.x) {
-    args.row_slot[row] = -1;
+    if (args.row_slot != nullptr) {
+      args.row_slot[row] = -1;
+    }
     args.row_expert[row] = -1;
   }
   for (int t = threadIdx.x; t < num_m_tiles; t += blockDim.x) {
@@ -180,26 +188,71 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const Ro
 }
 
 template <typename Id>
-cudaError_t launch_for(const RouteArgs& args, cudaStream_t stream) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const RouteArgs args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  route_block<Id>(args);
+}
+
+template <typename Logit, int kPerLane>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
+    topk_route_kernel(const TopkSoftmaxArgs choice, const RouteArgs args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  for (int token = threadIdx.x / kWarpSize; token < choice.tokens; token += blockDim.x / kWarpSize) {
+    choose_experts<Logit, kPerLane>(choice, token, threadIdx.x % kWarpSize);
+  }
+  __syncthreads();
+  route_block<int32_t>(args);
+}
+
+template <typename Kernel, typename... Args>
+cudaError_t launch_one_block(Kernel kernel, int experts, cudaStream_t stream, const Args&... args) {
   int warps = kMaxWarps;
-  while (warps * args.experts * sizeof(int) > kHistogramBytes) {
+  while (warps * experts * sizeof(int) > kHistogramBytes) {
     warps /= 2;
   }
-  const size_t smem_bytes = (static_cast<size_t>(warps) * args.experts + 2 * (args.experts + 1)) * sizeof(int);
+  const size_t smem_bytes = (static_cast<size_t>(warps) * experts + 2 * (experts + 1)) * sizeof(int);
   if (smem_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(route_kernel<Id>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(smem_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
     if (error != cudaSuccess) {
       return error;
     }
   }
-  return launch(route_kernel<Id>, dim3(1), warps * kWarpSize, smem_bytes, stream, args);
+  return launch(kernel, dim3(1), warps * kWarpSize, smem_bytes, stream, args...);
+}
+
+template <typename Logit>
+cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
+  const auto run = [&](auto kernel) { return launch_one_block(kernel, args.experts, stream, choice, args); };
+  if (choice.experts <= 1 * kWarpSize) return run(topk_route_kernel<Logit, 1>);
+  if (choice.experts <= 2 * kWarpSize) return run(topk_route_kernel<Logit, 2>);
+  if (choice.experts <= 4 * kWarpSize) return run(topk_route_kernel<Logit, 4>);
+  return run(topk_route_kernel<Logit, 8>);
 }
 
 }  // namespace
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
-  return args.ids_are_int64 ? launch_for<int64_t>(args, stream) : launch_for<int32_t>(args, stream);
+  return args.ids_are_int64 ? launch_one_block(route_kernel<int64_t>, args.experts, stream, args)
+                            : launch_one_block(route_kernel<int32_t>, args.experts, stream, args);
+}
+
+cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
+  if (choice.tokens > kMaxTokensToRouteAtOnce || choice.experts > kMaxExpertsToRouteAtOnce) {
+    const cudaError_t error = launch_topk_softmax(choice, stream);
+    return error != cudaSuccess ? error : launch_route(args, stream);
+  }
+  switch (choice.type) {
+    case LogitsType::kFloat32:
+      return launch_topk_route_for<float>(choice, args, stream);
+    case LogitsType::kBFloat16:
+      return launch_topk_route_for<__nv_bfloat16>(choice, args, stream);
+    case LogitsType::kFloat16:
+      return launch_topk_route_for<__half>(choice, args, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace mxfp4_moe

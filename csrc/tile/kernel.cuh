@@ -23,6 +23,8 @@
 #include <cute/arch/copy_sm75.hpp>
 
 #include "../tile_abi.h"
+#include "activate.cuh"
+#include "dependent_launch.cuh"
 #include "mma_mx.cuh"
 #include "schedule.cuh"
 #include "tile_shape.cuh"
@@ -43,8 +45,11 @@ struct GemmParams {
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;
   int32_t out_type;
+  int32_t rows;
   int32_t n;
   int32_t k;
+  int32_t m_tiles_are_ready;
+  Mxfp4MoeActivate activate;
 };
 
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
@@ -67,22 +72,37 @@ struct SharedStorage {
   __device__ EmptyBarrier* empty(int stage) const {
     return reinterpret_cast<EmptyBarrier*>(base + Shape::kBarrierOffset + Shape::kStages * 8) + stage;
   }
+  __device__ uint32_t* amax() const { return reinterpret_cast<uint32_t*>(base + Shape::kAmaxOffset); }
 };
 
-// volatile, here and in lane_id: what a tile needs before and after its main loop is had twice rather than held in
+// volatile, here and below: what a tile needs before and after its main loop is had twice rather than held in
 // registers through the loop.
 __device__ __forceinline__ int lane_id() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
+__device__ __forceinline__ int warp_id() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread / 32;
+}
+// relaxed.gpu: past L1 (dependent_launch.cuh).
 __device__ __forceinline__ Mxfp4MoeMTile load_m_tile(const Mxfp4MoeMTile* at) {
   Mxfp4MoeMTile m;
-  asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.global.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(m.expert), "=r"(m.row_begin), "=r"(m.row_end), "=r"(m.reserved)
                : "l"(at));
   return m;
 }
+__device__ __forceinline__ int32_t load_num_m_tiles(const GemmParams& p) {
+  int32_t n;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(n) : "l"(p.num_m_tiles));
+  return n;
+}
+
+// The same in all lanes of a warp, so that the compiler keeps it, and what follows from it, in uniform registers.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // A ring of stages: the parity flips every time around.
 template <int kStages>
@@ -103,30 +123,52 @@ template <class Shape>
 __device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
   const int num_n_tiles = ceil_div(p.n, Shape::N);
   const int num_k_tiles = ceil_div(p.k, kTileK);
-  const int num_tiles = *p.num_m_tiles * num_n_tiles;
+  const int num_tiles = load_num_m_tiles(p) * num_n_tiles;
   const int row_blocks = ceil_div(p.n, kScaleBlockRows);
   // TMA counts whole boxes, zero-filled beyond the edges.
   constexpr uint32_t kTransactionBytes =
       Shape::kActBytes + Shape::kWeightBytes + Shape::kWeightScaleBytes + Shape::kActScaleRows * 4;
 
+  const auto load_weights = [&](int s, int kt, int n0, int expert) {
+    uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
+    smem.full(s)->arrive_and_expect_tx(kTransactionBytes);
+    tma_load_3d(smem.weight(s), maps.weight, full, kt * kWeightRowBytes, n0, expert, kEvictFirst);
+    tma_load_3d(smem.weight_scale(s), maps.weight_scale, full, 0, kt, expert * row_blocks + n0 / kScaleBlockRows,
+                kEvictFirst);
+  };
+  const auto load_acts = [&](int s, int kt, int row_begin) {
+    uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
+    tma_load_2d(smem.act(s), maps.act, full, kt * kTileK, row_begin, kEvictLast);
+    tma_load_2d(smem.act_scale(s), maps.act_scale, full, row_begin / 4 * 2, kt, kEvictLast);
+  };
+
+  // The first stages' weights do not depend on the kernel before this one, nor do the stages have to be waited for.
+  int fetched = 0;
+  if (p.m_tiles_are_ready) {
+    const TileCoord coord = tile_coord(blockIdx.x, num_n_tiles);
+    if (static_cast<int>(blockIdx.x) < num_tiles) {
+      const int expert = load_m_tile(p.m_tiles + coord.m).expert;
+      for (; fetched < min(Shape::kStages, num_k_tiles); ++fetched)
+        load_weights(fetched, fetched, coord.n * Shape::N, expert);
+    }
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
+
   Ring<Shape::kStages> ring;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const TileCoord coord = tile_coord(tile, num_n_tiles);
     const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
-    const int n0 = coord.n * Shape::N;
-    const int scale_block = m_tile.expert * row_blocks + n0 / kScaleBlockRows;
 #pragma unroll 1
     for (int kt = 0; kt < num_k_tiles; ++kt) {
-      const int s = ring.stage;
-      smem.empty(s)->wait(ring.phase ^ 1);
-      uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-      smem.full(s)->arrive_and_expect_tx(kTransactionBytes);
-      tma_load_3d(smem.weight(s), maps.weight, full, kt * kWeightRowBytes, n0, m_tile.expert, kEvictFirst);
-      tma_load_3d(smem.weight_scale(s), maps.weight_scale, full, 0, kt, scale_block, kEvictFirst);
-      tma_load_2d(smem.act(s), maps.act, full, kt * kTileK, m_tile.row_begin, kEvictLast);
-      tma_load_2d(smem.act_scale(s), maps.act_scale, full, m_tile.row_begin / 4 * 2, kt, kEvictLast);
+      if (kt >= fetched) {
+        smem.empty(ring.stage)->wait(ring.phase ^ 1);
+        load_weights(ring.stage, kt, coord.n * Shape::N, m_tile.expert);
+      }
+      load_acts(ring.stage, kt, m_tile.row_begin);
       ring.advance();
     }
+    fetched = 0;
   }
   // Leave only when every load has been consumed: a block must not exit with copies in flight.
   for (int i = 0; i < Shape::kStages; ++i) {
@@ -327,9 +369,10 @@ __device__ __forceinline__ void store(const float (&acc)[Shape::kFragM][Shape::k
 template <class Shape>
 __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, int warp, int lane) {
   const int num_n_tiles = ceil_div(p.n, Shape::N);
-  const int num_tiles = *p.num_m_tiles * num_n_tiles;
-  const int m0 = warp / Shape::kWarpsN * Shape::kWarpM;
-  const int n0 = warp % Shape::kWarpsN * Shape::kWarpN;
+  const int num_tiles = uniform(load_num_m_tiles(p)) * num_n_tiles;
+  const auto warp_m0 = [](int w) { return w / Shape::kWarpsN * Shape::kWarpM; };
+  const auto warp_n0 = [](int w) { return w % Shape::kWarpsN * Shape::kWarpN; };
+  const int m0 = warp_m0(warp), n0 = warp_n0(warp);
 
   // This lane's offsets into stage 0. A warp's weight rows never cross a block of 128 scales, nor a group of 32 unless
   // they start one, so fragment f's word is a constant away from the first one's.
@@ -376,7 +419,16 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
     int same_tile = tile;
     asm volatile("" : "+r"(same_tile));
     const TileCoord done = tile_coord(same_tile, num_n_tiles);
-    store<Shape>(acc, p, load_m_tile(p.m_tiles + done.m), done.n * Shape::N, m0, n0, lane_id());
+    const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + done.m);
+    const int same_warp = uniform(warp_id()), done_m0 = warp_m0(same_warp), done_n0 = warp_n0(same_warp);
+    if constexpr (Shape::kActivates) {
+      if (p.activate.codes != nullptr) {
+        store_activated<Shape>(acc, p.activate, m_tile, p.rows, p.n, done.n * Shape::N, done_m0, done_n0, lane_id(),
+                               smem.amax());
+        continue;
+      }
+    }
+    store<Shape>(acc, p, m_tile, done.n * Shape::N, done_m0, done_n0, lane_id());
   }
 }
 
@@ -385,8 +437,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  // Uniform across the warp, so that the compiler keeps it and what follows from it in uniform registers.
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int warp = uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
@@ -395,6 +446,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
       smem.empty(s)->init(Shape::kMmaWarps);
     }
     cutlass::arch::fence_barrier_init();
+  }
+  if (!p.m_tiles_are_ready) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
   }
   __syncthreads();
 

@@ -24,7 +24,8 @@ class Refusal {
   char text_[512];
 };
 
-inline const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
+template <class Shape>
+const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   const auto aligned = [](const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; };
   if (a.k <= 0 || a.k % kBlockK) return refuse("k: expected a positive multiple of %d, got %d", kBlockK, a.k);
   if (a.n <= 0 || a.n % 16) return refuse("n: expected a positive multiple of 16, got %d", a.n);
@@ -38,6 +39,13 @@ inline const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
   if (!aligned(a.weight_scale, 16))
     return refuse("weight_scale: expected an address that is a multiple of 16, got %p", a.weight_scale);
+  if (a.activate.codes) {
+    if (!Shape::kActivates) return refuse("activate: tile (%d, %d) cannot", Shape::M, Shape::N);
+    if (a.n % 64) return refuse("n: expected a multiple of 64, gates and ups, got %d", a.n);
+    if (a.activate.activation != MXFP4_MOE_SWIGLU && a.activate.activation != MXFP4_MOE_SWIGLU_OAI)
+      return refuse("activation: expected 0 (swiglu) or 1 (swiglu_oai), got %d", a.activate.activation);
+    return nullptr;
+  }
   if (!aligned(a.out, 16)) return refuse("out: expected an address that is a multiple of 16, got %p", a.out);
   return nullptr;
 }
@@ -146,9 +154,9 @@ const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
 }
 
 template <class Shape>
-const char* launch(const Mxfp4MoeGemmArgs& a) {
+const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   static thread_local Refusal refuse;
-  if (const char* why = check_arguments(a, refuse)) return why;
+  if (const char* why = check_arguments<Shape>(a, refuse)) return why;
   if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
 
   int device = 0, blocks = 0;
@@ -157,11 +165,12 @@ const char* launch(const Mxfp4MoeGemmArgs& a) {
 
   TensorMaps maps;
   if (const char* why = describe<Shape>(maps, a, refuse)) return why;
-  const GemmParams params{a.out, a.m_tiles, a.num_m_tiles, a.out_type, a.n, a.k};
+  const GemmParams params{a.out, a.m_tiles, a.num_m_tiles,       a.out_type, a.rows,
+                          a.n,   a.k,       a.m_tiles_are_ready, a.activate};
   const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
   const unsigned grid = static_cast<unsigned>(tiles < blocks ? tiles : blocks);
-  grouped_gemm<Shape><<<grid, Shape::kThreads, Shape::kSmemBytes, static_cast<cudaStream_t>(a.stream)>>>(maps, params);
-  if (cudaError_t e = cudaGetLastError())
+  if (cudaError_t e = launch(grouped_gemm<Shape>, dim3(grid), Shape::kThreads, Shape::kSmemBytes,
+                             static_cast<cudaStream_t>(a.stream), maps, params))
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;
 }

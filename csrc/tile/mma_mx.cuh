@@ -83,10 +83,14 @@ __device__ __forceinline__ ScaleB share_scale_b(uint32_t word) {
   return {{__shfl_sync(~0u, word, lane % 4 * 8), __shfl_sync(~0u, word, lane % 4 * 8 + 4)}};
 }
 
-// 2^(e - 127) of one of the word's E8M0 bytes; e = 0 is the subnormal 2^-127.
+// 1 in a float's exponent field. In constant memory, because ptxas turns a multiplication by a number that it knows
+// into a shift, which runs on the ALU that unpacking FP4 keeps busy; multiply-adds have a pipe of their own.
+static __constant__ uint32_t exponent_one = 1u << 23;
+
+// 2^(e - 127 + kShift) of one of the word's E8M0 bytes e; e + kShift must be 1 to 254.
+template <int kShift>
 __device__ __forceinline__ float e8m0_to_float(uint32_t word, int byte) {
-  const uint32_t exponent_on_top = __byte_perm(word, 0, 0x0444 | byte << 12);
-  return __uint_as_float(max(exponent_on_top >> 1, 0x00400000u));
+  return __uint_as_float(__byte_perm(word, 0, 0x4440 | byte) * exponent_one + kShift * (1u << 23));
 }
 
 // An E2M1 container read as E4M3 is the value times 2^-6: same sign, two exponent bits and mantissa, other bias.
@@ -124,13 +128,14 @@ __device__ __forceinline__ void mx_mma(float (&d)[4], const uint32_t (&a)[4], co
   float half[4], block[4];
   mma_f16(half, fa[0][0], fa[1][0], fa[0][1], fa[1][1], fb[0][0], fb[0][1], 0.f, 0.f, 0.f, 0.f);
   mma_f16(block, fa[2][0], fa[3][0], fa[2][1], fa[3][1], fb[1][0], fb[1][1], half[0], half[1], half[2], half[3]);
-  // The 2^6 that e2m1_as_e4m3 took goes into the activations' scale: the quantizer's bytes end at 247, so that 2^6
-  // more is finite (up to 248), while weights may use all of E8M0.
+  // The weights' scales are taken twice as large, so that byte 0 is a normal number too; the activations' scales, whose
+  // bytes end at 248, make up for it and for the 2^6 that e2m1_as_e4m3 took.
+  constexpr int kWeightShift = 1, kActShift = 6 - kWeightShift;
   float ea[2], eb[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    ea[i] = e8m0_to_float(sa.word[i], byte) * (kFp4A ? 1.f : 64.f);
-    eb[i] = e8m0_to_float(sb.word[i], byte) * (kFp4A ? 64.f : 1.f);
+    ea[i] = e8m0_to_float<kFp4A ? kWeightShift : kActShift>(sa.word[i], byte);
+    eb[i] = e8m0_to_float<kFp4A ? kActShift : kWeightShift>(sb.word[i], byte);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[i] = fmaf(block[i], ea[i / 2] * eb[i % 2], d[i]);

@@ -11,7 +11,9 @@
 // A type per arch: with one for both, the objects of the two archs would define the same kernel, and the linker would
 // keep the host stub of only one of them.
 namespace MXFP4_MOE_JOIN(sm_, MXFP4_MOE_ARCH) {
-struct Tile : mxfp4_moe::TileShape<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB> {};
+struct Tile
+    : mxfp4_moe::TileShape<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, mxfp4_moe::MXFP4_MOE_JOIN(Arch_, MXFP4_MOE_ARCH)> {
+};
 }  // namespace MXFP4_MOE_JOIN(sm_,MXFP4_MOE_ARCH)
 using MXFP4_MOE_JOIN(sm_, MXFP4_MOE_ARCH)::Tile;
 
@@ -31,7 +33,7 @@ extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, MXFP4_MOE_A
 };
 
 const char* MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, MXFP4_MOE_ARCH)(const Mxfp4MoeGemmArgs* args) {
-  return mxfp4_moe::launch<Tile>(*args);
+  return mxfp4_moe::launch_tile<Tile>(*args);
 }
 
 }  // extern "C"

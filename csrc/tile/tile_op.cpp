@@ -10,6 +10,7 @@
 #include "../tile_abi.h"
 #include "../torch_args.h"
 #include "schedule.cuh"
+#include "tile_shape.cuh"
 
 #define MXFP4_MOE_JOIN_(a, b) a##b
 #define MXFP4_MOE_JOIN(a, b) MXFP4_MOE_JOIN_(a, b)
@@ -69,8 +70,10 @@ const Mxfp4MoeTileFacts* const kFacts[] = {
 #undef FACTS
 };
 
+using Shape = TileShape<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, Sm12x>;
+
 const Mxfp4MoeTile kTile = {
-    MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, kNumArchs, kFacts, &launch,
+    MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, Shape::kActivates, kNumArchs, kFacts, &launch,
 };
 
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h.
@@ -114,6 +117,8 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<int32_t>(n),
       static_cast<int32_t>(k),
       static_cast<int32_t>(experts),
+      /*m_tiles_are_ready=*/0,  // who knows which kernel made them
+      /*activate=*/{},
       current_stream(device),
   };
   const char* refusal = launch(&args);

@@ -14,9 +14,10 @@ constexpr int kActRowBytes = kTileK;         // E4M3: TMA 128-byte swizzle
 constexpr int kWeightRowBytes = kTileK / 2;  // packed E2M1: TMA 64-byte swizzle
 constexpr int kScaleBlockRows = 128;         // the 128x4 scale layout
 constexpr int kScaleBlockBytes = 512;
-constexpr int kSmemPerSm = 100 * 1024;       // SM12x; a block may opt in to 1 KB less. SM90 has more.
-constexpr int kSmemReservedPerBlock = 1024;  // taken by the system from every block
+constexpr int kSmemReservedPerBlock = 1024;     // taken by the system from every block
+constexpr int kRegistersPerSubpartition = 512;  // of 32 lanes each; a multiprocessor's warps share four of these
 constexpr int kMaxStages = 8;
+constexpr int kMaxBlocksPerSm = 4;
 constexpr int kBarrierBytesPerStage = 16;  // one full and one empty mbarrier
 constexpr int kMaxAccumulators = 128;      // fp32 registers per thread; beyond it ptxas spills
 
@@ -24,7 +25,19 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
-template <int M_, int N_, bool kSwap_>
+// What a multiprocessor has; a block may opt in to 1 KB of shared memory less. One type per arch of the manifest.
+struct Sm90 {
+  static constexpr int kSmemPerSm = 228 * 1024;
+};
+struct Sm12x {
+  static constexpr int kSmemPerSm = 100 * 1024;
+};
+using Arch_90a = Sm90;
+using Arch_120a = Sm12x;
+using Arch_120f = Sm12x;
+using Arch_121a = Sm12x;
+
+template <int M_, int N_, bool kSwap_, class Arch>
 struct TileShape {
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_;
@@ -59,14 +72,34 @@ struct TileShape {
   static constexpr int kActScaleBytes = round_up(kActScaleRows * 4, 128);
   static constexpr int kStageBytes = kActBytes + kWeightBytes + kWeightScaleBytes + kActScaleBytes;
 
+  // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
+  // leaves its own here, per row.
+  static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
+  static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
+  static constexpr int kAmaxParts = N / kWarpWeightRows;
+  static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;
+
   static constexpr int stages_for(int blocks) {
-    const int budget = kSmemPerSm / blocks - kSmemReservedPerBlock;
+    const int budget = Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kAmaxBytes;
     return min_of(kMaxStages, budget / (kStageBytes + kBarrierBytesPerStage));
   }
-  // Two blocks hide each other's epilogue, as long as each still has a pipeline three deep.
-  static constexpr int kBlocksPerSm = stages_for(2) >= 3 ? 2 : 1;
+  // Several blocks hide each other's latencies and epilogues, as long as each still has a pipeline three deep and its
+  // threads the registers that their accumulators ask for. (More accumulators are moved between warps, not shared.)
+  static constexpr int kRegistersWanted = kAccumulators <= 8    ? 96
+                                          : kAccumulators <= 16 ? 112
+                                          : kAccumulators <= 32 ? 168
+                                                                : 176;
+  static constexpr int registers_for(int blocks) {
+    return kRegistersPerSubpartition / ceil_div(blocks * kThreads / 32, 4) / 8 * 8;
+  }
+  static constexpr int blocks_that_fit() {
+    for (int blocks = kMaxBlocksPerSm; blocks > 1; --blocks)
+      if (stages_for(blocks) >= 3 && registers_for(blocks) >= kRegistersWanted) return blocks;
+    return 1;
+  }
+  static constexpr int kBlocksPerSm = blocks_that_fit();
   static constexpr int kStages = stages_for(kBlocksPerSm);
-  static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage);
+  static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage) + kAmaxBytes;
 
   // Offsets in dynamic shared memory: each part is an array over the stages, strictest alignment first.
   static constexpr int kActOffset = 0;
@@ -74,6 +107,7 @@ struct TileShape {
   static constexpr int kWeightScaleOffset = kWeightOffset + kStages * kWeightBytes;
   static constexpr int kActScaleOffset = kWeightScaleOffset + kStages * kWeightScaleBytes;
   static constexpr int kBarrierOffset = kActScaleOffset + kStages * kActScaleBytes;
+  static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
 
   static_assert(kSwap ? (M == 8 || M == 16 || M == 32) && N % 64 == 0 : M % 64 == 0,
                 "native tiles need M % 64 == 0, swapped ones M in 8/16/32 and N % 64 == 0");

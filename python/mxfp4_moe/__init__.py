@@ -15,7 +15,7 @@ from ._wheel import version
 
 if TYPE_CHECKING:
     from .fused_moe import fused_moe, get_cutlass_fused_moe_module, prewarm_moe_tiles
-    from .routing import topk_softmax
+    from .routing import fused_moe_from_logits, topk_softmax
     from .tiles import select_tile_mn_for_sm120
     from .weights import Activation, GateUpOrder, MoEWeights
 
@@ -27,6 +27,7 @@ __all__ = [
     "MoEWeights",
     "__version__",
     "fused_moe",
+    "fused_moe_from_logits",
     "get_cutlass_fused_moe_module",
     "prewarm_moe_tiles",
     "select_tile_mn_for_sm120",
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "GateUpOrder": "weights",
     "MoEWeights": "weights",
     "fused_moe": "fused_moe",
+    "fused_moe_from_logits": "routing",
     "get_cutlass_fused_moe_module": "fused_moe",
     "prewarm_moe_tiles": "fused_moe",
     "select_tile_mn_for_sm120": "tiles",

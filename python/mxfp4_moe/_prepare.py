@@ -18,6 +18,7 @@ from .formats import BLOCK, quantize_mxfp4, rotate_words, swizzle_scales, unrota
 Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n, K/2], scales [n, K/32]
 Source = Callable[[int, int, int], Rows]  # (expert, first k, past the last k) -> the rows of that expert
 
+WEIGHT_SCALE_MAX = 253  # csrc/tile/mma_mx.cuh doubles weight scales on their way
 _PIECES = 8  # per expert: quantizing needs up to 25 bytes of scratch per value
 _PROGRESS_AFTER_S = 2.0
 
@@ -34,7 +35,7 @@ def mxfp4_source(name: str, packed: Callable[[int], Tensor], scales: Callable[[i
 
     def expert(e: int, begin: int, end: int) -> Rows:
         expert_scales = scales(e)
-        _refuse_nan(name, expert_scales, e)
+        _refuse_scales(name, expert_scales, e)
         blocks = packed(e).flatten(1)[:, begin // 2 : end // 2]
         expert_scales = expert_scales[:, begin // BLOCK : end // BLOCK]
         return lambda rows: (blocks[rows], expert_scales[rows])
@@ -63,10 +64,14 @@ def flashinfer_source(name: str, words: Tensor, swizzled: Tensor, n: int, k: int
     return mxfp4_source(name, packed.__getitem__, lambda e: unswizzle_scales(tiles[e], n, k))
 
 
-def _refuse_nan(name: str, scales: Tensor, expert: int) -> None:
-    if bool((scales == 255).any()):
-        row, block = (scales == 255).nonzero()[0].tolist()
-        raise ValueError(f"{name}: expected E8M0 bytes 0..254, got 255 (NaN) at [{expert}, {row}, {block}]")
+def _refuse_scales(name: str, scales: Tensor, expert: int) -> None:
+    """255 is no number; a weight under 2^127 (254) is infinite in bfloat16, and on SM90 the kernels have no room for it."""
+    if bool((scales > WEIGHT_SCALE_MAX).any()):
+        row, block = (scales > WEIGHT_SCALE_MAX).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected E8M0 bytes 0..{WEIGHT_SCALE_MAX} (2^126), got {int(scales[row, block])} at "
+            f"[{expert}, {row}, {block}]"
+        )
 
 
 # ---- preparing one expert, and back ----------------------------------------------------------------------------------

@@ -105,14 +105,7 @@ def fused_moe(
         return result if output is None else output.copy_(result)
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
-    device = hidden_states.device
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"hidden_states: expected a CUDA or CPU tensor, got one on {device}")
-    if weights.device != device:
-        raise ValueError(
-            f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
-            f"weights.to('{device}') copies them there"
-        )
+    device = check_devices(hidden_states, weights)
     output_dtype = check_call(
         hidden_states,
         topk_weights,
@@ -125,15 +118,8 @@ def fused_moe(
     )
     tokens, top_k = topk_ids.shape
     check_limits(weights.num_experts, tokens, top_k)
-    if output is not None:
-        shape = (tokens, weights.hidden_size)
-        _check("output", output, (output_dtype,), shape, shape, device)
-    if tile_mn is not None:
-        tile = manifest_tile(tile_mn)
-    elif auto_tile_select:
-        tile = select(tokens, top_k, weights.num_global_experts)  # a slice gets its share of the rows
-    else:
-        tile = manifest_tile(DEFAULT_TILE_MN)
+    check_output(output, output_dtype, tokens, weights.hidden_size, device)
+    tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights)
 
     if device.type == "cpu":
         with torch.no_grad():
@@ -148,11 +134,33 @@ def fused_moe(
                 intermediate_rounding=intermediate_rounding,
             )
             return result if output is None else output.copy_(result)
-    op, tile = _operator(device.index, tile)
-    if weights.first_expert:  # a slice of the experts: global ids come in, the operator counts from 0
-        topk_ids = topk_ids - weights.first_expert
     if output is None:
         output = torch.empty_like(hidden_states, dtype=output_dtype, requires_grad=False)
+    run(
+        tile,
+        hidden_states,
+        hidden_states_scale,
+        scale_layout,
+        (topk_weights, topk_ids, None, 0, True),
+        weights,
+        output,
+        intermediate_rounding,
+    )
+    return output
+
+
+def run(
+    tile: Tile,
+    hidden_states: Tensor,
+    hidden_states_scale: Tensor | None,
+    scale_layout: str,
+    routing: tuple[Tensor | None, Tensor | None, Tensor | None, int, bool],
+    weights: MoEWeights,
+    output: Tensor,
+    intermediate_rounding: bool,
+) -> None:
+    """Launches a checked call on the GPU; routing: topk_weights and topk_ids, or router_logits, top_k, renormalize."""
+    op, tile = _operator(hidden_states.device.index, tile)
     alpha, alphas = split_number(weights.alpha, 0.0)
     beta, betas = split_number(weights.beta, 0.0)
     limit, limits = split_number(weights.limit, math.inf)
@@ -160,8 +168,8 @@ def fused_moe(
         hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
         hidden_states_scale,
         scale_layout == "swizzled",
-        topk_weights,
-        topk_ids,
+        *routing,
+        weights.first_expert,
         weights.w13,
         weights.w13_scale,
         weights.w13_bias,
@@ -180,7 +188,6 @@ def fused_moe(
         output,
         intermediate_rounding,
     )
-    return output
 
 
 def _traced(
@@ -337,6 +344,50 @@ def manifest_tile(tile_mn: tuple[int, int]) -> Tile:
     return tile
 
 
+def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
+    """The device of a call.
+
+    Raises:
+        ValueError: neither CUDA nor CPU, or not where the weights are.
+    """
+    device = hidden_states.device
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"hidden_states: expected a CUDA or CPU tensor, got one on {device}")
+    if weights.device != device:
+        raise ValueError(
+            f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
+            f"weights.to('{device}') copies them there"
+        )
+    return device
+
+
+def check_output(
+    output: Tensor | None, dtype: torch.dtype, tokens: int, hidden_size: int, device: torch.device
+) -> None:
+    """Checks the tensor to write to, where one was given.
+
+    Raises:
+        TypeError, ValueError: as `fused_moe`.
+    """
+    if output is not None:
+        _check("output", output, (dtype,), (tokens, hidden_size), (tokens, hidden_size), device)
+
+
+def tile_of_call(
+    tile_mn: tuple[int, int] | None, auto_tile_select: bool, tokens: int, top_k: int, weights: MoEWeights
+) -> Tile:
+    """The tile that was named, or the automatic choice.
+
+    Raises:
+        TypeError, ValueError: as `manifest_tile`.
+    """
+    if tile_mn is not None:
+        return manifest_tile(tile_mn)
+    if not auto_tile_select:
+        return manifest_tile(DEFAULT_TILE_MN)
+    return select(tokens, top_k, weights.num_global_experts)  # a slice gets its share of the rows
+
+
 def check_call(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -355,6 +406,32 @@ def check_call(
     Raises:
         TypeError, ValueError: as `fused_moe`.
     """
+    dtype = check_hidden_states(hidden_states, hidden_states_scale, scale_layout, output_dtype, hidden_size, device)
+    tokens = hidden_states.shape[0]
+    top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2 else 0
+    _check("topk_ids", topk_ids, _IDS, (tokens, top_k), (tokens, "k"), device)
+    if top_k == 0:
+        raise ValueError(f"topk_ids: expected [{tokens}, k] with k at least 1, got k = 0")
+    _check("topk_weights", topk_weights, _FLOAT32, (tokens, top_k), (tokens, top_k), device)
+    return dtype
+
+
+def check_hidden_states(
+    hidden_states: Tensor,
+    hidden_states_scale: Tensor | None,
+    scale_layout: str,
+    output_dtype: torch.dtype | None,
+    hidden_size: int,
+    device: torch.device,
+) -> torch.dtype:
+    """The part of `check_call` that is about the hidden states and the output dtype.
+
+    Returns:
+        The output dtype.
+
+    Raises:
+        TypeError, ValueError: as `fused_moe`.
+    """
     tokens = hidden_states.shape[0] if hidden_states.dim() == 2 else 0
     dtypes = _HALVES if hidden_states_scale is None else _MXFP8
     _check("hidden_states", hidden_states, dtypes, (tokens, hidden_size), ("T", hidden_size), device)
@@ -365,11 +442,6 @@ def check_call(
         if scale_layout == "swizzled":
             shape = (-(-tokens // 128) * -(-hidden_size // 128) * 512,)
         _check("hidden_states_scale", hidden_states_scale, _UINT8, shape, shape, device)
-    top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2 else 0
-    _check("topk_ids", topk_ids, _IDS, (tokens, top_k), (tokens, "k"), device)
-    if top_k == 0:
-        raise ValueError(f"topk_ids: expected [{tokens}, k] with k at least 1, got k = 0")
-    _check("topk_weights", topk_weights, _FLOAT32, (tokens, top_k), (tokens, top_k), device)
     if output_dtype is None:
         return reference.default_output_dtype(hidden_states, hidden_states_scale)
     if output_dtype not in _HALVES:

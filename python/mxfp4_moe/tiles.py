@@ -271,12 +271,19 @@ _ACT_ROW_BYTES = TILE_K  # E4M3
 _WEIGHT_ROW_BYTES = TILE_K // 2  # packed E2M1
 _SCALE_BLOCK_ROWS = 128  # the 128x4 scale layout
 _SCALE_BLOCK_BYTES = 512
-_SMEM_PER_SM = 100 * 1024  # SM12x; SM90 has more, and both archs run the same schedule
+_SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
 _SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
+_REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
 _MAX_STAGES = 8
+_MAX_BLOCKS_PER_SM = 4
+_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (256, 176))  # by accumulators, per thread
 _BARRIER_BYTES_PER_STAGE = 16
 MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
-MAX_SMEM_PER_BLOCK = _SMEM_PER_SM - _SMEM_RESERVED_PER_BLOCK
+
+
+def max_smem_per_block(arch: str) -> int:
+    """Bytes of shared memory that a block may opt in to."""
+    return _SMEM_PER_SM[_arch_parts(arch)[0]] - _SMEM_RESERVED_PER_BLOCK
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -305,6 +312,7 @@ class TileProof:
     weight_scale_bytes: int
     act_scale_bytes: int
     barrier_bytes: int
+    amax_bytes: int
     stage_bytes: int
     blocks_per_sm: int
     stages: int
@@ -355,9 +363,9 @@ def _shape_refusals(tile: Tile) -> list[str]:
 def prove(tile: Tile, arch: str) -> TileProof:
     """Stages, shared memory by part, registers and threads of `tile` on `arch`, legal or not.
 
-    Both archs run SM12x's schedule, so that what executes on SM90 is what runs on SM12x; the numbers are the same.
+    SM90 and SM12x differ in shared memory, hence in stages and blocks; warps, fragments and stage layout are the same.
     """
-    _arch_parts(arch)
+    smem_per_sm = _SMEM_PER_SM[_arch_parts(arch)[0]]
     m, n, swap = tile.m, tile.n, tile.swap_ab
     refusals = _shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
@@ -380,11 +388,24 @@ def prove(tile: Tile, arch: str) -> TileProof:
     act_scale_bytes = _ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
     stage_bytes = act_bytes + weight_bytes + weight_scale_bytes + act_scale_bytes
     stage_and_barriers = stage_bytes + _BARRIER_BYTES_PER_STAGE
+    # GEMM1's activation: the largest magnitude per row and warp.
+    activates = n >= 64 and accumulators <= 64
+    amax_bytes = (n // (warp_m if swap else warp_n)) * m * 4 if activates else 0
 
     def stages_for(blocks: int) -> int:
-        return min(_MAX_STAGES, (_SMEM_PER_SM // blocks - _SMEM_RESERVED_PER_BLOCK) // stage_and_barriers)
+        budget = smem_per_sm // blocks - _SMEM_RESERVED_PER_BLOCK - amax_bytes
+        return min(_MAX_STAGES, budget // stage_and_barriers)
 
-    blocks_per_sm = 2 if stages_for(2) >= 3 else 1
+    # Several blocks hide each other's latencies, as long as each has three stages and registers for its accumulators.
+    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED if accumulators <= most)
+
+    def registers_for(blocks: int) -> int:
+        return _REGISTERS_PER_SUBPARTITION // _ceil_div(blocks * threads // 32, 4) // 8 * 8
+
+    fitting = (
+        b for b in range(_MAX_BLOCKS_PER_SM, 1, -1) if stages_for(b) >= 3 and registers_for(b) >= registers_wanted
+    )
+    blocks_per_sm = next(fitting, 1)
     stages = stages_for(blocks_per_sm)
 
     if not refusals and (
@@ -402,7 +423,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
             f"shared memory: two pipeline stages need 2 x {stage_and_barriers:,} = {2 * stage_and_barriers:,} bytes "
             f"(per stage: activations {act_bytes:,}, weights {weight_bytes:,}, weight scales {weight_scale_bytes:,}, "
             f"activation scales {act_scale_bytes:,}, barriers {_BARRIER_BYTES_PER_STAGE}), a block has "
-            f"{MAX_SMEM_PER_BLOCK:,}"
+            f"{max_smem_per_block(arch):,}"
         )
     if accumulators > MAX_ACCUMULATORS:
         refusals.append(
@@ -428,7 +449,8 @@ def prove(tile: Tile, arch: str) -> TileProof:
         stage_bytes=stage_bytes,
         blocks_per_sm=blocks_per_sm,
         stages=stages,
-        smem_bytes=stages * stage_and_barriers,
+        smem_bytes=stages * stage_and_barriers + amax_bytes,
+        amax_bytes=amax_bytes,
         refusals=tuple(refusals),
     )
 

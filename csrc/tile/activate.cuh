@@ -1,0 +1,179 @@
+// GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
+// memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in scale_layout.cuh.
+//
+// Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
+// output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
+// shuffles, leaves it in shared memory, and after one barrier among the MMA warps every warp knows the block's amax.
+// Codes leave as 32-bit words: four lanes that hold a byte of each of four words exchange them first.
+// Same arithmetic, operation by operation, as csrc/moe/activation.cu on stored sums.
+#pragma once
+
+#include "../tile_abi.h"
+#include "activation.cuh"
+#include "mma_mx.cuh"
+#include "mxfp8.cuh"
+#include "scale_layout.cuh"
+
+namespace mxfp4_moe {
+
+// Lanes l, l + kStride, l + 2 kStride, l + 3 kStride (their number: `part`) hold four bytes each; afterwards lane
+// number p holds byte p of all four.
+template <int kStride>
+__device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes, int part) {
+  const uint32_t other = __shfl_xor_sync(~0u, bytes, kStride);
+  const uint32_t pairs = __byte_perm(bytes, other, part & 1 ? 0x3715 : 0x6240);
+  const uint32_t far = __shfl_xor_sync(~0u, pairs, 2 * kStride);
+  return __byte_perm(pairs, far, part & 2 ? 0x3276 : 0x5410);
+}
+
+// The maximum over the lanes that differ from this one in kBits bits from kStride on.
+template <int kStride, int kBits>
+__device__ __forceinline__ uint32_t max_over_lanes(uint32_t x) {
+#pragma unroll
+  for (int b = 0; b < kBits; ++b) x = max(x, __shfl_xor_sync(~0u, x, kStride << b));
+  return x;
+}
+
+// acc -> codes and scales, for one warp; (m0, n0) is its place in the physical tile, amax the tile's shared table
+// [parts][M]. All MMA warps call it.
+template <class Shape>
+__device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shape::kFragN][4],
+                                                const Mxfp4MoeActivate& a, const Mxfp4MoeMTile& m_tile, int rows, int n,
+                                                int tile_n0, int m0, int n0, int lane, uint32_t* amax) {
+  constexpr bool kSwap = Shape::kSwap;
+  // Fragments along the weight rows and along the activation rows; a group is 16 weight rows, 8 outputs.
+  constexpr int kGroups = kSwap ? Shape::kFragM : Shape::kFragN / 2;
+  constexpr int kActFrags = kSwap ? Shape::kFragN : Shape::kFragM;
+  const int g = lane / 4, t = lane % 4;
+  const int weight_row0 = kSwap ? m0 : n0, act_row0 = kSwap ? n0 : m0;
+  const int part = weight_row0 / Shape::kWarpWeightRows;
+  const bool in_range = tile_n0 + weight_row0 < n;  // of the whole warp: n is whole blocks
+  const float* bias = a.bias == nullptr ? nullptr : a.bias + static_cast<int64_t>(m_tile.expert) * n;
+  const auto rounding = static_cast<Rounding>(a.rounding);
+  Numbers numbers = kSwigluNumbers;
+  if (a.activation == MXFP4_MOE_SWIGLU_OAI)
+    numbers = {of_expert(a.alpha, m_tile.expert), of_expert(a.beta, m_tile.expert), of_expert(a.limit, m_tile.expert)};
+  const int col0 = tile_n0 + weight_row0;
+  const auto round_all = [&] {
+#pragma unroll
+    for (int i = 0; i < Shape::kFragM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Shape::kFragN; ++j) {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) acc[i][j][x] = round_to(rounding, acc[i][j][x]);
+      }
+    }
+  };
+  if (rounding != Rounding::kNone) round_all();
+
+  // The activation of group q, fragment f, activation row x: accumulators of the gate, where it stays, and of the up.
+  // Swapped, a lane holds output g of activation rows 2t and 2t + 1; native, outputs 2t and 2t + 1 of rows g and g + 8.
+  const auto value = [&](int q, int f, int row, int out) -> float& {
+    if constexpr (kSwap) {
+      return acc[q][f][row];
+    } else {
+      return acc[f][2 * q][2 * row + out];
+    }
+  };
+  constexpr int kOuts = kSwap ? 1 : 2;
+#pragma unroll
+  for (int q = 0; q < kGroups; ++q) {
+    float gate_bias[kOuts] = {}, up_bias[kOuts] = {};
+    if (bias != nullptr && in_range) {
+#pragma unroll
+      for (int o = 0; o < kOuts; ++o) {
+        const float* at = bias + col0 + q * 16 + (kSwap ? g : 2 * t + o);
+        gate_bias[o] = __ldg(at);
+        up_bias[o] = __ldg(at + 8);
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < kActFrags; ++f) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int o = 0; o < kOuts; ++o) {
+          const float up = kSwap ? acc[q][f][2 + r] : acc[f][kSwap ? 0 : 2 * q + 1][2 * r + o];
+          value(q, f, r, o) = swiglu_oai(value(q, f, r, o) + gate_bias[o], up + up_bias[o], numbers);
+        }
+      }
+    }
+  }
+
+  if (rounding != Rounding::kNone) round_all();
+
+  const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(Shape::kMmaWarps * 32) : "memory"); };
+  const auto act_row = [&](int f, int r) { return act_row0 + (kSwap ? f * 8 + 2 * t + r : f * 16 + 8 * r + g); };
+  sync();  // nobody reads the table of the tile before any more
+#pragma unroll
+  for (int f = 0; f < kActFrags; ++f) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t largest = 0;
+#pragma unroll
+      for (int q = 0; q < kGroups; ++q) {
+#pragma unroll
+        for (int o = 0; o < kOuts; ++o) largest = max(largest, magnitude(value(q, f, r, o)));
+      }
+      largest = kSwap ? max_over_lanes<4, 3>(largest) : max_over_lanes<1, 2>(largest);
+      if (kSwap ? g == 0 : t == 0) amax[part * Shape::M + act_row(f, r)] = largest;
+    }
+  }
+  sync();
+  if (!in_range) return;
+
+  constexpr int kPartsPerBlock = 64 / Shape::kWarpWeightRows;
+  const int intermediate = n / 2, block = (tile_n0 + weight_row0) / 64;
+  const int out_in_block = (tile_n0 + weight_row0) % 64 / 2;
+  const int valid = m_tile.row_end - m_tile.row_begin;
+#pragma unroll
+  for (int f = 0; f < kActFrags; ++f) {
+    uint32_t bytes[2][2] = {};  // native: [row][.]: groups' even and odd outputs; swapped: [.][.], see below
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = act_row(f, r);
+      uint32_t largest = 0;
+#pragma unroll
+      for (int i = 0; i < kPartsPerBlock; ++i)
+        largest = max(largest, amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
+      const uint32_t scale = mx_scale(largest);
+      if (part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
+        const int64_t at = act_scale_offset(m_tile.row_begin + row, block, rows);
+        a.scales[at] = static_cast<uint8_t>(scale);
+        if (block == intermediate / 32 - 1)  // the word's bytes past K are zero
+          for (int pad = block % 4 + 1; pad < 4; ++pad) a.scales[at + pad - block % 4] = 0;
+      }
+      if constexpr (kSwap) {
+        static_assert(kGroups <= 2);
+        bytes[r][0] = kGroups == 2 ? mx_codes(largest, scale, value(0, f, r, 0), value(kGroups - 1, f, r, 0), 0.f, 0.f)
+                                   : mx_codes(largest, scale, value(0, f, r, 0), 0.f, 0.f, 0.f);
+      } else {
+        static_assert(kSwap || kGroups == 2);
+        bytes[r][0] = mx_codes(largest, scale, value(0, f, r, 0), value(0, f, r, kOuts - 1),
+                               value(kGroups - 1, f, r, 0), value(kGroups - 1, f, r, kOuts - 1));
+      }
+    }
+    uint8_t* codes = a.codes + block * 32;
+    if constexpr (kSwap) {
+      // Bytes: row 0 group 0, row 0 group 1, row 1 group 0, row 1 group 1; four lanes g = 2 * number + parity.
+      const int number = g / 2, parity = g % 2;
+      const uint32_t word = transpose_bytes<8>(__byte_perm(bytes[0][0], bytes[1][0], 0x5410), number);
+      const int row = act_row(f, number / 2), group = number % 2;
+      if (row < valid && group < kGroups)
+        *reinterpret_cast<uint32_t*>(codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate + parity * 16 +
+                                     (out_in_block + group * 8) / 2) = word;
+    } else {
+      // Bytes: group 0 even and odd output, group 1 even and odd output; the four lanes of a quad.
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t word = transpose_bytes<1>(bytes[r][0], t);
+        const int row = act_row(f, r);
+        if (row < valid)
+          *reinterpret_cast<uint32_t*>(codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate +
+                                       t % 2 * 16 + (out_in_block + t / 2 * 8) / 2) = word;
+      }
+    }
+  }
+}
+
+}  // namespace mxfp4_moe

@@ -1,0 +1,35 @@
+// Programmatic dependent launch: a kernel starts while the one before it is still running (PTX ISA, griddepcontrol).
+//
+// The rule that every kernel here keeps: wait, then let the next one start; nothing is written before the wait, and
+// nothing is read that the kernel just before may write. So while a kernel runs, all before its predecessor are
+// complete, and what those wrote may be read even before the wait, past L1 (load_ready), which may hold older bytes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace mxfp4_moe {
+
+#ifdef __CUDACC__
+
+// Until the kernels before this one are complete and what they wrote is visible.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, size_t smem_bytes, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+#endif  // __CUDACC__
+
+}  // namespace mxfp4_moe
