@@ -52,11 +52,10 @@ typedef struct {
 
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
-  const void* act;           // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k
-  const void* act_scale;     // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
-  const void* weight;        // uint8 E2M1 pairs [experts, n, k/2], every 32-bit word rotated left by 2
-  const void* weight_scale;  // uint8 E8M0 [experts, ceil(n/128), ceil(k/128), 512], 128x4 swizzle
-  void* out;                 // [rows, n] of out_type
+  const void* act;        // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k
+  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
+  const void* weight;     // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in tile/weight_layout.cuh
+  void* out;              // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value
   int32_t max_m_tiles;         // upper bound from shapes alone; sizes the grid

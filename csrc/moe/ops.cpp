@@ -20,6 +20,7 @@
 #include <tuple>
 
 #include "../tile/schedule.cuh"
+#include "../tile/weight_layout.cuh"
 #include "../torch_args.h"
 #include "moe.h"
 #include "registry.h"
@@ -88,7 +89,7 @@ void check_mxfp8(const Tensor& hidden_states, const Tensor& scale, bool swizzled
   check_placed("hidden_states", hidden_states, device);
   const int64_t tokens = hidden_states.size(0), hidden = hidden_states.size(1);
   if (swizzled) {
-    check_tensor("hidden_states_scale", scale, ScalarType::Byte, {weight_scale_bytes(tokens, hidden)}, device,
+    check_tensor("hidden_states_scale", scale, ScalarType::Byte, {swizzled_scale_bytes(tokens, hidden)}, device,
                  kElementAlignment);
   } else {
     check_tensor("hidden_states_scale", scale, ScalarType::Byte, {tokens, hidden / kScaleBlock}, device,
@@ -174,15 +175,15 @@ Routing check_routing(const std::optional<Tensor>& topk_weights, const std::opti
   return routing;
 }
 
-// w13 [E, 2I, H/2] ([E, I, H/2] when the activation is not gated) and w2 [E, H, I/2] prepared as MoEWeights holds them;
-// out [T, H] is written, in its own dtype, to which intermediate_rounding rounds GEMM1 and the activation as well. With
-// hidden_states_scale, hidden_states are uint8 E4M3. Ids count from first_expert, the global id of w13[0].
+// w13 [E, weight_bytes(2I, H)] (I when the activation is not gated) and w2 [E, weight_bytes(H, I)] as MoEWeights holds
+// them; out [T, H] is written, in its own dtype, to which intermediate_rounding rounds GEMM1 and the activation as
+// well. With hidden_states_scale, hidden_states are uint8 E4M3. Ids count from first_expert, the global id of w13[0].
 void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_states_scale, bool scale_is_swizzled,
                const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& topk_ids,
                const std::optional<Tensor>& router_logits, int64_t top_k, bool renormalize, int64_t first_expert,
-               const Tensor& w13, const Tensor& w13_scale, const std::optional<Tensor>& w13_bias, const Tensor& w2,
-               const Tensor& w2_scale, const std::optional<Tensor>& w2_bias, int64_t activation_code, double alpha,
-               double beta, double limit, const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
+               int64_t intermediate_size, const Tensor& w13, const std::optional<Tensor>& w13_bias, const Tensor& w2,
+               const std::optional<Tensor>& w2_bias, int64_t activation_code, double alpha, double beta, double limit,
+               const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
                const std::optional<Tensor>& limits, int64_t tile_m, int64_t tile_n, const Tensor& out,
                bool intermediate_rounding) {
   const int32_t device = device_of("hidden_states", hidden_states);
@@ -200,20 +201,13 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
   const int32_t slots = check_range("tokens * top_k", tokens * routing.top_k, 0, kMaxSlots);
 
   const Activation activation = check_activation(activation_code);
-  STD_TORCH_CHECK(w13.dim() == 3, "w13: expected uint8 [experts, ",
-                  is_gated(activation) ? "2 * intermediate" : "intermediate", ", hidden / 2], got ", describe(w13));
+  STD_TORCH_CHECK(w13.dim() == 2, "w13: expected uint8 [experts, bytes], got ", describe(w13));
   const int32_t experts = check_range("experts", w13.size(0), 1, kMaxExperts);
   check_range("first_expert", first_expert, 0, INT_MAX - kMaxExperts);
-  const int32_t intermediate =
-      check_multiple_of_32("intermediate size", is_gated(activation) ? w13.size(1) / 2 : w13.size(1));
+  const int32_t intermediate = check_multiple_of_32("intermediate_size", intermediate_size);
   const int32_t gemm1_width = is_gated(activation) ? 2 * intermediate : intermediate;
-  const auto padded_rows = [](int64_t n) { return (n + 127) / 128; };
-  check_tensor("w13", w13, ScalarType::Byte, {experts, gemm1_width, hidden / 2}, device);
-  check_tensor("w13_scale", w13_scale, ScalarType::Byte,
-               {experts, padded_rows(gemm1_width), scale_k_tiles(hidden), 512}, device);
-  check_tensor("w2", w2, ScalarType::Byte, {experts, hidden, intermediate / 2}, device);
-  check_tensor("w2_scale", w2_scale, ScalarType::Byte, {experts, padded_rows(hidden), scale_k_tiles(intermediate), 512},
-               device);
+  check_tensor("w13", w13, ScalarType::Byte, {experts, weight_bytes(gemm1_width, hidden)}, device);
+  check_tensor("w2", w2, ScalarType::Byte, {experts, weight_bytes(hidden, intermediate)}, device);
   if (w13_bias.has_value()) {
     check_tensor("w13_bias", *w13_bias, ScalarType::Float, {experts, gemm1_width}, device);
   }
@@ -296,9 +290,8 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
   gemm.experts = experts;
   gemm.m_tiles_are_ready = 1;
   gemm.stream = stream;
-  const auto run_gemm = [&](const char* name, const Tensor& weight, const Tensor& scale, int32_t n, int32_t k) {
+  const auto run_gemm = [&](const char* name, const Tensor& weight, int32_t n, int32_t k) {
     gemm.weight = weight.data_ptr();
-    gemm.weight_scale = scale.data_ptr();
     gemm.n = n;
     gemm.k = k;
     const char* reason = tile->launch(&gemm);
@@ -319,7 +312,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
                      beta_number,
                      limit_number};
   }
-  run_gemm("GEMM1", w13, w13_scale, gemm1_width, hidden);
+  run_gemm("GEMM1", w13, gemm1_width, hidden);
 
   if (!gemm1_activates) {
     ActivationArgs args = {};
@@ -344,7 +337,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
   gemm.out = base + layout.gemm2_out;
   gemm.out_type = static_cast<int32_t>(out_type);
   gemm.activate = {};
-  run_gemm("GEMM2", w2, w2_scale, hidden, intermediate);
+  run_gemm("GEMM2", w2, hidden, intermediate);
 
   FinalizeArgs finalize_args = {};
   finalize_args.gemm2 = base + layout.gemm2_out;
@@ -545,10 +538,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("register_tile(int entry) -> ()");
   m.def(
       "fused_moe(Tensor hidden_states, Tensor? hidden_states_scale, bool scale_is_swizzled, Tensor? topk_weights, "
-      "Tensor? topk_ids, Tensor? router_logits, int top_k, bool renormalize, int first_expert, Tensor w13, "
-      "Tensor w13_scale, Tensor? w13_bias, Tensor w2, Tensor w2_scale, Tensor? w2_bias, int activation, float alpha, "
-      "float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, "
-      "int tile_m, int tile_n, Tensor(a!) out, bool intermediate_rounding=False) -> ()");
+      "Tensor? topk_ids, Tensor? router_logits, int top_k, bool renormalize, int first_expert, int intermediate_size, "
+      "Tensor w13, Tensor? w13_bias, Tensor w2, Tensor? w2_bias, int activation, float alpha, float beta, float limit, "
+      "Tensor? alphas, Tensor? betas, Tensor? limits, int tile_m, int tile_n, Tensor(a!) out, "
+      "bool intermediate_rounding=False) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k) -> (Tensor, Tensor)");
   m.def(

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
     QuadCodes quad = {};
     if (column < args.hidden_size) {
       const uint2 codes = __ldg(reinterpret_cast<const uint2*>(args.hidden + token * args.hidden_size + column));
-      const int64_t at = args.scale_is_swizzled ? weight_scale_offset(token, k_block, args.hidden_size)
+      const int64_t at = args.scale_is_swizzled ? swizzled_scale_offset(token, k_block, args.hidden_size)
                                                 : token * (args.hidden_size / kScaleBlock) + k_block;
       const uint32_t scale = __ldg(args.hidden_scale + at);
       quad = scale > kMaxInputScale

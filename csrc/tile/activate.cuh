@@ -128,49 +128,49 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   const int valid = m_tile.row_end - m_tile.row_begin;
 #pragma unroll
   for (int f = 0; f < kActFrags; ++f) {
-    uint32_t bytes[2][2] = {};  // native: [row][.]: groups' even and odd outputs; swapped: [.][.], see below
+    uint32_t largest[2], scale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = act_row(f, r);
-      uint32_t largest = 0;
+      largest[r] = 0;
 #pragma unroll
       for (int i = 0; i < kPartsPerBlock; ++i)
-        largest = max(largest, amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
-      const uint32_t scale = mx_scale(largest);
+        largest[r] = max(largest[r], amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
+      scale[r] = mx_scale(largest[r]);
       if (part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
         const int64_t at = act_scale_offset(m_tile.row_begin + row, block, rows);
-        a.scales[at] = static_cast<uint8_t>(scale);
+        a.scales[at] = static_cast<uint8_t>(scale[r]);
         if (block == intermediate / 32 - 1)  // the word's bytes past K are zero
           for (int pad = block % 4 + 1; pad < 4; ++pad) a.scales[at + pad - block % 4] = 0;
       }
-      if constexpr (kSwap) {
-        static_assert(kGroups <= 2);
-        bytes[r][0] = kGroups == 2 ? mx_codes(largest, scale, value(0, f, r, 0), value(kGroups - 1, f, r, 0), 0.f, 0.f)
-                                   : mx_codes(largest, scale, value(0, f, r, 0), 0.f, 0.f, 0.f);
-      } else {
-        static_assert(kSwap || kGroups == 2);
-        bytes[r][0] = mx_codes(largest, scale, value(0, f, r, 0), value(0, f, r, kOuts - 1),
-                               value(kGroups - 1, f, r, 0), value(kGroups - 1, f, r, kOuts - 1));
-      }
     }
-    uint8_t* codes = a.codes + block * 32;
+    const auto store_word = [&](int row, int parity, int out, uint32_t word) {
+      if (row < valid)
+        *reinterpret_cast<uint32_t*>(a.codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate +
+                                     block * 32 + parity * 16 + (out_in_block + out) / 2) = word;
+    };
     if constexpr (kSwap) {
-      // Bytes: row 0 group 0, row 0 group 1, row 1 group 0, row 1 group 1; four lanes g = 2 * number + parity.
+      // Two groups at a time; a lane's bytes: row 0 of both, row 1 of both. Four lanes g = 2 * number + parity
+      // exchange.
       const int number = g / 2, parity = g % 2;
-      const uint32_t word = transpose_bytes<8>(__byte_perm(bytes[0][0], bytes[1][0], 0x5410), number);
-      const int row = act_row(f, number / 2), group = number % 2;
-      if (row < valid && group < kGroups)
-        *reinterpret_cast<uint32_t*>(codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate + parity * 16 +
-                                     (out_in_block + group * 8) / 2) = word;
+#pragma unroll
+      for (int q = 0; q < kGroups; q += 2) {
+        uint32_t bytes[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          bytes[r] = mx_codes(largest[r], scale[r], value(q, f, r, 0),
+                              q + 1 < kGroups ? value(min(q + 1, kGroups - 1), f, r, 0) : 0.f, 0.f, 0.f);
+        const uint32_t word = transpose_bytes<8>(__byte_perm(bytes[0], bytes[1], 0x5410), number);
+        if (q + number % 2 < kGroups) store_word(act_row(f, number / 2), parity, (q + number % 2) * 8, word);
+      }
     } else {
-      // Bytes: group 0 even and odd output, group 1 even and odd output; the four lanes of a quad.
+      // A lane's bytes: even and odd output of group 0, then of group 1. The four lanes of a quad exchange.
+      static_assert(kSwap || kGroups == 2);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t word = transpose_bytes<1>(bytes[r][0], t);
-        const int row = act_row(f, r);
-        if (row < valid)
-          *reinterpret_cast<uint32_t*>(codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate +
-                                       t % 2 * 16 + (out_in_block + t / 2 * 8) / 2) = word;
+        const uint32_t bytes = mx_codes(largest[r], scale[r], value(0, f, r, 0), value(0, f, r, kOuts - 1),
+                                        value(kGroups - 1, f, r, 0), value(kGroups - 1, f, r, kOuts - 1));
+        store_word(act_row(f, r), t % 2, t / 2 * 8, transpose_bytes<1>(bytes, t));
       }
     }
   }

@@ -1,14 +1,15 @@
 // Grouped GEMM, MXFP8 activations x MXFP4 weights: out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
-// Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k), weight [experts, n, k/2] packed E2M1 with
-// 32-bit words rotated left by 2, scales as in scale_layout.cuh, out [rows, n] in fp32, bf16 or fp16. Rows come in
-// m-tiles of one expert each (schedule.cuh). Called by launcher.cuh; one instance per tile extension.
+// Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k) with scales as in scale_layout.cuh; weight
+// [experts, weight_bytes(n, k)] packed E2M1 and scales as in weight_layout.cuh; out [rows, n] in fp32, bf16 or fp16, or
+// the activation of it (activate.cuh). Rows come in m-tiles of one expert each (schedule.cuh). Called by launcher.cuh;
+// one instance per tile extension.
 //
-// Fast because: weights stay packed until they are in registers (half the shared memory and its traffic); one producer
-// warp keeps kStages TMA loads in flight while the other warps compute, and runs ahead into the next output tile while
-// they store; blocks are persistent; and the even/odd order of the activations turns FP4 expansion into one mask for
-// the even k and one rotation and mask for the odd k, with no shuffle: a dot product may visit a block's k in any
-// order as long as both operands agree.
+// Fast because: weights stay packed until they are in registers (half the shared memory and its traffic), come in whole
+// blocks as the lanes want them, one 16-byte load for four fragments, and their codes are ordered for the instructions
+// that expand them; one producer warp keeps kStages TMA loads in flight while the other warps compute, and runs ahead
+// into the next output tile while they store; blocks are persistent; and the even/odd order of the activations spares
+// all shuffles: a dot product may visit a block's k in any order as long as both operands agree.
 //
 // Every output element is one fp32 chain over the K blocks in order, whatever the tile: no split along K, no reduction
 // across threads. That is why all tiles give the same bits.
@@ -34,10 +35,10 @@ namespace mxfp4_moe {
 
 // The operands as TMA sees them; made in launcher.cuh.
 struct TensorMaps {
-  CUtensorMap act;           // bytes [rows][k], 128-byte swizzle
-  CUtensorMap act_scale;     // pairs of words [k tiles][rows / 2]
-  CUtensorMap weight;        // bytes [experts][n][k / 2], 64-byte swizzle
-  CUtensorMap weight_scale;  // words [experts * row blocks][k tiles][128]
+  CUtensorMap act;          // bytes [rows][k], 128-byte swizzle
+  CUtensorMap act_scale;    // pairs of words [k tiles][rows / 2]
+  CUtensorMap weight;       // units of 256 bytes; the box is a tile's blocks of one whole K tile
+  CUtensorMap weight_tail;  // the same memory; the box is one block of a last K tile that is not whole
 };
 
 struct GemmParams {
@@ -60,9 +61,6 @@ struct SharedStorage {
   uint8_t* base;
   __device__ uint8_t* act(int stage) const { return base + Shape::kActOffset + stage * Shape::kActBytes; }
   __device__ uint8_t* weight(int stage) const { return base + Shape::kWeightOffset + stage * Shape::kWeightBytes; }
-  __device__ uint8_t* weight_scale(int stage) const {
-    return base + Shape::kWeightScaleOffset + stage * Shape::kWeightScaleBytes;
-  }
   __device__ uint8_t* act_scale(int stage) const {
     return base + Shape::kActScaleOffset + stage * Shape::kActScaleBytes;
   }
@@ -124,17 +122,26 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
   const int num_n_tiles = ceil_div(p.n, Shape::N);
   const int num_k_tiles = ceil_div(p.k, kTileK);
   const int num_tiles = load_num_m_tiles(p) * num_n_tiles;
-  const int row_blocks = ceil_div(p.n, kScaleBlockRows);
+  const int row_blocks = ceil_div(p.n, kWeightBlockRows), tail_steps = p.k % kTileK / kBlockK;
+  const int block_units = kWeightBlockBytes / kWeightUnit;
+  const int tail_units = (kWeightBlockScaleBytes + tail_steps * kWeightStepBytes) / kWeightUnit;
+  const int expert_units = row_blocks * (p.k / kTileK * block_units + (tail_steps ? tail_units : 0));
   // TMA counts whole boxes, zero-filled beyond the edges.
-  constexpr uint32_t kTransactionBytes =
-      Shape::kActBytes + Shape::kWeightBytes + Shape::kWeightScaleBytes + Shape::kActScaleRows * 4;
+  constexpr uint32_t kActTransactionBytes = Shape::kActBytes + Shape::kActScaleRows * 4;
 
   const auto load_weights = [&](int s, int kt, int n0, int expert) {
     uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-    smem.full(s)->arrive_and_expect_tx(kTransactionBytes);
-    tma_load_3d(smem.weight(s), maps.weight, full, kt * kWeightRowBytes, n0, expert, kEvictFirst);
-    tma_load_3d(smem.weight_scale(s), maps.weight_scale, full, 0, kt, expert * row_blocks + n0 / kScaleBlockRows,
-                kEvictFirst);
+    const int k_tile_unit = expert * expert_units + kt * row_blocks * block_units;
+    const int row_block = n0 / kWeightBlockRows;
+    if (tail_steps == 0 || kt + 1 < num_k_tiles) {
+      smem.full(s)->arrive_and_expect_tx(kActTransactionBytes + Shape::kWeightBytes);
+      tma_load_2d(smem.weight(s), maps.weight, full, 0, k_tile_unit + row_block * block_units, kEvictFirst);
+    } else {
+      smem.full(s)->arrive_and_expect_tx(kActTransactionBytes + Shape::kWeightBlocks * tail_units * kWeightUnit);
+      for (int b = 0; b < Shape::kWeightBlocks; ++b)
+        tma_load_2d(smem.weight(s) + b * kWeightBlockBytes, maps.weight_tail, full, 0,
+                    k_tile_unit + (row_block + b) * tail_units, kEvictFirst);
+    }
   };
   const auto load_acts = [&](int s, int kt, int row_begin) {
     uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
@@ -169,6 +176,13 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
       ring.advance();
     }
     fetched = 0;
+    if constexpr (Shape::kUnrollsStages) {  // the next tile begins at stage 0
+      while (ring.stage != 0) {
+        smem.empty(ring.stage)->wait(ring.phase ^ 1);
+        smem.full(ring.stage)->arrive();
+        ring.advance();
+      }
+    }
   }
   // Leave only when every load has been consumed: a block must not exit with copies in flight.
   for (int i = 0; i < Shape::kStages; ++i) {
@@ -193,71 +207,105 @@ __device__ __forceinline__ void ldmatrix(uint32_t* r, const uint8_t* row) {
   }
 }
 
-// TMA's 128- and 64-byte swizzles: 16-byte chunk c of row r sits where 8 consecutive rows hit all banks once. Rows of
-// fragments start at multiples of 8, so moving to another chunk flips bits of the offset: offset ^ (delta << 4).
+// TMA's 128-byte swizzle: 16-byte chunk c of row r sits where 8 consecutive rows hit all banks once. Rows of fragments
+// start at multiples of 8, so moving to another chunk flips bits of the offset: offset ^ (delta << 4).
 __device__ __forceinline__ uint32_t act_chunk(int row, int chunk) {
   return row * kActRowBytes + ((chunk ^ (row & 7)) << 4);
 }
-__device__ __forceinline__ uint32_t weight_chunk(int row, int chunk) {
-  return row * kWeightRowBytes + ((chunk ^ ((row >> 1) & 3)) << 4);
+
+// kCount consecutive 32-bit words of shared memory in one load.
+template <int kCount>
+__device__ __forceinline__ void load_words(uint32_t* r, const uint8_t* from) {
+  if constexpr (kCount == 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
+  } else if constexpr (kCount == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    r[0] = v.x, r[1] = v.y;
+  } else {
+    static_assert(kCount == 1);
+    r[0] = *reinterpret_cast<const uint32_t*>(from);
+  }
 }
 
-// A packed word (rotated left by 2 when the weights were prepared) to containers: E2M1 in bits 5..2 of each byte.
-__device__ __forceinline__ uint32_t even_k(uint32_t w) { return w & 0x3C3C3C3Cu; }
-__device__ __forceinline__ uint32_t odd_k(uint32_t w) { return __funnelshift_r(w, w, 4) & 0x3C3C3C3Cu; }
-
-// A warp's operands of one step (K = 32), as ldmatrix delivers them: per group of 8 rows two words of activations
-// (k slots 0-15 and 16-31) and one of packed weights. a(i) and b(j) are what the MMA takes; swapping is only here.
+// A warp's operands of one step (K = 32): per group of 8 rows two words of activations (k slots 0-15 and 16-31), as
+// ldmatrix delivers them, and one of packed weights, four groups in a load. Swapping is only here.
 // One ldmatrix fetches the activations of two groups in the order of the MMA's registers, because ptxas copies words
 // that are not where the MMA wants them: for A group 0, 1, 0, 1 of slots 0-15 and 16-31, for B group 0, 0, 1, 1.
 template <class Shape>
 struct Operands {
   static constexpr int kActGroups = (Shape::kSwap ? Shape::kWarpN : Shape::kWarpM) / 8;
-  static constexpr int kWeightGroups = (Shape::kSwap ? Shape::kWarpM : Shape::kWarpN) / 8;
+  static constexpr int kWeightGroups = Shape::kWarpWeightRows / 8;
   static constexpr int kActGroupsPerLoad = min_of(kActGroups, 2);
   static constexpr int kWeightGroupsPerLoad = min_of(kWeightGroups, 4);
   uint32_t act[kActGroups * 2];
   uint32_t weight[kWeightGroups];
 
-  // Offsets of what this lane names at step 0, for a warp whose rows start at row0.
+  // Offsets of what this lane reads at step 0, for a warp whose rows start at row0.
   static __device__ uint32_t act_lane(int row0, int lane) {
     const int group = Shape::kSwap ? lane / 16 % kActGroupsPerLoad : lane / 8 % 2;
     return act_chunk(row0 + group * 8 + lane % 8, Shape::kSwap ? lane / 8 % 2 : lane / 16);
   }
   static __device__ uint32_t weight_lane(int row0, int lane) {
-    return weight_chunk(row0 + lane % (8 * kWeightGroupsPerLoad), 0);
+    return row0 / kWeightBlockRows * kWeightBlockBytes +
+           weight_word_in_block(row0 % kWeightBlockRows + lane / 4, 0, lane % 4);
   }
 
-  __device__ __forceinline__ void load(const uint8_t* smem, uint32_t act_at, uint32_t weight_at, int step) {
-    act_at ^= step << 5;  // 32 bytes of activations per row and step, 16 of weights
-    weight_at ^= step << 4;
+  // act_stage and weight_stage are the same for the whole warp, and kept apart from what is the lane's own, so that the
+  // one can stay in uniform registers and the other, with the step's bits, in four that never change.
+  __device__ __forceinline__ void load(const uint8_t* act_stage, uint32_t act_at, const uint8_t* weight_stage,
+                                       uint32_t weight_at, int step) {
+    act_at ^= step << 5;  // 32 bytes of activations per row and step
 #pragma unroll
     for (int g = 0; g < kActGroups; g += kActGroupsPerLoad)
-      ldmatrix<kActGroupsPerLoad * 2>(act + g * 2, smem + act_at + g * 8 * kActRowBytes);
+      ldmatrix<kActGroupsPerLoad * 2>(act + g * 2, act_stage + act_at + g * 8 * kActRowBytes);
 #pragma unroll
     for (int g = 0; g < kWeightGroups; g += kWeightGroupsPerLoad)
-      ldmatrix<kWeightGroupsPerLoad>(weight + g, smem + weight_at + g * 8 * kWeightRowBytes);
+      load_words<kWeightGroupsPerLoad>(weight + g, weight_stage + weight_at + step * kWeightStepBytes + g / 4 * 512);
   }
 
-  __device__ __forceinline__ void a(uint32_t (&r)[4], int i) const {
+  // The MMA's A of fragment i, rows g and g + 8, and its B of fragment j.
+  __device__ __forceinline__ void a(Fragment& lo, Fragment& hi, int i) const {
     if constexpr (Shape::kSwap) {
-      r[0] = even_k(weight[2 * i]);
-      r[1] = even_k(weight[2 * i + 1]);
-      r[2] = odd_k(weight[2 * i]);
-      r[3] = odd_k(weight[2 * i + 1]);
+      lo = expand_weight(weight[2 * i]);
+      hi = expand_weight(weight[2 * i + 1]);
     } else {
-#pragma unroll
-      for (int x = 0; x < 4; ++x) r[x] = act[4 * i + x];
+      lo = expand_act(act[4 * i], act[4 * i + 2]);
+      hi = expand_act(act[4 * i + 1], act[4 * i + 3]);
     }
   }
-
-  __device__ __forceinline__ void b(uint32_t (&r)[2], int j) const {
+  __device__ __forceinline__ Fragment b(int j) const {
     if constexpr (Shape::kSwap) {
-      r[0] = act[2 * j];
-      r[1] = act[2 * j + 1];
+      return expand_act(act[2 * j], act[2 * j + 1]);
     } else {
-      r[0] = even_k(weight[j]);
-      r[1] = odd_k(weight[j]);
+      return expand_weight(weight[j]);
+    }
+  }
+};
+
+// This lane's scale words of a warp's weight rows: as A of rows scale_a_row in each of the fragments of 16, as B of
+// columns scale_b_col in each of those of 8. row0 is the warp's first row in its block.
+template <class Shape>
+struct WeightScales {
+  static constexpr int kFragments = Shape::kSwap ? Shape::kFragM : Shape::kFragN;
+
+  static __device__ uint32_t lane_offset(int row0, int lane) {
+    return row0 / kWeightBlockRows * kWeightBlockBytes +
+           weight_scale_word_in_block(row0 % kWeightBlockRows + (Shape::kSwap ? scale_a_row(lane) : scale_b_col(lane)));
+  }
+  static __device__ __forceinline__ void load(uint32_t (&word)[kFragments], const uint8_t* from) {
+    if constexpr (Shape::kSwap) {
+      constexpr int kPerLoad = min_of(kFragments, 2);  // fragments of 16 rows that stand side by side
+#pragma unroll
+      for (int i = 0; i < kFragments; i += kPerLoad) load_words<kPerLoad>(word + i, from + i / 2 * 128);
+    } else if constexpr (kFragments == 4) {
+      uint32_t in_place[4];
+      load_words<4>(in_place, from);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) word[j] = in_place[weight_scale_position(j)];
+    } else {
+#pragma unroll
+      for (int j = 0; j < kFragments; ++j) load_words<1>(word + j, from + weight_scale_position(j) * 4);
     }
   }
 };
@@ -267,8 +315,9 @@ struct Operands {
 // word_b hold this lane's scale words (scale_a_row, scale_b_col). Sharing them among lanes is free on SM12x; elsewhere
 // it doubles their registers, so the largest warp tiles share A's in every step anew.
 template <class Shape>
-__device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const uint8_t* smem,
-                                           uint32_t act_at, uint32_t weight_at, const uint32_t (&word_a)[Shape::kFragM],
+__device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const uint8_t* act_stage,
+                                           uint32_t act_at, const uint8_t* weight_stage, uint32_t weight_at,
+                                           const uint32_t (&word_a)[Shape::kFragM],
                                            const uint32_t (&word_b)[Shape::kFragN]) {
   constexpr Fp4Operand kFp4 = Shape::kSwap ? Fp4Operand::kA : Fp4Operand::kB;
   constexpr bool kShareLate = Shape::kAccumulators > 64;
@@ -282,17 +331,17 @@ __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kF
 
   const auto step = [&](auto s) {
     Operands<Shape> operands;
-    operands.load(smem, act_at, weight_at, s);
-    uint32_t b[Shape::kFragN][2];
+    operands.load(act_stage, act_at, weight_stage, weight_at, s);
+    Fragment b[Shape::kFragN];
 #pragma unroll
-    for (int j = 0; j < Shape::kFragN; ++j) operands.b(b[j], j);
+    for (int j = 0; j < Shape::kFragN; ++j) b[j] = operands.b(j);
 #pragma unroll
     for (int i = 0; i < Shape::kFragM; ++i) {
-      uint32_t a[4];
-      operands.a(a, i);
+      Fragment lo, hi;
+      operands.a(lo, hi, i);
       if constexpr (kShareLate) scale_a[i] = share_scale_a(word_a[i]);
 #pragma unroll
-      for (int j = 0; j < Shape::kFragN; ++j) mx_mma<kFp4>(acc[i][j], a, b[j], scale_a[i], scale_b[j], s);
+      for (int j = 0; j < Shape::kFragN; ++j) mx_mma<kFp4>(acc[i][j], lo, hi, b[j], scale_a[i], scale_b[j], s);
     }
   };
   if constexpr (kSelectorIsImmediate) {
@@ -374,11 +423,8 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
   const auto warp_n0 = [](int w) { return w % Shape::kWarpsN * Shape::kWarpN; };
   const int m0 = warp_m0(warp), n0 = warp_n0(warp);
 
-  // This lane's offsets into stage 0. A warp's weight rows never cross a block of 128 scales, nor a group of 32 unless
-  // they start one, so fragment f's word is a constant away from the first one's.
-  const uint32_t act_lane = Shape::kActOffset + Operands<Shape>::act_lane(Shape::kSwap ? n0 : m0, lane);
-  const uint32_t weight_lane = Shape::kWeightOffset + Operands<Shape>::weight_lane(Shape::kSwap ? m0 : n0, lane);
-  const int scale_lane = Shape::kSwap ? scale_a_row(lane) : scale_b_col(lane);
+  // This lane's offsets into stage 0; a tile narrower than a block of weights starts anywhere in it.
+  const uint32_t act_lane = Operands<Shape>::act_lane(Shape::kSwap ? n0 : m0, lane);
 
   Ring<Shape::kStages> ring;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
@@ -386,36 +432,71 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
     const int tile_n0 = coord.n * Shape::N;
     const int scale_row_shift = load_m_tile(p.m_tiles + coord.m).row_begin % 4;
     const int act_scale_row = Shape::kSwap ? n0 + scale_b_col(lane_id()) : m0 + scale_a_row(lane_id());
-    const uint32_t act_scale_lane = Shape::kActScaleOffset + (act_scale_row + scale_row_shift) * 4;
-    const int scale_row = tile_n0 % kScaleBlockRows + (Shape::kSwap ? m0 : n0);  // narrow tiles share a scale block
-    const uint32_t weight_scale_lane = Shape::kWeightScaleOffset + scale_row / kScaleBlockRows * kScaleBlockBytes +
-                                       weight_scale_word_offset(scale_row % kScaleBlockRows) +
-                                       weight_scale_word_offset(scale_lane);
+    const uint32_t act_scale_lane = (act_scale_row + scale_row_shift) * 4;
+    const int weight_row0 = tile_n0 % kWeightBlockRows + (Shape::kSwap ? m0 : n0);
+    const uint32_t weight_lane = Operands<Shape>::weight_lane(weight_row0, lane_id());
+    const uint32_t weight_scale_lane = WeightScales<Shape>::lane_offset(weight_row0, lane_id());
 
     float acc[Shape::kFragM][Shape::kFragN][4] = {};
-#pragma unroll 1
-    for (int k = 0; k < p.k; k += kTileK) {
-      const int s = ring.stage;
-      smem.full(s)->wait(ring.phase);
-      const uint8_t* act_scales = smem.base + act_scale_lane + s * Shape::kActScaleBytes;
-      const uint8_t* weight_scales = smem.base + weight_scale_lane + s * Shape::kWeightScaleBytes;
-      const auto act_word = [&](int row) { return *reinterpret_cast<const uint32_t*>(act_scales + row * 4); };
-      const auto weight_word = [&](int row) {
-        return *reinterpret_cast<const uint32_t*>(weight_scales + weight_scale_word_offset(row));
-      };
-      uint32_t word_a[Shape::kFragM], word_b[Shape::kFragN];
+    const auto k_tile = [&](int s) {
+      const uint8_t* act_scales = smem.act_scale(s) + act_scale_lane;
+      uint32_t act_word[Shape::kSwap ? Shape::kFragN : Shape::kFragM], weight_word[WeightScales<Shape>::kFragments];
 #pragma unroll
-      for (int i = 0; i < Shape::kFragM; ++i) word_a[i] = Shape::kSwap ? weight_word(i * 16) : act_word(i * 16);
-#pragma unroll
-      for (int j = 0; j < Shape::kFragN; ++j) word_b[j] = Shape::kSwap ? act_word(j * 8) : weight_word(j * 8);
-      mma_k_tile<Shape>(acc, smem.base, act_lane + s * Shape::kActBytes, weight_lane + s * Shape::kWeightBytes, word_a,
-                        word_b);
+      for (int f = 0; f < (Shape::kSwap ? Shape::kFragN : Shape::kFragM); ++f)
+        load_words<1>(act_word + f, act_scales + f * (Shape::kSwap ? 8 : 16) * 4);
+      WeightScales<Shape>::load(weight_word, smem.weight(s) + weight_scale_lane);
+      const auto& word_a = [&]() -> auto& {
+        if constexpr (Shape::kSwap)
+          return weight_word;
+        else
+          return act_word;
+      }();
+      const auto& word_b = [&]() -> auto& {
+        if constexpr (Shape::kSwap)
+          return act_word;
+        else
+          return weight_word;
+      }();
+      mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, word_a, word_b);
+    };
+    const auto release = [&](int s) {
       __syncwarp();
       if (lane == 0) smem.empty(s)->arrive();
-      ring.advance();
+    };
+    if constexpr (Shape::kUnrollsStages) {
+      // Once around the stages at a time, so that all their addresses are constants. Every output tile begins at stage
+      // 0; in its last round, stages without a K tile only pass the barriers.
+#pragma unroll 1
+      for (int k = 0; k < p.k; k += Shape::kStages * kTileK) {
+#pragma unroll
+        for (int s = 0; s < Shape::kStages; ++s) {
+          smem.full(s)->wait(ring.phase);
+          if (k + s * kTileK < p.k) k_tile(s);
+          release(s);
+        }
+        ring.phase ^= 1;
+      }
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < p.k; k += kTileK) {
+        smem.full(ring.stage)->wait(ring.phase);
+        k_tile(ring.stage);
+        release(ring.stage);
+        ring.advance();
+      }
     }
     // The coordinates are computed again, from a tile index that the compiler cannot know to be the same, so that they
     // hold no registers through the main loop.
+    if constexpr (kAccumulatorUnit != 1.f) {
+#pragma unroll
+      for (int i = 0; i < Shape::kFragM; ++i) {
+#pragma unroll
+        for (int j = 0; j < Shape::kFragN; ++j) {
+#pragma unroll
+          for (int x = 0; x < 4; ++x) acc[i][j][x] *= kAccumulatorUnit;
+        }
+      }
+    }
     int same_tile = tile;
     asm volatile("" : "+r"(same_tile));
     const TileCoord done = tile_coord(same_tile, num_n_tiles);

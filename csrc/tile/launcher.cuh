@@ -31,14 +31,15 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (a.n <= 0 || a.n % 16) return refuse("n: expected a positive multiple of 16, got %d", a.n);
   if (a.rows < 0) return refuse("rows: expected at least 0, got %d", a.rows);
   if (a.experts <= 0) return refuse("experts: expected at least 1, got %d", a.experts);
+  if (a.experts * weight_bytes(a.n, a.k) / kWeightUnit > INT32_MAX)
+    return refuse("weight: expected at most 2^31 - 1 units of %d bytes, got %lld", kWeightUnit,
+                  static_cast<long long>(a.experts * weight_bytes(a.n, a.k) / kWeightUnit));
   if (a.out_type < MXFP4_MOE_OUT_FLOAT32 || a.out_type > MXFP4_MOE_OUT_FLOAT16)
     return refuse("out_type: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", a.out_type);
   if (!aligned(a.act, 16)) return refuse("act: expected an address that is a multiple of 16, got %p", a.act);
   if (!aligned(a.act_scale, 16))
     return refuse("act_scale: expected an address that is a multiple of 16, got %p", a.act_scale);
   if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
-  if (!aligned(a.weight_scale, 16))
-    return refuse("weight_scale: expected an address that is a multiple of 16, got %p", a.weight_scale);
   if (a.activate.codes) {
     if (!Shape::kActivates) return refuse("activate: tile (%d, %d) cannot", Shape::M, Shape::N);
     if (a.n % 64) return refuse("n: expected a multiple of 64, gates and ups, got %d", a.n);
@@ -94,8 +95,7 @@ const char* encode(CUtensorMap& map, const TmaOperand<kRank>& t, Refusal& refuse
 template <class Shape>
 const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   const auto u64 = [](int64_t v) { return static_cast<cuuint64_t>(v); };
-  const cuuint64_t k = u64(a.k), n = u64(a.n), experts = u64(a.experts), k_tiles = u64(scale_k_tiles(a.k));
-  const cuuint64_t scale_rows = u64(act_scale_rows(a.rows)), row_blocks = u64(ceil_div(a.n, kScaleBlockRows));
+  const cuuint64_t k = u64(a.k), k_tiles = u64(scale_k_tiles(a.k)), scale_rows = u64(act_scale_rows(a.rows));
   const TmaOperand<2> act{"act",
                           CU_TENSOR_MAP_DATA_TYPE_UINT8,
                           a.act,
@@ -111,24 +111,19 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
                                 {scale_rows * 4},
                                 {Shape::kActScaleRows / 2, 1},
                                 CU_TENSOR_MAP_SWIZZLE_NONE};
-  const TmaOperand<3> weight{"weight",
-                             CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                             a.weight,
-                             {k / 2, n, experts},
-                             {k / 2, n * (k / 2)},
-                             {kWeightRowBytes, Shape::N, 1},
-                             CU_TENSOR_MAP_SWIZZLE_64B};
-  const TmaOperand<3> weight_scale{"weight_scale",
-                                   CU_TENSOR_MAP_DATA_TYPE_INT32,
-                                   a.weight_scale,
-                                   {kScaleBlockBytes / 4, k_tiles, row_blocks * experts},
-                                   {kScaleBlockBytes, k_tiles * kScaleBlockBytes},
-                                   {kScaleBlockBytes / 4, 1, Shape::kScaleBlocks},
-                                   CU_TENSOR_MAP_SWIZZLE_NONE};
+  TmaOperand<2> weight{"weight",
+                       CU_TENSOR_MAP_DATA_TYPE_INT32,
+                       a.weight,
+                       {kWeightUnit / 4, u64(a.experts * weight_bytes(a.n, a.k) / kWeightUnit)},
+                       {kWeightUnit},
+                       {kWeightUnit / 4, Shape::kWeightBytes / kWeightUnit},
+                       CU_TENSOR_MAP_SWIZZLE_NONE};
   if (const char* why = encode(maps.act, act, refuse)) return why;
   if (const char* why = encode(maps.act_scale, act_scale, refuse)) return why;
   if (const char* why = encode(maps.weight, weight, refuse)) return why;
-  return encode(maps.weight_scale, weight_scale, refuse);
+  const int tail_steps = a.k % kTileK / kBlockK;
+  weight.box[1] = (kWeightBlockScaleBytes + (tail_steps ? tail_steps : 4) * kWeightStepBytes) / kWeightUnit;
+  return encode(maps.weight_tail, weight, refuse);
 }
 
 // Blocks of this kernel that the whole device holds at once; opts in to the shared memory on first use.

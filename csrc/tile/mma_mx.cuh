@@ -1,11 +1,13 @@
 // The seam: one block-scaled MMA, D[16,8] += (A[16,32] . B[8,32]^T) * 2^(scale_a[row] - 127) * 2^(scale_b[col] - 127).
 //
 // SM12x executes it as one instruction, mma.sync.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32 (PTX ISA, "Warp
-// level block scaling"); SM90 as an FP8 MMA into zeros, then one fp32 fma per element. Both take the same registers:
-// A and B in the 8-bit containers of kind::mxf8f6f4 (E2M1 in bits 5..2), and per K tile one 32-bit word of four E8M0
-// scales in the lanes from which SM12x reads them with thread selector 0: A's row g from lane 4g, row g+8 from lane
-// 4g+1, B's column g from lane 4g. The selector picks the word's scale, 0 to 3. On SM12x it is a constant (cute::C):
-// one known only at run time costs a loop around every MMA there.
+// level block scaling"), on 8-bit containers (E2M1 in bits 5..2); SM90 as two f16 MMAs into zeros, then one fp32 fma
+// per element. Both start from the same registers: activations as ldmatrix brings them, one 32-bit word of eight FP4
+// codes per lane, row and step, and per K tile one 32-bit word of four E8M0 scales in the lanes from which SM12x reads
+// them with thread selector 0: A's row g from lane 4g, row g+8 from lane 4g+1, B's column g from lane 4g. The selector
+// picks the word's scale, 0 to 3. On SM12x it is a constant (cute::C): one known only at run time costs a loop around
+// every MMA there. A Fragment is what the instruction takes of 8 rows: eight k per lane, in the same order for both
+// operands.
 //
 // The lane maps below are what the kernel assumes; tests compare them, element by element, with CuTe's MMA_Traits of
 // SM120_16x8x32_TN_VS.
@@ -35,6 +37,17 @@ enum class Fp4Operand { kA, kB };
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 
 constexpr bool kSelectorIsImmediate = true;
+constexpr float kAccumulatorUnit = 1.f;  // what an accumulator counts
+
+// Containers of the even k and of the odd k.
+struct Fragment {
+  uint32_t even, odd;
+};
+__device__ __forceinline__ Fragment expand_act(uint32_t even, uint32_t odd) { return {even, odd}; }
+// Word order `containers`: nibbles k = 8t .. 8t + 7, low one first, rotated left by 2.
+__device__ __forceinline__ Fragment expand_weight(uint32_t w) {
+  return {w & 0x3C3C3C3Cu, __funnelshift_r(w, w, 4) & 0x3C3C3C3Cu};
+}
 
 // The instruction fetches the scales from their lanes itself.
 struct ScaleA {
@@ -47,14 +60,14 @@ __device__ __forceinline__ ScaleA share_scale_a(uint32_t word) { return {word}; 
 __device__ __forceinline__ ScaleB share_scale_b(uint32_t word) { return {word}; }
 
 template <Fp4Operand kFp4, class Selector>
-__device__ __forceinline__ void mx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ScaleA sa,
-                                       ScaleB sb, Selector) {
-#define MXFP4_MOE_MX_MMA(TYPES)                                                                                   \
-  asm volatile("mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32." TYPES            \
-               ".f32.ue8m0 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {%12,%13}, %11, {%12,%13};" \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(sa.word), "r"(sb.word),    \
-                 "n"(Selector::value), "n"(0))
+__device__ __forceinline__ void mx_mma(float (&d)[4], const Fragment& a_lo, const Fragment& a_hi, const Fragment& b,
+                                       ScaleA sa, ScaleB sb, Selector) {
+#define MXFP4_MOE_MX_MMA(TYPES)                                                                                       \
+  asm volatile("mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32." TYPES                \
+               ".f32.ue8m0 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {%12,%13}, %11, {%12,%13};"     \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+               : "r"(a_lo.even), "r"(a_hi.even), "r"(a_lo.odd), "r"(a_hi.odd), "r"(b.even), "r"(b.odd), "r"(sa.word), \
+                 "r"(sb.word), "n"(Selector::value), "n"(0))
   if constexpr (kFp4 == Fp4Operand::kA) {
     MXFP4_MOE_MX_MMA("e2m1.e4m3");
   } else {
@@ -66,6 +79,35 @@ __device__ __forceinline__ void mx_mma(float (&d)[4], const uint32_t (&a)[4], co
 #else
 
 constexpr bool kSelectorIsImmediate = false;
+// An FP4 code in f16's lowest exponents is the value times 2^-14. The scales make up for 2^7 of it: the weights' bytes
+// end at 253 and are taken twice as large, so that byte 0 is a normal number too; the activations' end at 248. The rest
+// stays in the accumulators until the end.
+constexpr int kWeightScaleShift = 1, kActScaleShift = 6;
+constexpr float kAccumulatorUnit = 1 << (14 - kWeightScaleShift - kActScaleShift);
+
+// Pairs of f16: k = 8t + {0, 2}, {4, 6}, {1, 3}, {5, 7}.
+struct Fragment {
+  uint32_t pair[4];
+};
+
+// E4M3 to f16 is exact. ptxas takes FP8 MMAs apart in the same way: SM90 has no FP8 tensor instruction at warp level.
+__device__ __forceinline__ Fragment expand_act(uint32_t even, uint32_t odd) {
+  Fragment f;
+  asm("{ .reg .b16 a, b, c, d; mov.b32 {a, b}, %4; mov.b32 {c, d}, %5; cvt.rn.f16x2.e4m3x2 %0, a; "
+      "cvt.rn.f16x2.e4m3x2 %1, b; cvt.rn.f16x2.e4m3x2 %2, c; cvt.rn.f16x2.e4m3x2 %3, d; }"
+      : "=r"(f.pair[0]), "=r"(f.pair[1]), "=r"(f.pair[2]), "=r"(f.pair[3])
+      : "r"(even), "r"(odd));
+  return f;
+}
+
+// Word order `halves`: in each half of the word the first pair's code where f16 has sign, low exponent and mantissa
+// (bits 15 and 11..9), the second's three bits below, the other two in what is left: six operations for eight codes.
+// Shifts to the left go to the multiply-adders, beside the ALU.
+__device__ __forceinline__ Fragment expand_weight(uint32_t w) {
+  constexpr uint32_t kSign = 0x80008000u, kValue = 0x0E000E00u;
+  return {{w & (kSign | kValue), (w << 3) & (kSign | kValue), ((w << 6) & kValue) | ((w << 1) & kSign),
+           ((w << 9) & kValue) | ((w << 2) & kSign)}};
+}
 
 // The words of the rows (columns) whose accumulators this lane holds, fetched from the lanes that SM12x reads.
 struct ScaleA {
@@ -93,16 +135,6 @@ __device__ __forceinline__ float e8m0_to_float(uint32_t word, int byte) {
   return __uint_as_float(__byte_perm(word, 0, 0x4440 | byte) * exponent_one + kShift * (1u << 23));
 }
 
-// An E2M1 container read as E4M3 is the value times 2^-6: same sign, two exponent bits and mantissa, other bias.
-__device__ __forceinline__ uint32_t e2m1_as_e4m3(uint32_t c) { return (c & 0x1C1C1C1Cu) | ((c << 2) & 0x80808080u); }
-
-// Four E4M3 bytes as f16: r[0] the lower two, r[1] the upper two. Exact: f16 holds every E4M3 value.
-__device__ __forceinline__ void e4m3_as_f16(uint32_t (&r)[2], uint32_t bytes) {
-  asm("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, %2; cvt.rn.f16x2.e4m3x2 %0, lo; cvt.rn.f16x2.e4m3x2 %1, hi; }"
-      : "=r"(r[0]), "=r"(r[1])
-      : "r"(bytes));
-}
-
 // d = c + a . b of m16n8k16.
 __device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                         uint32_t b1, float c0, float c1, float c2, float c3) {
@@ -111,31 +143,20 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1,
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
 }
 
-// SM90 has no FP8 tensor instruction at warp level: ptxas turns mma.m16n8k32.e4m3.e4m3 into these conversions, two
-// f16 MMAs and four additions of the accumulator. Written out, the additions are gone: the scaled sum does their work.
-// f16 products and their fp32 sum are exact in the same cases, so the bits are those of the FP8 instruction.
+// f16 products and their fp32 sum are exact in the same cases as FP8's, so the bits are those of the FP8 instruction.
 template <Fp4Operand kFp4, class Selector>
-__device__ __forceinline__ void mx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ScaleA sa,
-                                       ScaleB sb, Selector byte) {
+__device__ __forceinline__ void mx_mma(float (&d)[4], const Fragment& a_lo, const Fragment& a_hi, const Fragment& b,
+                                       ScaleA sa, ScaleB sb, Selector byte) {
   constexpr bool kFp4A = kFp4 == Fp4Operand::kA;
-  uint32_t fa[4][2], fb[2][2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) e4m3_as_f16(fa[i], kFp4A ? e2m1_as_e4m3(a[i]) : a[i]);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) e4m3_as_f16(fb[i], kFp4A ? b[i] : e2m1_as_e4m3(b[i]));
-  // A thread's four bytes of a 16-wide half block are two of its k pairs; which pairs does not matter, since A and B
-  // are split alike.
   float half[4], block[4];
-  mma_f16(half, fa[0][0], fa[1][0], fa[0][1], fa[1][1], fb[0][0], fb[0][1], 0.f, 0.f, 0.f, 0.f);
-  mma_f16(block, fa[2][0], fa[3][0], fa[2][1], fa[3][1], fb[1][0], fb[1][1], half[0], half[1], half[2], half[3]);
-  // The weights' scales are taken twice as large, so that byte 0 is a normal number too; the activations' scales, whose
-  // bytes end at 248, make up for it and for the 2^6 that e2m1_as_e4m3 took.
-  constexpr int kWeightShift = 1, kActShift = 6 - kWeightShift;
+  mma_f16(half, a_lo.pair[0], a_hi.pair[0], a_lo.pair[1], a_hi.pair[1], b.pair[0], b.pair[1], 0.f, 0.f, 0.f, 0.f);
+  mma_f16(block, a_lo.pair[2], a_hi.pair[2], a_lo.pair[3], a_hi.pair[3], b.pair[2], b.pair[3], half[0], half[1],
+          half[2], half[3]);
   float ea[2], eb[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    ea[i] = e8m0_to_float<kFp4A ? kWeightShift : kActShift>(sa.word[i], byte);
-    eb[i] = e8m0_to_float<kFp4A ? kActShift : kWeightShift>(sb.word[i], byte);
+    ea[i] = e8m0_to_float<kFp4A ? kWeightScaleShift : kActScaleShift>(sa.word[i], byte);
+    eb[i] = e8m0_to_float<kFp4A ? kActScaleShift : kWeightScaleShift>(sb.word[i], byte);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[i] = fmaf(block[i], ea[i / 2] * eb[i % 2], d[i]);

@@ -77,22 +77,21 @@ const Mxfp4MoeTile kTile = {
 };
 
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h.
-void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& weight_scale,
-                  const Tensor& m_tiles, const Tensor& num_m_tiles, const Tensor& out) {
+void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& m_tiles,
+                  const Tensor& num_m_tiles, const Tensor& out) {
   const int32_t device = device_of("act", act);
   STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 [rows, k], got ", describe(act));
-  STD_TORCH_CHECK(weight.dim() == 3, "weight: expected uint8 [experts, n, k / 2], got ", describe(weight));
+  STD_TORCH_CHECK(out.dim() == 2, "out: expected [rows, n], got ", describe(out));
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected uint8 [experts, bytes], got ", describe(weight));
   STD_TORCH_CHECK(m_tiles.dim() == 2, "m_tiles: expected int32 [max_m_tiles, 4], got ", describe(m_tiles));
-  const int64_t rows = act.size(0), k = act.size(1), experts = weight.size(0), n = weight.size(1);
+  const int64_t rows = act.size(0), k = act.size(1), experts = weight.size(0), n = out.size(1);
   STD_TORCH_CHECK(k > 0 && k % 32 == 0 && k <= INT_MAX, "k: expected a positive multiple of 32, got ", k);
   STD_TORCH_CHECK(n > 0 && n % 16 == 0 && n <= INT_MAX, "n: expected a positive multiple of 16, got ", n);
   STD_TORCH_CHECK(rows <= INT_MAX - 3, "rows: expected at most ", INT_MAX - 3, ", got ", rows);
   STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
   check_tensor("act", act, ScalarType::Byte, {rows, k}, device);
   check_tensor("act_scale", act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
-  check_tensor("weight", weight, ScalarType::Byte, {experts, n, k / 2}, device);
-  check_tensor("weight_scale", weight_scale, ScalarType::Byte, {experts, (n + 127) / 128, scale_k_tiles(k), 512},
-               device);
+  check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k)}, device);
   check_tensor("m_tiles", m_tiles, ScalarType::Int, {m_tiles.size(0), 4}, device);
   check_tensor("num_m_tiles", num_m_tiles, ScalarType::Int, {1}, device, kElementAlignment);
   const ScalarType out_type = out.scalar_type();
@@ -105,7 +104,6 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       act.data_ptr(),
       act_scale.data_ptr(),
       weight.data_ptr(),
-      weight_scale.data_ptr(),
       out.data_ptr(),
       static_cast<const Mxfp4MoeMTile*>(m_tiles.data_ptr()),
       static_cast<const int32_t*>(num_m_tiles.data_ptr()),
@@ -147,7 +145,7 @@ PyObject* facts(PyObject*, PyObject*) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("grouped_gemm_" MXFP4_MOE_TEXT(
-      TILE_NAME) "(Tensor act, Tensor act_scale, Tensor weight, Tensor weight_scale, Tensor m_tiles, "
+      TILE_NAME) "(Tensor act, Tensor act_scale, Tensor weight, Tensor m_tiles, "
                  "Tensor num_m_tiles, Tensor(a!) out) -> ()");
 }
 

@@ -6,14 +6,13 @@
 // proof in tiles.py all read it from here. tiles.py mirrors this file, statement by statement.
 #pragma once
 
+#include "weight_layout.cuh"
+
 namespace mxfp4_moe {
 
-constexpr int kTileK = 128;                  // one 32-bit scale word per row: four K = 32 blocks
-constexpr int kBlockK = 32;                  // OCP MX block, and the MMA's K
-constexpr int kActRowBytes = kTileK;         // E4M3: TMA 128-byte swizzle
-constexpr int kWeightRowBytes = kTileK / 2;  // packed E2M1: TMA 64-byte swizzle
-constexpr int kScaleBlockRows = 128;         // the 128x4 scale layout
-constexpr int kScaleBlockBytes = 512;
+constexpr int kTileK = 128;                     // one 32-bit scale word per row: four K = 32 blocks
+constexpr int kBlockK = 32;                     // OCP MX block, and the MMA's K
+constexpr int kActRowBytes = kTileK;            // E4M3: TMA 128-byte swizzle
 constexpr int kSmemReservedPerBlock = 1024;     // taken by the system from every block
 constexpr int kRegistersPerSubpartition = 512;  // of 32 lanes each; a multiprocessor's warps share four of these
 constexpr int kMaxStages = 8;
@@ -26,11 +25,18 @@ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // What a multiprocessor has; a block may opt in to 1 KB of shared memory less. One type per arch of the manifest.
+// kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
+// fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
+// over the stages; SM90 expands FP4 in too many instructions for more than one.
 struct Sm90 {
   static constexpr int kSmemPerSm = 228 * 1024;
+  static constexpr bool kLongWarps = false;
+  static constexpr int kUnrolledFragments = 1;
 };
 struct Sm12x {
   static constexpr int kSmemPerSm = 100 * 1024;
+  static constexpr bool kLongWarps = true;
+  static constexpr int kUnrolledFragments = 8;
 };
 using Arch_90a = Sm90;
 using Arch_120a = Sm12x;
@@ -46,8 +52,12 @@ struct TileShape {
   static constexpr int kPhysM = kSwap ? N : M;
   static constexpr int kPhysN = kSwap ? M : N;
 
-  // MMA warps in a grid of kWarpsM x kWarpsN. Tall warp tiles reuse every expanded weight fragment.
-  static constexpr int kMmaWarps = kSwap ? (N >= 256 ? 8 : 4) : (M * N >= 16384 ? 8 : 4);
+  // MMA warps in a grid of kWarpsM x kWarpsN. Long warp tiles reuse every expanded fragment.
+  static constexpr int kSwappedWarpRows = N <= 64                                  ? 16
+                                          : M <= 16 && N >= 256                    ? 64
+                                          : M == 8 && N == 128 && Arch::kLongWarps ? 64
+                                                                                   : 32;
+  static constexpr int kMmaWarps = kSwap ? N / kSwappedWarpRows : (M * N >= 16384 ? 8 : 4);
   static constexpr int kWarpN = kSwap ? kPhysN : min_of(N, 32);
   static constexpr int kWarpsN = kPhysN / kWarpN;
   static constexpr int kWarpsM = kMmaWarps / kWarpsN;
@@ -62,15 +72,14 @@ struct TileShape {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
-  // Bytes of one pipeline stage, and of each of its four parts.
+  // Bytes of one pipeline stage, and of each of its three parts.
   static constexpr int kActBytes = M * kActRowBytes;
-  static constexpr int kWeightBytes = N * kWeightRowBytes;
-  static constexpr int kScaleBlocks = ceil_div(N, kScaleBlockRows);
-  static constexpr int kWeightScaleBytes = kScaleBlocks * kScaleBlockBytes;
+  static constexpr int kWeightBlocks = ceil_div(N, kWeightBlockRows);  // scales included; narrow tiles use part of one
+  static constexpr int kWeightBytes = kWeightBlocks * kWeightBlockBytes;
   // TMA starts at multiples of 16 bytes, four rows' words, and a tile's first row may be any of the four.
   static constexpr int kActScaleRows = M + 4;
   static constexpr int kActScaleBytes = round_up(kActScaleRows * 4, 128);
-  static constexpr int kStageBytes = kActBytes + kWeightBytes + kWeightScaleBytes + kActScaleBytes;
+  static constexpr int kStageBytes = kActBytes + kWeightBytes + kActScaleBytes;
 
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
@@ -99,13 +108,13 @@ struct TileShape {
   }
   static constexpr int kBlocksPerSm = blocks_that_fit();
   static constexpr int kStages = stages_for(kBlocksPerSm);
+  static constexpr bool kUnrollsStages = kFragM * kFragN <= Arch::kUnrolledFragments;
   static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage) + kAmaxBytes;
 
   // Offsets in dynamic shared memory: each part is an array over the stages, strictest alignment first.
   static constexpr int kActOffset = 0;
   static constexpr int kWeightOffset = kActOffset + kStages * kActBytes;
-  static constexpr int kWeightScaleOffset = kWeightOffset + kStages * kWeightBytes;
-  static constexpr int kActScaleOffset = kWeightScaleOffset + kStages * kWeightScaleBytes;
+  static constexpr int kActScaleOffset = kWeightOffset + kStages * kWeightBytes;
   static constexpr int kBarrierOffset = kActScaleOffset + kStages * kActScaleBytes;
   static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
 
@@ -115,10 +124,11 @@ struct TileShape {
   static_assert(kWarpM % 16 == 0 && kWarpN % 8 == 0, "a warp tile is whole MMA fragments");
   static_assert(kWarpsM * kWarpsN == kMmaWarps && kWarpsM * kWarpM == kPhysM && kWarpsN * kWarpN == kPhysN,
                 "the warp grid covers the tile");
-  static_assert(kScaleBlockRows % N == 0 || N % kScaleBlockRows == 0, "a tile has whole scale blocks, or shares one");
+  static_assert(kWeightBlockRows % N == 0 || N % kWeightBlockRows == 0,
+                "a tile has whole weight blocks, or shares one");
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
-  static_assert(kActBytes % 1024 == 0 && kWeightBytes % 512 == 0, "swizzle atoms must not straddle stages");
+  static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");
 };
 
 }  // namespace mxfp4_moe

@@ -26,13 +26,4 @@ __device__ __forceinline__ void tma_load_2d(void* smem, const CUtensorMap& map, 
       : "memory");
 }
 
-__device__ __forceinline__ void tma_load_3d(void* smem, const CUtensorMap& map, uint64_t* barrier, int x, int y, int z,
-                                            uint64_t cache_hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
-      "%3, %4}], [%5], %6;" ::"r"(cute::cast_smem_ptr_to_uint(smem)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(cute::cast_smem_ptr_to_uint(barrier)), "l"(cache_hint)
-      : "memory");
-}
-
 }  // namespace mxfp4_moe

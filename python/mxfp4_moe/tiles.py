@@ -268,9 +268,8 @@ def load_manifest(path: Path | None = None) -> Manifest:
 
 TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks
 _ACT_ROW_BYTES = TILE_K  # E4M3
-_WEIGHT_ROW_BYTES = TILE_K // 2  # packed E2M1
-_SCALE_BLOCK_ROWS = 128  # the 128x4 scale layout
-_SCALE_BLOCK_BYTES = 512
+_WEIGHT_BLOCK_ROWS = 64
+_WEIGHT_BLOCK_BYTES = _WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and one scale word per row
 _SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
 _SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
 _REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
@@ -309,7 +308,6 @@ class TileProof:
     accumulator_registers: int
     act_bytes: int
     weight_bytes: int
-    weight_scale_bytes: int
     act_scale_bytes: int
     barrier_bytes: int
     amax_bytes: int
@@ -355,15 +353,15 @@ def _shape_refusals(tile: Tile) -> list[str]:
         refusals.append(f"m must be at most 256 (a TMA box has at most 256 rows), not {m}")
     if n >= 8 and n % 8 != 0:
         refusals.append(f"n must be divisible by 8, the MMA's granule, not {n}")
-    if n > 0 and _SCALE_BLOCK_ROWS % n != 0 and n % _SCALE_BLOCK_ROWS != 0:
-        refusals.append(f"n must divide {_SCALE_BLOCK_ROWS}, the rows of a weight scale block, or be a multiple: {n}")
+    if n > 0 and _WEIGHT_BLOCK_ROWS % n != 0 and n % _WEIGHT_BLOCK_ROWS != 0:
+        refusals.append(f"n must divide {_WEIGHT_BLOCK_ROWS}, the rows of a weight block, or be a multiple: {n}")
     return refusals
 
 
 def prove(tile: Tile, arch: str) -> TileProof:
     """Stages, shared memory by part, registers and threads of `tile` on `arch`, legal or not.
 
-    SM90 and SM12x differ in shared memory, hence in stages and blocks; warps, fragments and stage layout are the same.
+    SM90 and SM12x differ in shared memory, hence in stages and blocks, and in the warps of (8, 128).
     """
     smem_per_sm = _SMEM_PER_SM[_arch_parts(arch)[0]]
     m, n, swap = tile.m, tile.n, tile.swap_ab
@@ -371,7 +369,11 @@ def prove(tile: Tile, arch: str) -> TileProof:
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
 
     physical_m, physical_n = (n, m) if swap else (m, n)
-    mma_warps = (8 if n >= 256 else 4) if swap else (8 if m * n >= 16384 else 4)
+    if swap:
+        long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128 and _arch_parts(arch)[0] == 12)
+        mma_warps = max(n // (16 if n <= 64 else 64 if long_warps else 32), 1)
+    else:
+        mma_warps = 8 if m * n >= 16384 else 4
     warp_n = physical_n if swap else min(n, 32)
     warps_n = physical_n // warp_n
     warps_m = max(mma_warps // warps_n, 1)
@@ -383,10 +385,9 @@ def prove(tile: Tile, arch: str) -> TileProof:
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
 
     act_bytes = m * _ACT_ROW_BYTES
-    weight_bytes = n * _WEIGHT_ROW_BYTES
-    weight_scale_bytes = _ceil_div(n, _SCALE_BLOCK_ROWS) * _SCALE_BLOCK_BYTES
+    weight_bytes = _ceil_div(n, _WEIGHT_BLOCK_ROWS) * _WEIGHT_BLOCK_BYTES
     act_scale_bytes = _ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
-    stage_bytes = act_bytes + weight_bytes + weight_scale_bytes + act_scale_bytes
+    stage_bytes = act_bytes + weight_bytes + act_scale_bytes
     stage_and_barriers = stage_bytes + _BARRIER_BYTES_PER_STAGE
     # GEMM1's activation: the largest magnitude per row and warp.
     activates = n >= 64 and accumulators <= 64
@@ -421,7 +422,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
     if stages < 2:
         refusals.append(
             f"shared memory: two pipeline stages need 2 x {stage_and_barriers:,} = {2 * stage_and_barriers:,} bytes "
-            f"(per stage: activations {act_bytes:,}, weights {weight_bytes:,}, weight scales {weight_scale_bytes:,}, "
+            f"(per stage: activations {act_bytes:,}, weights {weight_bytes:,}, "
             f"activation scales {act_scale_bytes:,}, barriers {_BARRIER_BYTES_PER_STAGE}), a block has "
             f"{max_smem_per_block(arch):,}"
         )
@@ -443,7 +444,6 @@ def prove(tile: Tile, arch: str) -> TileProof:
         accumulator_registers=accumulators,
         act_bytes=act_bytes,
         weight_bytes=weight_bytes,
-        weight_scale_bytes=weight_scale_bytes,
         act_scale_bytes=act_scale_bytes,
         barrier_bytes=_BARRIER_BYTES_PER_STAGE,
         stage_bytes=stage_bytes,
