@@ -249,7 +249,9 @@ class TestRefuses:
     def test_a_nan_scale(self, checkpoint: dict[str, torch.Tensor], name: str) -> None:
         scale = checkpoint[name].clone()
         scale[1, 17, 2] = 255
-        with pytest.raises(ValueError, match=rf"{name}: expected E8M0 bytes 0\.\.253 \(2^126\), got 255 at \[1, 17, 2\]"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: expected E8M0 bytes 0\.\.253 \(2^126\), got 255 at \[1, 17, 2\]"
+        ):
             MoEWeights.from_mxfp4(**{**checkpoint, name: scale})
         scale[1, 17, 2] = 253
         MoEWeights.from_mxfp4(**{**checkpoint, name: scale})
@@ -440,7 +442,12 @@ class TestFromFlashInfer:
                 r"expected a contiguous tensor, got strides \[960, 1, 96\]",
             ),
             ("fc2_scale", lambda t: t[:2], ValueError, r"expected int32 \[3, 128, 2\], got int32 \[2, 128, 2\]"),
-            ("fc2_scale", lambda t: torch.full_like(t, -1), ValueError, r"expected E8M0 bytes 0\.\.253 \(2^126\), got 255"),
+            (
+                "fc2_scale",
+                lambda t: torch.full_like(t, -1),
+                ValueError,
+                r"expected E8M0 bytes 0\.\.253 \(2^126\), got 255",
+            ),
             ("fc1_expert_biases", lambda t: t[:1], ValueError, r"expected .* \[3, 320\], got bfloat16 \[1, 320\]"),
             ("ep_rank", lambda r: 4, ValueError, "expected 0 to 3, got 4"),
             ("tp_rank", lambda r: 2, ValueError, "expected 0 to 1, got 2"),
