@@ -64,7 +64,12 @@ def too_many_experts() -> MoEWeights:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(1025, *shape, dtype=torch.uint8)
 
-    return MoEWeights(w13=zeros(64, 32), w13_scale=zeros(1, 1, 512), w2=zeros(64, 16), w2_scale=zeros(1, 1, 512))
+    return MoEWeights(
+        w13=zeros(formats.weight_bytes(64, 64)),
+        w2=zeros(formats.weight_bytes(64, 32)),
+        hidden_size=64,
+        intermediate_size=32,
+    )
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
