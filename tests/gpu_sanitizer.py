@@ -40,6 +40,12 @@ def other_kernels(device: torch.device) -> list[str]:
         expected = exact_layer(call, weights, hidden_states_scale=scale, scale_layout=layout)
         if not same(out, expected):
             failures.append(f"{activation.value}, MXFP8 input with {layout} scales: other bits than expected")
+    weights = random_weights(40, 160, 96, device)
+    for tokens in (9, 520):  # one kernel for the choice and the sort, and two
+        x, logits = random_call(tokens, 3, weights).hidden_states, torch.randn(tokens, 40, device=device)
+        out = mxfp4_moe.fused_moe_from_logits(x, logits, 3, weights)
+        if not torch.equal(bits(out), bits(mxfp4_moe.fused_moe(x, *mxfp4_moe.topk_softmax(logits, 3), weights))):
+            failures.append(f"fused_moe_from_logits of {tokens} tokens: other bits than topk_softmax and fused_moe")
     for experts, top_k in ((1, 1), (40, 16), (1000, 7)):
         logits = torch.randn(9, experts, device=device)
         for renormalize in (True, False):

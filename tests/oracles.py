@@ -95,6 +95,40 @@ def chain_gemm(codes: np.ndarray, row_scales: np.ndarray, packed: np.ndarray, sc
     return out
 
 
+def _weight_block(row: int, k_tile: int, n: int, k: int) -> int:
+    """First byte of a prepared weight's block; K tiles before this one are whole."""
+    row_blocks = -(-n // 64)
+    steps = min(4, k // 32 - 4 * k_tile)
+    return k_tile * row_blocks * (256 + 4 * 1024) + row // 64 * (256 + steps * 1024)
+
+
+def weight_scale_offset(row: int, block: int, n: int, k: int) -> int:
+    """Where the scale of a row and block of 32 k lies in one expert's prepared weight [n, k]."""
+    in_block = row % 64
+    position = (0, 2, 1, 3)[in_block // 8 % 4]
+    word = in_block // 32 * 128 + in_block % 8 * 16 + position * 4
+    return _weight_block(row, block // 4, n, k) + word + block % 4
+
+
+def weight_word_offset(row: int, block: int, t: int, n: int, k: int) -> int:
+    """Where the word of a row and k = 32 * block + 8t .. 8t+7 lies in one expert's prepared weight [n, k]."""
+    in_block = row % 64
+    word = in_block // 32 * 512 + (in_block % 8 * 4 + t) * 16 + in_block // 8 % 4 * 4
+    return _weight_block(row, block // 4, n, k) + 256 + block % 4 * 1024 + word
+
+
+def weight_word(codes: list[int], order: str) -> int:
+    """The 32-bit word of eight codes of 4 bits, in "containers" or "halves" order."""
+    if order == "containers":
+        word = sum(code << 4 * i for i, code in enumerate(codes))
+        return (word << 2 | word >> 30) & 0xFFFFFFFF
+    word = 0
+    for pair, sign_at, magnitude_at in (((0, 2), 15, 9), ((4, 6), 12, 6), ((1, 3), 14, 3), ((5, 7), 13, 0)):
+        for half, k in enumerate(pair):
+            word |= (codes[k] >> 3) << (sign_at + 16 * half) | (codes[k] & 7) << (magnitude_at + 16 * half)
+    return word
+
+
 def gate_up_rows(order: str, intermediate_size: int) -> tuple[list[int], list[int]]:
     """Rows of the gates and of the ups in a checkpoint's w13."""
     i = intermediate_size

@@ -253,28 +253,125 @@ class TestScaleSwizzle:
             formats.unswizzle_scales(random_bytes(1, 1, 512), 129, 128)
 
 
-class TestWordRotation:
-    def test_against_integers(self) -> None:
-        packed = random_bytes(2, 3, 64)
-        expected = bytearray()
-        for word in packed.numpy().reshape(-1, 4):
-            value = int.from_bytes(word.tobytes(), "little")
-            expected += ((value << 2 | value >> 30) & 0xFFFFFFFF).to_bytes(4, "little")
-        rotated = formats.rotate_words(packed)
-        assert rotated.numpy().tobytes() == bytes(expected)
-        assert torch.equal(formats.unrotate_words(rotated), packed)
+ORDERS = list(formats.WordOrder)
 
-    def test_codes_land_in_bits_5_to_2(self) -> None:
+
+def codes_of(packed: torch.Tensor) -> np.ndarray:
+    """[..., K/2] -> the K codes of 4 bits."""
+    return np.stack((packed.numpy() & 15, packed.numpy() >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+class TestWordOrder:
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_against_integers(self, order: formats.WordOrder) -> None:
+        packed = random_bytes(2, 3, 64)
+        words = [oracles.weight_word(eight, order.value) for eight in codes_of(packed).reshape(-1, 8).tolist()]
+        made = formats.pack_words(packed, order)
+        assert made.shape == packed.shape
+        assert made.numpy().tobytes() == b"".join(word.to_bytes(4, "little") for word in words)
+        assert torch.equal(formats.unpack_words(made, order), packed)
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_every_pair_of_neighbours_survives(self, order: formats.WordOrder) -> None:
+        pairs = torch.cartesian_prod(ALL_BYTES, ALL_BYTES)
+        packed = torch.cat((pairs, pairs.flip(0)), dim=1)
+        made = formats.pack_words(packed, order)
+        assert torch.equal(formats.unpack_words(made, order), packed)
+        assert len(made.view(torch.int32).unique()) == len(made)
+
+    def test_containers_expand_as_the_kernel_expands_them(self) -> None:
+        """SM12x: one mask for the even k, a rotation by 4 and the mask for the odd; codes in bits 5..2 of bytes."""
         packed = random_bytes(8, 16)
-        words = formats.rotate_words(packed).numpy().view("<u4")
+        words = formats.pack_words(packed, formats.WordOrder.CONTAINERS).numpy().view("<u4")
         even = (words & np.uint32(0x3C3C3C3C)) >> 2
         odd = ((words >> np.uint32(4) | words << np.uint32(28)) & np.uint32(0x3C3C3C3C)) >> 2
         assert np.array_equal(even.view(np.uint8), packed.numpy() & 15)
         assert np.array_equal(odd.view(np.uint8), packed.numpy() >> 4)
 
+    def test_halves_expand_as_the_kernel_expands_them(self) -> None:
+        """SM90: four pairs of float16, each the value times 2^-14, by shifts and the masks of sign and magnitude."""
+        packed = torch.cat((random_bytes(64, 16), ALL_BYTES.view(16, 16)))
+        words = formats.pack_words(packed, formats.WordOrder.HALVES).numpy().view("<u4")
+        values = oracles.e2m1_values(packed.numpy()).reshape(len(packed), -1, 8)
+        sign, magnitude = np.uint32(0x80008000), np.uint32(0x0E000E00)
+        for pair, sign_shift, shift in (((0, 2), 0, 0), ((4, 6), 3, 3), ((1, 3), 1, 6), ((5, 7), 2, 9)):
+            halves = (words << np.uint32(sign_shift) & sign) | (words << np.uint32(shift) & magnitude)
+            expanded = halves.view(np.float16).reshape(*words.shape, 2).astype(np.float32) * np.float32(2**14)
+            assert oracles.same_bits(expanded, values[..., list(pair)].astype(np.float32))
+
+    def test_of_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        capability = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
+        formats.word_order_of.cache_clear()
+        orders = [formats.word_order_of(torch.device("cuda", index)) for index in capability]
+        formats.word_order_of.cache_clear()
+        assert [order.value for order in orders] == ["halves", "containers", "containers", "containers"]
+        for name in ("cpu", "meta"):
+            assert formats.word_order_of(torch.device(name)) is formats.WordOrder.CONTAINERS
+
     def test_refuses_half_words(self) -> None:
-        with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 4, got uint8 \[2, 6\]"):
-            formats.rotate_words(random_bytes(2, 6))
+        for order in ORDERS:
+            with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 4, got uint8 \[2, 6\]"):
+                formats.pack_words(random_bytes(2, 6), order)
+
+
+class TestWeightBlocks:
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("n", [1, 16, 64, 96, 129, 320])
+    @pytest.mark.parametrize("k", [32, 96, 128, 160, 448])
+    def test_against_the_formula(self, n: int, k: int, order: formats.WordOrder) -> None:
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
+        weight = formats.arrange_weights(packed, scales, order)
+        assert weight.shape == (formats.weight_bytes(n, k),)
+        expected = np.zeros(len(weight), dtype=np.uint8)  # padding rows and scales are zero
+        codes = codes_of(packed)
+        for row in range(n):
+            for block in range(k // 32):
+                expected[oracles.weight_scale_offset(row, block, n, k)] = scales[row, block]
+                for t in range(4):
+                    at = oracles.weight_word_offset(row, block, t, n, k)
+                    eight = codes[row, 32 * block + 8 * t :][:8].tolist()
+                    expected[at : at + 4] = list(oracles.weight_word(eight, order.value).to_bytes(4, "little"))
+        assert np.array_equal(weight.numpy(), expected)
+        back, back_scales = formats.restore_weights(weight, n, k, order)
+        assert torch.equal(back, packed)
+        assert torch.equal(back_scales, scales)
+        assert back.is_contiguous()
+        assert back_scales.is_contiguous()
+        for new in ORDERS:
+            reordered = formats.reorder_words(weight, n, k, order, new)
+            assert torch.equal(reordered, formats.arrange_weights(packed, scales, new))
+            assert reordered.data_ptr() != weight.data_ptr()
+
+    def test_rows_in_pieces(self) -> None:
+        n, k, order = 210, 288, formats.WordOrder.HALVES
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
+        whole = formats.arrange_weights(packed, scales, order)
+        weight = torch.full_like(whole, 0xEE)
+        for begin, end in ((128, 210), (0, 64), (64, 128)):
+            formats.write_rows(weight, n, k, begin, packed[begin:end], scales[begin:end], order)
+            some, some_scales = formats.read_rows(whole, n, k, slice(begin, end), order)
+            assert torch.equal(some, packed[begin:end])
+            assert torch.equal(some_scales, scales[begin:end])
+        assert torch.equal(weight, whole)
+
+    def test_sizes(self) -> None:
+        assert formats.weight_bytes(64, 128) == 4352
+        assert formats.weight_bytes(65, 160) == 2 * (4352 + 256 + 1024)
+        assert formats.weight_bytes(5760, 2880) == 5760 * 2880 // 2 + 5760 * 4 * 23
+
+    def test_refuses(self) -> None:
+        order = formats.WordOrder.CONTAINERS
+        with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 16, got uint8 \[4, 24\]"):
+            formats.arrange_weights(random_bytes(4, 24), random_bytes(4, 1), order)
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[4, 2\], got uint8 \[4, 1\]"):
+            formats.arrange_weights(random_bytes(4, 32), random_bytes(4, 1), order)
+        with pytest.raises(ValueError, match=r"weight: expected uint8 \[4352\], got uint8 \[4351\]"):
+            formats.restore_weights(random_bytes(4351), 64, 128, order)
+        with pytest.raises(ValueError, match="first: expected a multiple of 64, got 32"):
+            formats.write_rows(random_bytes(4352), 64, 128, 32, random_bytes(32, 64), random_bytes(32, 4), order)
+        with pytest.raises(ValueError, match="rows: expected a multiple of 64, got 32"):
+            formats.write_rows(random_bytes(4352), 64, 128, 0, random_bytes(32, 64), random_bytes(32, 4), order)
 
 
 class TestInterleave:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from torch import Tensor
 
 import mxfp4_moe
 from mxfp4_moe import _load, formats, reference
-from mxfp4_moe.fused_moe import check_capability, manifest_tile
+from mxfp4_moe.fused_moe import check_capability, check_word_order, manifest_tile
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
 
@@ -64,7 +65,12 @@ def too_many_experts() -> MoEWeights:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(1025, *shape, dtype=torch.uint8)
 
-    return MoEWeights(w13=zeros(64, 32), w13_scale=zeros(1, 1, 512), w2=zeros(64, 16), w2_scale=zeros(1, 1, 512))
+    return MoEWeights(
+        w13=zeros(formats.weight_bytes(64, 64)),
+        w2=zeros(formats.weight_bytes(64, 32)),
+        hidden_size=64,
+        intermediate_size=32,
+    )
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -322,6 +328,33 @@ def test_unsupported_gpu_is_named_with_archs_and_versions(capability: tuple[int,
     assert f"torch {torch.__version__}" in str(caught.value)
     assert "the wheel was built for" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_refuses_another_word_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are the only thing in which devices differ, so nothing else would tell."""
+    orders = {0: formats.WordOrder.HALVES, 1: formats.WordOrder.CONTAINERS}
+    monkeypatch.setattr(importlib.import_module("mxfp4_moe.fused_moe"), "word_order_of", lambda d: orders[d.index])
+    for index, order in orders.items():
+        check_word_order(order, torch.device("cuda", index))
+        with pytest.raises(ValueError, match=rf"^weights: expected word order '{order.value}' on cuda:{index}, got .*"):
+            check_word_order(orders[1 - index], torch.device("cuda", index))
+
+
+@pytest.mark.parametrize("activation", ["swiglu_oai", "relu"])
+def test_cpu_reads_either_word_order(activation: str) -> None:
+    gated = activation != "relu"
+    checkpoint = oracles.random_checkpoint(E, H, INTER, gated=gated)
+    weights = MoEWeights.from_mxfp4(**checkpoint, activation=activation)
+    sizes = {"w13": (weights.w13_rows, H), "w2": (H, INTER)}
+    old, new = formats.WordOrder.CONTAINERS, formats.WordOrder.HALVES
+    halves = {
+        name: torch.stack([formats.reorder_words(expert, *size, old, new) for expert in getattr(weights, name)])
+        for name, size in sizes.items()
+    }
+    call = make_call() | {"weights": weights}
+    expected = mxfp4_moe.fused_moe(**call)
+    assert torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **halves, word_order=new)}), expected)
+    assert not torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **halves)}), expected)
 
 
 # ---- what it means -------------------------------------------------------------------------------------------------

@@ -75,6 +75,29 @@ def test_random_problems(seed: int) -> None:
         assert not mismatch, f"{tile.name}, seed {seed}, K={k}, N={n}, rows {rows}: {mismatch}"
 
 
+@pytest.mark.parametrize("mn", [(8, 128), (128, 128)], ids=["swapped", "native"])
+@pytest.mark.parametrize("byte", [0, 1, 2, 252, 253])
+def test_scales_at_the_ends_of_their_range(byte: int, mn: tuple[int, int]) -> None:
+    """The weights' lowest and highest scales; activation scales that cancel them keep every sum exact."""
+    (tile,) = (tile for tile in TILES if tile.mn == mn)
+    device, rows, n, k = gpu_problems.gpu(), 70, 144, 288
+    g = torch.Generator(device).manual_seed(byte)
+    shape = (rows + problems.ROWS_OF_NO_EXPERT, k)
+    codes = torch.randint(0x30, 0x48, shape, generator=g, device=device).to(torch.uint8)  # 0.5 to 3.75
+    codes |= torch.randint(0, 2, shape, generator=g, device=device).to(torch.uint8) << 7
+    given = GemmProblem.with_oracle(
+        codes,
+        torch.full((shape[0], k // 32), min(254 - byte, 248), dtype=torch.uint8, device=device),
+        torch.randint(0, 256, (1, n, k // 2), generator=g, device=device, dtype=torch.uint8),
+        torch.full((1, n, k // 32), byte, dtype=torch.uint8, device=device),
+        gpu_problems.offsets_of([rows], device),
+    )
+    assert given.expected[:rows].isfinite().all()
+    assert bool(given.expected[:rows].count_nonzero() > rows * n // 2)
+    mismatch = given.mismatch(given.run(tile))
+    assert not mismatch, mismatch
+
+
 def test_blocks_wider_than_the_accumulator() -> None:
     """Blocks that hold both E4M3's largest and smallest values need 27 bits; SM90's f16 MMA keeps fewer.
 

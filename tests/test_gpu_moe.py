@@ -128,8 +128,8 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, device: torch
     x = special_rows(width, dtype)
     top_k, experts = 3, 5
     ids = ids_of(len(x), top_k, experts, torch.int32, device)
-    offsets, row_slot, _ = reference.route(ids, experts)
-    codes, scales = ops().quantize_permute(x.to(device), row_slot, offsets, top_k)
+    offsets, row_slot, slot_row = reference.route(ids, experts)
+    codes, scales = ops().quantize_permute(x.to(device), slot_row, top_k)
     valid = int(offsets[-1])
     token = row_slot[:valid].cpu() // top_k
     expected_codes, expected_scales = formats.quantize_mxfp8(x)
@@ -155,9 +155,9 @@ def test_permute_is_exact(width: int, swizzled: bool, dtype: torch.dtype, device
     scales = torch.randint(0, 256, (tokens, width // 32), generator=g, dtype=torch.uint8)
     given = formats.swizzle_scales(scales).flatten() if swizzled else scales
     ids = ids_of(tokens, top_k, experts, torch.int32, device)
-    offsets, row_slot, _ = reference.route(ids, experts)
+    offsets, row_slot, slot_row = reference.route(ids, experts)
     hidden = codes.view(dtype).to(device).view(torch.uint8)
-    out, out_scales = ops().permute(hidden, given.to(device), swizzled, row_slot, offsets, top_k)
+    out, out_scales = ops().permute(hidden, given.to(device), swizzled, slot_row, top_k)
     valid = int(offsets[-1])
     token = row_slot[:valid].cpu() // top_k
     expected, expected_scales = reference.mxfp8_rows(codes, given, "swizzled" if swizzled else "linear")
@@ -198,7 +198,7 @@ def test_activation_is_close(
     experts, rows = 5, 67
     weights = layer_of(experts, inter, activation, numbers, bias=with_bias, device=device)
     g = torch.Generator(device).manual_seed(inter)
-    gemm1 = torch.randn(rows, weights.w13.shape[1], generator=g, device=device) * 4
+    gemm1 = torch.randn(rows, weights.w13_rows, generator=g, device=device) * 4
     gemm1[0, 0], gemm1[1, 8], gemm1[2, 0] = float("nan"), float("nan"), float("inf")
     gemm1[3, 0], gemm1[3, 1], gemm1[3, 9] = -200.0, 200.0, 1e30
     row_expert = torch.arange(rows, device=device, dtype=torch.int32) % experts
@@ -555,8 +555,8 @@ def test_opcheck(given: str, device: torch.device) -> None:
     torch.library.opcheck(
         mxfp4_moe_ops.moe_layer,
         (
-            *(x, topk_weights, topk_ids, weights.w13, weights.w13_scale, weights.w13_bias),
-            *(weights.w2, weights.w2_scale, weights.w2_bias, "swiglu_oai", 0.0, 0.0, None),
+            *(x, topk_weights, topk_ids, weights.w13, weights.w13_bias, weights.w2, weights.w2_bias),
+            *(weights.hidden_size, weights.intermediate_size, weights.word_order.value, "swiglu_oai", 0.0, 0.0, None),
             *(weights.alpha, weights.beta, weights.limit, scale, "swizzled" if given == "swizzled" else "linear"),
             torch.float16,
         ),
@@ -576,6 +576,97 @@ def test_inference_mode_and_any_device_index() -> None:
         assert out.device.index == index
         assert torch.equal(bits(out.cpu()), bits(expected))
         assert torch.cuda.current_device() == current
+
+
+# ---- from logits -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def layer_of_experts(experts: int) -> MoEWeights:
+    return random_weights(experts, 160, 96, gpu_problems.gpu(), seed=experts)
+
+
+def check_from_logits(
+    hidden_states: Tensor, logits: Tensor, top_k: int, weights: MoEWeights, renormalize: bool = True, **options: Any
+) -> None:
+    topk_weights, topk_ids = mxfp4_moe.topk_softmax(logits, top_k, renormalize)
+    expected = mxfp4_moe.fused_moe(hidden_states, topk_weights, topk_ids, weights, **options)
+    poison_memory(logits.device, 0xFF)
+    out = mxfp4_moe.fused_moe_from_logits(hidden_states, logits, top_k, weights, renormalize=renormalize, **options)
+    assert out.dtype == expected.dtype
+    assert torch.equal(bits(out), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("experts", [8, 32, 128, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 300, 512, 513, 1024])  # one kernel chooses and sorts up to 512
+def test_from_logits_is_topk_softmax_and_fused_moe(
+    tokens: int, experts: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    weights = layer_of_experts(experts)
+    g = torch.Generator(device).manual_seed(tokens + experts)
+    logits = (torch.randn(tokens, experts, generator=g, device=device) * 3).to(dtype)
+    logits[::7] = logits[::7].round()  # ties
+    x = random_call(tokens, 1, weights).hidden_states
+    for top_k in (1, 4, 8):
+        for renormalize in (True, False):
+            check_from_logits(x, logits, top_k, weights, renormalize)
+
+
+@pytest.mark.parametrize("top_k", [3, 16])
+@pytest.mark.parametrize("tokens", [1, 512, 513])
+def test_from_logits_with_everything_else(tokens: int, top_k: int, device: torch.device) -> None:
+    weights = layer_of_experts(32)
+    logits = torch.randn(tokens, 32, device=device)
+    logits[0, 5] = float("nan")
+    call = random_call(tokens, 1, weights)
+    codes, scale = formats.quantize_mxfp8(call.hidden_states)
+    swizzled = formats.swizzle_scales(scale).flatten()
+    check_from_logits(codes, logits, top_k, weights, hidden_states_scale=scale)
+    check_from_logits(codes, logits, top_k, weights, hidden_states_scale=swizzled, scale_layout="swizzled")
+    check_from_logits(call.hidden_states.half(), logits, top_k, weights, output_dtype=torch.bfloat16)
+    check_from_logits(call.hidden_states, logits, top_k, weights, intermediate_rounding=True)
+    for tile in TILES:
+        check_from_logits(call.hidden_states, logits, top_k, weights, tile_mn=tile.mn)
+    output = torch.empty_like(call.hidden_states)
+    out = mxfp4_moe.fused_moe_from_logits(call.hidden_states, logits, top_k, weights, output=output)
+    assert out is output
+    assert torch.equal(bits(out), bits(mxfp4_moe.fused_moe_from_logits(call.hidden_states, logits, top_k, weights)))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 512, 513])
+def test_from_logits_of_a_slice(tokens: int, device: torch.device) -> None:
+    """The logits are the whole layer's; experts of other ranks contribute nothing."""
+    whole = layer_of_experts(128)
+    logits = torch.randn(tokens, 128, device=device)
+    x = random_call(tokens, 1, whole).hidden_states
+    for rank in range(4):
+        check_from_logits(x, logits, TOP_K, whole.expert_parallel(rank, 4))
+    with pytest.raises(ValueError, match=r"router_logits: expected one for each of the layer's 128 experts, got"):
+        mxfp4_moe.fused_moe_from_logits(x, logits[:, :32].contiguous(), TOP_K, whole.expert_parallel(0, 4))
+
+
+@pytest.mark.parametrize("tokens", [48, 600])
+def test_from_logits_in_a_graph_and_compiled(tokens: int, device: torch.device) -> None:
+    weights = layer_of_experts(128)
+    static_x = torch.zeros(tokens, 160, dtype=torch.bfloat16, device=device)
+    static_logits = torch.zeros(tokens, 128, device=device)
+    output = torch.empty_like(static_x)
+    mxfp4_moe.fused_moe_from_logits(static_x, static_logits, TOP_K, weights, output=output)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mxfp4_moe.fused_moe_from_logits(static_x, static_logits, TOP_K, weights, output=output)
+    compiled = torch.compile(mxfp4_moe.fused_moe_from_logits, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        static_x.copy_(random_call(tokens, 1, weights, seed=seed).hidden_states)
+        static_logits.normal_()
+        output.fill_(float("nan"))
+        graph.replay()
+        topk_weights, topk_ids = mxfp4_moe.topk_softmax(static_logits, TOP_K)
+        expected = mxfp4_moe.fused_moe(static_x, topk_weights, topk_ids, weights)
+        assert torch.equal(bits(output), bits(expected))
+        assert torch.equal(bits(compiled(static_x, static_logits, TOP_K, weights)), bits(expected))
+    torch._dynamo.reset()
 
 
 # ---- loading and refusals --------------------------------------------------------------------------------------------
@@ -613,6 +704,21 @@ def test_arguments_on_the_wrong_device_are_refused(device: torch.device) -> None
         mxfp4_moe.fused_moe(x, w, ids, small(), output=x.cpu())
 
 
+def test_weights_in_another_word_order_are_refused(device: torch.device) -> None:
+    x, w, ids = random_call(4, 2, small()).args()
+    (other,) = (order for order in formats.WordOrder if order is not small().word_order)
+    weights = replace(small(), word_order=other)
+    message = rf"weights: expected word order '{small().word_order.value}' on {device}, got '{other.value}' of another"
+    with pytest.raises(ValueError, match=message):
+        mxfp4_moe.fused_moe(x, w, ids, weights)
+    with pytest.raises(ValueError, match=message):
+        mxfp4_moe.fused_moe_from_logits(x, torch.randn(4, 8, device=device), 2, weights)
+    compiled = torch.compile(mxfp4_moe.fused_moe, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=message):
+        compiled(x, w, ids, weights)
+    torch._dynamo.reset()
+
+
 def test_data_off_a_16_byte_boundary_is_refused() -> None:
     x, w, ids = random_call(4, 2, small()).args()
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x)
@@ -637,10 +743,12 @@ def test_the_operator_checks_for_itself() -> None:
     """Callers may skip the Python layer; the operator then says what does not fit."""
     x, w, ids = random_call(4, 2, small()).args()
     layer = small()
+    w13_bytes, w2_bytes = formats.weight_bytes(192, 160), formats.weight_bytes(160, 96)
     _load.load_tile(TILES[0])
     good: dict[str, Any] = {
-        **{"hidden_states": x, "topk_weights": w, "topk_ids": ids, "w13": layer.w13, "w13_scale": layer.w13_scale},
-        **{"w13_bias": None, "w2": layer.w2, "w2_scale": layer.w2_scale, "w2_bias": None, "activation": 1},
+        **{"hidden_states": x, "topk_weights": w, "topk_ids": ids, "w13": layer.w13, "w13_bias": None},
+        **{"w2": layer.w2, "w2_bias": None, "intermediate_size": layer.intermediate_size, "activation": 1},
+        **{"router_logits": None, "top_k": 0, "renormalize": True, "first_expert": 0},
         **{"alpha": 1.702, "beta": 1.0, "limit": 7.0, "alphas": None, "betas": None, "limits": None},
         **{"hidden_states_scale": None, "scale_is_swizzled": False, "tile_m": TILES[0].m, "tile_n": TILES[0].n},
         "out": torch.empty_like(x),
@@ -651,8 +759,13 @@ def test_the_operator_checks_for_itself() -> None:
         ({"hidden_states": x.float()}, r"hidden_states: expected bfloat16 or float16 .*, got float32 \[4, 160\]"),
         ({"topk_weights": w.double()}, r"topk_weights: expected float32 \[4, 2\], got another dtype \[4, 2\]"),
         ({"topk_ids": ids.short()}, r"topk_ids: expected int32 or int64 \[tokens, top_k\]"),
-        ({"w13": layer.w13[:, :, :-1]}, r"w13: expected uint8 \[8, 192, 80\], got uint8 \[8, 192, 79\]"),
-        ({"w2_scale": layer.w2_scale[:-1]}, r"w2_scale: expected uint8 \[8, 2, 1, 512\], got uint8 \[7, 2, 1, 512\]"),
+        ({"w13": layer.w13[:, :-1]}, rf"w13: expected uint8 \[8, {w13_bytes}\], got uint8 \[8, {w13_bytes - 1}\]"),
+        ({"w13": layer.w13[:, None]}, rf"w13: expected uint8 .*, got uint8 \[8, 1, {w13_bytes}\]"),
+        ({"w2": layer.w2[:-1]}, rf"w2: expected uint8 \[8, {w2_bytes}\], got uint8 \[7, {w2_bytes}\]"),
+        ({"intermediate_size": 64}, rf"w13: expected uint8 \[8, {formats.weight_bytes(128, 160)}\], got uint8 \[8, "),
+        ({"intermediate_size": 100}, r"intermediate size: expected a multiple of 32"),
+        ({"router_logits": w, "top_k": 2}, r"router_logits: expected none beside topk_weights and topk_ids, got both"),
+        ({"topk_ids": None}, r"topk_weights and topk_ids: expected both, or router_logits, got neither or one"),
         (
             {"w2_bias": torch.empty(8, 96, device=x.device)},
             r"w2_bias: expected float32 \[8, 160\], got float32 \[8, 96",

@@ -132,6 +132,38 @@ def test_act_scale_layout_is_that_of_formats(host: ModuleType, rows: int, k: int
     assert int(packed.to(torch.int64).sum()) == int(scales.to(torch.int64).sum())  # padding is zero
 
 
+# --- prepared weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", formats.WordOrder)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_weight_layout_is_that_of_formats(host: ModuleType, n: int, k: int, order: formats.WordOrder) -> None:
+    """Element by element: every word and every scale, and zeros wherever the header puts nothing."""
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    scales = torch.randint(1, 254, (n, k // 32), dtype=torch.uint8)
+    weight = formats.arrange_weights(packed, scales, order)
+    assert weight.numel() == host.weight_bytes(n, k)
+    scale_offsets = torch.tensor(host.arranged_scale_offsets(n, k))
+    assert torch.equal(weight[scale_offsets], scales)
+    word_offsets = torch.tensor(host.arranged_word_offsets(n, k))
+    bytes_of_words = (word_offsets[..., None] + torch.arange(4)).flatten(1)
+    assert torch.equal(weight[bytes_of_words], formats.pack_words(packed, order))
+    used = torch.cat((scale_offsets.flatten(), bytes_of_words.flatten()))
+    assert len(used.unique()) == used.numel(), "no byte has two meanings"
+    padding = torch.ones_like(weight, dtype=torch.bool)
+    padding[used] = False
+    assert not weight[padding].any()
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_weights_are_copied_in_whole_units(host: ModuleType, n: int, k: int) -> None:
+    unit = host.weight_unit()
+    assert host.weight_bytes(n, k) % unit == 0
+    for row in range(0, n, 64):
+        for words in host.arranged_word_offsets(n, k)[row][::16]:  # row 0 of a block, step 0, t = 0
+            assert (words - 256) % unit == 0
+
+
 # --- schedule --------------------------------------------------------------------------------------------------------
 
 

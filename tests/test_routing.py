@@ -1,16 +1,22 @@
-"""topk_softmax on CPU tensors against lists and float64; the kernel is compared in test_gpu_routing.py."""
+"""topk_softmax and fused_moe_from_logits on CPU tensors; GPU: test_gpu_routing.py and test_gpu_moe.py.
+
+topk_softmax against lists and float64, the layer against the two calls that it stands for.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4_moe
+from mxfp4_moe import formats
+from mxfp4_moe.weights import MoEWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Few different values, so that ties are common; -0 and +0 are one value.
@@ -100,4 +106,104 @@ def test_no_gradient_flows() -> None:
 def test_refuses(logits: Any, top_k: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         mxfp4_moe.topk_softmax(logits, top_k)
+    assert "\n" not in str(caught.value)
+
+
+# ---- the layer from logits -------------------------------------------------------------------------------------------
+
+E, H, INTER, T, K = 6, 64, 32, 5, 2
+
+
+def make_weights() -> MoEWeights:
+    return MoEWeights.from_mxfp4(**oracles.random_checkpoint(E, H, INTER))
+
+
+def make_call() -> dict[str, Any]:
+    g = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(T, H, generator=g).bfloat16(),
+        "router_logits": torch.randn(T, E, generator=g),
+        "top_k": K,
+        "weights": make_weights(),
+    }
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_logits_is_topk_softmax_and_fused_moe(dtype: torch.dtype, renormalize: bool) -> None:
+    call = make_call()
+    x, logits, weights = call["hidden_states"], call["router_logits"].to(dtype), call["weights"]
+    topk_weights, topk_ids = mxfp4_moe.topk_softmax(logits, K, renormalize)
+    for options in ({}, {"output_dtype": torch.float16}, {"intermediate_rounding": True}, {"tile_mn": (8, 128)}):
+        expected = mxfp4_moe.fused_moe(x, topk_weights, topk_ids, weights, **options)
+        out = mxfp4_moe.fused_moe_from_logits(x, logits, K, weights, renormalize=renormalize, **options)
+        assert out.dtype == expected.dtype
+        assert torch.equal(out, expected)
+    codes, scale = formats.quantize_mxfp8(x)
+    given = mxfp4_moe.fused_moe_from_logits(
+        codes, logits, K, weights, renormalize=renormalize, hidden_states_scale=scale
+    )
+    assert torch.equal(given, mxfp4_moe.fused_moe(x, topk_weights, topk_ids, weights))
+    output = torch.empty_like(x)
+    assert mxfp4_moe.fused_moe_from_logits(x, logits, K, weights, output=output) is output
+
+
+def test_from_logits_the_ranks_add_up() -> None:
+    call = make_call()
+    whole = mxfp4_moe.fused_moe_from_logits(**call)
+    parts = [
+        mxfp4_moe.fused_moe_from_logits(**{**call, "weights": call["weights"].expert_parallel(rank, 3)})
+        for rank in range(3)
+    ]
+    torch.testing.assert_close(sum(part.float() for part in parts), whole.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: {"weights": {}}, TypeError, r"weights: expected MoEWeights, got dict"),
+        (lambda c: {"hidden_states": [1.0]}, TypeError, r"hidden_states: expected .* \[T, H\], got list"),
+        (
+            lambda c: {"hidden_states": c["hidden_states"].float()},
+            TypeError,
+            r"hidden_states: expected bfloat16 or float16 \[T, 64\], got float32 \[5, 64\]",
+        ),
+        (
+            lambda c: {"hidden_states": c["hidden_states"][:, :32].contiguous()},
+            ValueError,
+            r"hidden_states: expected bfloat16 or float16 \[T, 64\], got bfloat16 \[5, 32\]",
+        ),
+        (lambda c: {"hidden_states": c["hidden_states"][0]}, ValueError, r"router_logits: expected \[64, 6\], as many"),
+        (lambda c: {"router_logits": [[1.0]]}, TypeError, r"router_logits: expected .* \[T, E\], got list"),
+        (
+            lambda c: {"router_logits": c["router_logits"][:4]},
+            ValueError,
+            r"router_logits: expected \[5, 6\], as many rows as hidden_states, on cpu, got \[4, 6\] on cpu",
+        ),
+        (
+            lambda c: {"router_logits": c["router_logits"].to("meta")},
+            ValueError,
+            r"router_logits: expected \[5, 6\], .* on cpu, got \[5, 6\] on meta",
+        ),
+        (
+            lambda c: {"router_logits": c["router_logits"][:, :5].contiguous()},
+            ValueError,
+            r"router_logits: expected one for each of the layer's 6 experts, got \[5, 5\]",
+        ),
+        (
+            lambda c: {"router_logits": torch.zeros(5, 2), "weights": c["weights"].expert_parallel(0, 3)},
+            ValueError,
+            r"router_logits: expected one for each of the layer's 6 experts, got \[5, 2\]",
+        ),
+        (lambda c: {"top_k": 7}, ValueError, r"top_k: expected 1 to 6 of 6 experts, got 7"),
+        (lambda c: {"top_k": 2.0}, TypeError, r"top_k: expected an integer, got 2.0"),
+        (lambda c: {"output": torch.empty(5, 32)}, TypeError, r"output: expected bfloat16 \[5, 64\], got float32"),
+        (lambda c: {"output_dtype": torch.float32}, TypeError, r"output_dtype: expected torch.bfloat16 or"),
+        (lambda c: {"tile_mn": (7, 7)}, ValueError, r"tile_mn: expected a tile of the manifest"),
+    ],
+)
+def test_from_logits_refuses(change: Any, error: type[Exception], message: str) -> None:
+    call = make_call()
+    with pytest.raises(error, match=f"^{message}") as caught:
+        mxfp4_moe.fused_moe_from_logits(**{**call, **change(call)})
     assert "\n" not in str(caught.value)

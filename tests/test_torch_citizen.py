@@ -70,8 +70,8 @@ def operator_arguments(
     each = [n if isinstance(n, Tensor) else None for n in (weights.alpha, weights.beta, weights.limit)]
     alpha, beta, limit = (None if isinstance(n, Tensor) else n for n in (weights.alpha, weights.beta, weights.limit))
     return (
-        *(x, topk_weights, topk_ids, weights.w13, weights.w13_scale, weights.w13_bias),
-        *(weights.w2, weights.w2_scale, weights.w2_bias, weights.activation.value),
+        *(x, topk_weights, topk_ids, weights.w13, weights.w13_bias, weights.w2, weights.w2_bias),
+        *(weights.hidden_size, weights.intermediate_size, weights.word_order.value, weights.activation.value),
         *(alpha or 0.0, beta or 0.0, limit, *each, scale, scale_layout or "linear", output_dtype),
     )
 

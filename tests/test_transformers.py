@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from mxfp4_moe import formats
+from mxfp4_moe.integrations import transformers as integration
 from mxfp4_moe.integrations.transformers import MoEExperts, replace_experts
 
 EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, VOCABULARY = 32, 4, 64, 96, 2, 32
@@ -146,13 +147,46 @@ def test_the_module_follows_devices_and_keeps_its_dtypes(model: GptOssForCausalL
     assert copy.deepcopy(replaced).to("meta").model.layers[0].mlp.experts.weights.device == torch.device("meta")
 
     state = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
-    assert set(state) == {"w13", "w13_scale", "w2", "w2_scale", "w13_bias", "w2_bias"}
+    assert set(state) == {"w13", "w2", "w13_bias", "w2_bias"}
     other = replaced.model.layers[1].mlp.experts
     x = torch.randn(5, HIDDEN).bfloat16()
     ids, scales = torch.randint(0, EXPERTS, (5, TOP_K)), torch.rand(5, TOP_K)
     for assign in (False, True):
         other.load_state_dict(state, assign=assign)
         assert torch.equal(other(x, ids, scales), experts(x, ids, scales))
+
+
+def test_a_state_dict_has_one_word_order_wherever_it_was_made(
+    model: GptOssForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPU plays an SM90 here: the words are converted on the way there, and back in a state dict."""
+    replaced = copy.deepcopy(model)
+    replace_experts(replaced)
+    experts, other = (replaced.model.layers[layer].mlp.experts for layer in (0, 1))
+    x = torch.randn(5, HIDDEN).bfloat16()
+    ids, scales = torch.randint(0, EXPERTS, (5, TOP_K)), torch.rand(5, TOP_K)
+    expected, expected_other = experts(x, ids, scales), other(x, ids, scales)
+    state = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    state_other = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+
+    monkeypatch.setattr(integration, "word_order_of", lambda device: formats.WordOrder.HALVES)
+    experts.to("cpu")
+    assert experts.weights.word_order is formats.WordOrder.HALVES
+    assert not torch.equal(experts.w13, state["w13"])
+    assert torch.equal(experts(x, ids, scales), expected)
+    for name, tensor in experts.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    for assign in (False, True):
+        experts.load_state_dict(state_other, assign=assign)
+        assert torch.equal(experts(x, ids, scales), expected_other)
+        experts.load_state_dict(state, assign=assign)
+        assert torch.equal(experts(x, ids, scales), expected)
+    with pytest.raises(RuntimeError, match=r"size mismatch for w13"):
+        experts.load_state_dict({**state, "w13": state["w13"][:, :-1]})
+    monkeypatch.undo()
+    experts.to("cpu")
+    assert torch.equal(experts.w13, state["w13"])
+    assert torch.equal(experts(x, ids, scales), expected)
 
 
 def test_refuses() -> None:

@@ -52,46 +52,73 @@ def same(a: MoEWeights, b: MoEWeights) -> bool:
     return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(MoEWeights))
 
 
+def restored(weights: MoEWeights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13 or w2 of all experts with prepared rows: codes [E, N, K/2] in plain order, scales [E, N, K/32]."""
+    hidden, inter = weights.hidden_size, weights.intermediate_size
+    n, k = (weights.w13_rows, hidden) if name == "w13" else (hidden, inter)
+    experts = [formats.restore_weights(expert, n, k, weights.word_order) for expert in getattr(weights, name)]
+    packed, scales = zip(*experts, strict=True)
+    return torch.stack(packed), torch.stack(scales)
+
+
+def as_halves(weights: MoEWeights) -> MoEWeights:
+    """The weights as SM90 has them."""
+    old, new = formats.WordOrder.CONTAINERS, formats.WordOrder.HALVES
+    assert weights.word_order is old
+    hidden, inter = weights.hidden_size, weights.intermediate_size
+    return dataclasses.replace(
+        weights,
+        w13=_prepare.move(weights.w13, weights.device, weights.w13_rows, hidden, old, new),
+        w2=_prepare.move(weights.w2, weights.device, hidden, inter, old, new),
+        word_order=new,
+    )
+
+
 class TestPrepare:
     @pytest.mark.parametrize("order", ORDERS)
     def test_every_row_lands_where_the_layout_says(self, checkpoint: dict[str, torch.Tensor], order: str) -> None:
+        """test_formats.py has the places inside an expert; here it is about which row comes where."""
         weights = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order)
         gates, ups = oracles.gate_up_rows(order, I)
-        scale, bias = weights.w13_scale.flatten(1), weights.w13_bias
-        assert bias is not None
+        packed, scales = restored(weights, "w13")
+        assert weights.w13_bias is not None
         for j in range(I):
             for row, source in ((16 * (j // 8) + j % 8, gates[j]), (16 * (j // 8) + 8 + j % 8, ups[j])):
-                words = weights.w13[:, row].numpy().view("<u4")
-                back = words >> 2 | words << 30
-                assert (back == checkpoint["w13"][:, source].numpy().view("<u4")).all()
-                for block in range(H // 32):
-                    offset = oracles.scale_offset(row, block, H)
-                    assert torch.equal(scale[:, offset], checkpoint["w13_scale"][:, source, block])
-                assert torch.equal(bias[:, row], checkpoint["w13_bias"][:, source].float())
+                assert torch.equal(packed[:, row], checkpoint["w13"][:, source])
+                assert torch.equal(scales[:, row], checkpoint["w13_scale"][:, source])
+                assert torch.equal(weights.w13_bias[:, row], checkpoint["w13_bias"][:, source].float())
 
     def test_w2_keeps_its_rows(self, checkpoint: dict[str, torch.Tensor]) -> None:
         weights = MoEWeights.from_mxfp4(**checkpoint)
-        words = weights.w2.numpy().view("<u4")
-        assert ((words >> 2 | words << 30) == checkpoint["w2"].numpy().view("<u4")).all()
-        for row in range(H):
-            for block in range(I // 32):
-                offset = oracles.scale_offset(row, block, I)
-                assert torch.equal(weights.w2_scale.flatten(1)[:, offset], checkpoint["w2_scale"][:, row, block])
+        packed, scales = restored(weights, "w2")
+        assert torch.equal(packed, checkpoint["w2"])
+        assert torch.equal(scales, checkpoint["w2_scale"])
         assert weights.w2_bias is not None
         assert torch.equal(weights.w2_bias, checkpoint["w2_bias"].float())
 
-    def test_scale_padding_is_zero(self, checkpoint: dict[str, torch.Tensor]) -> None:
-        weights = MoEWeights.from_mxfp4(**checkpoint)
-        assert weights.w13_scale.shape == (E, 3, 1, 512)
-        assert weights.w2_scale.shape == (E, 1, 2, 512)
-        # Random scales are 118..123, so exactly the padding is zero.
-        assert weights.w13_scale.count_nonzero() == checkpoint["w13_scale"].numel()
-        assert weights.w2_scale.count_nonzero() == checkpoint["w2_scale"].numel()
+    def test_pieces_of_rows_are_no_part_of_the_result(self) -> None:
+        """An expert of many blocks passes in pieces; it is arranged as it would be at once."""
+        big = oracles.random_checkpoint(1, 1184, 672)
+        weights = MoEWeights.from_mxfp4(**big)
+        expected = formats.arrange_weights(big["w2"][0], big["w2_scale"][0], weights.word_order)
+        assert torch.equal(weights.w2[0], expected)
+        for name, tensor in weights.to_mxfp4()._asdict().items():
+            assert torch.equal(tensor, big[name].float() if name.endswith("bias") else big[name])
+
+    def test_padding_is_zero(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        """H = 96 makes half a block of padding rows of w2, and a padding scale in each row of w13."""
+        full = {n: torch.full_like(t, 255 if n in ("w13", "w2") else 1) for n, t in checkpoint.items()}
+        weights = MoEWeights.from_mxfp4(**full)
+        assert weights.w13.count_nonzero() == full["w13"].numel() + full["w13_scale"].numel()
+        assert weights.w2.count_nonzero() == full["w2"].numel() + full["w2_scale"].numel()
+        assert weights.w13.shape == (E, 5 * (256 + 3 * 1024))
+        assert weights.w2.shape == (E, 2 * (256 + 4 * 1024 + 256 + 1024))
 
     def test_properties(self, checkpoint: dict[str, torch.Tensor]) -> None:
         weights = MoEWeights.from_mxfp4(**checkpoint)
         assert (weights.num_experts, weights.hidden_size, weights.intermediate_size) == (E, H, I)
-        assert weights.device == torch.device("cpu")
+        assert (weights.device, weights.word_order) == (torch.device("cpu"), formats.WordOrder.CONTAINERS)
+        assert weights.w13_rows == 2 * I
         assert (weights.activation, weights.gate_up_order) == (Activation.SWIGLU_OAI, GateUpOrder.INTERLEAVED)
         assert (weights.alpha, weights.beta, weights.limit) == (1.702, 1.0, 7.0)
         assert repr(weights) == (
@@ -140,8 +167,8 @@ class TestRoundTrip:
     def test_the_result_shares_no_memory_with_the_input(self, checkpoint: dict[str, torch.Tensor]) -> None:
         given = {name: t.float() if name.endswith("bias") else t for name, t in checkpoint.items()}
         weights = MoEWeights.from_mxfp4(**given)
-        for name, tensor in given.items():
-            assert getattr(weights, name).data_ptr() != tensor.data_ptr()
+        theirs = {tensor.data_ptr() for tensor in given.values()}
+        assert not theirs & {t.data_ptr() for t in vars(weights).values() if isinstance(t, torch.Tensor)}
 
     def test_to(self, checkpoint: dict[str, torch.Tensor]) -> None:
         weights = MoEWeights.from_mxfp4(**checkpoint, activation="swiglu", limit=None)
@@ -151,6 +178,21 @@ class TestRoundTrip:
         assert moved.w2_bias is not None
         assert moved.w2_bias.device == torch.device("meta")
         assert (moved.activation, moved.limit) == (Activation.SWIGLU, None)
+        assert weights.to("cpu").w13 is weights.w13, "what is there already is shared"
+
+    def test_to_converts_the_words(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        weights = MoEWeights.from_mxfp4(**checkpoint, limit=torch.tensor([1.0, 2.0, 3.0]))
+        halves = as_halves(weights)
+        assert not torch.equal(halves.w13, weights.w13)
+        before = halves.w13.clone()
+        assert same(halves.to("cpu"), weights)
+        assert torch.equal(halves.w13, before), "what is converted is a copy"
+        for part in (halves.tensor_parallel(3, 5), halves.expert_parallel(1, 3)):
+            assert part.word_order is formats.WordOrder.HALVES
+        assert same(halves.tensor_parallel(3, 5).to("cpu"), weights.tensor_parallel(3, 5))
+        assert same(halves.expert_parallel(1, 3).to("cpu"), weights.expert_parallel(1, 3))
+        for name, tensor in halves.to_mxfp4()._asdict().items():
+            assert torch.equal(tensor, checkpoint[name].float() if name.endswith("bias") else checkpoint[name])
 
 
 class TestRefuses:
@@ -249,7 +291,8 @@ class TestRefuses:
     def test_a_nan_scale(self, checkpoint: dict[str, torch.Tensor], name: str) -> None:
         scale = checkpoint[name].clone()
         scale[1, 17, 2] = 255
-        with pytest.raises(ValueError, match=rf"{name}: expected E8M0 bytes 0\.\.253 \(2^126\), got 255 at \[1, 17, 2\]"):
+        message = rf"{name}: expected E8M0 bytes 0\.\.253 \(2\^126\), got 255 at \[1, 17, 2\]"
+        with pytest.raises(ValueError, match=message):
             MoEWeights.from_mxfp4(**{**checkpoint, name: scale})
         scale[1, 17, 2] = 253
         MoEWeights.from_mxfp4(**{**checkpoint, name: scale})
@@ -257,23 +300,24 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("name", "change", "error", "message"),
         [
-            ("w13", lambda t: t.int(), TypeError, r"w13: expected uint8 \[E, 2I, H/2\], got int32 \[3, 320, 48\]"),
-            ("w13", lambda t: t[..., :40], ValueError, r"w13: expected H .* a multiple of 32, got 80"),
+            ("w13", lambda t: t.int(), TypeError, r"w13: expected uint8 \[E, 16640\], got int32 \[3, 16640\]"),
+            ("w13", lambda t: t[:, :40], ValueError, r"w13: expected uint8 \[E, 16640\], got uint8 \[3, 40\]"),
+            ("w13", lambda t: t[:0], ValueError, r"w13: expected at least one expert, got uint8 \[0, 16640\]"),
             (
                 "w13",
                 lambda t: t.mT.contiguous().mT,
                 ValueError,
-                r"w13: expected a contiguous tensor, got strides \[.*\]",
+                r"w13: expected a contiguous tensor, got strides \[1, 3\]",
             ),
-            (
-                "w13_scale",
-                lambda t: t[:, :2],
-                ValueError,
-                r"w13_scale: expected uint8 \[3, 3, 1, 512\], got .*\[3, 2, 1, 512\]",
-            ),
-            ("w2", lambda t: t[:2], ValueError, r"w2: expected uint8 \[3, 96, 80\], got uint8 \[2, 96, 80\]"),
-            ("w2", lambda t: None, TypeError, r"w2: expected uint8 \[3, 96, 80\], got NoneType"),
-            ("w2_scale", lambda t: t.to("meta"), ValueError, r"w2_scale: expected .* on cpu, got .* on meta"),
+            ("w2", lambda t: t[:2], ValueError, r"w2: expected uint8 \[3, 11264\], got uint8 \[2, 11264\]"),
+            ("w2", lambda t: None, TypeError, r"w2: expected uint8 \[3, 11264\], got NoneType"),
+            ("w2", lambda t: t.to("meta"), ValueError, r"w2: expected .* on cpu, got .* on meta"),
+            ("hidden_size", lambda h: 128, ValueError, r"w13: expected uint8 \[E, 21760\], got uint8 \[3, 16640\]"),
+            ("hidden_size", lambda h: 90, ValueError, "hidden_size: expected a multiple of 32, got 90"),
+            ("hidden_size", lambda h: 96.0, TypeError, "hidden_size: expected an integer, got float"),
+            ("intermediate_size", lambda i: 0, ValueError, "intermediate_size: expected a multiple of 32, got 0"),
+            ("intermediate_size", lambda i: 192, ValueError, r"w13: expected uint8 \[E, 19968\], got .*\[3, 16640\]"),
+            ("word_order", lambda o: "halves", TypeError, "word_order: expected a WordOrder, got 'halves'"),
             (
                 "w13_bias",
                 lambda t: t.bfloat16(),
@@ -310,7 +354,7 @@ class TestRefuses:
 
 
 class TestNotGated:
-    """Activations without a gate: w13 is [E, I, H/2] and keeps its rows, whatever gate_up_order says."""
+    """Activations without a gate: w13 has I rows and keeps their order, whatever gate_up_order says."""
 
     @pytest.mark.parametrize("activation", ["silu", "relu2"])
     @pytest.mark.parametrize("order", ORDERS)
@@ -318,8 +362,8 @@ class TestNotGated:
         plain = {name: t[:, :I].contiguous() if name.startswith("w13") else t for name, t in checkpoint.items()}
         weights = MoEWeights.from_mxfp4(**plain, activation=activation, gate_up_order=order)
         assert (weights.num_experts, weights.hidden_size, weights.intermediate_size) == (E, H, I)
-        words = weights.w13.numpy().view("<u4")
-        assert ((words >> 2 | words << 30) == plain["w13"].numpy().view("<u4")).all()
+        assert weights.w13_rows == I
+        assert torch.equal(restored(weights, "w13")[0], plain["w13"])
         for name, tensor in weights.to_mxfp4()._asdict().items():
             assert torch.equal(tensor, plain[name].float() if name.endswith("bias") else plain[name])
 
@@ -440,7 +484,12 @@ class TestFromFlashInfer:
                 r"expected a contiguous tensor, got strides \[960, 1, 96\]",
             ),
             ("fc2_scale", lambda t: t[:2], ValueError, r"expected int32 \[3, 128, 2\], got int32 \[2, 128, 2\]"),
-            ("fc2_scale", lambda t: torch.full_like(t, -1), ValueError, r"expected E8M0 bytes 0\.\.253 \(2^126\), got 255"),
+            (
+                "fc2_scale",
+                lambda t: torch.full_like(t, -1),
+                ValueError,
+                r"expected E8M0 bytes 0\.\.253 \(2\^126\), got 255",
+            ),
             ("fc1_expert_biases", lambda t: t[:1], ValueError, r"expected .* \[3, 320\], got bfloat16 \[1, 320\]"),
             ("ep_rank", lambda r: 4, ValueError, "expected 0 to 3, got 4"),
             ("tp_rank", lambda r: 2, ValueError, "expected 0 to 1, got 2"),
@@ -618,7 +667,9 @@ class TestOnTheGpu:
         on_gpu = {name: tensor.cuda() for name, tensor in checkpoint.items()}
         expected = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order)
         weights = MoEWeights.from_mxfp4(**on_gpu, gate_up_order=order)
+        assert weights.word_order is formats.word_order_of(weights.device)
         assert same(weights.to("cpu"), expected)
+        assert same(expected.to("cuda"), weights)
         assert same(weights.tensor_parallel(2, 5).to("cpu"), expected.tensor_parallel(2, 5))
         for name, tensor in weights.to_mxfp4()._asdict().items():
             assert torch.equal(tensor.cpu(), checkpoint[name].float() if name.endswith("bias") else checkpoint[name])

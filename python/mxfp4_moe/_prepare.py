@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .formats import BLOCK, quantize_mxfp4, rotate_words, swizzle_scales, unrotate_words, unswizzle_scales
+from .formats import (
+    BLOCK,
+    WEIGHT_BLOCK_ROWS,
+    WordOrder,
+    quantize_mxfp4,
+    read_rows,
+    reorder_words,
+    unswizzle_scales,
+    weight_bytes,
+    write_rows,
+)
 
 Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n, K/2], scales [n, K/32]
 Source = Callable[[int, int, int], Rows]  # (expert, first k, past the last k) -> the rows of that expert
@@ -65,7 +75,7 @@ def flashinfer_source(name: str, words: Tensor, swizzled: Tensor, n: int, k: int
 
 
 def _refuse_scales(name: str, scales: Tensor, expert: int) -> None:
-    """255 is no number; a weight under 2^127 (254) is infinite in bfloat16, and on SM90 the kernels have no room for it."""
+    """255 is no number; a weight under 2^127 (254) is infinite in bfloat16, and SM90's kernels have no room for it."""
     if bool((scales > WEIGHT_SCALE_MAX).any()):
         row, block = (scales > WEIGHT_SCALE_MAX).nonzero()[0].tolist()
         raise ValueError(
@@ -77,43 +87,59 @@ def _refuse_scales(name: str, scales: Tensor, expert: int) -> None:
 # ---- preparing one expert, and back ----------------------------------------------------------------------------------
 
 
-def empty(experts: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    packed = torch.empty((experts, n, k // 2), dtype=torch.uint8, device=device)
-    scales = torch.empty((experts, ceil_div(n, 128), ceil_div(k, 128), 512), dtype=torch.uint8, device=device)
-    return packed, scales
+def empty(experts: int, n: int, k: int, device: torch.device) -> Tensor:
+    return torch.empty((experts, weight_bytes(n, k)), dtype=torch.uint8, device=device)
 
 
-def prepare(source: Rows, rows: Tensor, packed: Tensor, swizzled: Tensor) -> None:
+def prepare(source: Rows, rows: Tensor, k: int, order: WordOrder, weight: Tensor) -> None:
     """Writes one expert: prepared row i is the source's row rows[i]."""
-    n, half_k = packed.shape
-    scales = torch.empty((n, half_k // 16), dtype=torch.uint8, device=packed.device)
+    n = len(rows)
     for piece in _pieces(n):
-        plain, scales[piece] = source(rows[piece])
-        packed[piece] = rotate_words(plain)
-    swizzled.copy_(swizzle_scales(scales))
+        # Where an expert has few blocks, quantizing takes smaller steps yet.
+        parts = [source(rows[some]) for some in _spans(piece.start, piece.stop, ceil_div(n, _PIECES))]
+        packed, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        del parts
+        write_rows(weight, n, k, piece.start, packed, scales, order)
 
 
-def restore(prepared: Tensor, prepared_scales: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `prepare` for all experts: plain row i is the prepared row rows[i]."""
-    experts, n, half_k = prepared.shape
-    packed = torch.empty_like(prepared)
-    scales = torch.empty((experts, n, half_k // 16), dtype=torch.uint8, device=prepared.device)
+def restore(weight: Tensor, rows: Tensor, k: int, order: WordOrder) -> tuple[Tensor, Tensor]:
+    """The inverse of `prepare` for all experts: plain row rows[i] is the prepared row i."""
+    experts, n = len(weight), len(rows)
+    packed = torch.empty((experts, n, k // 2), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty((experts, n, k // BLOCK), dtype=torch.uint8, device=weight.device)
     for e in range(experts):
-        scales[e] = unswizzle_scales(prepared_scales[e], n, half_k * 2)[rows]
         for piece in _pieces(n):
-            packed[e, piece] = unrotate_words(prepared[e][rows[piece]])
+            packed[e, rows[piece]], scales[e, rows[piece]] = read_rows(weight[e], n, k, piece, order)
     return packed, scales
+
+
+def cut(weight: Tensor, n: int, k: int, order: WordOrder, rows: slice, columns: slice) -> Tensor:
+    """Prepared weights of all experts -> those of some rows and some k (multiples of 32), prepared anew."""
+    size, width = len(range(n)[rows]), len(range(k)[columns])
+    result = empty(len(weight), size, width, weight.device)
+    bytes_, blocks = slice(columns.start // 2, columns.stop // 2), slice(columns.start // BLOCK, columns.stop // BLOCK)
+    for e in range(len(weight)):
+        packed, scales = read_rows(weight[e], n, k, slice(0, n), order)
+        write_rows(result[e], size, width, 0, packed[rows, bytes_], scales[rows, blocks], order)
+    return result
+
+
+def move(weight: Tensor, device: torch.device, n: int, k: int, old: WordOrder, new: WordOrder) -> Tensor:
+    """Prepared weights of all experts on another device and in its word order; reordered on the GPU of the two."""
+    result = torch.empty_like(weight, device=device)
+    for source, target in zip(weight, result, strict=True):
+        target.copy_(reorder_words(source if source.is_cuda else source.to(device), n, k, old, new))
+    return result
 
 
 def _pieces(n: int) -> Iterator[slice]:
-    step = ceil_div(n, _PIECES)
-    return (slice(begin, min(begin + step, n)) for begin in range(0, n, step))
+    """Rows [0, n) in about _PIECES pieces of whole blocks."""
+    step = ceil_div(ceil_div(n, _PIECES), WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_ROWS
+    return _spans(0, n, step)
 
 
-def slice_scales(swizzled: Tensor, n: int, k: int, rows: slice, blocks: slice) -> Tensor:
-    """Swizzled scales [E, ...] of n rows and K = k -> those of some rows and k-blocks, swizzled anew."""
-    parts = [swizzle_scales(unswizzle_scales(expert, n, k)[rows, blocks]) for expert in swizzled]
-    return torch.stack(parts)
+def _spans(begin: int, end: int, step: int) -> Iterator[slice]:
+    return (slice(i, min(i + step, end)) for i in range(begin, end, step))
 
 
 def with_progress(experts: int) -> Iterator[int]:

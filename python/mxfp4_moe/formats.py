@@ -9,8 +9,10 @@ Sources: OCP Microscaling Formats (MX) v1.0; PTX ISA, "Alternate floating point 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -24,6 +26,10 @@ E8M0_MAX = 254  # the byte of 2^127; 255 is NaN
 # Value of each 4-bit E2M1 code; bit 3 is the sign (OCP MX v1.0, section 5.3.3).
 _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_VALUES: tuple[float, ...] = (*_E2M1_MAGNITUDES, *(-m for m in _E2M1_MAGNITUDES))
+
+WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/tile/weight_layout.cuh
+_BLOCK_SCALE_BYTES = WEIGHT_BLOCK_ROWS * 4
+_STEP_BYTES = WEIGHT_BLOCK_ROWS * 16
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _RCP_448 = float.fromhex("0x1.24924ap-9")  # 1/448 rounded to fp32: the kernel multiplies, it does not divide
@@ -234,7 +240,7 @@ def dequantize_mxfp4(packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:
-    """Weight scales in the 128x4 order that block-scaled MMA kernels read: one 512-byte tile per 128 rows and K=128.
+    """Scales in the 128x4 order of cuBLAS and FlashInfer: one 512-byte tile per 128 rows and K=128.
 
     With nK = ceil(K/128), the scale of row r and k-block c moves to byte
     ``(r/128)*nK*512 + (c/4)*512 + (r%32)*16 + ((r%128)/32)*4 + c%4``. Rows pad to 128 and k-blocks to 4, with
@@ -276,26 +282,196 @@ def unswizzle_scales(swizzled: Tensor, n: int, k: int) -> Tensor:
     return tiles.flatten(-2).flatten(-4, -2)[..., :n, : k // BLOCK].contiguous()
 
 
-def rotate_words(packed: Tensor) -> Tensor:
-    """Every little-endian 32-bit word rotated left by 2 bits: the kernel's order of the nibbles.
+class WordOrder(str, Enum):
+    """Order of the eight codes k = 8t .. 8t+7 inside a 32-bit word of prepared weights; a device reads one of the two.
 
-    A byte's low nibble (even k) then sits in bits 5..2, where mxf8f6f4 MMA wants an E2M1 code (PTX ISA, "mma"), and
-    one rotation right by 4 brings the odd k there: the kernel spends one instruction less per fragment.
+    Each is what its GPUs expand with the fewest instructions into what their MMA takes (csrc/tile/mma_mx.cuh).
+    """
+
+    CONTAINERS = "containers"  # SM12x, and every device but SM90: nibbles in k order, the word rotated left by 2
+    HALVES = "halves"  # SM90: two 16-bit halves, k = 0, 4, 1, 5 and 2, 6, 3, 7, signs above magnitudes
+
+
+@functools.cache
+def word_order_of(device: torch.device) -> WordOrder:
+    """The order that a device's kernels read; CPU and others without kernels have that of SM12x.
 
     Args:
-        packed: uint8 [..., K/2], K/2 a multiple of 4.
+        device: with its index, as tensors have it.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return WordOrder.HALVES
+    return WordOrder.CONTAINERS
+
+
+def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
+    """Every little-endian 32-bit word with its eight codes in the order that a kernel wants.
+
+    CONTAINERS rotates the word left by 2 bits. A byte's low nibble (even k) then sits in bits 5..2, where mxf8f6f4 MMA
+    wants an E2M1 code (PTX ISA, "mma"), and one rotation right by 4 brings the odd k there.
+
+    HALVES puts k = 0, 4, 1, 5 into the low 16 bits and k = 2, 6, 3, 7 into the high ones, alike: with a code as
+    sign s and magnitude eem, the first has s at bit 15 and eem at bits 11..9, the second 12 and 8..6, the third 14 and
+    5..3, the fourth 13 and 2..0. The first is a float16 of the value times 2^-14 once the others are masked away; the
+    second is so after a shift by 3.
+
+    Args:
+        packed: uint8 [..., K/2], low nibble = even k, K/2 a multiple of 4.
+        order: the order to make.
 
     Returns:
         uint8, same shape.
     """
     words = _words("packed", packed)
-    return (words << 2 | words.roll(1, -1) >> 6).flatten(-2)
+    if order is WordOrder.CONTAINERS:
+        return (words << 2 | words.roll(1, -1) >> 6).flatten(-2)
+    a, b = words[..., :2], words[..., 2:]  # of each half, k = 1, 0 and k = 5, 4 (high nibble, low nibble)
+    low = (b & 0x03) << 6 | (a & 0x70) >> 1 | (b & 0x70) >> 4
+    high = (a & 0x08) << 4 | (a & 0x80) >> 1 | (b & 0x80) >> 2 | (b & 0x08) << 1 | (a & 0x07) << 1 | (b & 0x04) >> 2
+    return torch.stack((low, high), -1).flatten(-3)
 
 
-def unrotate_words(prepared: Tensor) -> Tensor:
-    """The inverse of `rotate_words`: uint8 [..., K/2] to the same."""
-    words = _words("prepared", prepared)
-    return (words >> 2 | words.roll(-1, -1) << 6).flatten(-2)
+def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
+    """The inverse of `pack_words`: uint8 [..., K/2] to the same."""
+    split = _words("words", words)
+    if order is WordOrder.CONTAINERS:
+        return (split >> 2 | split.roll(-1, -1) << 6).flatten(-2)
+    low, high = split[..., 0::2], split[..., 1::2]
+    a = (high & 0x80) >> 4 | (high & 0x40) << 1 | (high & 0x0E) >> 1 | (low & 0x38) << 1
+    b = (high & 0x20) << 2 | (high & 0x10) >> 1 | (high & 0x01) << 2 | low >> 6 | (low & 0x07) << 4
+    return torch.cat((a, b), -1).flatten(-2)
+
+
+def weight_bytes(n: int, k: int) -> int:
+    """Bytes of one expert's prepared weight [n, k], scales included (csrc/tile/weight_layout.cuh).
+
+    Args:
+        n: rows; they pad to 64.
+        k: K in values, a multiple of 32.
+    """
+    return -(-n // WEIGHT_BLOCK_ROWS) * (-(-k // 128) * _BLOCK_SCALE_BYTES + k // BLOCK * _STEP_BYTES)
+
+
+def arrange_weights(packed: Tensor, scales: Tensor, order: WordOrder) -> Tensor:
+    """One expert's weight as the kernels read it: contiguous blocks of 64 rows by one K tile of 128, scales inside.
+
+    For each K tile, the blocks of all rows (padded to 64 with zeros). A block begins with 256 bytes of scales: the word
+    of row r, four k-blocks of which the padding ones are 0, at ``r/32*128 + r%8*16 + p*4`` with p = 0, 2, 1, 3 for
+    r/8%4 = 0 .. 3. Then come 1024 bytes for each step of K = 32 that the tile has: the word (`pack_words`) of row r and
+    k = 8t .. 8t+7 at ``r/32*512 + (r%8*4 + t)*16 + r/8%4*4``.
+
+    Args:
+        packed: uint8 [N, K/2], low nibble = even k.
+        scales: uint8 [N, K/32], E8M0.
+        order: of the codes inside a word.
+
+    Returns:
+        uint8 [weight_bytes(N, K)].
+    """
+    require_tensor("packed", packed, torch.uint8, ("N", "K/2"))
+    _require_blocks("packed", packed, BLOCK // 2)
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    weight = torch.empty(weight_bytes(n, k), dtype=torch.uint8, device=packed.device)
+    write_rows(weight, n, k, 0, packed, scales, order)
+    return weight
+
+
+def restore_weights(weight: Tensor, n: int, k: int, order: WordOrder) -> tuple[Tensor, Tensor]:
+    """The inverse of `arrange_weights`; padding is dropped.
+
+    Args:
+        weight: uint8 [weight_bytes(n, k)].
+        n: rows.
+        k: K in values, a multiple of 32.
+        order: of the codes inside a word.
+
+    Returns:
+        packed uint8 [n, k/2], scales uint8 [n, k/32].
+    """
+    return read_rows(weight, n, k, slice(0, n), order)
+
+
+def write_rows(weight: Tensor, n: int, k: int, first: int, packed: Tensor, scales: Tensor, order: WordOrder) -> None:
+    """`arrange_weights` of some rows into the weight of all n.
+
+    Args:
+        weight: uint8 [weight_bytes(n, k)].
+        first: the first row to write, a multiple of 64.
+        packed, scales: as for `arrange_weights`; their number of rows is a multiple of 64, or they end at row n.
+    """
+    rows = packed.shape[0]
+    require_tensor("packed", packed, torch.uint8, (rows, k // 2))
+    require_tensor("scales", scales, torch.uint8, (rows, k // BLOCK))
+    _require_multiple("first", first, WEIGHT_BLOCK_ROWS)
+    if first + rows != n:
+        _require_multiple("rows", rows, WEIGHT_BLOCK_ROWS)
+    missing = -rows % WEIGHT_BLOCK_ROWS
+    words = torch.nn.functional.pad(pack_words(packed, order), (0, 0, 0, missing)).view(torch.int32)
+    scale_words = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4, 0, missing)).view(torch.int32)
+    begin = first // WEIGHT_BLOCK_ROWS
+    for tiles, steps, blocks in _weight_tiles(weight, n, k):
+        part = blocks[:, begin : begin + (rows + missing) // WEIGHT_BLOCK_ROWS]
+        # [block, r/32, r/16%2, r/8%2, r%8, tile] -> [tile, block, r/32, r%8, r/8%2, r/16%2]
+        tile_scales = torch.unflatten(scale_words[:, tiles], 0, (-1, 2, 2, 2, 8)).permute(5, 0, 1, 4, 3, 2)
+        part[..., :_BLOCK_SCALE_BYTES] = tile_scales.flatten(2).view(torch.uint8)
+        # [block, r/32, r/8%4, r%8, tile, step, t] -> [tile, block, step, r/32, r%8, t, r/8%4]
+        columns = slice(tiles.start * 16, (tiles.stop - 1) * 16 + steps * 4)
+        tile_words = torch.unflatten(torch.unflatten(words[:, columns], 1, (-1, steps, 4)), 0, (-1, 2, 4, 8))
+        part[..., _BLOCK_SCALE_BYTES:] = tile_words.permute(4, 0, 5, 1, 3, 6, 2).flatten(2).view(torch.uint8)
+
+
+def read_rows(weight: Tensor, n: int, k: int, rows: slice, order: WordOrder) -> tuple[Tensor, Tensor]:
+    """`restore_weights` of some rows.
+
+    Args:
+        rows: begin and end; begin is a multiple of 64.
+
+    Returns:
+        packed uint8 [rows, k/2], scales uint8 [rows, k/32].
+    """
+    _require_multiple("first row", rows.start, WEIGHT_BLOCK_ROWS)
+    count = rows.stop - rows.start
+    begin, end = rows.start // WEIGHT_BLOCK_ROWS, -(-rows.stop // WEIGHT_BLOCK_ROWS)
+    words, scale_words = [], []
+    for _, steps, blocks in _weight_tiles(weight, n, k):
+        part = blocks[:, begin:end].contiguous()
+        tile_scales = part[..., :_BLOCK_SCALE_BYTES].contiguous().view(torch.int32)
+        tile_scales = torch.unflatten(tile_scales, -1, (2, 8, 2, 2)).permute(1, 2, 5, 4, 3, 0)
+        scale_words.append(tile_scales.reshape((end - begin) * WEIGHT_BLOCK_ROWS, -1))
+        tile_words = part[..., _BLOCK_SCALE_BYTES:].contiguous().view(torch.int32)
+        tile_words = torch.unflatten(tile_words, -1, (steps, 2, 8, 4, 4)).permute(1, 3, 6, 4, 0, 2, 5)
+        words.append(tile_words.reshape((end - begin) * WEIGHT_BLOCK_ROWS, -1))
+    packed = unpack_words(torch.cat(words, 1).view(torch.uint8)[:count], order)
+    return packed, torch.cat(scale_words, 1).view(torch.uint8)[:count, : k // BLOCK].contiguous()
+
+
+def reorder_words(weight: Tensor, n: int, k: int, old: WordOrder, new: WordOrder) -> Tensor:
+    """One expert's prepared weight with the codes of its words in another order.
+
+    Args:
+        weight: uint8 [weight_bytes(n, k)] in the old order.
+
+    Returns:
+        uint8 [weight_bytes(n, k)], a copy.
+    """
+    result = weight.clone()
+    for _, _, blocks in _weight_tiles(result, n, k):
+        words = blocks[..., _BLOCK_SCALE_BYTES:]
+        words.copy_(pack_words(unpack_words(words, old), new))
+    return result
+
+
+def _weight_tiles(weight: Tensor, n: int, k: int) -> Iterator[tuple[slice, int, Tensor]]:
+    """The K tiles of a prepared weight, equally long ones together: (which, their steps, [tiles, blocks, bytes])."""
+    _require_multiple("k", k, BLOCK)
+    require_tensor("weight", weight, torch.uint8, (weight_bytes(n, k),))
+    blocks, whole, rest = -(-n // WEIGHT_BLOCK_ROWS), k // 128, k % 128 // BLOCK
+    size = _BLOCK_SCALE_BYTES + 4 * _STEP_BYTES
+    if whole:
+        yield slice(0, whole), 4, weight[: whole * blocks * size].view(whole, blocks, size)
+    if rest:
+        tail = weight[whole * blocks * size :].view(1, blocks, _BLOCK_SCALE_BYTES + rest * _STEP_BYTES)
+        yield slice(whole, whole + 1), rest, tail
 
 
 def interleave_k(codes: Tensor) -> Tensor:

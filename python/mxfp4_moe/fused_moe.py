@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _load, ops, reference
-from .formats import BLOCK, require_tensor
+from .formats import BLOCK, WordOrder, require_tensor, word_order_of
 from .tiles import Tile, arch_runs_on, select_tile
 from .weights import MoEWeights
 
@@ -170,11 +170,10 @@ def run(
         scale_layout == "swizzled",
         *routing,
         weights.first_expert,
+        weights.intermediate_size,
         weights.w13,
-        weights.w13_scale,
         weights.w13_bias,
         weights.w2,
-        weights.w2_scale,
         weights.w2_bias,
         weights.activation.code,
         alpha,
@@ -211,11 +210,12 @@ def _traced(
         topk_weights.detach(),
         topk_ids - weights.first_expert if weights.first_expert else topk_ids,
         weights.w13,
-        weights.w13_scale,
         weights.w13_bias,
         weights.w2,
-        weights.w2_scale,
         weights.w2_bias,
+        weights.hidden_size,
+        weights.intermediate_size,
+        weights.word_order.value,
         weights.activation.value,
         alpha,
         beta,
@@ -239,7 +239,7 @@ class FusedMoEModule:
 
     @property
     def grouped_gemm(self) -> Any:
-        """The tile's own torch operator, (act, act_scale, weight, weight_scale, m_tiles, num_m_tiles, out) -> None.
+        """The tile's own torch operator, (act, act_scale, weight, m_tiles, num_m_tiles, out) -> None.
 
         Layouts as in csrc/tile_abi.h. The first use loads the tile.
 
@@ -348,7 +348,7 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
     """The device of a call.
 
     Raises:
-        ValueError: neither CUDA nor CPU, or not where the weights are.
+        ValueError: neither CUDA nor CPU, or not where the weights are; weights in another device's word order.
     """
     device = hidden_states.device
     if device.type not in ("cuda", "cpu"):
@@ -358,7 +358,23 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
             f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
             f"weights.to('{device}') copies them there"
         )
+    if device.type == "cuda":
+        check_word_order(weights.word_order, device)
     return device
+
+
+def check_word_order(order: WordOrder, device: torch.device) -> None:
+    """Refuses weights that this GPU would read as others.
+
+    Raises:
+        ValueError: not the GPU's word order.
+    """
+    expected = word_order_of(device)
+    if order is not expected:
+        raise ValueError(
+            f"weights: expected word order '{expected.value}' on {device}, got '{order.value}' of another device; "
+            f"weights.to('{device}') converts them"
+        )
 
 
 def check_output(

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from .formats import WordOrder
 from .weights import Activation, MoEWeights
 
 _LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -20,10 +21,11 @@ _LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-unt
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "moe_layer(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor w13, Tensor w13_scale, "
-    "Tensor? w13_bias, Tensor w2, Tensor w2_scale, Tensor? w2_bias, str activation, float alpha, float beta, "
-    "float? limit, Tensor? alphas, Tensor? betas, Tensor? limits, Tensor? hidden_states_scale, str scale_layout, "
-    "ScalarType output_dtype, bool intermediate_rounding=False) -> Tensor",
+    "moe_layer(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor w13, Tensor? w13_bias, "
+    "Tensor w2, Tensor? w2_bias, int hidden_size, int intermediate_size, str word_order, str activation, "
+    "float alpha, float beta, float? limit, Tensor? alphas, Tensor? betas, Tensor? limits, "
+    "Tensor? hidden_states_scale, str scale_layout, ScalarType output_dtype, bool intermediate_rounding=False) "
+    "-> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define("topk_softmax(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)", tags=_TAGS)  # type: ignore[no-untyped-call]
@@ -34,11 +36,12 @@ def _moe_layer_cpu(
     topk_weights: Tensor,
     topk_ids: Tensor,
     w13: Tensor,
-    w13_scale: Tensor,
     w13_bias: Tensor | None,
     w2: Tensor,
-    w2_scale: Tensor,
     w2_bias: Tensor | None,
+    hidden_size: int,
+    intermediate_size: int,
+    word_order: str,
     activation: str,
     alpha: float,
     beta: float,
@@ -55,9 +58,10 @@ def _moe_layer_cpu(
 
     weights = MoEWeights(
         w13=w13,
-        w13_scale=w13_scale,
         w2=w2,
-        w2_scale=w2_scale,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        word_order=WordOrder(word_order),
         w13_bias=w13_bias,
         w2_bias=w2_bias,
         activation=Activation(activation),
@@ -82,11 +86,12 @@ def _moe_layer_cuda(
     topk_weights: Tensor,
     topk_ids: Tensor,
     w13: Tensor,
-    w13_scale: Tensor,
     w13_bias: Tensor | None,
     w2: Tensor,
-    w2_scale: Tensor,
     w2_bias: Tensor | None,
+    hidden_size: int,
+    intermediate_size: int,
+    word_order: str,
     activation: str,
     alpha: float,
     beta: float,
@@ -99,8 +104,9 @@ def _moe_layer_cuda(
     output_dtype: torch.dtype,
     intermediate_rounding: bool = False,
 ) -> Tensor:
-    from .fused_moe import _operator, check_call, check_limits, select
+    from .fused_moe import _operator, check_call, check_limits, check_word_order, select
 
+    check_word_order(WordOrder(word_order), hidden_states.device)
     check_call(
         hidden_states,
         topk_weights,
@@ -108,7 +114,7 @@ def _moe_layer_cuda(
         hidden_states_scale,
         scale_layout,
         output_dtype,
-        2 * w13.shape[2],
+        hidden_size,
         hidden_states.device,
     )
     tokens, top_k = topk_ids.shape
@@ -125,11 +131,10 @@ def _moe_layer_cuda(
         0,
         True,
         0,
+        intermediate_size,
         w13,
-        w13_scale,
         w13_bias,
         w2,
-        w2_scale,
         w2_bias,
         Activation(activation).code,
         alpha,
@@ -151,11 +156,12 @@ def _moe_layer_fake(
     topk_weights: Tensor,
     topk_ids: Tensor,
     w13: Tensor,
-    w13_scale: Tensor,
     w13_bias: Tensor | None,
     w2: Tensor,
-    w2_scale: Tensor,
     w2_bias: Tensor | None,
+    hidden_size: int,
+    intermediate_size: int,
+    word_order: str,
     activation: str,
     alpha: float,
     beta: float,
@@ -177,7 +183,7 @@ def _moe_layer_fake(
         hidden_states_scale,
         scale_layout,
         output_dtype,
-        2 * w13.shape[2],
+        hidden_size,
         w13.device,
     )
     return torch.empty_like(hidden_states, dtype=output_dtype)

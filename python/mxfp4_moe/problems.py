@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,13 @@ class GemmProblem:
         expected = reference.grouped_gemm(codes, row_scales, packed, scales, offsets)
         return cls(codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected)
 
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        """The weights as the kernels of their device read them: uint8 [E, weight_bytes(N, K)]."""
+        order = formats.word_order_of(self.packed.device)
+        experts = zip(self.packed, self.scales, strict=True)
+        return torch.stack([formats.arrange_weights(packed, scales, order) for packed, scales in experts])
+
     def run(self, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tile's result in an output poisoned with NaN.
 
@@ -61,8 +69,7 @@ class GemmProblem:
         _load.load_tile(tile)(
             formats.interleave_k(self.codes),
             formats.pack_row_scales(self.row_scales),
-            formats.rotate_words(self.packed),
-            formats.swizzle_scales(self.scales),
+            self.weight,
             torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
             torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
             out,

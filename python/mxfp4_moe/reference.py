@@ -30,7 +30,7 @@ from .formats import (
     decode_e8m0,
     quantize_mxfp8,
     require_tensor,
-    unrotate_words,
+    restore_weights,
     unswizzle_scales,
 )
 from .weights import MoEWeights
@@ -57,7 +57,7 @@ def grouped_gemm(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tens
     Args:
         codes: uint8 [R, K] E4M3, rows sorted by expert, plain k order; K a multiple of 32.
         row_scales: uint8 [R, K/32] E8M0.
-        packed: uint8 [E, N, K/2] E2M1, low nibble = even k (checkpoint order, not rotated).
+        packed: uint8 [E, N, K/2] E2M1, low nibble = even k (checkpoint order, not prepared).
         scales: uint8 [E, N, K/32] E8M0.
         expert_offsets: int32 [E+1]; expert e owns rows [expert_offsets[e], expert_offsets[e+1]).
 
@@ -386,15 +386,15 @@ def layer(
         require_tensor("hidden_states_scale", hidden_states_scale, torch.uint8, None, weights.device)
     require_tensor("topk_ids", topk_ids, _IDS, (tokens, "k"), weights.device)
     require_tensor("topk_weights", topk_weights, torch.float32, topk_ids.shape, weights.device)
-    experts, inter, gemm1_width = weights.num_experts, weights.intermediate_size, weights.w13.shape[1]
+    experts, inter, gemm1_width = weights.num_experts, weights.intermediate_size, weights.w13_rows
     if output_dtype is None:
         output_dtype = default_output_dtype(hidden_states, hidden_states_scale)
 
     def w13(e: int) -> tuple[Tensor, Tensor]:
-        return unrotate_words(weights.w13[e]), unswizzle_scales(weights.w13_scale[e], gemm1_width, hidden)
+        return restore_weights(weights.w13[e], gemm1_width, hidden, weights.word_order)
 
     def w2(e: int) -> tuple[Tensor, Tensor]:
-        return unrotate_words(weights.w2[e]), unswizzle_scales(weights.w2_scale[e], hidden, inter)
+        return restore_weights(weights.w2[e], hidden, inter, weights.word_order)
 
     local_ids = topk_ids - weights.first_expert if weights.first_expert else topk_ids
     offsets, row_slot, slot_row = route(local_ids, experts)

@@ -100,7 +100,16 @@ def fused_moe_from_logits(
             f"router_logits: expected one for each of the layer's {weights.num_global_experts} experts, "
             f"got {list(router_logits.shape)}"
         )
-    if torch.compiler.is_compiling() or not hidden_states.is_cuda:
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
+        if hidden_states.shape[:1] != router_logits.shape[:1] or hidden_states.device != router_logits.device:
+            raise ValueError(
+                f"router_logits: expected {[*hidden_states.shape[:1], weights.num_global_experts]}, as many rows as "
+                f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
+            )
+    if compiling or not hidden_states.is_cuda:
         topk_weights, topk_ids = topk_softmax(router_logits, top_k, renormalize)
         return fused_moe(
             hidden_states,
@@ -120,11 +129,6 @@ def fused_moe_from_logits(
         hidden_states, hidden_states_scale, scale_layout, output_dtype, weights.hidden_size, device
     )
     tokens = hidden_states.shape[0]
-    if router_logits.shape[0] != tokens or router_logits.device != device:
-        raise ValueError(
-            f"router_logits: expected [{tokens}, {weights.num_global_experts}] on {device}, "
-            f"got {list(router_logits.shape)} on {router_logits.device}"
-        )
     check_limits(weights.num_experts, tokens, top_k)
     check_output(output, dtype, tokens, weights.hidden_size, device)
     tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights)

@@ -1,7 +1,8 @@
 """Checkpoint layouts -> `MoEWeights`, the one layout that the kernels read, and back again, bit for bit.
 
-Preparing moves bits and computes nothing: gate and up rows are put in groups of 8, nibbles are rotated inside their
-32-bit words, scales are swizzled. Weights stream through it expert by expert, and an expert in pieces of rows, so the
+Preparing moves bits and computes nothing: gate and up rows are put in groups of 8, the codes of each 32-bit word in
+the order that the device expands fastest, and every 64 rows of a K tile together with their scales into one contiguous
+block (`formats.arrange_weights`). Weights stream through it expert by expert, and an expert in pieces of rows, so the
 extra memory stays below two experts wherever they come from; `from_float` quantizes on the way.
 """
 
@@ -21,19 +22,20 @@ from ._checkpoint import TensorFiles
 from ._prepare import (
     Source,
     ceil_div,
+    cut,
     empty,
     flashinfer_source,
     float_source,
+    move,
     mxfp4_source,
     prepare,
     restore,
-    slice_scales,
     with_progress,
 )
 from .activations import Activation
-from .formats import BLOCK, describe, require_tensor
+from .formats import BLOCK, WordOrder, describe, require_tensor, weight_bytes, word_order_of
 
-__all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors"]
+__all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors", "WordOrder"]
 
 Number = float | Tensor  # one for all experts, or float32 [E]
 
@@ -75,11 +77,13 @@ class MoEWeights:
     activation and I for one that is not. All tensors are contiguous and on one device.
 
     Attributes:
-        w13: uint8 [E, W, H/2] packed E2M1, each 32-bit word rotated left by 2 (`formats.rotate_words`). Gated: rows in
+        w13: uint8 [E, weight_bytes(W, H)], codes and scales as `formats.arrange_weights` puts them. Gated: rows in
             groups of 16, 8 gates and then the 8 ups that belong to them.
-        w13_scale: uint8 [E, ceil(W/128), ceil(H/128), 512] E8M0, in the same row order (`formats.swizzle_scales`).
-        w2: uint8 [E, H, I/2], rotated like w13.
-        w2_scale: uint8 [E, ceil(H/128), ceil(I/128), 512].
+        w2: uint8 [E, weight_bytes(H, I)], the same.
+        hidden_size: H, in values.
+        intermediate_size: I, in values.
+        word_order: order of the codes inside the words of w13 and w2; kernels read that of their device
+            (`formats.word_order_of`), CPU either.
         w13_bias: float32 [E, W] in w13's row order, or None.
         w2_bias: float32 [E, H], or None.
         activation: what stands between the GEMMs.
@@ -96,9 +100,10 @@ class MoEWeights:
     """
 
     w13: Tensor
-    w13_scale: Tensor
     w2: Tensor
-    w2_scale: Tensor
+    hidden_size: int
+    intermediate_size: int
+    word_order: WordOrder = WordOrder.CONTAINERS
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     activation: Activation = Activation.SWIGLU_OAI
@@ -114,17 +119,20 @@ class MoEWeights:
             raise TypeError(f"activation: expected an Activation, got {self.activation!r}")
         if not isinstance(self.gate_up_order, GateUpOrder):
             raise TypeError(f"gate_up_order: expected a GateUpOrder, got {self.gate_up_order!r}")
-        gated = self.activation.is_gated
-        require_tensor("w13", self.w13, torch.uint8, ("E", _rows_name(gated), "H/2"))
-        experts, hidden, inter = self.num_experts, self.hidden_size, self.intermediate_size
-        _check_sizes("w13", self.w13, experts, hidden, inter, gated)
-        device = self.w13.device
-        rows = self.w13.shape[1]
+        if not isinstance(self.word_order, WordOrder):
+            raise TypeError(f"word_order: expected a WordOrder, got {self.word_order!r}")
+        hidden, inter, rows = self.hidden_size, self.intermediate_size, self.w13_rows
+        for name, size in (("hidden_size", hidden), ("intermediate_size", inter)):
+            _check_int(name, size)
+            if size <= 0 or size % BLOCK:
+                raise ValueError(f"{name}: expected a multiple of {BLOCK}, got {size}")
+        require_tensor("w13", self.w13, torch.uint8, ("E", weight_bytes(rows, hidden)))
+        experts, device = self.num_experts, self.device
+        if experts == 0:
+            raise ValueError(f"w13: expected at least one expert, got {describe(self.w13)}")
         shapes = {
-            "w13": (experts, rows, hidden // 2),
-            "w13_scale": (experts, ceil_div(rows, 128), ceil_div(hidden, 128), 512),
-            "w2": (experts, hidden, inter // 2),
-            "w2_scale": (experts, ceil_div(hidden, 128), ceil_div(inter, 128), 512),
+            "w13": (experts, weight_bytes(rows, hidden)),
+            "w2": (experts, weight_bytes(hidden, inter)),
             "w13_bias": (experts, rows),
             "w2_bias": (experts, hidden),
         }
@@ -165,14 +173,9 @@ class MoEWeights:
         return self.w13.shape[0]
 
     @property
-    def hidden_size(self) -> int:
-        """H, in values."""
-        return self.w13.shape[2] * 2
-
-    @property
-    def intermediate_size(self) -> int:
-        """I, in values."""
-        return self.w13.shape[1] // (2 if self.activation.is_gated else 1)
+    def w13_rows(self) -> int:
+        """W, the first GEMM's width: 2I for a gated activation, else I."""
+        return self.intermediate_size * (2 if self.activation.is_gated else 1)
 
     @property
     def device(self) -> torch.device:
@@ -180,8 +183,22 @@ class MoEWeights:
         return self.w13.device
 
     def to(self, device: torch.device | str | int) -> MoEWeights:
-        """The same weights on another device; tensors that are already there are shared, not copied."""
-        return self._map(lambda tensor: tensor.to(device))
+        """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
+
+        Where the word order changes, the copy is made expert by expert.
+        """
+        place = torch.empty(0, device=device).device  # with its index
+        order = word_order_of(place)
+
+        def moved(tensor: Tensor) -> Tensor:
+            hidden, inter = self.hidden_size, self.intermediate_size
+            if tensor is self.w13 and order is not self.word_order:
+                return move(tensor, place, self.w13_rows, hidden, self.word_order, order)
+            if tensor is self.w2 and order is not self.word_order:
+                return move(tensor, place, hidden, inter, self.word_order, order)
+            return tensor.to(place)
+
+        return replace(self._map(moved), word_order=order)
 
     def expert_parallel(self, ep_rank: int, ep_size: int) -> MoEWeights:
         """The experts of one of ep_size ranks: [ep_rank * E/ep_size, (ep_rank + 1) * E/ep_size).
@@ -212,12 +229,11 @@ class MoEWeights:
         rows, hidden, inter = slice(per_output * begin, per_output * end), self.hidden_size, self.intermediate_size
         return replace(
             self,
-            w13=self.w13[:, rows].contiguous(),
-            w13_scale=slice_scales(self.w13_scale, per_output * inter, hidden, rows, slice(None)),
+            w13=cut(self.w13, self.w13_rows, hidden, self.word_order, rows, slice(0, hidden)),
             w13_bias=None if self.w13_bias is None else self.w13_bias[:, rows].contiguous(),
-            w2=self.w2[..., begin // 2 : end // 2].contiguous(),
-            w2_scale=slice_scales(self.w2_scale, hidden, inter, slice(None), slice(begin // BLOCK, end // BLOCK)),
+            w2=cut(self.w2, hidden, inter, self.word_order, slice(0, hidden), slice(begin, end)),
             w2_bias=self.w2_bias if tp_rank == 0 else None,
+            intermediate_size=end - begin,
         )
 
     def to_mxfp4(self) -> Mxfp4Tensors:
@@ -228,15 +244,16 @@ class MoEWeights:
         `from_flashinfer` after ``w13.view(torch.int64)`` and `flashinfer_api.block_scale_interleave`.
         """
         gated = self.activation.is_gated
-        inverse = _source_rows(self.gate_up_order, self.intermediate_size, gated, self.device).argsort()
-        w13, w13_scale = restore(self.w13, self.w13_scale, inverse)
-        w2, w2_scale = restore(self.w2, self.w2_scale, torch.arange(self.hidden_size, device=self.device))
+        rows = _source_rows(self.gate_up_order, self.intermediate_size, gated, self.device)
+        w13, w13_scale = restore(self.w13, rows, self.hidden_size, self.word_order)
+        w2_rows = torch.arange(self.hidden_size, device=self.device)
+        w2, w2_scale = restore(self.w2, w2_rows, self.intermediate_size, self.word_order)
         return Mxfp4Tensors(
             w13=w13,
             w13_scale=w13_scale,
             w2=w2,
             w2_scale=w2_scale,
-            w13_bias=None if self.w13_bias is None else self.w13_bias[:, inverse].contiguous(),
+            w13_bias=None if self.w13_bias is None else self.w13_bias[:, rows.argsort()].contiguous(),
             w2_bias=None if self.w2_bias is None else self.w2_bias.clone(),
         )
 
@@ -282,8 +299,8 @@ class MoEWeights:
 
         Raises:
             TypeError: a tensor of another dtype.
-            ValueError: a shape or device that does not fit, H or I not a multiple of 32, a scale byte 255 (NaN), an
-                unknown gate_up_order or activation, ranks that do not fit.
+            ValueError: a shape or device that does not fit, H or I not a multiple of 32, a scale byte above 253
+                (2^126; 255 is NaN), an unknown gate_up_order or activation, ranks that do not fit.
         """
         between = _member("activation", Activation, activation)
         sizes = _mxfp4_sizes(w13, w13_scale, w2, w2_scale, between.is_gated)
@@ -510,19 +527,21 @@ class MoEWeights:
         local, shard = last - first, end - begin
         w13_out = empty(local, per_output * shard, hidden, device)
         w2_out = empty(local, hidden, shard, device)
+        order = word_order_of(w13_out.device)
         for e in with_progress(local):
-            prepare(w13(first + e, 0, hidden), w13_rows, *(tensor[e] for tensor in w13_out))
-            prepare(w2(first + e, begin, end), w2_rows, *(tensor[e] for tensor in w2_out))
+            prepare(w13(first + e, 0, hidden), w13_rows, hidden, order, w13_out[e])
+            prepare(w2(first + e, begin, end), w2_rows, shard, order, w2_out[e])
 
         own = slice(first, last)
         alpha, beta, limit = (number[own].clone() if isinstance(number, Tensor) else number for number in numbers)
         assert alpha is not None
         assert beta is not None
         return cls(
-            w13=w13_out[0],
-            w13_scale=w13_out[1],
-            w2=w2_out[0],
-            w2_scale=w2_out[1],
+            w13=w13_out,
+            w2=w2_out,
+            hidden_size=hidden,
+            intermediate_size=shard,
+            word_order=order,
             w13_bias=None if w13_bias is None else w13_bias[own][:, w13_rows].to(torch.float32).contiguous(),
             w2_bias=None if w2_bias is None or ranks[2] else w2_bias[own].to(torch.float32, copy=True).contiguous(),
             activation=activation,

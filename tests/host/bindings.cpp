@@ -12,6 +12,7 @@
 #include "tile/scale_layout.cuh"
 #include "tile/schedule.cuh"
 #include "tile/tile_shape.cuh"
+#include "tile/weight_layout.cuh"
 
 namespace py = pybind11;
 using namespace mxfp4_moe;
@@ -139,6 +140,20 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
     return int64_t(
         cute::cosize(cute::filter_zeros(Config::tile_atom_to_shape_SFB(cute::make_shape(128, int(n), int(k), 1)))));
   });
+  m.def("weight_bytes", &weight_bytes);
+  m.def("arranged_scale_offsets", [](int64_t n, int k) {
+    return offsets(n, k, [&](int64_t r, int64_t block) {
+      return weight_block_offset(r / kWeightBlockRows, int(block / 4), n, k) +
+             weight_scale_word_in_block(int(r % kWeightBlockRows)) + block % 4;
+    });
+  });
+  m.def("arranged_word_offsets", [](int64_t n, int k) {  // [rows][k / 8]
+    return offsets(n, 4 * k, [&](int64_t r, int64_t word) {
+      return weight_block_offset(r / kWeightBlockRows, int(word / 16), n, k) +
+             weight_word_in_block(int(r % kWeightBlockRows), int(word / 4 % 4), int(word % 4));
+    });
+  });
+  m.def("weight_unit", [] { return kWeightUnit; });
   m.def("act_scale_bytes", &act_scale_bytes);
   m.def("act_scale_offsets", [](int64_t rows, int64_t k) {
     return offsets(rows, k, [&](int64_t r, int64_t block) { return act_scale_offset(r, block, rows); });

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._prepare import move
+from ..formats import WordOrder, word_order_of
 from ..fused_moe import fused_moe
 from ..weights import MoEWeights
 
-_TENSORS = ("w13", "w13_scale", "w2", "w2_scale", "w13_bias", "w2_bias")
+_TENSORS = ("w13", "w2", "w13_bias", "w2_bias")
+_MATRICES = ("w13", "w2")
 
 
 class MoEExperts(nn.Module):
     """Experts that stand where transformers' `GptOssExperts` stood; the weights are buffers.
 
-    ``to(device)`` moves them. A change of dtype (``half()``, ``to(torch.bfloat16)``) leaves them as they are: codes are
-    bytes, and the layer adds its biases in float32. No gradient flows.
+    ``to(device)`` moves them, and puts the weights' words in that device's order. A state dict holds them in the order
+    of CPU, wherever it was made, so that it loads on any device. A change of dtype (``half()``, ``to(torch.bfloat16)``)
+    leaves them as they are: codes are bytes, and the layer adds its biases in float32. No gradient flows.
 
     Args:
         weights: the layer's weights.
@@ -30,13 +35,18 @@ class MoEExperts(nn.Module):
         for name in _TENSORS:
             self.register_buffer(name, getattr(weights, name))
         self._weights = weights
+        self._word_order = weights.word_order  # of the buffers
 
     @property
     def weights(self) -> MoEWeights:
         """The buffers as `MoEWeights`."""
         if any(getattr(self._weights, name) is not getattr(self, name) for name in _TENSORS):
-            alike = self._weights.to(self._device())  # numbers per expert move too
-            self._weights = MoEWeights(**{**vars(alike), **{name: getattr(self, name) for name in _TENSORS}})
+            device = self._device()
+            tensors = {name: getattr(self, name) for name in _TENSORS}
+            for name in ("alpha", "beta", "limit"):  # with one number for each expert they move too
+                value = getattr(self._weights, name)
+                tensors[name] = value.to(device) if isinstance(value, Tensor) else value
+            self._weights = replace(self._weights, **tensors, word_order=self._word_order)
         return self._weights
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
@@ -61,7 +71,38 @@ class MoEExperts(nn.Module):
         for name, bias in biases.items():
             if bias is not None:
                 self._buffers[name] = bias.to(self._device())
+        order = word_order_of(self._device())
+        for name in _MATRICES:
+            self._buffers[name] = self._reordered(name, self._buffers[name], self._word_order, order)
+        self._word_order = order
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _MATRICES:
+            key = prefix + name
+            destination[key] = self._reordered(name, destination[key], self._word_order, WordOrder.CONTAINERS)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        order, given = self._word_order, dict(state_dict)
+        for name in _MATRICES:
+            tensor = given.get(prefix + name)
+            if isinstance(tensor, Tensor) and tensor.shape == getattr(self, name).shape:  # torch reports others
+                if local_metadata.get("assign_to_params_buffers", False):
+                    order = word_order_of(tensor.device)
+                given[prefix + name] = self._reordered(name, tensor, WordOrder.CONTAINERS, order)
+        super()._load_from_state_dict(given, prefix, local_metadata, *rest)
+        self._word_order = order
+
+    def _reordered(self, name: str, weight: Any, old: WordOrder, new: WordOrder) -> Any:
+        """One of the matrices in another word order; itself where it has that already."""
+        if old is new:
+            return weight
+        hidden, inter = self._weights.hidden_size, self._weights.intermediate_size
+        n, k = (self._weights.w13_rows, hidden) if name == "w13" else (hidden, inter)
+        return move(weight, weight.device, n, k, old, new)
 
     def _device(self) -> torch.device:
         w13 = self._buffers["w13"]
