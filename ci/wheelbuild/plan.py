@@ -89,7 +89,8 @@ def gencode(arch: str) -> tuple[str, str]:
     return ("-gencode", f"arch=compute_{arch},code=sm_{arch}")
 
 
-def _tile_defines(tile: Tile) -> tuple[str, ...]:
+def tile_defines(tile: Tile) -> tuple[str, ...]:
+    """What csrc/tile/ is compiled with to become this tile."""
     return (f"-DLOGICAL_TILE_M={tile.m}", f"-DLOGICAL_TILE_N={tile.n}", f"-DSWAP_AB={int(tile.swap_ab)}")
 
 
@@ -244,7 +245,7 @@ class _Planner:
         return self._job("load", "load", "extensions", libraries, output, command, implicit=code)
 
     def tile(self, tile: Tile) -> list[CompileJob]:
-        module, folder, defines = tile.module, self.folder, _tile_defines(tile)
+        module, folder, defines = tile.module, self.folder, tile_defines(tile)
         each_arch = " ".join(f"X({arch})" for arch in self.archs)
         objects = [
             self.nvcc(
