@@ -34,5 +34,8 @@ find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' | 
 say "Types"
 "$run_env/bin/mypy" --strict python ci/wheelbuild
 
+say "Assemblers"
+PYTHONPATH=$root/ci "$run_env/bin/python" -m wheelbuild.assemblers
+
 say "Tests"
 "$run_env/bin/pytest" "$@"

@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mxfp4_moe.probe.assemblers import Assembler, examine
+from wheelbuild.assemblers import install_all
+
 # Under --import-mode=importlib nothing else makes the helper modules beside the tests (oracles.py) importable.
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,3 +26,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail("marked gpu, and torch sees no GPU here", pytrace=False)
     if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
         pytest.fail("marked multigpu, and torch sees fewer than two GPUs here", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def assemblers() -> dict[str, Assembler]:
+    """ptxas of every release in ci/cuda-versions.json, by release, oldest first; fetched where it is not there yet."""
+    return {release: examine(path, "ci/cuda-versions.json") for release, path in install_all().items()}

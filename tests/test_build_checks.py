@@ -30,7 +30,7 @@ from wheelbuild.load import check_load
 from wheelbuild.machine_code import Code, Resources, parse_ptxas, parse_sass, performance_losses
 from wheelbuild.main_loop import MainLoop, find_main_loop
 from wheelbuild.thresholds import check_wheel, load_thresholds, parse_thresholds, updated
-from wheelbuild.tile_model import tiles
+from wheelbuild.tile_model import archs, tiles
 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 
@@ -414,7 +414,7 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
 
 def test_every_tile_of_the_manifest_has_a_limit_and_nothing_else_does() -> None:
     limits = load_thresholds().instructions_per_mma
-    assert set(limits) == {arch for arch in MANIFEST.archs if tiles.mma_opcode(arch) == "QMMA.SF"}
+    assert set(limits) == {arch for arch in MANIFEST.archs if archs.mma_opcode(arch) == "QMMA.SF"}
     for arch, by_tile in limits.items():
         legal = {tile.name for tile in tiles.CANDIDATES if tiles.prove(tile, arch).legal}
         assert {tile.name for tile in MANIFEST.tiles} <= set(by_tile) <= legal

@@ -30,7 +30,7 @@ from wheelbuild.machine_code import COUNTED, has_ptx, read_sass
 from wheelbuild.plan import Plan, plan
 from wheelbuild.settings import read_settings
 from wheelbuild.thresholds import load_thresholds
-from wheelbuild.tile_model import tiles
+from wheelbuild.tile_model import archs, tiles
 from wheelbuild.toolchain import Cuda, Headers, Toolchain, Torch, package_dirs, resolve_cuda
 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
@@ -172,7 +172,7 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     assert data["registers"] * data["threads"] * data["blocks_per_sm"] <= 65_536
     assert data["spill_store_bytes"] == data["spill_load_bytes"] == 0
     assert set(data["instructions"]) == {"total", *COUNTED}
-    assert data["instructions"][tiles.mma_opcode(arch)] > 0
+    assert data["instructions"][archs.mma_opcode(arch)] > 0
     assert data["instructions"]["LDL"] == data["instructions"]["STL"] == data["instructions"]["BRA.U.ANY"] == 0
     loop = data["main_loop"]
     assert set(loop) == {"instructions", "nops", "mma", "ldsm", "instructions_per_mma"}
@@ -203,8 +203,8 @@ def test_machine_code_for_both_archs_and_no_ptx(module: str, cuda: Cuda) -> None
     assert not has_ptx(cuda.cuobjdump, library(module))
     if module != "moe":
         for arch in MANIFEST.archs:
-            assert code[arch].count(tiles.mma_opcode(arch)) > 0
-            assert code[arch].waterfalls(tiles.mma_opcode(arch)) == 0
+            assert code[arch].count(archs.mma_opcode(arch)) > 0
+            assert code[arch].waterfalls(archs.mma_opcode(arch)) == 0
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from wheelbuild import ROOT
+from wheelbuild.tile_model import archs as arch_model
 from wheelbuild.tile_model import tiles as tile_model
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def gencode(arch: str) -> tuple[str, str]:
     return ("-gencode", f"arch=compute_{arch},code=sm_{arch}")
 
 
-def _tile_defines(tile: Tile) -> tuple[str, ...]:
+def tile_defines(tile: Tile) -> tuple[str, ...]:
+    """What csrc/tile/ is compiled with to become this tile."""
     return (f"-DLOGICAL_TILE_M={tile.m}", f"-DLOGICAL_TILE_N={tile.n}", f"-DSWAP_AB={int(tile.swap_ab)}")
 
 
@@ -103,8 +105,8 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
     proof = tile_model.prove(tile, arch)
     act, weight = (proof.warp_n, proof.warp_m) if tile.swap_ab else (proof.warp_m, proof.warp_n)
     return {
-        "opcode": tile_model.mma_opcode(arch),
-        "mma_per_step": proof.warp_m // 16 * (proof.warp_n // 8) * (32 // tile_model.mma_k(arch)),
+        "opcode": arch_model.mma_opcode(arch),
+        "mma_per_step": proof.warp_m // 16 * (proof.warp_n // 8) * (32 // arch_model.mma_k(arch)),
         "matrices_per_step": act // 8 * 2 + weight // 8,
         "limit": thresholds.instructions_per_mma.get(arch, {}).get(tile.name),
     }
@@ -243,7 +245,7 @@ class _Planner:
         return self._job("load", "load", "extensions", libraries, output, command, implicit=code)
 
     def tile(self, tile: Tile) -> list[CompileJob]:
-        module, folder, defines = tile.module, self.folder, _tile_defines(tile)
+        module, folder, defines = tile.module, self.folder, tile_defines(tile)
         each_arch = " ".join(f"X({arch})" for arch in self.archs)
         objects = [
             self.nvcc(

@@ -1,4 +1,8 @@
-"""The package's `tiles.py`, loaded by path: the package itself needs torch and does not exist yet while it is built."""
+"""The package's `tiles.py` and `archs.py`, loaded by path: the package itself does not exist yet while it is built.
+
+They are loaded as parts of a package of another name with the same folder, so that one can import the other, and so
+that an installed mxfp4_moe is neither used nor shadowed.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,16 @@ from typing import TYPE_CHECKING
 from wheelbuild import ROOT
 
 if TYPE_CHECKING:
-    from mxfp4_moe import tiles
+    from mxfp4_moe import archs, tiles
 else:
-    import importlib.util
+    import importlib
     import sys
+    from types import ModuleType
 
-    _spec = importlib.util.spec_from_file_location("wheelbuild_tiles", ROOT / "python" / "mxfp4_moe" / "tiles.py")
-    tiles = importlib.util.module_from_spec(_spec)
-    sys.modules[_spec.name] = tiles
-    _spec.loader.exec_module(tiles)
+    _package = ModuleType("wheelbuild_model")
+    _package.__path__ = [str(ROOT / "python" / "mxfp4_moe")]
+    sys.modules[_package.__name__] = _package
+    archs = importlib.import_module("wheelbuild_model.archs")
+    tiles = importlib.import_module("wheelbuild_model.tiles")
 
-__all__ = ["tiles"]
+__all__ = ["archs", "tiles"]

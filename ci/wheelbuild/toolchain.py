@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wheelbuild import BuildError
+from wheelbuild.tile_model import archs as arch_model
 from wheelbuild.tile_model import tiles
 from wheelbuild.versions import load_versions
 
@@ -138,7 +139,7 @@ def _toolkit_root(nvcc: Path) -> Path:
 def require_archs(origin: str, nvcc: Path, version: tuple[int, ...], archs: Sequence[str]) -> None:
     """BuildError when this nvcc is too old for an arch."""
     for arch in archs:
-        oldest = tiles.oldest_cuda(arch)
+        oldest = arch_model.oldest_cuda(arch)
         if version[:2] < oldest:
             raise BuildError(
                 f"nvcc {'.'.join(map(str, version))} ({origin}: {nvcc}) is too old for sm_{arch}, which needs CUDA "

@@ -1,4 +1,4 @@
-"""ci/cuda-versions.json: which CUDA toolkits wheels are built for, and with which torch."""
+"""ci/cuda-versions.json: the CUDA toolkits of the wheels, the torch to build with, and the assemblers to measure."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class CudaVersion:
 class Versions:
     torch_build: str
     cuda: tuple[CudaVersion, ...]  # the first is the default
+    assemblers: tuple[str, ...]  # releases of ptxas that docs/architectures.md and the tests ask, oldest first
 
 
 def load_versions() -> Versions:
@@ -30,4 +31,5 @@ def load_versions() -> Versions:
     return Versions(
         torch_build=data["torch_build"],
         cuda=tuple(CudaVersion(label=row["label"], toolkit=row["toolkit"]) for row in data["versions"]),
+        assemblers=tuple(data["assemblers"]),
     )

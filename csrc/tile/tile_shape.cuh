@@ -42,6 +42,7 @@ using Arch_90a = Sm90;
 using Arch_120a = Sm12x;
 using Arch_120f = Sm12x;
 using Arch_121a = Sm12x;
+using Arch_121f = Sm12x;
 
 template <int M_, int N_, bool kSwap_, class Arch>
 struct TileShape {

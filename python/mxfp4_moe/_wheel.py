@@ -15,7 +15,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from .tiles import Tile, arch_runs_on, load_manifest
+from .archs import arch_runs_on
+from .tiles import Tile, load_manifest
 
 PACKAGE = Path(__file__).resolve().parent
 REPORT = PACKAGE / "build_report.json"

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import _load, ops, reference
+from .archs import arch_runs_on
 from .formats import BLOCK, WordOrder, require_tensor, word_order_of
-from .tiles import Tile, arch_runs_on, select_tile
+from .tiles import Tile, select_tile
 from .weights import MoEWeights
 
 MAX_EXPERTS = 1024  # csrc/moe/moe.h, kMaxExperts

@@ -1,13 +1,12 @@
 """Tiles: the manifest's model, the proof that a tile fits the hardware, and the choice of a tile for a call.
 
-Everything here is a pure function of its arguments and the standard library alone, because `setup.py` loads this file
-by path before the package exists. Importing a tile's extension module is done elsewhere.
+Everything here is a pure function of its arguments and the standard library alone, because the wheel's build loads this
+file before the package exists. Importing a tile's extension module is done elsewhere.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,62 +17,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from .archs import ArchError, check_arch
+
 MANIFEST_NAME = "tile_manifest.toml"
 
 
 class ManifestError(ValueError):
     """The manifest, or one tile of it, is not what the build can work with; the message says which and why."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Archs
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _arch_parts(arch: str) -> tuple[int, int, str]:
-    match = re.fullmatch(r"(\d+)(\d)([af]?)", arch)
-    if match is None:
-        raise ManifestError(f"arch {arch!r}: expected digits and a suffix, such as '90a' or '120f'")
-    major, minor, suffix = int(match[1]), int(match[2]), match[3]
-    if not ((major, minor, suffix) == (9, 0, "a") or (major == 12 and suffix)):
-        raise ManifestError(
-            f"arch {arch!r}: the kernel has an MMA for 90a and for 12x with suffix 'a' or 'f' (block-scaled MMA does "
-            "not exist under the plain suffix)"
-        )
-    return major, minor, suffix
-
-
-def arch_runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for `arch` runs on a GPU of this compute capability, e.g. '120f' on (12, 1).
-
-    Suffix 'a' binds to one capability, 'f' to the later members of its family (CUDA programming guide, "Feature sets").
-    """
-    major, minor, suffix = _arch_parts(arch)
-    if suffix == "f":
-        return capability[0] == major and capability[1] >= minor
-    return capability == (major, minor)
-
-
-def mma_opcode(arch: str) -> str:
-    """The SASS opcode of the MMA that every tile of this arch is built around.
-
-    SM12x executes the block-scaled MMA as one QMMA.SF. SM90 has no FP8 mma.sync in hardware: ptxas unpacks E4M3 to
-    FP16, which is exact, and issues HMMA.
-    """
-    return "QMMA.SF" if _arch_parts(arch)[0] == 12 else "HMMA"
-
-
-def mma_k(arch: str) -> int:
-    """How much of K one such MMA covers: a block-scaled step of 32 is one QMMA.SF, or two HMMA."""
-    return 32 if mma_opcode(arch) == "QMMA.SF" else 16
-
-
-def oldest_cuda(arch: str) -> tuple[int, int]:
-    """The first CUDA release whose nvcc knows `arch`: (12, 9) for family suffixes, which came with it."""
-    major, _, suffix = _arch_parts(arch)
-    if suffix == "f":
-        return (12, 9)
-    return (12, 8) if major == 12 else (12, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,8 +157,8 @@ def parse_manifest(text: str, source: str = MANIFEST_NAME) -> Manifest:
     archs = _strings(data["archs"], f"{source}: archs")
     for arch in archs:
         try:
-            _arch_parts(arch)
-        except ManifestError as error:
+            check_arch(arch)
+        except ArchError as error:
             raise ManifestError(f"{source}: {error}") from None
 
     profiles = []
@@ -282,7 +232,7 @@ MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
 
 def max_smem_per_block(arch: str) -> int:
     """Bytes of shared memory that a block may opt in to."""
-    return _SMEM_PER_SM[_arch_parts(arch)[0]] - _SMEM_RESERVED_PER_BLOCK
+    return _SMEM_PER_SM[check_arch(arch)[0]] - _SMEM_RESERVED_PER_BLOCK
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -362,15 +312,18 @@ def prove(tile: Tile, arch: str) -> TileProof:
     """Stages, shared memory by part, registers and threads of `tile` on `arch`, legal or not.
 
     SM90 and SM12x differ in shared memory, hence in stages and blocks, and in the warps of (8, 128).
+
+    Raises:
+        ArchError: the kernel has no code for the arch.
     """
-    smem_per_sm = _SMEM_PER_SM[_arch_parts(arch)[0]]
+    smem_per_sm = _SMEM_PER_SM[check_arch(arch)[0]]
     m, n, swap = tile.m, tile.n, tile.swap_ab
     refusals = _shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
 
     physical_m, physical_n = (n, m) if swap else (m, n)
     if swap:
-        long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128 and _arch_parts(arch)[0] == 12)
+        long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128 and check_arch(arch)[0] == 12)
         mma_warps = max(n // (16 if n <= 64 else 64 if long_warps else 32), 1)
     else:
         mma_warps = 8 if m * n >= 16384 else 4
