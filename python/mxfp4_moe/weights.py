@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checkpoint import TensorFiles
+from ._load import explained
 from ._prepare import (
     Source,
     ceil_div,
@@ -180,8 +181,13 @@ class MoEWeights:
         return self.w13.device
 
     def to(self, device: torch.device | str | int) -> MoEWeights:
-        """The same weights on another device; tensors that are already there are shared, not copied."""
-        return self._map(lambda tensor: tensor.to(device))
+        """The same weights on another device; tensors that are already there are shared, not copied.
+
+        Raises:
+            RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
+        """
+        with explained(f"weights cannot be put on {device}"):
+            return self._map(lambda tensor: tensor.to(device))
 
     def expert_parallel(self, ep_rank: int, ep_size: int) -> MoEWeights:
         """The experts of one of ep_size ranks: [ep_rank * E/ep_size, (ep_rank + 1) * E/ep_size).
@@ -452,12 +458,13 @@ class MoEWeights:
         Raises:
             FileNotFoundError: path, or the checkpoint in it, does not exist.
             ValueError: a tensor or shard is missing, or a file is malformed (names the tensor and the file).
+            RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
         if layer < 0:
             raise ValueError(f"layer: expected 0 or more, got {layer}")
         between = _member("activation", Activation, activation)
         prefix = f"model.layers.{layer}.mlp.experts."
-        with TensorFiles(Path(path), device) as files:
+        with explained(f"weights cannot be put on {device}"), TensorFiles(Path(path), device) as files:
             stored = {argument: files.open(prefix + suffix) for argument, suffix in _WEIGHTS.items()}
             biases = {argument: files.open(prefix + suffix).whole() for argument, suffix in _BIASES.items()}
             sizes = _mxfp4_sizes(**{name: tensor.spec for name, tensor in stored.items()}, gated=between.is_gated)
