@@ -159,6 +159,16 @@ CASES: dict[str, tuple[Environment, list[tuple[Level, str, str, str]]]] = {
             (WARNING, "CUDA runtime", "was not looked for", "torch"),
         ],
     ),
+    "no torch, and a driver with a trouble of its own": (
+        change(
+            torch={"error": "ModuleNotFoundError: No module named 'torch'", "version": "", "cuda": "", "loaded": {}},
+            driver={"gpus": (), "error": "cuInit: unknown error (999)"},
+        ),
+        [
+            (ERROR, "driver", "580.82.07, which serves CUDA 13.0: cuInit: unknown error (999)", "nvidia-smi"),
+            (ERROR, "torch", "torch is not installed", "pip install 'torch>=2.10'"),
+        ],
+    ),
     "old torch": (
         change(torch={"version": "2.9.1+cu130", "loaded": {"moe": "undefined symbol: torch_list_push_back"}}),
         [(ERROR, "torch", "2.9.1+cu130 with CUDA 13.0: older than 2.10", "pip install --upgrade 'torch>=2.10'")],
@@ -345,6 +355,14 @@ def test_a_part_that_cannot_be_looked_at_spoils_no_other(part: str) -> None:
     assert bad(findings) == expected
     if subject:
         assert any(finding.text == "cannot be examined: OSError: no" for finding in findings)
+
+
+def test_a_fault_that_is_known_has_its_own_next_step() -> None:
+    """As on a Python 3.10 without tomli, where the manifest cannot be read."""
+    env = dataclasses.replace(HEALTHY, wheel=None, faults={"wheel": "ModuleNotFoundError: No module named 'tomli'"})
+    (finding,) = [finding for finding in checks.examine(env) if finding.level is not OK]
+    assert "a package that mxfp4-moe or torch needs is not installed" in finding.text
+    assert finding.next_step == "pip install mxfp4-moe, without --no-deps"
 
 
 def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,8 @@ def _explain(error: Exception) -> None:
     built_with = (_wheel.read_report() or {}).get("built_with") or {}
     here = _troubles.Versions(
         wheel_cuda=str(built_with.get("cuda", "")),
-        torch=str(getattr(torch, "__version__", "")),
         torch_cuda=getattr(getattr(torch, "version", None), "cuda", None) or "",
+        importing_torch=torch is None,
     )
     if trouble := _troubles.recognize(_troubles.words(error), here):
         means, remedy = trouble.words(here)

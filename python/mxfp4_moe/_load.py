@@ -110,9 +110,7 @@ def built_for() -> str:
 def versions() -> Versions:
     """What the words about an error depend on."""
     built_with = (read_report(_REPORT) or {}).get("built_with") or {}
-    return Versions(
-        wheel_cuda=str(built_with.get("cuda", "")), torch=torch.__version__, torch_cuda=torch.version.cuda or ""
-    )
+    return Versions(wheel_cuda=str(built_with.get("cuda", "")), torch_cuda=torch.version.cuda or "")
 
 
 def explain(what: str, error: Exception) -> None:
@@ -132,7 +130,7 @@ def explained(what: str) -> Iterator[None]:
     """`explain` for whatever is raised inside."""
     try:
         yield
-    except (AssertionError, OSError, RuntimeError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
         explain(what, error)
         raise
 

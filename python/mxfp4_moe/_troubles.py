@@ -17,11 +17,11 @@ TORCH_FLOOR = "2.10"  # what the extensions are built for (ci/wheelbuild/toolcha
 
 @dataclass(frozen=True, kw_only=True)
 class Versions:
-    """The CUDA and torch versions here, as far as the words depend on them; empty where there is none."""
+    """The CUDA versions here, as far as the words depend on them; empty where there is none."""
 
     wheel_cuda: str = ""  # of the toolkit that built the wheel, such as '13.0.88'
-    torch: str = ""  # such as '2.13.0+cu130'; empty when torch cannot be imported
-    torch_cuda: str = ""  # such as '13.0'; empty for a CPU build
+    torch_cuda: str = ""  # that torch was built for, such as '13.0'; empty for a CPU build
+    importing_torch: bool = False  # the message came while torch itself was imported
 
     @property
     def wheel_major(self) -> str:
@@ -87,11 +87,8 @@ TROUBLES = (
     Trouble(
         name="a torch that cannot be imported",
         pattern=r"",
-        when=lambda versions: not versions.torch,
-        examples=(
-            f"OSError: libcudnn.so.9: {_NO_FILE}",
-            "ImportError: libtorch_cuda.so: undefined symbol: ncclCommShrink",
-        ),
+        when=lambda versions: versions.importing_torch,
+        examples=(f"ImportError: libcudnn.so.9: {_NO_FILE}",),
         means="torch itself cannot be imported here, mxfp4-moe has no part in it",
         remedy="reinstall torch with what it depends on: pip install --force-reinstall 'torch>=2.10'",
     ),
@@ -230,3 +227,44 @@ def words(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [""])[0].strip()
     plain = type(error) is RuntimeError and line
     return line if plain else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
+# ---- what mxfp4-moe says itself --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnMessage:
+    """A warning or an error of the package's own, for docs/troubleshooting.md; "..." stands for what varies."""
+
+    message: str
+    means: str
+    remedy: str
+
+
+OWN_MESSAGES = (
+    OwnMessage(
+        message="tile ... is not used on ...: ...; ... takes its place, with the same results",
+        means="a tile failed the self-test on this GPU, or its library does not load; another one gives the same bits",
+        remedy="nothing has to be done; `mxfp4-moe doctor` says what is wrong with the tile",
+    ),
+    OwnMessage(
+        message="blocklist ... and is ignored: ...",
+        means="the list of tiles that failed is damaged, or of another wheel or GPU, as after an update",
+        remedy="run `mxfp4-moe doctor --selftest`",
+    ),
+    OwnMessage(
+        message="no tile can be used on ...",
+        means="every tile is blocked or does not load",
+        remedy="`mxfp4-moe doctor --selftest` says what is wrong with each",
+    ),
+    OwnMessage(
+        message="mxfp4_moe._ext... needs a CUDA build of torch",
+        means="a kernel was asked for under a torch for the CPU alone",
+        remedy="install a torch that is built for the wheel's CUDA; on CPU tensors `fused_moe` needs no kernel",
+    ),
+    OwnMessage(
+        message="hidden_states: expected a tensor on a GPU that this wheel has machine code for",
+        means="the GPU is of an arch that the wheel was not built for",
+        remedy="use one of the GPUs that the message names, or CPU tensors, slowly",
+    ),
+)

@@ -464,7 +464,7 @@ class MoEWeights:
             raise ValueError(f"layer: expected 0 or more, got {layer}")
         between = _member("activation", Activation, activation)
         prefix = f"model.layers.{layer}.mlp.experts."
-        with explained(f"weights cannot be put on {device}"), TensorFiles(Path(path), device) as files:
+        with explained(f"layer {layer} cannot be read to {device}"), TensorFiles(Path(path), device) as files:
             stored = {argument: files.open(prefix + suffix) for argument, suffix in _WEIGHTS.items()}
             biases = {argument: files.open(prefix + suffix).whole() for argument, suffix in _BIASES.items()}
             sizes = _mxfp4_sizes(**{name: tensor.spec for name, tensor in stored.items()}, gated=between.is_gated)

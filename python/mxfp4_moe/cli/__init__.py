@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import doctor, tiles
+from . import doctor, info, tiles
 
-_COMMANDS = {"tiles": tiles, "doctor": doctor}
+_COMMANDS = {"info": info, "tiles": tiles, "doctor": doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

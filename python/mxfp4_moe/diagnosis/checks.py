@@ -9,12 +9,13 @@ something is worse than it could be, such as no GPU, a tile that gives way to an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from .._cache import CACHE_DIR_VARIABLE
 from .._troubles import REINSTALL, TORCH_FLOOR, Versions, major, recognize, release
 from .._wheel import arch_for
 from ..blocklist import REMEDY
-from .environment import Environment, Library, Remembered, TorchFacts, WheelFacts
+from .environment import Environment, Library, Remembered, WheelFacts
 from .findings import Finding, Level
 
 SELFTEST = "`mxfp4-moe doctor --selftest` runs every tile on the GPU"
@@ -30,7 +31,8 @@ def examine(env: Environment) -> list[Finding]:
     findings: list[Finding] = []
     for subject, check in CHECKS:
         if subject in env.faults:
-            findings.append(error(subject, f"cannot be examined: {env.faults[subject]}", REINSTALL))
+            text, step = explained(env, env.faults[subject], REINSTALL)
+            findings.append(error(subject, f"cannot be examined: {text}", step))
             continue
         try:
             findings.extend(check(env))
@@ -53,13 +55,12 @@ def error(subject: str, text: str, next_step: str) -> Finding:
 
 def versions(env: Environment) -> Versions:
     cuda = env.wheel.cuda or env.wheel.cudart.rpartition(".so.")[2] if env.wheel else ""
-    torch = env.torch or TorchFacts()
-    return Versions(wheel_cuda=cuda, torch=torch.version, torch_cuda=torch.cuda)
+    return Versions(wheel_cuda=cuda, torch_cuda=env.torch.cuda if env.torch else "")
 
 
-def explained(env: Environment, message: str, otherwise: str) -> tuple[str, str]:
+def explained(env: Environment, message: str, otherwise: str, *, importing_torch: bool = False) -> tuple[str, str]:
     """A message with what it means, and the next step; the message alone and `otherwise` where it is not known."""
-    here = versions(env)
+    here = replace(versions(env), importing_torch=importing_torch)
     trouble = recognize(message, here)
     if trouble is None:
         return message, otherwise
@@ -238,7 +239,7 @@ def check_torch(env: Environment) -> Iterator[Finding]:
         return
     install = f"pip install 'torch>={_floor(env)}': {_torch(env)}"
     if torch.error:
-        words, step = explained(env, torch.error, install)
+        words, step = explained(env, torch.error, install, importing_torch=True)
         yield error("torch", f"cannot be imported: {words}", step)
         return
     if not torch.version:
