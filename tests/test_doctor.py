@@ -264,7 +264,9 @@ CASES: dict[str, tuple[Environment, list[tuple[Level, str, str, str]]]] = {
         [(WARNING, "hashes", "1 of 3 libraries have no hash", REINSTALL)],
     ),
     "a tile does not load": (
-        change(torch={"loaded": dict.fromkeys(MODULES, "") | {FIRST.module: "file too short"}}),
+        change(
+            torch={"loaded": dict.fromkeys(MODULES, "") | {FIRST.module: f"{FIRST.module}.abi3.so: file too short"}}
+        ),
         [(WARNING, "loading", f"{FIRST.module}: a file of the wheel is not what was built", REINSTALL)],
     ),
     "a message that nobody knows": (
@@ -687,6 +689,10 @@ def test_a_driver_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) 
         _driver.driver_gpus()
     facts = environment.read_driver()
     assert facts.error.startswith("cuInit: system has unsupported")
+    monkeypatch.setattr(_driver.ctypes, "CDLL", lambda name: object())
+    with pytest.raises(RuntimeError, match=r"^libcuda\.so\.1 has no cuInit: it is not the NVIDIA driver's$"):
+        _driver.driver_gpus()
+    monkeypatch.setattr(_driver.ctypes, "CDLL", lambda name: Refusing())
     monkeypatch.setattr(Refusing, "status", 100)
     assert _driver.driver_gpus() == (), "a driver without a GPU is no fault"
 

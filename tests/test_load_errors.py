@@ -86,12 +86,27 @@ def test_one_message_means_different_things(versions: Versions, name: str, remed
         "hidden_states: expected bfloat16 or float16 [T, H], got float32",
         "CUDA error: an illegal memory access was encountered",
         "weights: expected MoEWeights on cuda:0",
+        "libcuda.so.1: undefined symbol: cuInit",
         "",
     ],
 )
 def test_what_is_not_about_the_install_is_left_alone(message: str) -> None:
     for versions in (SAME, OTHER, CPU):
         assert recognize(message, versions) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Found no NVIDIA driver on your system. Please check that", "Found no NVIDIA driver on your system."),
+        ("Error 36: not supported (Triggered internally at CUDAFunctions.cpp:119.)", "Error 36: not supported"),
+        ("\nCUDA error: invalid\nCompile with TORCH_USE_CUDA_DSA", "CUDA error: invalid"),
+        ("", ""),
+    ],
+)
+def test_advice_is_cut_off(text: str, line: str) -> None:
+    assert words(RuntimeError(text)) == (line or "RuntimeError")
+    assert words(OSError(text)) == (f"OSError: {line}" if line else "OSError")
 
 
 def test_the_torch_floor_is_the_builds() -> None:
@@ -306,7 +321,7 @@ MESSAGES = [
     (AssertionError("Torch not compiled with CUDA enabled"), "install a torch that is built for CUDA"),
     (RuntimeError("No CUDA GPUs are available"), "check nvidia-smi"),
     (
-        RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nPlease update"),
+        RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nAdvice"),
         "update the NVIDIA driver",
     ),
     (

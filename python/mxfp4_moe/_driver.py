@@ -52,6 +52,8 @@ def driver_gpus() -> tuple[Gpu, ...]:
         return ()
 
     def call(function: str, *arguments: object) -> None:
+        if not hasattr(cuda, function):
+            raise RuntimeError(f"libcuda.so.1 has no {function}: it is not the NVIDIA driver's")
         if status := getattr(cuda, function)(*arguments):
             text = ctypes.c_char_p()
             cuda.cuGetErrorString(status, ctypes.byref(text))
@@ -65,7 +67,7 @@ def driver_gpus() -> tuple[Gpu, ...]:
         call("cuDeviceGetAttribute", ctypes.byref(value), number, device)
         return value.value
 
-    if cuda.cuInit(0) == _NO_DEVICE:
+    if hasattr(cuda, "cuInit") and cuda.cuInit(0) == _NO_DEVICE:
         return ()
     call("cuInit", 0)
     call("cuDeviceGetCount", ctypes.byref(count))

@@ -101,7 +101,7 @@ TROUBLES = (
     ),
     Trouble(
         name="a torch that is too old",
-        pattern=r"undefined symbol: \w*(torch|c10)|module 'torch[\w.]*' has no attribute",
+        pattern=r"abi3\.so: undefined symbol: \w*(torch|c10)|module 'torch[\w.]*' has no attribute",
         examples=("ImportError: moe.abi3.so: undefined symbol: torch_list_push_back",),
         means="this torch is older than 2.10 and lacks functions that the wheel calls",
         remedy="pip install --upgrade 'torch>=2.10', in a build for CUDA {wheel_major}",
@@ -156,7 +156,7 @@ TROUBLES = (
     Trouble(
         name="a library that is damaged",
         pattern=r"abi3\.so (is (missing|truncated|damaged|no library|another module's|for another)|cannot be read)"
-        r"|file too short|invalid ELF header|cannot read file data|ELF load command|undefined symbol"
+        r"|abi3\.so: (file too short|invalid ELF header|cannot read file data|ELF load command|undefined symbol)"
         r"|does not define module export function",
         examples=(
             "moe.abi3.so is truncated: 100,000 of 1,523,088 bytes",
@@ -222,11 +222,16 @@ def recognize(message: str, versions: Versions) -> Trouble | None:
     return next((trouble for trouble in TROUBLES if trouble.fits(message, versions)), None)
 
 
+def one_line(text: str) -> str:
+    """What a message says first; torch adds advice and the place in its sources, and CUDA a page more."""
+    line = (text.strip().splitlines() or [""])[0]
+    return re.split(r" Please | \(Triggered internally", line)[0].strip()
+
+
 def words(error: BaseException) -> str:
-    """An exception in one line, with its type where that says something; CUDA errors come with a page of advice."""
-    line = (str(error).strip().splitlines() or [""])[0].strip()
-    plain = type(error) is RuntimeError and line
-    return line if plain else f"{type(error).__name__}: {line}".removesuffix(": ")
+    """An exception in one line, with its type where that says something."""
+    line = one_line(str(error))
+    return line if type(error) is RuntimeError and line else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 # ---- what mxfp4-moe says itself --------------------------------------------------------------------------------------

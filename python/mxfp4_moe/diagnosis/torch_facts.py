@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._child import channel
-from .._troubles import words
+from .._troubles import one_line, words
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -63,7 +63,7 @@ def gpu_facts(torch: Any) -> dict[str, Any]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        return {"gpus": [], "gpu_error": "; ".join(str(warning.message).splitlines()[0] for warning in caught)}
+        return {"gpus": [], "gpu_error": "; ".join(one_line(str(warning.message)) for warning in caught)}
     return {"gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())], "gpu_error": ""}
 
 
