@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from mxfp4_moe import _wheel
+from mxfp4_moe._elf import MACHINES
 from mxfp4_moe.tiles import Tile, prove
 
 VERSION = "0.1.0+cu130"
@@ -19,7 +21,8 @@ ARCHS = ("90a", "120f")
 
 def elf(module: str, size: int = 4096) -> bytes:
     """A 64-bit ELF file of this size, by its headers, that names the module's initializer."""
-    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 3, 62, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    machine = next(number for number, name in MACHINES.items() if name == platform.machine())
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 3, machine, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
     segment = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, size, size, 4096)
     return (header + segment + f"\0PyInit_{module}\0".encode()).ljust(size, b"\0")
 

@@ -52,9 +52,18 @@ def test_every_tile_passes_within_a_minute_and_nothing_is_blocked(
     assert report["device"]["arch"] == _wheel.arch_for(torch.cuda.get_device_capability(device))
     assert seconds < 60
     assert (status, data["worst"]) == (0, "ok"), data["findings"]
-    assert not list(cache.rglob("*.json"))
+    assert not list((cache / "blocklist").rglob("*.json"))
     progress = [line for line in err.splitlines() if line.startswith("tile ")]
     assert len(progress) == len(report["tiles"])
+
+    status = cli.main(["doctor", "--verify", "--json"])
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {finding["level"] for finding in findings} == {"ok"}, findings
+    assert status == 0
+    count = len(report["tiles"])
+    texts = [finding["text"] for finding in findings]
+    assert any(text.startswith(f"{count} of {count} tiles passed on {report['device']['name']}") for text in texts)
+    assert f"{count + 1} of {count + 1} libraries load" in texts
 
 
 def test_a_blocked_tile_gives_way_with_one_warning_and_the_same_bits() -> None:

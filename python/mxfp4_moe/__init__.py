@@ -50,9 +50,32 @@ _MODULE_OF = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    try:
+        module = import_module(f".{_MODULE_OF[name]}", __name__)
+    except (ImportError, OSError, AttributeError) as error:
+        _explain(error)
+        raise
+    value = getattr(module, name)
     globals()[name] = value  # the next time it is found without coming here
     return value
+
+
+def _explain(error: Exception) -> None:
+    """Raises an ImportError with the next step, where torch is missing, broken or too old; returns otherwise."""
+    from . import _troubles, _wheel
+
+    torch = sys.modules.get("torch")
+    built_with = (_wheel.read_report() or {}).get("built_with") or {}
+    here = _troubles.Versions(
+        wheel_cuda=str(built_with.get("cuda", "")),
+        torch_cuda=getattr(getattr(torch, "version", None), "cuda", None) or "",
+        importing_torch=torch is None,
+    )
+    if trouble := _troubles.recognize(_troubles.words(error), here):
+        means, remedy = trouble.words(here)
+        raise ImportError(
+            f"{__name__} cannot be used ({_troubles.words(error)}): {means}; {remedy}; {_troubles.DOCTOR}"
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -6,16 +6,19 @@ may be called from several threads: Python imports a module once, and registerin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import platform
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import blocklist
+from ._troubles import DOCTOR, TORCH_FLOOR, Versions, recognize, words
 from ._wheel import REPORT as _REPORT
 from ._wheel import library_fault, read_report
 from .tiles import Manifest, Tile, load_manifest, nearest_tile
@@ -24,7 +27,7 @@ _EXTENSIONS = "mxfp4_moe._ext"
 
 
 class LoadError(RuntimeError):
-    """A prebuilt extension cannot be used with this torch; the message says what it was built for and what is here."""
+    """The wheel cannot be used with the torch, driver or GPU that is here; one sentence says why and what to do."""
 
 
 @functools.cache
@@ -104,19 +107,56 @@ def built_for() -> str:
         return "an unknown CUDA (it has no build report)"
 
 
+def versions() -> Versions:
+    """What the words about an error depend on."""
+    built_with = (read_report(_REPORT) or {}).get("built_with") or {}
+    return Versions(wheel_cuda=str(built_with.get("cuda", "")), torch_cuda=torch.version.cuda or "")
+
+
+def explain(what: str, error: Exception) -> None:
+    """Raises a `LoadError` from an error of torch or CUDA that is known to be about the install; returns otherwise.
+
+    Args:
+        what: what could not be done, the beginning of the sentence.
+        error: what was raised.
+    """
+    message = words(error)
+    if not isinstance(error, LoadError) and recognize(message, versions()):
+        raise LoadError(_sentence(what, message)) from error
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """`explain` for whatever is raised inside."""
+    try:
+        yield
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
+        explain(what, error)
+        raise
+
+
+def _sentence(what: str, message: str) -> str:
+    """What could not be done, the original's words, what they mean, what to do, and what is here."""
+    here = versions()
+    trouble = recognize(message, here)
+    if trouble:
+        means, remedy = trouble.words(here)
+        advice = f"{means}; {remedy}"
+    else:
+        advice = f"install the wheel of your CUDA version with torch {TORCH_FLOOR} or newer"
+    return f"{what} ({message}): {advice}; the wheel was built for {built_for()}, you have {environment()}; {DOCTOR}"
+
+
 def _import(module: str) -> ModuleType:
     name = f"{_EXTENSIONS}.{module}"
     if torch.version.cuda is None:
         raise LoadError(
             f"{name} needs a CUDA build of torch: the wheel was built for {built_for()}, you have {environment()} "
-            "(CPU tensors need no extension)"
+            f"(CPU tensors need no extension); {DOCTOR}"
         )
     if fault := library_fault(module):
-        raise LoadError(f"{name} cannot be loaded ({fault}): reinstall mxfp4-moe, `mxfp4-moe doctor` says more")
+        raise LoadError(_sentence(f"{name} cannot be loaded", fault))
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise LoadError(
-            f"{name} cannot be loaded ({error}): the wheel was built for {built_for()}, you have {environment()}; "
-            "install the wheel of your CUDA version with torch 2.10 or newer"
-        ) from error
+        raise LoadError(_sentence(f"{name} cannot be loaded", str(error))) from error

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+from ._elf import ElfError, read_elf
 from .archs import arch_runs_on
 from .tiles import Tile, load_manifest
 
 PACKAGE = Path(__file__).resolve().parent
 REPORT = PACKAGE / "build_report.json"
-
-_ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
-_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
 
 
 def version() -> str:
@@ -60,14 +59,43 @@ def built_archs() -> tuple[str, ...]:
     return tuple(archs) if isinstance(archs, list) else load_manifest().archs
 
 
-def arch_for(capability: tuple[int, int]) -> str | None:
-    """The arch whose machine code runs on a GPU of this compute capability; None when the wheel has none for it."""
-    return next((arch for arch in built_archs() if arch_runs_on(arch, capability)), None)
+def arch_for(capability: tuple[int, int], archs: Sequence[str] | None = None) -> str | None:
+    """The arch whose machine code runs on a GPU of this compute capability; None when there is none for it.
+
+    Args:
+        capability: the GPU's.
+        archs: to choose from; by default those that this wheel has.
+    """
+    available = built_archs() if archs is None else archs
+    return next((arch for arch in available if arch_runs_on(arch, capability)), None)
 
 
 def library(module: str) -> Path:
     """Where the library of `mxfp4_moe._ext.<module>` belongs; it need not be there."""
     return PACKAGE / "_ext" / f"{module}.abi3.so"
+
+
+def modules() -> tuple[str, ...]:
+    """All extension modules that this wheel has: the layer's own, then one for each tile."""
+    return ("moe", *(tile.module for tile in built_tiles()))
+
+
+def built_sha256(module: str) -> str | None:
+    """The SHA-256 that the library had when it was built, None when the report does not say."""
+    report = read_report() or {}
+    entry = report.get("moe") if module == "moe" else (report.get("tiles") or {}).get(module.removeprefix("tile_"))
+    try:
+        return str((entry or {})["library"]["sha256"])
+    except (KeyError, TypeError):
+        return None
+
+
+def fingerprint() -> str:
+    """SHA-256 over the libraries as they are here, so that what is remembered about them ends with any change."""
+    digest = hashlib.sha256(version().encode())
+    for module in modules():
+        digest.update(f"\0{module}\0{sha256(library(module))}".encode())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str | None:
@@ -91,23 +119,12 @@ def library_fault(module: str) -> str | None:
         return f"{path.name} is missing"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
-    if len(data) < _ELF_HEADER.size or data[:6] != b"\x7fELF\x02\x01":
-        return f"{path.name} is no library: {len(data):,} bytes without the header of one"
-    size = _elf_size(data)
-    if len(data) < size:
-        return f"{path.name} is truncated: {len(data):,} of {size:,} bytes"
+    try:
+        elf = read_elf(data)
+    except ElfError as error:
+        return f"{path.name} {error}"
+    if elf.machine != platform.machine():
+        return f"{path.name} is for another processor: {elf.machine}, and this is {platform.machine()}"
     if f"PyInit_{module}\0".encode() not in data:
         return f"{path.name} is another module's library: it has no PyInit_{module}"
     return None
-
-
-def _elf_size(data: bytes) -> int:
-    """Bytes that the headers of a 64-bit little-endian ELF file say it has, as far as they are there."""
-    *_, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, _ = _ELF_HEADER.unpack_from(data)
-    ends = [phoff + phentsize * phnum, shoff + shentsize * shnum]
-    for place in range(phnum):
-        at = phoff + phentsize * place
-        if at + _PROGRAM_HEADER.size <= len(data):
-            _, _, offset, _, _, file_size, _, _ = _PROGRAM_HEADER.unpack_from(data, at)
-            ends.append(offset + file_size)
-    return int(max(ends))

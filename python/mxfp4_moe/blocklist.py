@@ -11,17 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from . import _wheel
+from ._cache import CACHE_DIR_VARIABLE, cache_dir, device_file, write_json
 from .tiles import Tile
 
-CACHE_DIR_VARIABLE = "MXFP4_MOE_CACHE_DIR"
+__all__ = ["CACHE_DIR_VARIABLE", "REMEDY", "BlocklistError", "blocked", "cache_dir", "path_of", "read", "write"]
+
 REMEDY = "run `mxfp4-moe doctor --selftest` to write a new one"
 _SCHEMA = 1
 
@@ -30,24 +29,9 @@ class BlocklistError(ValueError):
     """A blocklist that is there but cannot be used; the message says which file, why, and what to run."""
 
 
-def cache_dir() -> Path | None:
-    """$MXFP4_MOE_CACHE_DIR, else mxfp4-moe under $XDG_CACHE_HOME or ~/.cache; None for a user without a home."""
-    if named := os.environ.get(CACHE_DIR_VARIABLE):
-        return Path(named)
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(xdg):  # the XDG base directory specification: a relative path is to be ignored
-        return Path(xdg) / "mxfp4-moe"
-    try:
-        return Path.home() / ".cache" / "mxfp4-moe"
-    except RuntimeError:
-        return None
-
-
 def path_of(device: str, capability: tuple[int, int]) -> Path | None:
     """The list of a device, by its name (such as 'NVIDIA H200') and compute capability; it need not exist."""
-    folder = cache_dir()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return None if folder is None else folder / "blocklist" / f"{slug}-sm{capability[0]}{capability[1]}.json"
+    return device_file("blocklist", device, capability)
 
 
 def read(device: str, capability: tuple[int, int]) -> dict[str, str]:
@@ -130,14 +114,5 @@ def write(device: str, capability: tuple[int, int], reasons: Mapping[Tile, str])
             for tile, reason in reasons.items()
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_json(path, data)
     return path

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import _load, ops, reference
-from .archs import arch_runs_on
+from . import _load, _wheel, ops, reference
+from ._troubles import DOCTOR
 from .formats import BLOCK, WordOrder, require_tensor, word_order_of
 from .tiles import Tile, select_tile
 from .weights import MoEWeights
@@ -165,29 +165,33 @@ def run(
     alpha, alphas = split_number(weights.alpha, 0.0)
     beta, betas = split_number(weights.beta, 0.0)
     limit, limits = split_number(weights.limit, math.inf)
-    op(
-        hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
-        hidden_states_scale,
-        scale_layout == "swizzled",
-        *routing,
-        weights.first_expert,
-        weights.intermediate_size,
-        weights.w13,
-        weights.w13_bias,
-        weights.w2,
-        weights.w2_bias,
-        weights.activation.code,
-        alpha,
-        beta,
-        limit,
-        alphas,
-        betas,
-        limits,
-        tile.m,
-        tile.n,
-        output,
-        intermediate_rounding,
-    )
+    try:
+        op(
+            hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
+            hidden_states_scale,
+            scale_layout == "swizzled",
+            *routing,
+            weights.first_expert,
+            weights.intermediate_size,
+            weights.w13,
+            weights.w13_bias,
+            weights.w2,
+            weights.w2_bias,
+            weights.activation.code,
+            alpha,
+            beta,
+            limit,
+            alphas,
+            betas,
+            limits,
+            tile.m,
+            tile.n,
+            output,
+            intermediate_rounding,
+        )
+    except RuntimeError as error:
+        _load.explain(f"fused_moe cannot run on {hidden_states.device}", error)
+        raise
 
 
 def _traced(
@@ -493,15 +497,14 @@ def check_capability(capability: tuple[int, int], name: str) -> None:
         name: the GPU in words, for the message.
 
     Raises:
-        RuntimeError: one sentence with the GPU's arch, the wheel's archs, and CUDA and torch versions.
+        LoadError: one sentence with the GPU's arch, the wheel's archs, and CUDA and torch versions.
     """
-    archs = _load.manifest().archs
-    if not any(arch_runs_on(arch, capability) for arch in archs):
-        having = ", ".join(f"sm_{arch}" for arch in archs)
-        raise RuntimeError(
+    if _wheel.arch_for(capability) is None:
+        having = ", ".join(f"sm_{arch}" for arch in _wheel.built_archs())
+        raise _load.LoadError(
             f"hidden_states: expected a tensor on a GPU that this wheel has machine code for ({having}), got one on "
             f"{name}, which is sm_{capability[0]}{capability[1]}; the wheel was built for {_load.built_for()}, "
-            f"you have {_load.environment()}"
+            f"you have {_load.environment()}; {DOCTOR}"
         )
 
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import _load
 from .formats import WordOrder
 from .weights import Activation, MoEWeights
 
@@ -121,33 +122,37 @@ def _moe_layer_cuda(
     check_limits(w13.shape[0], tokens, top_k)
     op, tile = _operator(hidden_states.device.index, select(tokens, top_k, w13.shape[0]))
     output = torch.empty_like(hidden_states, dtype=output_dtype)
-    op(
-        hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
-        hidden_states_scale,
-        scale_layout == "swizzled",
-        topk_weights,
-        topk_ids,
-        None,
-        0,
-        True,
-        0,
-        intermediate_size,
-        w13,
-        w13_bias,
-        w2,
-        w2_bias,
-        Activation(activation).code,
-        alpha,
-        beta,
-        math.inf if limit is None else limit,
-        alphas,
-        betas,
-        limits,
-        tile.m,
-        tile.n,
-        output,
-        intermediate_rounding,
-    )
+    try:
+        op(
+            hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
+            hidden_states_scale,
+            scale_layout == "swizzled",
+            topk_weights,
+            topk_ids,
+            None,
+            0,
+            True,
+            0,
+            intermediate_size,
+            w13,
+            w13_bias,
+            w2,
+            w2_bias,
+            Activation(activation).code,
+            alpha,
+            beta,
+            math.inf if limit is None else limit,
+            alphas,
+            betas,
+            limits,
+            tile.m,
+            tile.n,
+            output,
+            intermediate_rounding,
+        )
+    except RuntimeError as error:
+        _load.explain(f"mxfp4_moe::moe_layer cannot run on {hidden_states.device}", error)
+        raise
     return output
 
 

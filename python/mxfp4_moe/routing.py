@@ -58,7 +58,11 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
             return reference.topk_softmax(router_logits, top_k, renormalize)
     if device.type != "cuda":
         raise ValueError(f"router_logits: expected a CUDA or CPU tensor, got one on {device}")
-    result = _kernel(device.index)(router_logits, top_k, renormalize)
+    try:
+        result = _kernel(device.index)(router_logits, top_k, renormalize)
+    except RuntimeError as error:
+        _load.explain(f"topk_softmax cannot run on {device}", error)
+        raise
     return result
 
 

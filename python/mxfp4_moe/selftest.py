@@ -32,7 +32,9 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from . import _driver, _wheel, blocklist
+from . import _driver, _wheel, blocklist, remembered
+from ._child import channel
+from ._troubles import words
 from .tiles import Tile, load_manifest
 
 if TYPE_CHECKING:
@@ -215,10 +217,10 @@ def agree(results: Sequence[TileResult]) -> list[TileResult]:
 
 
 def record(report: Report) -> Path | None:
-    """Writes the device's blocklist, or removes it: the tiles that failed, and those blocked before that did not run.
+    """Remembers the result, and writes the device's blocklist: what failed, and what was blocked and did not run.
 
     Returns:
-        The list's file, None when no tile is blocked.
+        The list's file, None when no tile is blocked; without one, a list from before is removed.
 
     Raises:
         OSError: the cache directory cannot be written.
@@ -234,7 +236,16 @@ def record(report: Report) -> Path | None:
     for result in report.having(Status.NOT_RUN):
         if result.tile.name in before:
             reasons[result.tile] = before[result.tile.name]
-    return blocklist.write(device, (major, minor), reasons)
+    path = blocklist.write(device, (major, minor), reasons)
+    remembered.write(
+        device,
+        (major, minor),
+        passed=len(report.having(Status.PASSED)),
+        tiles=len(report.results),
+        driver=report.device.get("driver", ""),
+        torch=report.device.get("torch", ""),
+    )
+    return path
 
 
 def _result(tile: Tile, message: Mapping[str, Any]) -> TileResult:
@@ -353,7 +364,7 @@ def work(
     try:
         facts, run_tile = prepare()
     except Exception as error:
-        send({"fatal": _words(error)})
+        send({"fatal": words(error)})
         return 1
     send({"ready": facts})
     for tile in tiles:
@@ -367,18 +378,12 @@ def work(
         except WrongResultError as error:
             status, reason = Status.FAILED, str(error)
         except Exception as error:
-            status, reason, broken = Status.FAILED, _words(error), True
+            status, reason, broken = Status.FAILED, words(error), True
         seconds = round(time.monotonic() - begin, 2)
         send({"result": tile.name, "status": status.value, "reason": reason, "seconds": seconds, **asdict(outcome)})
         if broken:
             return 1
     return 0
-
-
-def _words(error: Exception) -> str:
-    """An exception in one line; CUDA errors come with a page of advice."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if type(error) is RuntimeError and line else f"{type(error).__name__}: {line}"
 
 
 def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
@@ -433,9 +438,9 @@ def tile_runner(device: torch.device) -> RunTile:
 
     def run_gemms(tile: Tile) -> int:
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        for (words, problem), dtype in itertools.product(gemms.items(), dtypes):
+        for (what, problem), dtype in itertools.product(gemms.items(), dtypes):
             if mismatch := problem.mismatch(problem.run(tile, dtype)):
-                raise WrongResultError(f"GEMM, {words}, {str(dtype).removeprefix('torch.')}: {mismatch}")
+                raise WrongResultError(f"GEMM, {what}, {str(dtype).removeprefix('torch.')}: {mismatch}")
         return len(gemms) * len(dtypes)
 
     def run_layers(tile: Tile) -> str:
@@ -458,17 +463,10 @@ def tile_runner(device: torch.device) -> RunTile:
         except _load.LoadError as error:
             raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:
-            raise NotRunError(_words(error)) from error
+            raise NotRunError(words(error)) from error
         return Outcome(checks=checks + len(calls), layer=layer)
 
     return run_tile
-
-
-def _channel() -> IO[str]:
-    """The parent's end of stdout, kept for messages; whatever else is printed, by C too, goes to stderr."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
-    return channel
 
 
 def main(
@@ -482,10 +480,10 @@ def main(
     args = parser.parse_args(arguments)
     manifest = load_manifest()
     tiles = [manifest.tile(name) for name in args.tiles] or list(_wheel.built_tiles())
-    channel = _channel()
+    messages = channel()
 
     def send(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
+        messages.write(json.dumps(message) + "\n")
 
     return work(tiles, lambda: prepare(args.device), send)
 

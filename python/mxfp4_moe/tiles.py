@@ -12,11 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 from .archs import ArchError, check_arch
 
 MANIFEST_NAME = "tile_manifest.toml"
@@ -148,6 +143,10 @@ def _read_tile(row: object, where: str) -> Tile:
 
 def parse_manifest(text: str, source: str = MANIFEST_NAME) -> Manifest:
     """The manifest in `text`. ManifestError names the tile (by its place and name) or the key, and the reason."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:  # not at the top: where tomli is missing, the doctor has to start and say so
+        import tomli as tomllib
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

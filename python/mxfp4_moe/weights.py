@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._checkpoint import TensorFiles
+from ._load import explained
 from ._prepare import (
     Source,
     ceil_div,
@@ -186,19 +187,23 @@ class MoEWeights:
         """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
 
         Where the word order changes, the copy is made expert by expert.
+
+        Raises:
+            RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
-        place = torch.empty(0, device=device).device  # with its index
-        order = word_order_of(place)
+        with explained(f"weights cannot be put on {device}"):
+            place = torch.empty(0, device=device).device  # with its index
+            order = word_order_of(place)
 
-        def moved(tensor: Tensor) -> Tensor:
-            hidden, inter = self.hidden_size, self.intermediate_size
-            if tensor is self.w13 and order is not self.word_order:
-                return move(tensor, place, self.w13_rows, hidden, self.word_order, order)
-            if tensor is self.w2 and order is not self.word_order:
-                return move(tensor, place, hidden, inter, self.word_order, order)
-            return tensor.to(place)
+            def moved(tensor: Tensor) -> Tensor:
+                hidden, inter = self.hidden_size, self.intermediate_size
+                if tensor is self.w13 and order is not self.word_order:
+                    return move(tensor, place, self.w13_rows, hidden, self.word_order, order)
+                if tensor is self.w2 and order is not self.word_order:
+                    return move(tensor, place, hidden, inter, self.word_order, order)
+                return tensor.to(place)
 
-        return replace(self._map(moved), word_order=order)
+            return replace(self._map(moved), word_order=order)
 
     def expert_parallel(self, ep_rank: int, ep_size: int) -> MoEWeights:
         """The experts of one of ep_size ranks: [ep_rank * E/ep_size, (ep_rank + 1) * E/ep_size).
@@ -469,12 +474,13 @@ class MoEWeights:
         Raises:
             FileNotFoundError: path, or the checkpoint in it, does not exist.
             ValueError: a tensor or shard is missing, or a file is malformed (names the tensor and the file).
+            RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
         if layer < 0:
             raise ValueError(f"layer: expected 0 or more, got {layer}")
         between = _member("activation", Activation, activation)
         prefix = f"model.layers.{layer}.mlp.experts."
-        with TensorFiles(Path(path), device) as files:
+        with explained(f"layer {layer} cannot be read to {device}"), TensorFiles(Path(path), device) as files:
             stored = {argument: files.open(prefix + suffix) for argument, suffix in _WEIGHTS.items()}
             biases = {argument: files.open(prefix + suffix).whole() for argument, suffix in _BIASES.items()}
             sizes = _mxfp4_sizes(**{name: tensor.spec for name, tensor in stored.items()}, gated=between.is_gated)

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import doctor, probe, tiles
+from . import doctor, info, probe, tiles
 
-_COMMANDS = {"tiles": tiles, "probe": probe, "doctor": doctor}
+_COMMANDS = {"info": info, "tiles": tiles, "probe": probe, "doctor": doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
