@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import doctor, tiles
+from . import bench, doctor, tiles
 
-_COMMANDS = {"tiles": tiles, "doctor": doctor}
+_COMMANDS = {"tiles": tiles, "doctor": doctor, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
