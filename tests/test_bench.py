@@ -443,7 +443,7 @@ def test_ours_is_the_public_call() -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["bench"])
+@pytest.mark.parametrize("command", ["bench", "tune"])
 def test_without_a_gpu_it_is_one_sentence(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, doctor, tiles
+from . import bench, doctor, tiles, tune
 
-_COMMANDS = {"tiles": tiles, "doctor": doctor, "bench": bench}
+_COMMANDS = {"tiles": tiles, "doctor": doctor, "bench": bench, "tune": tune}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
