@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,20 @@ def test_a_tile_that_is_not_among_the_choices_is_not_taken() -> None:
     user_table(table_data())
     left = [tile for tile in TILES if tile != SMALL]
     assert choice.choose_tile(1, LAYER, H200, left) == select_tile(1, 4, 128, left)
+
+
+def test_a_call_on_a_gpu_takes_the_tables_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["mxfp4_moe.fused_moe"]
+    monkeypatch.setattr(module, "device_facts", lambda index: H200)
+    user_table(table_data())
+    rule = select_tile(1, 4, 128, TILES)
+    assert rule != SMALL
+    module.select.cache_clear()
+    assert module.select(1, 4, 128, 2880, 2880, 0) == SMALL
+    assert module.select(1, 4, 128, 4096, 2880, 0) == rule, "another layer"
+    assert module.select(1, 4, 128, 2880, 2880, None) == rule, "no GPU"
+    assert module.select(0, 4, 128, 2880, 2880, 0) == select_tile(0, 4, 128, TILES)
+    module.select.cache_clear()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def _moe_layer_cuda(
     )
     tokens, top_k = topk_ids.shape
     check_limits(w13.shape[0], tokens, top_k)
-    op, tile = _operator(hidden_states.device.index, select(tokens, top_k, w13.shape[0]))
+    index = hidden_states.device.index
+    op, tile = _operator(index, select(tokens, top_k, w13.shape[0], 2 * w13.shape[2], 2 * w2.shape[2], index))
     output = torch.empty_like(hidden_states, dtype=output_dtype)
     op(
         hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),

@@ -206,7 +206,7 @@ def chosen_tile(shape: MoEShape, tokens: int, device: torch.device) -> str:
     """The name of the tile that `fused_moe` takes for such a call."""
     from ..fused_moe import select
 
-    return select(tokens, shape.top_k, shape.experts).name
+    return select(tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, device.index).name
 
 
 def environment(device: torch.device, plan: Plan, flush_bytes: int) -> dict[str, Any]:
