@@ -13,21 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from bench_results import exactly, results
 
 from mxfp4_moe import cli, fused_moe, reference, topk_softmax
 from mxfp4_moe.bench import floors, inputs, kernel_records, picture, report, rivals, shapes, statistics
 from mxfp4_moe.bench import run as bench_run
 from mxfp4_moe.bench.ceilings import Ceilings
 from mxfp4_moe.bench.kernel_records import KernelTime, Record
-from mxfp4_moe.bench.report import OURS, Failure, Measurement, Results
+from mxfp4_moe.bench.report import OURS, Results
 from mxfp4_moe.bench.rivals import Absent, Found, Rival, humming, marlin, packages
 from mxfp4_moe.cli import bench as bench_cli
 
 LARGE, SMALL = shapes.PRESETS["gpt-oss-120b"], shapes.MoEShape(name="", experts=8, top_k=2, hidden=128, intermediate=64)
-
-
-def seconds(value: float) -> statistics.Summary:
-    return statistics.summarize([value])
 
 
 # ---- shapes and floors -----------------------------------------------------------------------------------------------
@@ -141,43 +138,6 @@ def test_short_names(name: str, short: str) -> None:
 
 
 # ---- results, tables, pictures ---------------------------------------------------------------------------------------
-
-
-def results() -> Results:
-    """A run with round numbers: the GPU copies 4000 GB/s and multiplies 800 TFLOP/s."""
-    ours = [
-        (1, "m8n128_swap", True, 4.0, 20.0),
-        (64, "m8n128_swap", True, 110.0, 500.0),
-        (64, "m64n128", False, 110.0, 400.0),
-    ]
-    theirs = [(1, 4.0, 50.0), (64, 110.0, 440.0)]
-    return Results(
-        shape=LARGE,
-        environment={"device": "NVIDIA <Test>", "driver": "1.2", "date": "2026-01-01", "torch": "2.13"},
-        ceilings=Ceilings(copy_gb_per_s=4000, bf16_tflops=800, f16_tflops=790, fp8_tflops=None).as_dict(),
-        measurements=[
-            *(
-                Measurement(implementation=OURS, tokens=t, tile=tile, automatic=auto, active_experts=e, us=seconds(us))
-                for t, tile, auto, e, us in ours
-            ),
-            *(
-                Measurement(
-                    implementation="humming-w4a8",
-                    tokens=t,
-                    tile="",
-                    automatic=False,
-                    active_experts=e,
-                    us=seconds(us),
-                    relative_error=0.03,
-                    kernels=(KernelTime(name="gemm", duration_us=9, own_us=8),),
-                )
-                for t, e, us in theirs
-            ),
-        ],
-        failures=[Failure(implementation="marlin", tokens=None, reason="vLLM is not installed")],
-        rivals={"humming-w4a8": "0.1.19"},
-        host={"fused_moe_us": 30.0},
-    )
 
 
 def test_figures() -> None:
@@ -360,7 +320,7 @@ class StillTimer:
         self.device = device
 
     def measure(self, calls: Sequence[Callable[[], torch.Tensor]], replays: int) -> statistics.Summary:
-        return seconds(float(calls[-1]().shape[0]))
+        return exactly(float(calls[-1]().shape[0]))
 
     def kernels(self, call: Callable[[], torch.Tensor]) -> list[KernelTime]:
         raise ValueError("calls: expected at least one with a kernel, got none")
@@ -409,7 +369,9 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.M
         **rest,
     )
     told: list[str] = []
-    run = bench_run._Run(plan, torch.device("cpu"), told.append).results()
+    saved: list[Results] = []
+    run = bench_run._Run(plan, torch.device("cpu"), told.append, saved.append).results()
+    assert [len(before.measurements) for before in saved] == [4, 6, 6, 6, 6], "kept after each implementation"
     assert [(m.implementation, m.tokens, m.tile, m.automatic) for m in run.measurements] == [
         *((OURS, tokens, "m8n128_swap", True) for tokens in plan.tokens),
         *((OURS, tokens, "m64n128", False) for tokens in plan.tokens),
@@ -471,6 +433,7 @@ def test_without_a_gpu_it_is_one_sentence(
         (["--rivals", "cutlass"], "rivals: expected all, none, or some of"),
         (["--rivals-path", "/nonexistent"], "rivals-path: /nonexistent is no folder"),
         (["--no-include-routing", "--rivals", "marlin"], "rivals: they start at the logits"),
+        (["--json", "/nonexistent/run.json"], "json: /nonexistent/run.json would lie in a folder that does not exist"),
         (["--hidden", "7"], "hidden: expected a positive multiple of 32, got 7"),
         (["--replays", "0"], "replays: expected at least 1, got 0"),
     ],

@@ -66,15 +66,19 @@ def our_call(weights: MoEWeights, top_k: int, tile_mn: TileMN | None, include_ro
     return make_call
 
 
-def run(plan: Plan, device: torch.device, progress: Progress) -> Results:
-    """Measures everything in the plan. A rival that is absent or wrong is a `Failure`; ours raises."""
+def run(plan: Plan, device: torch.device, progress: Progress, save: Callable[[Results], None]) -> Results:
+    """Measures everything in the plan. A rival that is absent or wrong is a `Failure`; ours raises.
+
+    Args:
+        save: gets what there is after each implementation, so that a run which is ended leaves something.
+    """
     with torch.cuda.device(device), torch.no_grad():
-        return _Run(plan, device, progress).results()
+        return _Run(plan, device, progress, save).results()
 
 
 class _Run:
-    def __init__(self, plan: Plan, device: torch.device, progress: Progress) -> None:
-        self.plan, self.device, self.progress = plan, device, progress
+    def __init__(self, plan: Plan, device: torch.device, progress: Progress, save: Callable[[Results], None]) -> None:
+        self.plan, self.device, self.progress, self.save = plan, device, progress, save
         self.measurements: list[Measurement] = []
         self.failures: list[Failure] = []
         self.found: dict[str, str] = {}
@@ -92,10 +96,15 @@ class _Run:
 
     def results(self) -> Results:
         self._ours()
+        self.save(self.so_far())
         for rival in self.plan.rivals:
             self._rival(rival)
             gc.collect()
             torch.cuda.empty_cache()
+            self.save(self.so_far())
+        return self.so_far()
+
+    def so_far(self) -> Results:
         return Results(
             shape=self.plan.shape,
             environment=environment(self.device, self.plan, self.timer.flush_bytes),

@@ -73,18 +73,20 @@ def run(arguments: argparse.Namespace) -> int:
     from ..bench import picture, report
     from ..bench import run as bench_run
 
+    def save(results: report.Results) -> None:
+        if arguments.json:
+            report.write(results, arguments.json)
+
     try:
         plan = _plan(arguments)
-        results = bench_run.run(plan, torch.device("cuda", arguments.device), Stopwatch())
-    except (ValueError, RuntimeError) as error:
+        results = bench_run.run(plan, torch.device("cuda", arguments.device), Stopwatch(), save)
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"mxfp4-moe bench: {error}", file=sys.stderr)
         return 2
     print(report.summary(results), report.table(results), sep="\n\n")
     if plan.kernels:
         print(f"\n{report.kernel_table(results)}")
     try:
-        if arguments.json:
-            report.write(results, arguments.json)
         if arguments.picture:
             arguments.picture.write_text(picture.time_picture(results), encoding="utf-8")
             roofline_path(arguments.picture).write_text(picture.roofline_picture(results), encoding="utf-8")
@@ -171,6 +173,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     for folder in arguments.rivals_path:
         if not folder.is_dir():
             raise ValueError(f"rivals-path: {folder} is no folder")
+    for name, file in (("json", arguments.json), ("picture", arguments.picture)):
+        if file and not file.absolute().parent.is_dir():
+            raise ValueError(f"{name}: {file} would lie in a folder that does not exist")
     return Plan(
         shape=shape_of(arguments),
         tokens=shapes.parse_tokens(arguments.tokens),

@@ -3,8 +3,6 @@
 Imported only where Triton is; the rivals that need them need Triton anyway, or come with vLLM, which brings it.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor
