@@ -19,6 +19,7 @@ from mxfp4_moe import cli, fused_moe, reference, topk_softmax
 from mxfp4_moe.bench import floors, inputs, kernel_records, picture, report, rivals, shapes, statistics
 from mxfp4_moe.bench import run as bench_run
 from mxfp4_moe.bench.ceilings import Ceilings
+from mxfp4_moe.bench.host import fresh_process
 from mxfp4_moe.bench.kernel_records import KernelTime, Record
 from mxfp4_moe.bench.report import OURS, Results
 from mxfp4_moe.bench.rivals import Absent, Found, Rival, humming, marlin, packages
@@ -209,6 +210,9 @@ def test_the_pictures(draw: Callable[[Results], str]) -> None:
     for mark in marks:
         assert 0 < float(mark.attrib["cx"]) < size[0]
         assert 0 < float(mark.attrib["cy"]) < size[1]
+    dashed = [line for line in root.findall(f"{space}polyline") if "stroke-dasharray" in line.attrib]
+    assert all(len(line.attrib["points"].split()) >= 2 for line in dashed), "roofs and floors are lines, not points"
+    assert len(dashed) == 2, "one, and its place in the legend"
     words = [text.text for text in root.iter(f"{space}text")]
     assert OURS in words
     assert "humming-w4a8" in words
@@ -392,8 +396,14 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.M
     assert Results.from_dict(json.loads(json.dumps(run.as_dict()))).as_dict() == run.as_dict()
 
 
+def test_a_fresh_process_that_fails_says_why() -> None:
+    """Here it has no GPU; the import before that is timed, so the words are about the device and nothing else."""
+    with pytest.raises(RuntimeError, match=r"^a fresh process failed: .*(CUDA|NVIDIA)"):
+        fresh_process(SMALL, 1, 0)
+
+
 def test_ours_is_the_public_call() -> None:
-    shape = dataclasses.replace(SMALL, hidden=2880, intermediate=1440)
+    shape = dataclasses.replace(SMALL, hidden=1440, intermediate=1440)
     weights = inputs.layer_tensors(shape, torch.device("cpu")).prepared()
     call = inputs.call_inputs(shape, 6, torch.device("cpu"), seed=0)
     expected = fused_moe(call.hidden_states, *topk_softmax(call.logits, 2), weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mxfp4_moe import _wheel, choice, cost_model, facts, tuned
-from mxfp4_moe.bench import tune
+from mxfp4_moe import _load, _wheel, blocklist, choice, cost_model, facts, tuned
+from mxfp4_moe.bench import shapes, statistics, tune
 from mxfp4_moe.cli import tune as tune_cli
 from mxfp4_moe.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe.tiles import Tile, load_manifest, prove, select_tile
@@ -371,6 +373,56 @@ def test_the_table_of_a_run() -> None:
     layer = tune.tuned_layer(LAYER, measured)
     again = tune.merged([tuned_layer(t1=LARGE), tuned_layer(dataclasses.replace(LAYER, experts=8), t1=LARGE)], layer)
     assert [(tuned.layer.experts, tuned.entries[0].tokens) for tuned in again] == [(8, 1), (128, 16)]
+
+
+def test_a_run_measures_every_tile_and_the_best_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that knows each tile's time, and gives the first, short measurement of one tile wrong."""
+    asked: list[tuple[Tile, int]] = []
+    truth = {tile: 100.0 + place for place, tile in enumerate(TILES)}
+
+    class Clock:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def measure(self, calls: list[Tile], replays: int) -> statistics.Summary:
+            assert len(calls) == 4
+            assert len(set(calls)) == 1
+            tile = calls[0]
+            asked.append((tile, replays))
+            return statistics.summarize([50.0 if tile == TILES[2] and replays == 8 else truth[tile]])
+
+    monkeypatch.setattr(tune, "Timer", Clock)
+    monkeypatch.setattr(tune, "usable_tiles", lambda facts, progress: list(TILES))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    by_mn = {tile.mn: tile for tile in TILES}
+    monkeypatch.setattr(tune, "our_call", lambda weights, top_k, mn, include_routing: lambda call: by_mn[mn])
+    shape = shapes.MoEShape(name="", experts=4, top_k=2, hidden=64, intermediate=32)
+    told: list[str] = []
+    (measured,) = tune.run(shape, [5], H200, torch.device("cpu"), 40, told.append)
+    assert [tile for tile, replays in asked if replays == 8] == list(TILES)
+    again = {tile for tile, replays in asked if replays == 40}
+    assert {TILES[0], TILES[1], TILES[2], TILES[3], measured.rule, measured.model} == again
+    assert measured.chosen == TILES[0], "TILES[2] was fastest in the short round alone"
+    assert measured.rule == select_tile(5, 2, 4, TILES)
+    assert told[-1] == f"5 tokens: {TILES[0].name} 100.0 us, of 26 tiles"
+
+
+def test_tiles_that_cannot_be_used_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(tile: Tile) -> None:
+        if tile == TILES[1]:
+            raise _load.LoadError("it is truncated")
+
+    monkeypatch.setattr(_load, "load_tile", load)
+    monkeypatch.setattr(blocklist, "blocked", lambda device, capability: {TILES[0].name: "wrong bits"})
+    told: list[str] = []
+    assert tune.usable_tiles(H200, told.append) == list(TILES[2:])
+    assert told == [
+        f"{TILES[0].name}: left out, it failed the self-test on this GPU",
+        f"{TILES[1].name}: left out, it is truncated",
+    ]
+    monkeypatch.setattr(blocklist, "blocked", lambda device, capability: {tile.name: "" for tile in TILES})
+    with pytest.raises(RuntimeError, match="no tile of this wheel can be used here"):
+        tune.usable_tiles(H200, told.append)
 
 
 def test_where_the_table_goes(

@@ -33,11 +33,12 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A logarithmic axis from `low` to `high`."""
+    """A logarithmic axis from `low` to `high`, with ticks at `marks`, or at round numbers."""
 
     title: str
     low: float
     high: float
+    marks: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high:
@@ -48,7 +49,9 @@ class Axis:
         return math.log(value / self.low) / math.log(self.high / self.low)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times powers of ten that lie on the axis; of a long one the powers alone."""
+        """The marks; else 1, 2 and 5 times powers of ten that lie on the axis, of a long one the powers alone."""
+        if self.marks:
+            return list(self.marks)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         factors = (1, 2, 5) if self.high / self.low < 1e4 else (1,)
         return [v for d in decades for f in factors if self.low <= (v := f * 10.0**d) <= self.high]
@@ -68,7 +71,7 @@ def time_picture(results: Results) -> str:
             floors.append((float(tokens), bound.us))
     if floors:
         lines.append(Line(name="floor", points=floors, guide=True))
-    return _draw("Time of one MoE layer", _subtitle(results), "tokens", "microseconds", lines)
+    return _draw("Time of one MoE layer", _subtitle(results), "tokens", "microseconds", lines, results.tokens)
 
 
 def roofline_picture(results: Results) -> str:
@@ -88,8 +91,9 @@ def roofline_picture(results: Results) -> str:
         rate = results.ceilings.get(key)
         if copy and rate:
             ridge = rate / copy * 1e3
-            roof = [(low, low * copy / 1e3), (ridge, rate), (high, rate)] if low < ridge < high else [(low, rate)]
-            lines.append(Line(name=f"copy speed, {name}", points=roof, guide=True))
+            corners = [low, *([ridge] if low < ridge < high else []), high]
+            roof = [(x, min(x * copy / 1e3, rate)) for x in corners]
+            lines.append(Line(name=f"copy, {name}", points=roof, guide=True))
     title = "flops per weight byte of the experts that are hit"
     return _draw("Roofline", _subtitle(results), title, "TFLOP/s", lines)
 
@@ -99,15 +103,17 @@ def _subtitle(results: Results) -> str:
     return ", ".join(str(part) for part in about if part)
 
 
-def _axis(title: str, values: Sequence[float]) -> Axis:
-    return Axis(title=title, low=min(values) / 1.25, high=max(values) * 1.25)
+def _axis(title: str, values: Sequence[float], marks: Sequence[float] = ()) -> Axis:
+    return Axis(title=title, low=min(values) / 1.25, high=max(values) * 1.25, marks=marks)
 
 
-def _draw(title: str, subtitle: str, x_title: str, y_title: str, lines: Sequence[Line]) -> str:
+def _draw(
+    title: str, subtitle: str, x_title: str, y_title: str, lines: Sequence[Line], x_marks: Sequence[float] = ()
+) -> str:
     lines = [line for line in lines if line.points]
     if not lines:
         raise ValueError("lines: expected at least one with a point, got none")
-    x_axis = _axis(x_title, [x for line in lines for x, _ in line.points])
+    x_axis = _axis(x_title, [x for line in lines for x, _ in line.points], x_marks)
     y_axis = _axis(y_title, [y for line in lines for _, y in line.points])
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
