@@ -456,6 +456,12 @@ def test_arguments_that_make_no_sense(
     assert words in capsys.readouterr().err
 
 
+def test_results_do_not_tell_of_folders() -> None:
+    given = ["bench", "--json", "/home/me/run.json", "--picture=../a/run.svg", "--tokens", "1,2", "--tile=8,128"]
+    kept = ["bench", "--json", "run.json", "--picture=run.svg", "--tokens", "1,2", "--tile=8,128"]
+    assert [bench_cli.without_folder(argument) for argument in given] == kept
+
+
 def test_tiles_by_name() -> None:
     assert bench_cli.tiles_of("auto") == [None]
     assert bench_cli.tiles_of("8,128;64,128") == [(8, 128), (64, 128)]

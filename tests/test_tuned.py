@@ -316,6 +316,17 @@ def test_choices_are_sensible(device: DeviceFacts) -> None:
         assert cost_model.layer_us(tile, device, LAYER, tokens) <= 1.01 * best
 
 
+def test_up_to_512_tokens_the_mma_rate_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/performance.md says of the number that is known least."""
+    tokens = (1, 4, 16, 64, 256, 512)
+    chosen = [cost_model.choose(count, LAYER, device, TILES) for device in BLACKWELL for count in tokens]
+    faster = dataclasses.replace(cost_model.ARCH_MODELS[12], mma_flops_per_clock=2048.0)
+    monkeypatch.setitem(cost_model.ARCH_MODELS, 12, faster)
+    assert chosen == [cost_model.choose(count, LAYER, device, TILES) for device in BLACKWELL for count in tokens]
+    large = cost_model.choose(16384, LAYER, RTX_5090, TILES)
+    assert large.m >= 64
+
+
 def test_the_rule_is_kept_where_the_model_sees_no_difference() -> None:
     """On GB10 memory is so slow that with few tokens every small tile takes the same time."""
     assert cost_model.choose(1, LAYER, GB10, TILES) == select_tile(1, 4, 128, TILES)

@@ -101,6 +101,12 @@ def roofline_path(picture: Path) -> Path:
     return picture.with_name(f"{picture.stem}-roofline{picture.suffix}")
 
 
+def without_folder(argument: str) -> str:
+    """An argument as the results keep it: results are shared, and folders tell of the machine."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name}" if "/" in value else argument
+
+
 def gpu_refusal(index: int) -> str:
     """Why nothing can be timed here, in one sentence; empty when it can."""
     try:
@@ -187,5 +193,5 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         host=arguments.host,
         replays=arguments.replays,
         inputs=arguments.inputs,
-        command=["mxfp4-moe", *sys.argv[1:]],
+        command=["mxfp4-moe", *map(without_folder, sys.argv[1:])],
     )
