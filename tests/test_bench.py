@@ -171,6 +171,10 @@ def test_a_file_of_results_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"schema": 2}, "expected schema 1, got 2"),
         ({"measurements": [{}]}, "KeyError"),
         ({"shape": {"name": "x"}}, "TypeError"),
+        (
+            {"shape": shapes.PRESETS["gpt-oss-20b"].as_dict() | {"experts": 0}},
+            "ValueError: experts: expected 1 to 1024",
+        ),
         (None, "Expecting"),
     ],
 )

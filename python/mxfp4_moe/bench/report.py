@@ -146,7 +146,9 @@ class Results:
                 measurements=tuple(_measurement(entry) for entry in data["measurements"]),
                 failures=tuple(Failure(**entry) for entry in data["failures"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except ResultsError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ResultsError(f"not the results of a run: {type(error).__name__}: {error}") from error
 
 

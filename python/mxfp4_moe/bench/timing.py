@@ -50,6 +50,8 @@ class Timer:
             end.record()
             events.append((start, end))
         torch.cuda.synchronize(self.device)
+        del graphs
+        torch.cuda.empty_cache()  # what the graphs' calls had allocated; else it adds up over many of them
         return summarize([start.elapsed_time(end) * 1e3 for start, end in events])
 
     def kernels(self, call: Call, replays: int = 8) -> list[KernelTime]:
@@ -62,7 +64,8 @@ class Timer:
         self.flush()
         graph.replay()
         torch.cuda.synchronize(self.device)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             for _ in range(replays):
                 self.flush()
                 graph.replay()
