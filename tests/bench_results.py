@@ -46,6 +46,6 @@ def results() -> Results:
             ),
         ],
         failures=[Failure(implementation="marlin", tokens=None, reason="vLLM is not installed")],
-        rivals={"humming-w4a8": "0.1.19"},
+        rivals={"humming-w4a8": "version 0.1.19: padded"},
         host={"fused_moe_us": 30.0},
     )

@@ -353,7 +353,7 @@ def a_rival(name: str, factor: float, missing: str = "") -> Rival:
 
         return make_call
 
-    return Rival(name=name, description="", find=find, prepare=prepare)
+    return Rival(name=name, description=f"{name} one", find=find, prepare=prepare)
 
 
 def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +387,7 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.M
     ]
     assert [m.us.median for m in run.measurements] == [1, 5, 1, 5, 1, 5]
     assert run.measurements[-1].relative_error == pytest.approx(0.05, rel=0.1)
-    assert run.rivals == {"right": "1.0", "wrong": "1.0", "broken": "1.0"}
+    assert run.rivals == {name: f"version 1.0: {name} one" for name in ("right", "wrong", "broken")}
     assert run.measurements[1].active_experts == sum(
         inputs.call_inputs(SMALL, 5, torch.device("cpu"), seed).active_experts / 2 for seed in (0, 1)
     )

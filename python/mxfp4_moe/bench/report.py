@@ -57,7 +57,7 @@ class Results:
     ceilings: Mapping[str, float | None]  # Ceilings.as_dict()
     measurements: Sequence[Measurement]
     failures: Sequence[Failure] = ()
-    rivals: Mapping[str, str] = field(default_factory=dict)  # name -> version, of those that were found
+    rivals: Mapping[str, str] = field(default_factory=dict)  # name -> version and what it is, of those that were found
     host: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -304,6 +304,7 @@ def summary(results: Results) -> str:
         lines.append("measured ceilings: " + ", ".join(ceilings))
     if results.host:
         lines.append("host: " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in results.host.items()))
+    lines += [f"{name}, {words}" for name, words in results.rivals.items()]
     for failure in results.failures:
         where = "" if failure.tokens is None else f" at {failure.tokens} tokens"
         lines.append(f"{failure.implementation}{where} is left out: {failure.reason}")

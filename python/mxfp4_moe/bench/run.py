@@ -155,7 +155,7 @@ class _Run:
             self.progress(f"{rival.name}: left out, {absent}")
             self.failures.append(Failure(implementation=rival.name, tokens=None, reason=str(absent)))
             return
-        self.found[rival.name] = found.version
+        self.found[rival.name] = f"version {found.version}: {rival.description}"
         self.progress(f"{rival.name} {found.version}: preparing weights")
         try:
             make_call = rival.prepare(found, self.tensors)
