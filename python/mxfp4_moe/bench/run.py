@@ -6,21 +6,20 @@ import datetime
 import gc
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import __version__, _driver, fused_moe, topk_softmax
+from .. import __version__, _driver, _load, fused_moe, topk_softmax
 from ..fused_moe import manifest_tile
 from ..problems import relative_error
 from ..weights import MoEWeights
 from .ceilings import Ceilings, measure_ceilings
 from .host import fresh_process, host_us
 from .inputs import CallInputs, LayerTensors, call_inputs, layer_tensors
-from .kernel_records import KernelTime
 from .report import OURS, Failure, Measurement, Results
 from .rivals import TOLERANCE, Absent, Rival
 from .shapes import MoEShape
@@ -95,12 +94,16 @@ class _Run:
         self.expected: dict[int, Tensor] = {}
 
     def results(self) -> Results:
-        self._ours()
+        weights = self.tensors.prepared()
+        self._ours(weights)
         self.save(self.so_far())
         for rival in self.plan.rivals:
             self._rival(rival)
             gc.collect()
             torch.cuda.empty_cache()
+            self.save(self.so_far())
+        if self.plan.kernels:  # last, because a profiler that has once been there may slow what comes after it
+            self._kernels(weights)
             self.save(self.so_far())
         return self.so_far()
 
@@ -115,9 +118,8 @@ class _Run:
             host=self.host,
         )
 
-    def _ours(self) -> None:
+    def _ours(self, weights: MoEWeights) -> None:
         plan = self.plan
-        weights = self.tensors.prepared()
         for tile_mn in plan.tiles:
             make_call = our_call(weights, plan.shape.top_k, tile_mn, plan.include_routing)
             for tokens in plan.tokens:
@@ -128,6 +130,22 @@ class _Run:
                 self._measure(OURS, tokens, calls, name, automatic=tile_mn is None, error=None)
         if plan.host:
             self._host(weights)
+
+    def _kernels(self, weights: MoEWeights) -> None:
+        """The kernels of our calls, into the measurements that are there."""
+        for place, m in enumerate(self.measurements):
+            if not m.ours:
+                continue
+            self.progress(f"kernels: {m.tile}, {m.tokens} tokens")
+            tile_mn = None if m.automatic else _load.manifest().tile(m.tile).mn
+            make_call = our_call(weights, self.plan.shape.top_k, tile_mn, self.plan.include_routing)
+            try:
+                kernels = self.timer.kernels(make_call(self.calls[m.tokens][0]))
+            except (ValueError, RuntimeError) as problem:
+                reason = f"its kernels were not recorded: {_sentence(problem)}"
+                self.failures.append(Failure(implementation=OURS, tokens=m.tokens, reason=reason))
+                continue
+            self.measurements[place] = replace(m, kernels=tuple(kernels))
 
     def _host(self, weights: MoEWeights) -> None:
         plan, tokens = self.plan, min(self.plan.tokens)
@@ -188,13 +206,6 @@ class _Run:
         error: float | None,
     ) -> None:
         us = self.timer.measure(calls, self.plan.replays)
-        kernels: list[KernelTime] = []
-        if self.plan.kernels:
-            try:
-                kernels = self.timer.kernels(calls[0])
-            except (ValueError, RuntimeError) as problem:
-                reason = f"its kernels were not recorded: {_sentence(problem)}"
-                self.failures.append(Failure(implementation=name, tokens=tokens, reason=reason))
         active = sum(inputs.active_experts for inputs in self.calls[tokens]) / self.plan.inputs
         self.measurements.append(
             Measurement(
@@ -205,7 +216,6 @@ class _Run:
                 active_experts=active,
                 us=us,
                 relative_error=error,
-                kernels=tuple(kernels),
             )
         )
         self.progress(f"{name}{f' {tile}' if tile else ''}, {tokens} tokens: {us.median:.1f} us")

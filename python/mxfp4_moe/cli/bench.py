@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile", default="auto", help="auto (the package's choice), all, or M,N; several: 8,128;64,128"
     )
-    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel of a call")
+    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel of our calls")
     parser.add_argument(
         "--rivals", default="all", help="all (those that are found), none, or names with commas between"
     )
