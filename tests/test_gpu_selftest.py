@@ -72,7 +72,7 @@ def test_a_blocked_tile_gives_way_with_one_warning_and_the_same_bits() -> None:
     weights = random_weights(8, 160, 96, device)
     call = random_call(33, 3, weights)
     expected = {tile: mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn) for tile in TILES}
-    chosen = select(33, 3, 8)
+    chosen = select(33, 3, 8, 160, 96, device.index)
     for blocked in dict.fromkeys((TILES[0], TILES[-1], chosen)):
         left = [tile for tile in TILES if tile != blocked]
         blocklist.write(name, capability, {blocked: "planted by a test"})

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from . import _load, _wheel, ops, reference
 from ._troubles import DOCTOR
+from .choice import choose_tile
+from .facts import DeviceFacts, Layer, from_properties
 from .formats import BLOCK, WordOrder, require_tensor, word_order_of
 from .tiles import Tile, select_tile
 from .weights import MoEWeights
@@ -74,7 +76,8 @@ def fused_moe(
         tile_mn: GEMM tile (M, N) of the wheel's manifest, for measurements; every tile gives the same result. This
             one and the automatic choice give way to the nearest tile, with one warning, where the GPU's self-test
             blocked the tile or its library does not load.
-        auto_tile_select: without tile_mn, choose the tile by the expected rows per expert; False takes (128, 128).
+        auto_tile_select: without tile_mn, choose the tile (`choice.choose_tile`) by the GPU's tuned table, else on
+            SM12x by a cost model, else by the expected rows per expert; False takes (128, 128).
         output: tensor [T, H] of the output dtype to write the result to; may be hidden_states itself.
         intermediate_rounding: round GEMM1's values, before their bias, and the activation's to the output dtype, as
             FlashInfer does; there a value beyond float16's range becomes an infinity, which makes its token NaN unless
@@ -406,7 +409,8 @@ def tile_of_call(
         return manifest_tile(tile_mn)
     if not auto_tile_select:
         return manifest_tile(DEFAULT_TILE_MN)
-    return select(tokens, top_k, weights.num_global_experts)  # a slice gets its share of the rows
+    sizes = weights.hidden_size, weights.intermediate_size
+    return select(tokens, top_k, weights.num_global_experts, *sizes, weights.device.index)  # a slice: its share of rows
 
 
 def check_call(
@@ -542,9 +546,19 @@ def _pair(tile_mn: object) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def select(tokens: int, top_k: int, experts: int) -> Tile:
-    """The tile of an automatic choice."""
-    return select_tile(tokens, top_k, experts, _load.manifest().tiles)
+def select(tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, device_index: int | None) -> Tile:
+    """The tile of an automatic choice; without a GPU the simple rule's."""
+    tiles = _load.manifest().tiles
+    if device_index is None or tokens == 0:
+        return select_tile(tokens, top_k, experts, tiles)
+    layer = Layer(experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate)
+    return choose_tile(tokens, layer, device_facts(device_index), tiles)
+
+
+@functools.cache
+def device_facts(device_index: int) -> DeviceFacts:
+    """What the choice of a tile knows of this GPU."""
+    return from_properties(torch.cuda.get_device_properties(device_index))
 
 
 @functools.cache

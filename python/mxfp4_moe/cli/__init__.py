@@ -12,14 +12,16 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import doctor, info, probe, tiles
+from . import bench, doctor, info, probe, tiles, tune
 
-_COMMANDS = {"info": info, "tiles": tiles, "probe": probe, "doctor": doctor}
+_COMMANDS = {"info": info, "tiles": tiles, "probe": probe, "doctor": doctor, "bench": bench, "tune": tune}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status; 2 and a usage line for arguments that make no sense."""
-    parser = argparse.ArgumentParser(prog="mxfp4-moe", description="What is in this wheel, and whether it works here.")
+    parser = argparse.ArgumentParser(
+        prog="mxfp4-moe", description="What is in this wheel, whether it works here, and how fast."
+    )
     parser.add_argument("--version", action="version", version=f"mxfp4-moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in _COMMANDS.items():
