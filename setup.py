@@ -108,5 +108,5 @@ setup(
     version=full_version(),
     ext_modules=extensions(),
     cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles, "bdist_wheel": SmallWheel},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310", **(BUILD.settings.wheel_options() if BUILD else {})}},
 )

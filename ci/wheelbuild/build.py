@@ -16,7 +16,7 @@ from wheelbuild.report import REPORT_NAME, make_report, summary
 from wheelbuild.settings import Settings, read_settings
 from wheelbuild.thresholds import Thresholds, load_thresholds
 from wheelbuild.tile_model import tiles
-from wheelbuild.toolchain import Toolchain, resolve_toolchain
+from wheelbuild.toolchain import Toolchain, resolve_cross_toolchain, resolve_toolchain
 
 if TYPE_CHECKING:
     from mxfp4_moe.tiles import Manifest
@@ -46,10 +46,14 @@ def resolve_build(env: Mapping[str, str]) -> Build:
     except tiles.ManifestError as error:
         raise BuildError(str(error)) from error
     settings = read_settings(env, manifest)
+    if settings.cross:
+        toolchain = resolve_cross_toolchain(env, settings.archs, settings.platform)
+    else:
+        toolchain = resolve_toolchain(env, settings.archs)
     return Build(
         manifest=manifest,
         settings=settings,
-        toolchain=resolve_toolchain(env, settings.archs),
+        toolchain=toolchain,
         thresholds=load_thresholds(),
     )
 
@@ -65,7 +69,8 @@ def run_build(build: Build, version: str) -> tuple[Plan, dict[str, Any]]:
     print(
         f"CUDA {'.'.join(map(str, cuda.version))} ({cuda.origin}), CUTLASS {build.toolchain.cutlass.version}, torch "
         f"{build.toolchain.torch.version}, {build.toolchain.cxx_version}; profile {build.settings.profile}, "
-        + ", ".join(f"sm_{arch}" for arch in build.settings.archs),
+        + ", ".join(f"sm_{arch}" for arch in build.settings.archs)
+        + (f"; for {build.settings.platform.name}" if build.settings.cross else ""),
         flush=True,
     )
     made = make_plan(build)

@@ -173,6 +173,9 @@ class _Planner:
             *(word for arch in archs for word in gencode(arch)),
             *defines,
             *_system(tools.cutlass.include_dirs),
+            # Before nvcc's own, which are of the platform that builds.
+            *(("-I", str(tools.cuda.include_dirs[0])) if self.settings.cross else ()),
+            *(_system(tools.cuda.include_dirs[1:]) if self.settings.cross else ()),
             *_dependencies(source, output),
         ]
         return self._job("nvcc", output.stem, module, [source], output, command, archs=archs)
@@ -233,7 +236,8 @@ class _Planner:
             for tile in self.settings.tiles
         }
         command: list[str | Path] = [
-            *(sys.executable, "-W", "ignore", "-m", "wheelbuild.load"),
+            *(self.toolchain.target_python or (sys.executable,)),
+            *("-W", "ignore", "-m", "wheelbuild.load"),
             *("--expect", json.dumps(expect | {MOE_MODULE: {}}, sort_keys=True)),
             *("--cudart", self.toolchain.cuda.cudart),
             *("--output", output),
