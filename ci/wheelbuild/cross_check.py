@@ -3,8 +3,8 @@
 `python -m wheelbuild.cross_check WHEEL NATIVE_WHEEL` compares it with the wheel that the same source tree gives for the
 machine that builds (native): the same files, the same Python, machine code that is the same byte by byte. Every library
 must be for the platform. Then the platform's own pip installs the wheel into the environment that wheelbuild.target
-made, under qemu; there every extension is loaded against torch, and a MoE layer runs on the CPU. A table at the end;
-exit status 1, and a sentence for each, when something is wrong.
+made, under qemu; there every extension is loaded against torch, a MoE layer runs on the CPU, and so do the tests of
+the CPU reference. A table at the end; exit status 1, and a sentence for each, when something is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from wheelbuild.target import Target, find_target, pip_install
 from wheelbuild.toolchain import package_dirs, resolve_cuda
 
 EXTENSIONS = "mxfp4_moe/_ext"
-LAYER = ("--device", "cpu", "--size", "512")  # of ci/run_layer.py: emulation is a hundred times slower
+LAYER = ("--device", "cpu", "--size", "256")  # of ci/run_layer.py; emulation is slow
+REFERENCE_TESTS = ("test_formats.py", "test_reference.py", "test_weights.py")  # of the CPU's mathematics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +116,15 @@ def check_cubins(ours: Path, native: Path, cuobjdump: Path) -> int:
 
 def install(target: Target, wheel: Path) -> None:
     """By the platform's own pip, which refuses a tag that is not the platform's."""
-    pip_install(target, (str(wheel),))  # with what it depends on
+    pip_install(target, (f"{wheel}[test]",))  # with what it and its tests depend on
     pip_install(target, ("--no-deps", "--force-reinstall", str(wheel)))  # also if another of this version was there
 
 
 def _python(target: Target, words: Sequence[str]) -> str:
     """Output of the platform's Python, run outside of the source tree; BuildError with its last line when it fails."""
     command = (*target.python, "-W", "ignore", *words)
-    result = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         refusals = [line.removeprefix(REFUSED) for line in result.stdout.splitlines() if line.startswith(REFUSED)]
         said = (result.stderr or result.stdout).strip().splitlines()
@@ -153,6 +155,14 @@ def run_layer(target: Target) -> str:
     print(said, flush=True)
     errors = re.findall(r"^ *\d+ +\S+ +\S+ +(\S+) +\S+$", said, re.MULTILINE)
     return f"yes, relative error at most {max(errors, key=float)}"
+
+
+def run_tests(target: Target) -> str:
+    """The tests of the reference, of formats and of weights, against the installed wheel."""
+    tests = (str(ROOT / "tests" / name) for name in REFERENCE_TESTS)
+    options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
+    last = _python(target, ("-m", "pytest", *options, *tests)).strip().splitlines()[-1]
+    return last.split(",")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,6 +212,7 @@ def check(wheel: WheelFile, native: WheelFile, env: Mapping[str, str]) -> tuple[
         row("machine code as in the native wheel", lambda: f"yes, {check_cubins(ours, theirs, cuobjdump)} cubins")
         row(f"extensions that {machine} torch loads", loaded)
         row("MoE layer on the CPU", lambda: run_layer(target))
+        row("tests of the CPU reference", lambda: run_tests(target))
     return rows, failures
 
 

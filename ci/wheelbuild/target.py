@@ -191,12 +191,11 @@ def pip_install(target: Target, words: Sequence[str]) -> None:
 def make_target(env: Mapping[str, str], platform: Platform, wanted: Sequence[str]) -> Target:
     """Makes the folder, unless it has been made of the same."""
     folder = target_folder(env, platform)
-    if _read_made(folder)[1] != list(wanted):
+    made, of = _read_made(folder)
+    if not made or of != list(wanted):
         require_tools(env, platform)
         if folder.exists() and any(folder.iterdir()) and not (folder / MADE).exists():
-            raise BuildError(
-                f"{folder} holds something else: let {TARGET_VARIABLE} name a folder that can be made anew"
-            )
+            raise BuildError(f"{folder} holds something else: let {TARGET_VARIABLE} name a folder of its own")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _write_made(folder, "", ())
