@@ -5,7 +5,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dist=${MXFP4_MOE_DIST:-$root/dist}                              # where wheels go
 run_env=$root/.venv                                             # what a user has: Python, torch, the wheel
 tools_env=${MXFP4_MOE_TOOLS_ENV:-$root/.venv-tools}             # pyproject.toml's dependency group "release"
-build_env=${MXFP4_MOE_BUILD_ENV:-$root/.venv-build${MXFP4_MOE_CUDA:+-$MXFP4_MOE_CUDA}} # compilers and headers
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # What times inside of wheels are set to, so that two builds of a commit are equal: the commit's time, or zip's oldest.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=%ct 2>/dev/null || echo 315532800)}
@@ -34,6 +33,10 @@ newest_wheel() {
 versions_get() {
   "$(find_python)" -c "import json; print(json.load(open('$root/ci/cuda-versions.json'))$1)"
 }
+
+# Where compilers and headers are: toolkits of different labels are packages of one name, so each has its own.
+if [[ ${MXFP4_MOE_CUDA:-} == "$(versions_get "['versions'][0]['label']")" ]]; then unset MXFP4_MOE_CUDA; fi
+build_env=${MXFP4_MOE_BUILD_ENV:-$root/.venv-build${MXFP4_MOE_CUDA:+-$MXFP4_MOE_CUDA}}
 
 # tool NAME ARGUMENTS...: runs a program of the tools' environment, which is made when it is missing or out of date.
 tool() {

@@ -122,9 +122,14 @@ def summary(report: dict[str, Any], costs: dict[str, Any]) -> str:
             row += [data["instructions"]["total"], loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
             row += [f"{loop['instructions_per_mma']:.2f}", f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
             rows.append([str(cell) for cell in row])
+    return "\n".join(aligned(rows, left=2))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """A table's lines; the first `left` columns are words and start at the left, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(c.ljust(w) if place < 2 else c.rjust(w) for place, (c, w) in enumerate(cells)))
-    return "\n".join(lines)
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.ljust(w) if place < left else c.rjust(w) for place, (c, w) in cells))
+    return lines
