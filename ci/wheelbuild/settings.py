@@ -1,8 +1,9 @@
-"""What was asked for: profile, platform, tile and arch filters, local version, jobs. Read from the environment once."""
+"""What was asked for: profile, platform, tile and arch filters, name and version, jobs. Read from the environment."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ PLATFORM_VARIABLE = "MXFP4_MOE_PLATFORM"
 TILES_VARIABLE = "MXFP4_MOE_TILES"
 ARCHS_VARIABLE = "MXFP4_MOE_ARCHS"
 LOCAL_VERSION_VARIABLE = "MXFP4_MOE_LOCAL_VERSION"
+NAME_SUFFIX_VARIABLE = "MXFP4_MOE_NAME_SUFFIX"
 JOBS_VARIABLE = "MAX_JOBS"
+NAME = "mxfp4-moe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class Settings:
     archs: tuple[str, ...]
     filtered: bool  # a developer's build of some tiles or archs only
     local_version: str | None  # None: derived from the toolkit
+    name_suffix: str  # cu13 for PyPI, which has no local versions; empty elsewhere
     max_jobs: int | None
 
     def variant(self) -> str:
@@ -41,11 +45,21 @@ class Settings:
             parts.append("dev" + hashlib.sha256(chosen.encode()).hexdigest()[:8])
         return ".".join(parts)
 
+    @property
+    def distribution(self) -> str:
+        """The wheel's name: mxfp4-moe, or mxfp4-moe-cu13."""
+        return f"{NAME}-{self.name_suffix}" if self.name_suffix else NAME
+
     def local(self, label: str) -> str:
-        """The wheel's local version for a toolkit label: 'cu130', or 'cu130.full', or 'cu130.dev1a2b3c4d'."""
+        """The wheel's local version for a toolkit label: 'cu130', or 'cu130.full', or 'cu130.dev1a2b3c4d'.
+
+        A name with a suffix says which toolkit it is, so only 'full' or 'dev1a2b3c4d' are left, or nothing.
+        """
         if self.local_version is not None:
             return self.local_version
         variant = self.variant()
+        if self.name_suffix:
+            return variant
         return f"{label}.{variant}" if variant else label
 
     def build_folder(self, label: str) -> str:
@@ -95,6 +109,9 @@ def read_settings(env: Mapping[str, str], manifest: Manifest, host: str | None =
     jobs = env.get(JOBS_VARIABLE, "").strip()
     if jobs and not (jobs.isdigit() and int(jobs) > 0):
         raise BuildError(f"{JOBS_VARIABLE}: expected a positive integer, got {jobs!r}")
+    suffix = env.get(NAME_SUFFIX_VARIABLE, "")
+    if not re.fullmatch(r"(cu\d{2,3})?", suffix):
+        raise BuildError(f"{NAME_SUFFIX_VARIABLE}: expected cu and a CUDA version, such as cu13, got {suffix!r}")
     platform = _platform(env, host)
     return Settings(
         profile=profile,
@@ -105,5 +122,6 @@ def read_settings(env: Mapping[str, str], manifest: Manifest, host: str | None =
         archs=archs,
         filtered=tiles != names or archs != manifest.archs,
         local_version=env.get(LOCAL_VERSION_VARIABLE),
+        name_suffix=suffix,
         max_jobs=int(jobs) if jobs else None,
     )

@@ -17,7 +17,7 @@ import torch
 
 from . import blocklist
 from ._wheel import REPORT as _REPORT
-from ._wheel import library_fault, read_report
+from ._wheel import conflict, library_fault, read_report
 from .tiles import Manifest, Tile, load_manifest, nearest_tile
 
 _EXTENSIONS = "mxfp4_moe._ext"
@@ -111,6 +111,8 @@ def _import(module: str) -> ModuleType:
             f"{name} needs a CUDA build of torch: the wheel was built for {built_for()}, you have {environment()} "
             "(CPU tensors need no extension)"
         )
+    if two := conflict():
+        raise LoadError(f"{name} is not loaded: {two}")
     if fault := library_fault(module):
         raise LoadError(f"{name} cannot be loaded ({fault}): reinstall mxfp4-moe, `mxfp4-moe doctor` says more")
     try:

@@ -23,7 +23,7 @@ HELP = "what works here, what does not, and the self-test"
 
 _SCHEMA = 1
 _SHOWN = 3
-_REINSTALL = "reinstall the wheel: pip install --force-reinstall --no-deps mxfp4-moe"
+_REINSTALL = f"reinstall the wheel: pip install --force-reinstall --no-deps {_wheel.distribution()}"
 _TEST = "`mxfp4-moe doctor --selftest` runs every tile and writes the list anew"
 
 
@@ -172,6 +172,9 @@ def collect() -> list[Finding]:
 
 
 def _wheel_findings() -> Iterator[Finding]:
+    if two := _wheel.conflict():
+        text, _, step = two.partition(": ")
+        yield Finding(level=Level.ERROR, subject="wheel", text=text, next_step=step)
     report = _wheel.read_report()
     built_with = report.get("built_with", {}) if report else {}
     archs = ", ".join(f"sm_{arch}" for arch in _wheel.built_archs())
