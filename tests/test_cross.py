@@ -185,8 +185,11 @@ def install_packages(folder: Path, versions: Mapping[str, str]) -> Path:
 
 
 def test_its_packages_have_the_versions_that_compile_here(tmp_path: Path) -> None:
-    site = install_packages(tmp_path, {name: f"13.{i}.7" for i, name in enumerate(CUDA_PACKAGES)} | {"other": "1"})
-    assert requirements([site], (2, 10)) == [
+    site = install_packages(
+        tmp_path / "1", {name: f"13.{i}.7" for i, name in enumerate(CUDA_PACKAGES)} | {"other": "1"}
+    )
+    hidden = install_packages(tmp_path / "2", dict.fromkeys(CUDA_PACKAGES, "13.9.9"))
+    assert requirements([site, hidden], (2, 10)) == [
         "torch==2.10.*",
         "nvidia-cuda-runtime==13.0.7",
         "nvidia-cuda-crt==13.1.7",

@@ -103,7 +103,9 @@ def require_tools(env: Mapping[str, str], platform: Platform) -> Path:
 
 def requirements(folders: Sequence[Path], torch: tuple[int, int]) -> list[str]:
     """For pip: the oldest torch, and CUDA's packages in the versions that are installed in `folders`."""
-    found = {dist.name: dist.version for dist in metadata.distributions(path=[str(folder) for folder in folders])}
+    found: dict[str, str] = {}
+    for dist in metadata.distributions(path=[str(folder) for folder in folders]):
+        found.setdefault(dist.name, dist.version)  # of several the first, which is also the one that is imported
     missing = [name for name in CUDA_PACKAGES if name not in found]
     if missing:
         raise BuildError(
