@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from release_tools import tool
 
 import mxfp4_moe
 from wheelbuild import ROOT, BuildError
@@ -25,6 +26,7 @@ from wheelbuild.cross_check import (
 from wheelbuild.cubins import read_cubins, require_same_cubins
 from wheelbuild.plan import CompileJob, Plan, plan
 from wheelbuild.platforms import PLATFORMS
+from wheelbuild.repair import auditwheel_command
 from wheelbuild.settings import Settings, read_settings
 from wheelbuild.target import (
     CUDA_PACKAGES,
@@ -375,6 +377,13 @@ def test_one_differing_cubin_is_named() -> None:
         require_same_cubins("tile.abi3.so", cubins, cubins | {"tile.2.sm_120.cubin": "c"})
     with pytest.raises(BuildError, match=r"tile\.1\.sm_90a\.cubin is in one build only"):
         require_same_cubins("tile.abi3.so", {"tile.2.sm_120.cubin": "b"}, cubins)
+
+
+@pytest.mark.parametrize("machine", [platform.machine for platform in PLATFORMS.values()])
+def test_auditwheel_tags_wheels_for_every_machine(machine: str) -> None:
+    """By itself it knows the tags of the machine that it runs on only, and refuses the others'."""
+    program, *options = auditwheel_command(machine)
+    assert f"- manylinux_2_28_{machine}" in tool(Path(program).name, *options, "repair", "--help")
 
 
 # ---- and of the installed wheel's own libraries ----------------------------------------------------------------------

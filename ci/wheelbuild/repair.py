@@ -7,6 +7,7 @@ keep. One that needs newer systems gets the lowest tag that is true, and a warni
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -69,9 +70,22 @@ def wheel_versions(wheel: Path) -> dict[str, tuple[str, list[str]]]:
     return highest(found)
 
 
-def _auditwheel(*words: str | Path) -> str:
+# auditwheel repairs wheels for any machine, but its --plat takes the tags of the one that it runs on only.
+_ELSEWHERE = "import platform, sys; platform.machine = lambda: {!r}; from auditwheel.main import main; sys.exit(main())"
+
+
+def auditwheel_command(machine: str) -> list[str]:
+    """auditwheel, for wheels for `machine`."""
+    return ["auditwheel"] if machine == platform.machine() else [sys.executable, "-c", _ELSEWHERE.format(machine)]
+
+
+def _auditwheel(machine: str, *words: str | Path) -> str:
     result = subprocess.run(
-        ["auditwheel", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        [*auditwheel_command(machine), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if result.returncode != 0:
         raise BuildError(f"auditwheel {words[0]} failed: {result.stdout.strip()}")
@@ -80,12 +94,12 @@ def _auditwheel(*words: str | Path) -> str:
 
 def repair(wheel: Path, folder: Path) -> Path:
     """Writes the tagged wheel into `folder`, tells what its tag rests on, and returns its path."""
-    lowest, machine = policy(_auditwheel("show", wheel))
+    lowest, machine = policy(_auditwheel(platform.machine(), "show", wheel))
     goal = max(lowest, GOAL)
     tag = f"manylinux_{goal[0]}_{goal[1]}_{machine}"
     excluded = [word for pattern in EXCLUDED for word in ("--exclude", pattern)]
     with tempfile.TemporaryDirectory() as made:
-        _auditwheel("repair", wheel, "--plat", tag, "--only-plat", *excluded, "--wheel-dir", made)
+        _auditwheel(machine, "repair", wheel, "--plat", tag, "--only-plat", *excluded, "--wheel-dir", made)
         (result,) = Path(made).glob("*.whl")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / result.name
