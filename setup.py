@@ -69,9 +69,11 @@ class BuildInOwnFolder(build):
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        self.build_base = str(needed_build().folder)
+        if BUILD is not None:  # an sdist asks for this command too, and is made where nothing could be built
+            self.build_base = str(BUILD.folder)
 
     def run(self) -> None:
+        needed_build()
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 

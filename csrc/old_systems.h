@@ -21,6 +21,7 @@ extern "C" {
 __attribute__((weak, visibility("hidden"))) char __libc_single_threaded = 0;
 }
 
-// GCC 9: before it these constructors were not in libstdc++.so. So each library has its own.
-template std::ostringstream::basic_ostringstream();
-template std::stringstream::basic_stringstream();
+// GCC 9: before it these constructors were not in libstdc++.so. So each library has its own,
+// hidden, because the linker would export what libstdc++ has under a version of its own.
+template __attribute__((visibility("hidden"))) std::ostringstream::basic_ostringstream();
+template __attribute__((visibility("hidden"))) std::stringstream::basic_stringstream();
