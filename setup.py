@@ -6,12 +6,14 @@ and ci/wheelbuild/toolchain.py.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -23,6 +25,8 @@ sys.path.insert(0, str(ROOT / "ci"))
 from wheelbuild import BuildError  # noqa: E402
 from wheelbuild.build import Build, resolve_build, run_build, write_package_files  # noqa: E402
 from wheelbuild.plan import MOE_MODULE  # noqa: E402
+from wheelbuild.report import REPORT_NAME  # noqa: E402
+from wheelbuild.sbom import write_sbom  # noqa: E402
 from wheelbuild.thresholds import check_wheel  # noqa: E402
 
 VERSION = "0.1.0"
@@ -51,14 +55,25 @@ def full_version() -> str:
     return f"{VERSION}+{BUILD.local_version}"
 
 
+class Named(Distribution):
+    """pyproject.toml must name the project, and says mxfp4-moe; MXFP4_MOE_NAME_SUFFIX has the last word."""
+
+    def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
+        super().parse_config_files(*args, **kwargs)
+        if BUILD is not None and "sdist" not in sys.argv:
+            self.metadata.name = BUILD.settings.distribution
+
+
 class BuildInOwnFolder(build):
     """Each profile, toolkit and filter has its own folder, and the wheel's contents are gathered afresh each time."""
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        self.build_base = str(needed_build().folder)
+        if BUILD is not None:  # an sdist asks for this command too, and is made where nothing could be built
+            self.build_base = str(BUILD.folder)
 
     def run(self) -> None:
+        needed_build()
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
@@ -86,10 +101,20 @@ class BuildTiles(build_ext):
         write_package_files(package, self.report)
 
 
-class SmallWheel(bdist_wheel):
-    """Refuses a wheel that is larger than ci/thresholds.toml allows."""
+class Wheel(bdist_wheel):
+    """Adds the bill of materials, and refuses a wheel that is larger than ci/thresholds.toml allows."""
+
+    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
+        super().egg2dist(egginfo_path, distinfo_path)
+        report = Path(self.bdist_dir) / "mxfp4_moe" / REPORT_NAME
+        if not report.exists():
+            return  # asked for the metadata alone
+        write_sbom(Path(distinfo_path), json.loads(report.read_text(encoding="utf-8")), needed_build().toolchain)
+        for path in Path(self.bdist_dir).rglob("*"):  # the same for everybody, whatever the checkout has
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
     def run(self) -> None:
+        os.umask(0o022)
         super().run()
         for command, _, path in self.distribution.dist_files:
             if command == "bdist_wheel":
@@ -105,8 +130,9 @@ def extensions() -> list[Extension]:
 
 
 setup(
+    distclass=Named,
     version=full_version(),
     ext_modules=extensions(),
-    cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles, "bdist_wheel": SmallWheel},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles, "bdist_wheel": Wheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310", **(BUILD.settings.wheel_options() if BUILD else {})}},
 )

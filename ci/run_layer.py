@@ -1,8 +1,9 @@
 """Runs one gpt-oss-120b MoE layer through the installed wheel, from a checkpoint file, and checks the result.
 
-    python ci/run_layer.py [--experts N] [--device cpu|cuda]
+    python ci/run_layer.py [--experts N] [--size N] [--device cpu|cuda]
 
 The layer has hidden size and intermediate size 2880, unpadded, and top-4 routing; 128 experts on a GPU, 8 on a CPU.
+--size makes both sizes smaller, for a machine that is emulated.
 What the wheel computes is compared with a float64 computation straight from the checkpoint's bytes. That computation
 is written here, with its own decode tables and its own model of the two MXFP8 quantizations, and shares no code with
 the wheel. Exit status 1 when the relative error is above 5e-3 anywhere.
@@ -26,7 +27,7 @@ from torch import Tensor
 import mxfp4_moe
 from mxfp4_moe.tiles import load_manifest, select_tile
 
-HIDDEN = INTERMEDIATE = 2880
+SIZE = 2880  # hidden size and intermediate size
 TOP_K = 4
 TOKENS = (1, 16, 64, 256)
 LAYER = 3  # any; its number is part of the tensors' names
@@ -58,7 +59,7 @@ def save(path: Path, tensors: dict[str, Tensor]) -> None:
             file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
-def write_checkpoint(path: Path, experts: int, device: torch.device) -> None:
+def write_checkpoint(path: Path, experts: int, size: int, device: torch.device) -> None:
     """Random weights under gpt-oss's names and in its shapes; scales keep every intermediate at a few units."""
     g = torch.Generator(device).manual_seed(0)
 
@@ -69,9 +70,9 @@ def write_checkpoint(path: Path, experts: int, device: torch.device) -> None:
         return torch.randn(shape, generator=g, device=device).mul(0.2).bfloat16().cpu()
 
     tensors = {}
-    for name, rows, k in (("gate_up_proj", 2 * INTERMEDIATE, HIDDEN), ("down_proj", HIDDEN, INTERMEDIATE)):
-        tensors[f"{PREFIX}{name}_blocks"] = integers(0, 255, experts, rows, k // 32, 16)
-        tensors[f"{PREFIX}{name}_scales"] = integers(118, 122, experts, rows, k // 32)
+    for name, rows in (("gate_up_proj", 2 * size), ("down_proj", size)):
+        tensors[f"{PREFIX}{name}_blocks"] = integers(0, 255, experts, rows, size // 32, 16)
+        tensors[f"{PREFIX}{name}_scales"] = integers(118, 122, experts, rows, size // 32)
         tensors[f"{PREFIX}{name}_bias"] = biases(experts, rows)
     save(path, tensors)
 
@@ -146,10 +147,10 @@ def timed(args: tuple[Tensor, Tensor, Tensor], weights: mxfp4_moe.MoEWeights) ->
     return out, statistics.median(times)
 
 
-def run(experts: int, device: torch.device, folder: Path) -> bool:
+def run(experts: int, size: int, device: torch.device, folder: Path) -> bool:
     path = folder / "model.safetensors"
     progress(f"writing a checkpoint with {experts} experts")
-    write_checkpoint(path, experts, device)
+    write_checkpoint(path, experts, size, device)
     progress(f"{path.stat().st_size / 1e9:.2f} GB written; preparing its weights")
     weights = mxfp4_moe.MoEWeights.from_safetensors(path, layer=LAYER, device=device)
     tiles = load_manifest().tiles
@@ -158,7 +159,7 @@ def run(experts: int, device: torch.device, folder: Path) -> bool:
         progress(f"{tokens} tokens")
         g = torch.Generator(device).manual_seed(tokens)
         logits, topk_ids = torch.randn(tokens, experts, generator=g, device=device).topk(TOP_K)
-        hidden_states = torch.randn(tokens, HIDDEN, generator=g, device=device).bfloat16()
+        hidden_states = torch.randn(tokens, size, generator=g, device=device).bfloat16()
         args = (hidden_states, logits.softmax(-1), topk_ids.int())
         out, milliseconds = timed(args, weights)
         expected = expected_output(path, *args)
@@ -180,19 +181,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--experts", type=int, help="default: 128 on a GPU, 8 on a CPU")
+    parser.add_argument("--size", type=int, default=SIZE, help=f"hidden and intermediate size, default: {SIZE}")
     options = parser.parse_args()
     device = torch.device(options.device)
     experts = options.experts or (128 if device.type == "cuda" else 8)
     if experts < TOP_K:
         parser.error(f"--experts: expected at least {TOP_K}, got {experts}")
+    if options.size <= 0 or options.size % 32:
+        parser.error(f"--size: expected a positive multiple of 32, got {options.size}")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU, in plain torch"
     print(f"mxfp4-moe {mxfp4_moe.__version__} from {Path(mxfp4_moe.__file__).parent}, torch {torch.__version__}")
-    print(f"gpt-oss-120b's MoE layer on {where}: top-{TOP_K}, hidden size {HIDDEN}, intermediate size {INTERMEDIATE}")
+    name = "gpt-oss-120b's MoE layer" if options.size == SIZE else "A MoE layer"
+    print(f"{name} on {where}: top-{TOP_K}, hidden size {options.size}, intermediate size {options.size}")
     print(f"{experts} experts" + ("" if experts == 128 else " instead of 128, to keep the run short"))
     if device.type == "cpu":
         print("(the tile in the table is what a GPU would get)")
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if run(experts, device, Path(folder)) else 1
+        return 0 if run(experts, options.size, device, Path(folder)) else 1
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 #
 # Uses the newest wheel in dist/ and the environments that ci/build.sh made; runs that first if there is no wheel.
 set -euo pipefail
+# shellcheck source=ci/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 if [[ -z $(newest_wheel) || ! -x $build_env/bin/python ]]; then

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <stdint.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,6 +11,8 @@
 #include <algorithm>
 #include <initializer_list>
 #include <string>
+
+#include "old_systems.h"
 
 namespace mxfp4_moe {
 

@@ -55,7 +55,7 @@ def read(path, seen):
 words = sys.argv[1:]
 output = words[words.index("--output" if "--output" in words else "-o") + 1]
 if "-MF" in words:
-    (source,) = [word for word in words if word.endswith((".cu", ".cpp"))]
+    (source,) = [word for word in words if word.endswith((".cu", ".cpp")) and "=" not in word]
     files = []
     read(source, files)
     open(words[words.index("-MF") + 1], "w").write(output + ": " + " ".join(files) + "\\n")

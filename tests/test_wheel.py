@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -36,7 +37,6 @@ from wheelbuild.toolchain import Cuda, Headers, Toolchain, Torch, package_dirs, 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 PACKAGE = Path(mxfp4_moe.__file__).parent
 MODULES = [*(tile.module for tile in MANIFEST.tiles), "moe"]
-COST = ("cpu_seconds", "wall_seconds", "peak_mb")
 THRESHOLDS = load_thresholds()
 
 
@@ -79,7 +79,8 @@ def library(module: str) -> Path:
 
 
 def test_one_wheel_serves_every_python(wheel: zipfile.ZipFile) -> None:
-    assert re.fullmatch(r"mxfp4_moe-0\.1\.0\+cu\d+-cp310-abi3-(linux|manylinux\w+)_x86_64\.whl", wheel_path().name)
+    name = rf"mxfp4_moe-0\.1\.0\+cu\d+-cp310-abi3-(linux|manylinux\w+)_{platform.machine()}\.whl"
+    assert re.fullmatch(name, wheel_path().name)
     tags = metadata(wheel, "WHEEL").get_all("Tag")
     assert tags is not None
     assert all(tag.startswith("cp310-abi3-") for tag in tags)
@@ -139,6 +140,7 @@ def test_the_report_says_with_what_it_was_built(report: dict[str, Any]) -> None:
     assert report["profile"] == MANIFEST.default_profile
     assert report["archs"] == list(MANIFEST.archs)
     built_with = report["built_with"]
+    assert report["distribution"] == "mxfp4-moe"
     assert set(built_with) == {"cuda", "cutlass", "torch", "torch_target", "python", "python_target", "cxx"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", built_with["cuda"])
     assert re.fullmatch(r"\d+\.\d+\.\d+", built_with["cutlass"])
@@ -180,17 +182,11 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     assert loop["instructions_per_mma"] == round(loop["instructions"] / loop["mma"], 2)
     assert loop["instructions_per_mma"] <= THRESHOLDS.instructions_per_mma.get(arch, {}).get(tile.name, math.inf)
     assert loop["ldsm"] >= 2
-    for cost in (data["compile"], entry["host_compile"]):
-        assert set(cost) == set(COST)
-        assert all(value > 0 for value in cost.values())
 
 
-def test_a_tile_costs_less_than_a_third_of_stock_cutlass(report: dict[str, Any]) -> None:
-    """Stock CUTLASS's one tile takes 56 s of CPU and 5.3 GB."""
-    for entry in report["tiles"].values():
-        for data in entry["archs"].values():
-            assert data["compile"]["peak_mb"] <= THRESHOLDS.peak_mb
-            assert data["compile"]["cpu_seconds"] <= THRESHOLDS.cpu_seconds
+def test_the_report_has_nothing_that_differs_from_build_to_build(wheel: zipfile.ZipFile) -> None:
+    text = wheel.read("mxfp4_moe/build_report.json").decode()
+    assert not re.findall(r"seconds|peak_mb|/(?:home|tmp|root|usr)/", text)
 
 
 # ---- the libraries ---------------------------------------------------------------------------------------------------
@@ -215,7 +211,7 @@ def test_a_library_shows_its_initializer_and_needs_only_what_every_user_has(modu
     assert [line.split()[-1] for line in symbols if line] == [f"PyInit_{module}"]
     dynamic = subprocess.run(["readelf", "-d", library(module)], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
-    system = r"lib(stdc\+\+|gcc_s|c|m|dl|pthread)\.so\.\d|ld-linux-x86-64\.so\.2"
+    system = r"lib(stdc\+\+|gcc_s|c|m|dl|pthread)\.so\.\d|ld-linux-[\w-]+\.so\.\d"
     allowed = rf"libtorch\.so|libtorch_cpu\.so|libcudart\.so\.\d+|{system}"
     assert all(re.fullmatch(allowed, name) for name in needed), needed
     assert "libtorch.so" in needed, "through it a CUDA torch lends us libtorch_cuda"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from wheelbuild import ROOT, BuildError
 from wheelbuild.graph import run_plan
 from wheelbuild.plan import Plan, plan
-from wheelbuild.report import REPORT_NAME, make_report, summary
-from wheelbuild.settings import Settings, read_settings
+from wheelbuild.report import COSTS_NAME, REPORT_NAME, make_costs, make_report, summary
+from wheelbuild.settings import NAME_SUFFIX_VARIABLE, Settings, read_settings
 from wheelbuild.thresholds import Thresholds, load_thresholds
 from wheelbuild.tile_model import tiles
-from wheelbuild.toolchain import Toolchain, resolve_toolchain
+from wheelbuild.toolchain import Toolchain, resolve_cross_toolchain, resolve_toolchain
+from wheelbuild.versions import LABEL_VARIABLE, load_versions
 
 if TYPE_CHECKING:
     from mxfp4_moe.tiles import Manifest
@@ -39,6 +40,17 @@ class Build:
         return Path("build") / self.settings.build_folder(self.toolchain.cuda.label)
 
 
+def check_label(env: Mapping[str, str], settings: Settings, found: str) -> None:
+    """BuildError when the toolkit that was found (its label, e.g. cu130) is not the one that was asked for."""
+    if env.get(LABEL_VARIABLE) and load_versions().choose(env).label != found:
+        raise BuildError(
+            f"{LABEL_VARIABLE} asks for {env[LABEL_VARIABLE]}, and the CUDA toolkit found is {found}: set CUDA_HOME to "
+            "the right one, or run ci/build.sh, which installs it"
+        )
+    if not found.startswith(settings.name_suffix):
+        raise BuildError(f"{NAME_SUFFIX_VARIABLE} is {settings.name_suffix}, and the CUDA toolkit found is {found}")
+
+
 def resolve_build(env: Mapping[str, str]) -> Build:
     """What to build and with what; BuildError, one sentence, when something is missing or unknown."""
     try:
@@ -46,10 +58,15 @@ def resolve_build(env: Mapping[str, str]) -> Build:
     except tiles.ManifestError as error:
         raise BuildError(str(error)) from error
     settings = read_settings(env, manifest)
+    if settings.cross:
+        toolchain = resolve_cross_toolchain(env, settings.archs, settings.platform)
+    else:
+        toolchain = resolve_toolchain(env, settings.archs)
+    check_label(env, settings, toolchain.cuda.label)
     return Build(
         manifest=manifest,
         settings=settings,
-        toolchain=resolve_toolchain(env, settings.archs),
+        toolchain=toolchain,
         thresholds=load_thresholds(),
     )
 
@@ -65,13 +82,16 @@ def run_build(build: Build, version: str) -> tuple[Plan, dict[str, Any]]:
     print(
         f"CUDA {'.'.join(map(str, cuda.version))} ({cuda.origin}), CUTLASS {build.toolchain.cutlass.version}, torch "
         f"{build.toolchain.torch.version}, {build.toolchain.cxx_version}; profile {build.settings.profile}, "
-        + ", ".join(f"sm_{arch}" for arch in build.settings.archs),
+        + ", ".join(f"sm_{arch}" for arch in build.settings.archs)
+        + (f"; for {build.settings.platform.name}" if build.settings.cross else ""),
         flush=True,
     )
     made = make_plan(build)
     run_plan(made, build.settings.max_jobs)
     report = make_report(made, build.settings, build.toolchain, version, ROOT)
-    print(summary(report), flush=True)
+    costs = make_costs(made, ROOT)
+    (ROOT / build.folder / COSTS_NAME).write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+    print(summary(report, costs), flush=True)
     return made, report
 
 

@@ -28,13 +28,15 @@ Kind = Literal["nvcc", "cxx", "link", "check", "load"]
 
 TORCH_TARGET_VERSION = "0x020a000000000000ULL"  # torch 2.10, the oldest that the wheel promises
 PYTHON_TARGET_VERSION = "0x030A0000"  # CPython 3.10
-NVCC_FLAGS = tuple("-c -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v -I csrc".split())
+# -objtemp: otherwise the numbers of nvcc's processes, in the names of its temporary files, reach the objects.
+NVCC_FLAGS = tuple("-c -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v -objtemp -I csrc".split())
 HIDDEN = tuple("-fPIC -fvisibility=hidden -fno-gnu-unique".split())
 CXX_FLAGS = tuple("-c -std=c++17 -O2 -DNDEBUG -DUSE_CUDA -Wall -Wextra -fvisibility-inlines-hidden -I csrc".split())
 LINK_FLAGS = tuple("-Wl,-s -Wl,--gc-sections".split())
 # libstdc++ before torch, whose libraries export parts of it without a version. libtorch itself defines nothing of ours,
-# but through it a CUDA torch puts libtorch_cuda in our reach.
-LINK_LIBRARIES = tuple("-lstdc++ -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu".split())
+# but through it a CUDA torch puts libtorch_cuda in our reach. libdl by its file's name: csrc/old_systems.h asks for
+# what older systems have there, and newer ones have an empty libdl.a that -ldl would find.
+LINK_LIBRARIES = tuple("-lstdc++ -Wl,--no-as-needed -ltorch -l:libdl.so.2 -Wl,--as-needed -ltorch_cpu".split())
 MOE_MODULE = "moe"
 EXPORTS = Path("ci/wheelbuild/exports.map")
 
@@ -121,6 +123,11 @@ def _dependencies(source: Path, output: Path) -> tuple[str, ...]:
     return ("-MD", "-MF", f"{output}.d", str(source), "-o", str(output))
 
 
+def _own_name(source: Path) -> tuple[str, ...]:
+    """nvcc names what is internal to a file after the file's absolute path; this has it use the relative one."""
+    return ("-Xcudafe", f"--orig_src_path_name={source}")
+
+
 def _prefix_maps(toolchain: Toolchain) -> tuple[str, ...]:
     """Messages quote __FILE__; these keep the builder's folders out of them, and out of the libraries."""
     maps = [(ROOT, ".")]
@@ -173,8 +180,12 @@ class _Planner:
             *NVCC_FLAGS,
             *("-ccbin", str(tools.cxx), "-Xcompiler", ",".join((*HIDDEN, *_prefix_maps(tools)))),
             *(word for arch in archs for word in gencode(arch)),
+            *_own_name(source),
             *defines,
             *_system(tools.cutlass.include_dirs),
+            # Before nvcc's own, which are of the platform that builds.
+            *(("-I", str(tools.cuda.include_dirs[0])) if self.settings.cross else ()),
+            *(_system(tools.cuda.include_dirs[1:]) if self.settings.cross else ()),
             *_dependencies(source, output),
         ]
         return self._job("nvcc", output.stem, module, [source], output, command, archs=archs)
@@ -235,7 +246,8 @@ class _Planner:
             for tile in self.settings.tiles
         }
         command: list[str | Path] = [
-            *(sys.executable, "-W", "ignore", "-m", "wheelbuild.load"),
+            *(self.toolchain.target_python or (sys.executable,)),
+            *("-W", "ignore", "-m", "wheelbuild.load"),
             *("--expect", json.dumps(expect | {MOE_MODULE: {}}, sort_keys=True)),
             *("--cudart", self.toolchain.cuda.cudart),
             *("--output", output),

@@ -1,4 +1,8 @@
-"""The build report: what was built, with what, at what cost. It goes into the wheel as build_report.json."""
+"""What a build made, and what that cost: two files, because the first is the same whoever builds, the second is not.
+
+The report (what was built, and with what) goes into the wheel as build_report.json. The costs (seconds and memory of
+each compilation) stay in the build folder, as build_costs.json: with them no two wheels of a commit would be equal.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from wheelbuild.toolchain import Toolchain
 
 REPORT_NAME = "build_report.json"
+COSTS_NAME = "build_costs.json"
 REPORT_SCHEMA = 1
 
 
@@ -60,7 +65,6 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
                 **_worst(root, job, arch),
                 "instructions": checked["instructions"][arch],
                 "main_loop": checked["main_loop"][arch],
-                "compile": _cost(root, [job]),
             }
         tiles[tile.name] = {
             "m": tile.m,
@@ -69,11 +73,11 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
             "ops": loaded[tile.module]["ops"],
             "library": {key: checked[key] for key in ("file", "bytes", "sha256")},
             "archs": archs,
-            "host_compile": _cost(root, plan.jobs_of(tile.module, "cxx")),
         }
     moe = _read(root / plan.check("moe"))
     return {
         "schema": REPORT_SCHEMA,
+        "distribution": settings.distribution,
         "version": version,
         "profile": settings.profile,
         "archs": list(plan.archs),
@@ -92,24 +96,40 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
             "library": {key: moe[key] for key in ("file", "bytes", "sha256")},
             "kernels": moe["kernels"],
             "instructions": moe["instructions"],
-            "compile": _cost(root, [*plan.jobs_of("moe", "nvcc"), *plan.jobs_of("moe", "cxx")]),
         },
     }
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The report's numbers as a table, one line per tile and arch."""
+def make_costs(plan: Plan, root: Path) -> dict[str, Any]:
+    """Seconds and memory of a finished build: per tile those of each arch's kernel and of the host code, and of moe."""
+    tiles = {
+        tile.name: {
+            "archs": {job.archs[0]: _cost(root, [job]) for job in plan.jobs_of(tile.module, "nvcc")},
+            "host": _cost(root, plan.jobs_of(tile.module, "cxx")),
+        }
+        for tile in plan.tiles
+    }
+    return {"tiles": tiles, "moe": _cost(root, [*plan.jobs_of("moe", "nvcc"), *plan.jobs_of("moe", "cxx")])}
+
+
+def summary(report: dict[str, Any], costs: dict[str, Any]) -> str:
+    """The numbers of both as a table, one line per tile and arch."""
     rows = ["tile arch stages smem regs total loop NOP MMA LDSM per-MMA CPU-s MB".split()]
     for name, tile in report["tiles"].items():
         for arch, data in tile["archs"].items():
-            loop, cost = data["main_loop"], data["compile"]
+            loop, cost = data["main_loop"], costs["tiles"][name]["archs"][arch]
             row = [name, f"sm_{arch}", data["stages"], data["smem_bytes"], data["registers"]]
             row += [data["instructions"]["total"], loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
             row += [f"{loop['instructions_per_mma']:.2f}", f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
             rows.append([str(cell) for cell in row])
+    return "\n".join(aligned(rows, left=2))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """A table's lines; the first `left` columns are words and start at the left, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(c.ljust(w) if place < 2 else c.rjust(w) for place, (c, w) in enumerate(cells)))
-    return "\n".join(lines)
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.ljust(w) if place < left else c.rjust(w) for place, (c, w) in cells))
+    return lines

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wheelbuild import BuildError
+from wheelbuild.platforms import Platform
+from wheelbuild.target import find_target, require_tools
 from wheelbuild.tile_model import archs as arch_model
 from wheelbuild.tile_model import tiles
 from wheelbuild.versions import load_versions
@@ -64,6 +66,7 @@ class Toolchain:
     python: Headers
     cxx: Path
     cxx_version: str
+    target_python: tuple[str, ...] = ()  # runs the platform's Python where that is not this one
 
 
 def package_dirs(env: Mapping[str, str]) -> tuple[Path, ...]:
@@ -225,6 +228,10 @@ def find_python() -> Headers:
     return Headers(version=sysconfig.get_python_version(), include_dirs=(include,))
 
 
+def _version_line(cxx: Path) -> str:
+    return _output([cxx, "--version"]).splitlines()[0]
+
+
 def find_cxx(env: Mapping[str, str]) -> Path:
     name = env.get("CXX") or "g++"
     found = shutil.which(name, path=env.get("PATH", ""))
@@ -243,7 +250,31 @@ def resolve_toolchain(env: Mapping[str, str], archs: Sequence[str]) -> Toolchain
         torch=find_torch(folders),
         python=find_python(),
         cxx=cxx,
-        cxx_version=_output([cxx, "--version"]).splitlines()[0],
+        cxx_version=_version_line(cxx),
+    )
+
+
+def resolve_cross_toolchain(env: Mapping[str, str], archs: Sequence[str], platform: Platform) -> Toolchain:
+    """The same for another platform: compilers, CUTLASS and torch's headers of this one, the rest of that one."""
+    folders = package_dirs(env)
+    cxx = require_tools(env, platform)
+    target = find_target(env, platform)
+    cuda = resolve_cuda(env, folders, archs)
+    toolkit = target.cuda(cuda.version[0])
+    cudart = toolkit / "lib" / cuda.cudart.name
+    if not cudart.exists():
+        raise BuildError(
+            f"{cuda.nvcc} is of CUDA {cuda.version[0]}, and {target.folder} has no {cudart.name}: run "
+            f"ci/build-{platform.machine}.sh, which makes it anew for the CUDA packages that are installed"
+        )
+    return Toolchain(
+        cuda=replace(cuda, include_dirs=(toolkit / "include", toolkit / "include" / "cccl"), cudart=cudart),
+        cutlass=find_cutlass(env, folders),
+        torch=replace(find_torch(folders), library_dir=target.packages / "torch" / "lib"),
+        python=Headers(version=target.python_version, include_dirs=target.python_include_dirs),
+        cxx=cxx,
+        cxx_version=_version_line(cxx),
+        target_python=target.python,
     )
 
 

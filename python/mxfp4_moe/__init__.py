@@ -7,11 +7,12 @@ case that torch does not work, starts without importing torch.
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ._wheel import version
+from ._wheel import conflict, version
 
 if TYPE_CHECKING:
     from .fused_moe import fused_moe, get_cutlass_fused_moe_module, prewarm_moe_tiles
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from .weights import Activation, GateUpOrder, MoEWeights
 
 __version__ = version()
+
+if _conflict := conflict():
+    warnings.warn(_conflict, RuntimeWarning, stacklevel=2)
 
 __all__ = [
     "Activation",

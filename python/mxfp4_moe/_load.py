@@ -20,7 +20,7 @@ import torch
 from . import blocklist
 from ._troubles import DOCTOR, TORCH_FLOOR, Versions, recognize, words
 from ._wheel import REPORT as _REPORT
-from ._wheel import library_fault, read_report
+from ._wheel import conflict, library_fault, read_report
 from .tiles import Manifest, Tile, load_manifest, nearest_tile
 
 _EXTENSIONS = "mxfp4_moe._ext"
@@ -154,6 +154,8 @@ def _import(module: str) -> ModuleType:
             f"{name} needs a CUDA build of torch: the wheel was built for {built_for()}, you have {environment()} "
             f"(CPU tensors need no extension); {DOCTOR}"
         )
+    if two := conflict():
+        raise LoadError(f"{name} is not loaded: {two}")
     if fault := library_fault(module):
         raise LoadError(_sentence(f"{name} cannot be loaded", fault))
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -24,12 +25,35 @@ PACKAGE = Path(__file__).resolve().parent
 REPORT = PACKAGE / "build_report.json"
 
 
+def distribution() -> str:
+    """The name under which this wheel is installed: mxfp4-moe, or one with a CUDA version, such as mxfp4-moe-cu13."""
+    return str((read_report() or {}).get("distribution", "mxfp4-moe"))
+
+
 def version() -> str:
     """The distribution's version, such as '0.1.0+cu130'; '0+source' in a source tree that is not installed."""
     try:
-        return installed_version("mxfp4-moe")
+        return installed_version(distribution())
     except PackageNotFoundError:
         return "0+source"
+
+
+def conflict() -> str | None:
+    """What is wrong, with the remedy, when two distributions share this package's folder; None when it has one owner.
+
+    mxfp4-moe and mxfp4-moe-cu13 are two names to pip, which lets the second overwrite the files of the first.
+    """
+    found = sorted(PACKAGE.parent.glob("mxfp4_moe*-*.dist-info"))
+    pattern = re.compile(r"(mxfp4_moe(?:_cu\d+)?)-(.+)\.dist-info")
+    matches = [match for folder in found if (match := pattern.fullmatch(folder.name))]
+    owners = {match[1].replace("_", "-"): match[2] for match in matches}
+    if len(owners) < 2:
+        return None
+    listed = " and ".join(f"{name} {version}" for name, version in owners.items())
+    return (
+        f"{listed} are both installed in {PACKAGE.parent}, and one has overwritten the other's files: pip uninstall "
+        f"{' '.join(owners)}, then install the one for your CUDA version"
+    )
 
 
 def read_report(path: Path | None = None) -> dict[str, Any] | None:

@@ -121,9 +121,7 @@ def _moe_layer_cuda(
     tokens, top_k = topk_ids.shape
     check_limits(w13.shape[0], tokens, top_k)
     index = hidden_states.device.index
-    op, tile = _operator(
-        index, select(tokens, top_k, w13.shape[0], hidden_states.shape[1], intermediate_size, index)
-    )
+    op, tile = _operator(index, select(tokens, top_k, w13.shape[0], hidden_states.shape[1], intermediate_size, index))
     output = torch.empty_like(hidden_states, dtype=output_dtype)
     try:
         op(

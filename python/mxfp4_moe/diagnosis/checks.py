@@ -166,6 +166,9 @@ def check_wheel(env: Environment) -> Iterator[Finding]:
     wheel = env.wheel
     if wheel is None:
         return
+    if wheel.conflict:
+        text, _, step = wheel.conflict.partition(": ")
+        yield error("wheel", text, step)
     if not wheel.has_report:
         text = f"{wheel.version} at {wheel.path} has no build report: a source tree, or a damaged install"
         yield error("wheel", text, REINSTALL)

@@ -64,6 +64,7 @@ class WheelFacts:
     libraries: tuple[Library, ...]
     cudart: str  # the soname that the libraries need, such as libcudart.so.13
     glibc_floor: str  # the newest GLIBC version that they need, such as 2.34
+    conflict: str = ""  # what is wrong, with the remedy, when another distribution owns these files too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +215,7 @@ def read_wheel(*, verify: bool) -> WheelFacts:
         libraries=tuple(libraries),
         cudart=max(needed, default=""),
         glibc_floor=".".join(map(str, max(glibc, default=()))),
+        conflict=_wheel.conflict() or "",
     )
 
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes the source distribution, and compares its files with those that git knows: everything is in it that a build
+# needs, and nothing else.
+#
+#   ci/sdist.sh [FOLDER]    FOLDER: where it goes, dist without one
+set -euo pipefail
+# shellcheck source=ci/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+folder=${1:-$dist}
+
+tool python -m wheelbuild.sdist "$folder"
