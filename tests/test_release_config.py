@@ -291,3 +291,52 @@ def test_no_version_is_written_twice() -> None:
         for version in VERSIONS.cuda:
             assert not re.search(rf"\b{version.label}\b(?!/)", re.sub(r"#.*", "", text)), path.name
             assert not re.search(rf"(cuda|CUDA)\D{{0,3}}{re.escape(version.toolkit)}", text), path.name
+
+
+# ---- what workflows refer to -----------------------------------------------------------------------------------------
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """A workflow as data, read by the YAML reader of the tools' environment."""
+    program = (
+        "import json, pathlib, sys; from ruamel.yaml import YAML; "
+        "print(json.dumps(YAML(typ='safe', pure=True).load(pathlib.Path(sys.argv[1]))))"
+    )
+    data: dict[str, Any] = json.loads(tool("python", "-c", program, path))
+    return data
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_refer_to_what_is_there(path: Path, tmp_path: Path) -> None:
+    """Every job, output, step and matrix key that an expression names exists; every script passes shellcheck."""
+    rows = matrix(VERSIONS)["include"]
+    jobs = parsed(path)["jobs"]
+    for name, job in jobs.items():
+        text = json.dumps(job)
+        needs = [job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", [])
+        assert all(needed in jobs for needed in needs), name
+        for needed, output in re.findall(r"needs\.(\w+)\.outputs\.(\w+)", text):
+            assert needed in needs, name
+            assert output in jobs[needed]["outputs"], name
+        for key in re.findall(r"matrix\.(\w+)", text):
+            assert all(key in row for row in rows), f"{name}: {key}"
+        ids = {step.get("id") for step in job["steps"]}
+        assert all(step in ids for step in re.findall(r"steps\.(\w+)\.", text)), name
+        for number, step in enumerate(job["steps"]):
+            if "run" in step:
+                script = tmp_path / f"{name}-{number}.sh"
+                script.write_text(f"#!/bin/bash -e\n{step['run']}\n", encoding="utf-8")
+                tool("shellcheck", script)
+
+
+def test_the_scripts_get_what_the_workflow_sets() -> None:
+    """What a row of the matrix decides reaches the container: it is set for the job, and cibuildwheel passes it on."""
+    job = parsed(ROOT / ".github" / "workflows" / "wheels.yml")["jobs"]["wheel"]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    passed = set(re.findall(r'"(\w+)"', text.partition("environment-pass = [")[2].partition("]")[0]))
+    ours = {name for name in job["env"] if not name.startswith("CIBW_")}
+    assert {"MXFP4_MOE_CUDA", "MXFP4_MOE_NAME_SUFFIX", "MXFP4_MOE_TOOLCHAIN", "SOURCE_DATE_EPOCH"} <= ours
+    assert ours <= passed
+    assert {name for name in job["env"] if name.startswith("CIBW_")} == {
+        f"CIBW_MANYLINUX_{machine.upper()}_IMAGE" for machine in {row["machine"] for row in matrix(VERSIONS)["include"]}
+    }
