@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from . import _wheel
 from .facts import DeviceFacts, Layer
-from .tiles import Tile, mma_k, prove, select_tile
+from .archs import mma_k
+from .tiles import Tile, prove, select_tile
 
 _SIGNIFICANT_BITS = 5
 

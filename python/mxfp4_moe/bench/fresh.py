@@ -27,7 +27,8 @@ def main() -> None:
 
     import torch
 
-    from mxfp4_moe import MoEWeights, fused_moe, topk_softmax
+    from mxfp4_moe import MoEWeights, fused_moe_from_logits
+    from mxfp4_moe.formats import weight_bytes, word_order_of
 
     device = torch.device("cuda", given.device)
     e, h, i = given.experts, given.hidden, given.intermediate
@@ -36,10 +37,11 @@ def main() -> None:
         return torch.full(sizes, 0x11, dtype=torch.uint8, device=device)
 
     weights = MoEWeights(  # any bits will do, so nothing has to be prepared
-        w13=words(e, 2 * i, h // 2),
-        w13_scale=words(e, -(-2 * i // 128), -(-h // 128), 512),
-        w2=words(e, h, i // 2),
-        w2_scale=words(e, -(-h // 128), -(-i // 128), 512),
+        w13=words(e, weight_bytes(2 * i, h)),
+        w2=words(e, weight_bytes(h, i)),
+        hidden_size=h,
+        intermediate_size=i,
+        word_order=word_order_of(device),
     )
     hidden = torch.randn(given.tokens, h, device=device).bfloat16()
     logits = torch.randn(given.tokens, e, device=device)
@@ -47,7 +49,7 @@ def main() -> None:
     def call_ms() -> float:
         torch.cuda.synchronize(device)
         start = time.perf_counter()
-        fused_moe(hidden, *topk_softmax(logits, given.top_k), weights)
+        fused_moe_from_logits(hidden, logits, given.top_k, weights)
         torch.cuda.synchronize(device)
         return (time.perf_counter() - start) * 1e3
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__, _driver, _load, fused_moe, topk_softmax
+from .. import __version__, _driver, _load, fused_moe, fused_moe_from_logits, topk_softmax
 from ..fused_moe import manifest_tile
 from ..problems import relative_error
 from ..weights import MoEWeights
@@ -55,8 +55,7 @@ def our_call(weights: MoEWeights, top_k: int, tile_mn: TileMN | None, include_ro
         if include_routing:
 
             def from_logits() -> Tensor:
-                topk_weights, topk_ids = topk_softmax(logits, top_k)
-                return fused_moe(x, topk_weights, topk_ids, weights, tile_mn=tile_mn)
+                return fused_moe_from_logits(x, logits, top_k, weights, tile_mn=tile_mn)
 
             return from_logits
         topk_weights, topk_ids = topk_softmax(logits, top_k)

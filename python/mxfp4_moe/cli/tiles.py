@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from .. import __version__, _wheel
-from ..tiles import MAX_ACCUMULATORS, MAX_SMEM_PER_BLOCK, Tile, TileProof, prove
+from ..tiles import MAX_ACCUMULATORS, Tile, TileProof, max_smem_per_block, prove
 
 HELP = "the table of tiles, or one tile's proof"
 
@@ -142,7 +142,7 @@ def explain_data(tile: Tile) -> dict[str, Any]:
     for arch in _wheel.built_archs():
         proof = prove(tile, arch)
         proofs[arch] = {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch")}
-        limits = {"max_smem_bytes": MAX_SMEM_PER_BLOCK, "max_accumulator_registers": MAX_ACCUMULATORS}
+        limits = {"max_smem_bytes": max_smem_per_block(arch), "max_accumulator_registers": MAX_ACCUMULATORS}
         proofs[arch] |= {**limits, "legal": proof.legal}
     return {
         "schema": _SCHEMA,
@@ -157,10 +157,11 @@ def explain_data(tile: Tile) -> dict[str, Any]:
 
 def explain_text(tile: Tile) -> str:
     """One proof where all archs have the same numbers, else one for each."""
-    groups: dict[TileProof, list[str]] = {}
+    groups: dict[TileProof, list[TileProof]] = {}
     for arch in _wheel.built_archs():
-        groups.setdefault(replace(prove(tile, arch), arch=""), []).append(f"sm_{arch}")
-    return "\n\n".join(_proof_text(proof, ", ".join(archs)) for proof, archs in groups.items())
+        proof = prove(tile, arch)
+        groups.setdefault(replace(proof, arch=""), []).append(proof)
+    return "\n\n".join(_proof_text(alike[0], ", ".join(f"sm_{p.arch}" for p in alike)) for alike in groups.values())
 
 
 def _proof_text(proof: TileProof, archs: str) -> str:
@@ -169,13 +170,13 @@ def _proof_text(proof: TileProof, archs: str) -> str:
     stage = proof.stage_bytes + proof.barrier_bytes
     rows = [
         ("activations", proof.act_bytes),
-        ("weights", proof.weight_bytes),
-        ("weight scales", proof.weight_scale_bytes),
+        ("weights and scales", proof.weight_bytes),
         ("activation scales", proof.act_scale_bytes),
         ("barriers", proof.barrier_bytes),
         ("one stage", stage),
+        ("activation table", proof.amax_bytes),
         (_count(proof.stages, "stage"), proof.smem_bytes),
-        ("a block may have", MAX_SMEM_PER_BLOCK),
+        ("a block may have", max_smem_per_block(proof.arch)),
     ]
     lines = [
         f"{tile.name} on {archs}",
