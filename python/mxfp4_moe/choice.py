@@ -9,8 +9,8 @@ import functools
 from collections.abc import Sequence
 
 from . import _wheel
-from .facts import DeviceFacts, Layer
 from .archs import mma_k
+from .facts import DeviceFacts, Layer
 from .tiles import Tile, prove, select_tile
 
 _SIGNIFICANT_BITS = 5
