@@ -445,19 +445,10 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
       for (int f = 0; f < (Shape::kSwap ? Shape::kFragN : Shape::kFragM); ++f)
         load_words<1>(act_word + f, act_scales + f * (Shape::kSwap ? 8 : 16) * 4);
       WeightScales<Shape>::load(weight_word, smem.weight(s) + weight_scale_lane);
-      const auto& word_a = [&]() -> auto& {
-        if constexpr (Shape::kSwap)
-          return weight_word;
-        else
-          return act_word;
-      }();
-      const auto& word_b = [&]() -> auto& {
-        if constexpr (Shape::kSwap)
-          return act_word;
-        else
-          return weight_word;
-      }();
-      mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, word_a, word_b);
+      if constexpr (Shape::kSwap)
+        mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, weight_word, act_word);
+      else
+        mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, act_word, weight_word);
     };
     const auto release = [&](int s) {
       __syncwarp();
