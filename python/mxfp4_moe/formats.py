@@ -312,8 +312,7 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
 
     HALVES puts k = 0, 4, 1, 5 into the low 16 bits and k = 2, 6, 3, 7 into the high ones, alike: with a code as
     sign s and magnitude eem, the first has s at bit 15 and eem at bits 11..9, the second 12 and 8..6, the third 14 and
-    5..3, the fourth 13 and 2..0. The first is a float16 of the value times 2^-14 once the others are masked away; the
-    second is so after a shift by 3.
+    5..3, the fourth 13 and 2..0. Shifted to where the first stands and masked, each is a float16, 2^-14 times its value.
 
     Args:
         packed: uint8 [..., K/2], low nibble = even k, K/2 a multiple of 4.
