@@ -225,7 +225,7 @@ def test_a_good_loop_passes_and_is_reported() -> None:
         (
             (GOOD[0], "LDS.64 R4, [R2]", *GOOD[2:]),
             {},
-            r"LDSM loads 4 matrices for 2 HMMA in the main loop, which need 6 for both operands; another instruction",
+            r"LDSM loads 4 matrices for 2 HMMA in the main loop, which need 6 for the activations; another instruction",
         ),
         (
             ("NOP", *GOOD),

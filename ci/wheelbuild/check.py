@@ -73,7 +73,7 @@ def check_memory(library: str, code: Mapping[str, Code], resources: Sequence[Res
 
 
 def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, Any]) -> MainLoop:
-    """The loop around the MMA: there is one, it holds every MMA, loads both operands by LDSM, and is short enough.
+    """The loop around the MMA: there is one, it holds every MMA, loads the activations by LDSM, and is short enough.
 
     `expect`: `opcode`; `mma_per_step` and `matrices_per_step`, what one step of K = 32 takes; `limit`, instructions per
     MMA or None.
@@ -96,7 +96,7 @@ def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, An
     if loop.ldsm_matrices < needed:
         raise BuildError(
             f"{where}: LDSM loads {loop.ldsm_matrices} matrices for {loop.mma} {opcode} in the main loop, which need "
-            f"{needed} for both operands; another instruction loads the rest"
+            f"{needed} for the activations; another instruction loads the rest"
         )
     limit = expect["limit"]
     if limit is not None and loop.instructions_per_mma > limit:

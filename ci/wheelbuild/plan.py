@@ -102,14 +102,14 @@ def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, int]]:
 
 def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str | float | None]:
     """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, the MMAs of a warp and the 8 x 16
-    byte matrices that they read (activations take two per 8 rows, packed weights one).
+    byte matrices of activations that they read, two per 8 rows. (Weights come in the lanes' own order, by plain loads.)
     """
     proof = tile_model.prove(tile, arch)
-    act, weight = (proof.warp_n, proof.warp_m) if tile.swap_ab else (proof.warp_m, proof.warp_n)
+    act = proof.warp_n if tile.swap_ab else proof.warp_m
     return {
         "opcode": arch_model.mma_opcode(arch),
         "mma_per_step": proof.warp_m // 16 * (proof.warp_n // 8) * (32 // arch_model.mma_k(arch)),
-        "matrices_per_step": act // 8 * 2 + weight // 8,
+        "matrices_per_step": act // 8 * 2,
         "limit": thresholds.instructions_per_mma.get(arch, {}).get(tile.name),
     }
 
