@@ -416,6 +416,20 @@ def test_batch_invariance(tile: Tile) -> None:
         assert torch.equal(out, expected[chosen]), f"batch of {size}"
 
 
+@pytest.mark.parametrize("tile_mn", [(8, 128), (32, 128), (64, 256), (256, 8)])
+def test_calls_that_follow_each_other_closely(tile_mn: tuple[int, int]) -> None:
+    """Kernels of one call overlap with each other and with the next call's; what one writes, the next must see.
+
+    Once they did not: reads through the read-only path served what an earlier kernel had left there.
+    """
+    calls = [random_call(tokens, TOP_K, gpt_oss()) for tokens in (1023, 300, 64, 1024, 5)]
+    expected = [run(call, gpt_oss(), tile_mn=(128, 128)) for call in calls]
+    for _ in range(20):
+        outs = [run(call, gpt_oss(), tile_mn=tile_mn) for call in calls]
+        for out, bits_wanted in zip(outs, expected, strict=True):
+            assert torch.equal(bits(out), bits(bits_wanted))
+
+
 def test_ids_that_are_no_expert_contribute_nothing() -> None:
     call = random_call(64, TOP_K, gpt_oss())
     call.topk_ids[::3, 1] = -1

@@ -25,7 +25,7 @@ __device__ __forceinline__ void load(const float* p, float (&x)[kCount]) {
   float4 vectors[kCount / 4];
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {
-    vectors[i] = __ldg(reinterpret_cast<const float4*>(p) + i);
+    vectors[i] = __ldcg(reinterpret_cast<const float4*>(p) + i);
   }
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {

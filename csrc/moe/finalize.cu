@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs a
       for (int i = 0; i < kLoadsAhead; ++i) {
         if (choices.rows[i] >= 0) {
           values[i] =
-              __ldg(reinterpret_cast<const uint4*>(gemm2 + int64_t{choices.rows[i]} * args.hidden_size + column));
+              __ldcg(reinterpret_cast<const uint4*>(gemm2 + int64_t{choices.rows[i]} * args.hidden_size + column));
         }
       }
 #pragma unroll

@@ -26,7 +26,7 @@ template <typename Args>
 __device__ __forceinline__ void store_to_rows(const QuadCodes& quad, int64_t token, int k_tile, const Args& args) {
   const int64_t first_slot = token * args.top_k, slots = int64_t{args.tokens} * args.top_k;
   for (int j = 0; j < args.top_k; ++j) {
-    const int row = args.slot_row[first_slot + j];
+    const int row = __ldcg(args.slot_row + first_slot + j);
     if (row >= 0) {  // the same for the whole warp
       store_k_tile(quad, row, k_tile, args.hidden_size, slots, args.codes, args.scales);
     }
@@ -65,10 +65,10 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
     QuadCodes quad = {};
     if (column < args.hidden_size) {
-      const uint2 codes = __ldg(reinterpret_cast<const uint2*>(args.hidden + token * args.hidden_size + column));
+      const uint2 codes = __ldcg(reinterpret_cast<const uint2*>(args.hidden + token * args.hidden_size + column));
       const int64_t at = args.scale_is_swizzled ? swizzled_scale_offset(token, k_block, args.hidden_size)
                                                 : token * (args.hidden_size / kScaleBlock) + k_block;
-      const uint32_t scale = __ldg(args.hidden_scale + at);
+      const uint32_t scale = __ldcg(args.hidden_scale + at);
       quad = scale > kMaxInputScale
                  ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
                  : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};

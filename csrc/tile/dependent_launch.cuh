@@ -2,7 +2,9 @@
 //
 // The rule that every kernel here keeps: wait, then let the next one start; nothing is written before the wait, and
 // nothing is read that the kernel just before may write. So while a kernel runs, all before its predecessor are
-// complete, and what those wrote may be read even before the wait, past L1 (load_ready), which may hold older bytes.
+// complete, and what those wrote may be read even before the wait. All of it is read past L1 (__ldcg, relaxed.gpu) and
+// nothing through the read-only path (__ldg): that one may serve what it holds for as long as the kernel runs, and the
+// kernel runs while others still write. __ldg is for weights, biases and numbers that were there before the layer.
 #pragma once
 
 #include <cuda_runtime.h>
