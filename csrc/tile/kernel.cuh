@@ -456,7 +456,13 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
       else
         mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, act_word, weight_word);
     };
+    // CUTLASS's barriers do not tell the compiler that memory changes with them; without a word it moves loads across.
+    const auto acquire = [&](int s) {
+      smem.full(s)->wait(ring.phase);
+      asm volatile("" ::: "memory");
+    };
     const auto release = [&](int s) {
+      asm volatile("" ::: "memory");
       __syncwarp();
       if (lane == 0) smem.empty(s)->arrive();
     };
@@ -467,7 +473,7 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
       for (int k = 0; k < p.k; k += Shape::kStages * kTileK) {
 #pragma unroll
         for (int s = 0; s < Shape::kStages; ++s) {
-          smem.full(s)->wait(ring.phase);
+          acquire(s);
           if (k + s * kTileK < p.k) k_tile(s);
           release(s);
         }
@@ -476,7 +482,7 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
     } else {
 #pragma unroll 1
       for (int k = 0; k < p.k; k += kTileK) {
-        smem.full(ring.stage)->wait(ring.phase);
+        acquire(ring.stage);
         k_tile(ring.stage);
         release(ring.stage);
         ring.advance();
