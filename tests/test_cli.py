@@ -14,7 +14,7 @@ import pytest
 
 import mxfp4_moe
 from mxfp4_moe import cli
-from mxfp4_moe.tiles import MAX_SMEM_PER_BLOCK, Tile, load_manifest, prove
+from mxfp4_moe.tiles import Tile, load_manifest, max_smem_per_block, prove
 
 NATIVE, SWAPPED = Tile(m=128, n=128, swap_ab=False), Tile(m=8, n=128, swap_ab=True)
 

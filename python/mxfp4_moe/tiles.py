@@ -224,7 +224,7 @@ _SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
 _REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
 _MAX_STAGES = 8
 _MAX_BLOCKS_PER_SM = 4
-_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (256, 176))  # by accumulators, per thread
+_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (math.inf, 176))  # by accumulators, per thread
 _BARRIER_BYTES_PER_STAGE = 16
 MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
 
