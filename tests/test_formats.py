@@ -343,6 +343,21 @@ class TestWeightBlocks:
             assert torch.equal(reordered, formats.arrange_weights(packed, scales, new))
             assert reordered.data_ptr() != weight.data_ptr()
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize(("n", "k"), [(16, 32), (129, 448), (5760, 2880)])
+    def test_on_the_gpu(self, n: int, k: int, order: formats.WordOrder) -> None:
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
+        expected = formats.arrange_weights(packed, scales, order)
+        weight = formats.arrange_weights(packed.cuda(), scales.cuda(), order)
+        assert torch.equal(weight.cpu(), expected)
+        back, back_scales = formats.restore_weights(weight, n, k, order)
+        assert torch.equal(back.cpu(), packed)
+        assert torch.equal(back_scales.cpu(), scales)
+        for new in ORDERS:
+            reordered = formats.reorder_words(weight, n, k, order, new)
+            assert torch.equal(reordered.cpu(), formats.reorder_words(expected, n, k, order, new))
+
     def test_rows_in_pieces(self) -> None:
         n, k, order = 210, 288, formats.WordOrder.HALVES
         packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)

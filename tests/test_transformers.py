@@ -189,6 +189,24 @@ def test_a_state_dict_has_one_word_order_wherever_it_was_made(
     assert torch.equal(experts(x, ids, scales), expected)
 
 
+@pytest.mark.gpu
+def test_a_state_dict_of_the_gpu_loads_on_cpu(model: GptOssForCausalLM) -> None:
+    on_cpu = copy.deepcopy(model)
+    replace_experts(on_cpu)
+    state = on_cpu.state_dict()
+    on_gpu = copy.deepcopy(on_cpu).to("cuda")
+    experts = on_gpu.model.layers[0].mlp.experts
+    assert experts.weights.word_order is formats.word_order_of(experts.weights.device)
+    for name, tensor in on_gpu.state_dict().items():
+        assert torch.equal(tensor.cpu(), state[name]), name
+    before = experts.w13.clone()
+    for assign in (False, True):
+        on_gpu.load_state_dict({name: tensor.cuda() for name, tensor in state.items()}, assign=assign)
+        assert torch.equal(experts.w13, before)
+    back = on_gpu.to("cpu").model.layers[0].mlp.experts
+    assert torch.equal(back.w13, on_cpu.model.layers[0].mlp.experts.w13)
+
+
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="model: expected a model with GptOssExperts, got Linear without any"):
         replace_experts(nn.Linear(2, 2))

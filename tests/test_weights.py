@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp4_moe import _prepare, formats
+from mxfp4_moe import weights as weights_module
 from mxfp4_moe.weights import Activation, GateUpOrder, MoEWeights
 
 ORDERS = ["interleaved", "gate_up", "up_gate"]
@@ -154,6 +155,18 @@ class TestRoundTrip:
             other = {n: t[:, rows] if n.startswith("w13") else t for n, t in checkpoint.items()}
             prepared = MoEWeights.from_mxfp4(**other, gate_up_order=GateUpOrder(order))
             assert same(dataclasses.replace(prepared, gate_up_order=GateUpOrder.INTERLEAVED), interleaved)
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_on_a_device_of_the_other_word_order(
+        self, checkpoint: dict[str, torch.Tensor], order: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """CPU plays an SM90: the words are made in its order at once, and are those that `to` would have made."""
+        expected = as_halves(MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order))
+        monkeypatch.setattr(weights_module, "word_order_of", lambda device: formats.WordOrder.HALVES)
+        weights = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order)
+        assert same(weights, expected)
+        for name, tensor in weights.to_mxfp4()._asdict().items():
+            assert torch.equal(tensor, checkpoint[name].float() if name.endswith("bias") else checkpoint[name])
 
     def test_four_dimensional_blocks(self, checkpoint: dict[str, torch.Tensor]) -> None:
         blocks = {name: checkpoint[name].reshape(E, checkpoint[name].shape[1], -1, 16) for name in ("w13", "w2")}
@@ -614,6 +627,10 @@ class TestMemory:
     """What preparing needs beyond its result: less than two experts as they came in."""
 
     SIZES = (6, 256, 512)
+
+    @pytest.fixture(autouse=True, params=formats.WordOrder, ids=lambda order: order.value)
+    def word_order(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(weights_module, "word_order_of", lambda device: request.param)
 
     @staticmethod
     def result_bytes(weights: MoEWeights) -> int:

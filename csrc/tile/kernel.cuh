@@ -311,9 +311,9 @@ struct WeightScales {
 };
 
 // One K tile: four steps. Where the MMA takes scale selectors they are constants, so the steps are unrolled; elsewhere
-// large warp tiles loop, which keeps the scheduler from hoisting more operands than there are registers. word_a and
-// word_b hold this lane's scale words (scale_a_row, scale_b_col). Sharing them among lanes is free on SM12x; elsewhere
-// it doubles their registers, so the largest warp tiles share A's in every step anew.
+// the largest warp tiles loop, which keeps the scheduler from hoisting more operands than there are registers. word_a
+// and word_b hold this lane's scale words (scale_a_row, scale_b_col). Sharing them among lanes is free on SM12x;
+// elsewhere it doubles their registers, so the largest warp tiles share A's in every step anew.
 template <class Shape>
 __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const uint8_t* act_stage,
                                            uint32_t act_at, const uint8_t* weight_stage, uint32_t weight_at,
@@ -350,7 +350,7 @@ __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kF
     step(cute::C<2>{});
     step(cute::C<3>{});
   } else {
-    constexpr int kUnroll = Shape::kFragM * Shape::kFragN >= 8 ? 1 : 4;
+    constexpr int kUnroll = Shape::kAccumulators <= 32 ? 4 : Shape::kAccumulators <= 64 ? 2 : 1;
 #pragma unroll kUnroll
     for (int s = 0; s < 4; ++s) step(s);
   }
@@ -418,7 +418,12 @@ __device__ __forceinline__ void store(const float (&acc)[Shape::kFragM][Shape::k
 template <class Shape>
 __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, int warp, int lane) {
   const int num_n_tiles = ceil_div(p.n, Shape::N);
-  const int num_tiles = uniform(load_num_m_tiles(p)) * num_n_tiles;
+  // Where accumulators leave no registers for what is seldom needed, that is had again.
+  constexpr bool kReadsAgain = Shape::kAccumulators > 64;
+  const int num_tiles = kReadsAgain ? 0 : uniform(load_num_m_tiles(p)) * num_n_tiles;
+  const auto is_tile = [&](int tile) {
+    return tile < (kReadsAgain ? uniform(load_num_m_tiles(p)) * ceil_div(p.n, Shape::N) : num_tiles);
+  };
   const auto warp_m0 = [](int w) { return w / Shape::kWarpsN * Shape::kWarpM; };
   const auto warp_n0 = [](int w) { return w % Shape::kWarpsN * Shape::kWarpN; };
   const int m0 = warp_m0(warp), n0 = warp_n0(warp);
@@ -427,7 +432,7 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
   const uint32_t act_lane = Operands<Shape>::act_lane(Shape::kSwap ? n0 : m0, lane);
 
   Ring<Shape::kStages> ring;
-  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+  for (int tile = blockIdx.x; is_tile(tile); tile += gridDim.x) {
     const TileCoord coord = tile_coord(tile, num_n_tiles);
     const int tile_n0 = coord.n * Shape::N;
     const int scale_row_shift = load_m_tile(p.m_tiles + coord.m).row_begin % 4;
@@ -435,7 +440,8 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
     const uint32_t act_scale_lane = (act_scale_row + scale_row_shift) * 4;
     const int weight_row0 = tile_n0 % kWeightBlockRows + (Shape::kSwap ? m0 : n0);
     const uint32_t weight_lane = Operands<Shape>::weight_lane(weight_row0, lane_id());
-    const uint32_t weight_scale_lane = WeightScales<Shape>::lane_offset(weight_row0, lane_id());
+    const auto weight_scale_lane = [&] { return WeightScales<Shape>::lane_offset(weight_row0, lane_id()); };
+    const uint32_t kept_scale_lane = kReadsAgain ? 0 : weight_scale_lane();
 
     float acc[Shape::kFragM][Shape::kFragN][4] = {};
     const auto k_tile = [&](int s) {
@@ -444,20 +450,11 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
 #pragma unroll
       for (int f = 0; f < (Shape::kSwap ? Shape::kFragN : Shape::kFragM); ++f)
         load_words<1>(act_word + f, act_scales + f * (Shape::kSwap ? 8 : 16) * 4);
-      WeightScales<Shape>::load(weight_word, smem.weight(s) + weight_scale_lane);
-      const auto& word_a = [&]() -> auto& {
-        if constexpr (Shape::kSwap)
-          return weight_word;
-        else
-          return act_word;
-      }();
-      const auto& word_b = [&]() -> auto& {
-        if constexpr (Shape::kSwap)
-          return act_word;
-        else
-          return weight_word;
-      }();
-      mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, word_a, word_b);
+      WeightScales<Shape>::load(weight_word, smem.weight(s) + (kReadsAgain ? weight_scale_lane() : kept_scale_lane));
+      if constexpr (Shape::kSwap)
+        mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, weight_word, act_word);
+      else
+        mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, act_word, weight_word);
     };
     const auto release = [&](int s) {
       __syncwarp();

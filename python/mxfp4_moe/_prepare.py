@@ -97,7 +97,7 @@ def prepare(source: Rows, rows: Tensor, k: int, order: WordOrder, weight: Tensor
     for piece in _pieces(n):
         # Where an expert has few blocks, quantizing takes smaller steps yet.
         parts = [source(rows[some]) for some in _spans(piece.start, piece.stop, ceil_div(n, _PIECES))]
-        packed, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        packed, scales = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
         del parts
         write_rows(weight, n, k, piece.start, packed, scales, order)
 

@@ -312,8 +312,8 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
 
     HALVES puts k = 0, 4, 1, 5 into the low 16 bits and k = 2, 6, 3, 7 into the high ones, alike: with a code as
     sign s and magnitude eem, the first has s at bit 15 and eem at bits 11..9, the second 12 and 8..6, the third 14 and
-    5..3, the fourth 13 and 2..0. The first is a float16 of the value times 2^-14 once the others are masked away; the
-    second is so after a shift by 3.
+    5..3, the fourth 13 and 2..0. Shifted to where the first stands, and masked, each is a float16 of 2^-14 times its
+    value.
 
     Args:
         packed: uint8 [..., K/2], low nibble = even k, K/2 a multiple of 4.
@@ -324,8 +324,9 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
     """
     words = _words("packed", packed)
     if order is WordOrder.CONTAINERS:
-        return (words << 2 | words.roll(1, -1) >> 6).flatten(-2)
-    a, b = words[..., :2], words[..., 2:]  # of each half, k = 1, 0 and k = 5, 4 (high nibble, low nibble)
+        return (words << 2 | (words >> 30 & 0x3)).view(torch.uint8)
+    split = torch.unflatten(words.view(torch.uint8), -1, (-1, 4))
+    a, b = split[..., :2], split[..., 2:]  # of each half, k = 1, 0 and k = 5, 4 (high nibble, low nibble)
     low = (b & 0x03) << 6 | (a & 0x70) >> 1 | (b & 0x70) >> 4
     high = (a & 0x08) << 4 | (a & 0x80) >> 1 | (b & 0x80) >> 2 | (b & 0x08) << 1 | (a & 0x07) << 1 | (b & 0x04) >> 2
     return torch.stack((low, high), -1).flatten(-3)
@@ -333,9 +334,10 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
 
 def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
     """The inverse of `pack_words`: uint8 [..., K/2] to the same."""
-    split = _words("words", words)
+    made = _words("words", words)
     if order is WordOrder.CONTAINERS:
-        return (split >> 2 | split.roll(-1, -1) << 6).flatten(-2)
+        return ((made >> 2 & 0x3FFFFFFF) | made << 30).view(torch.uint8)
+    split = torch.unflatten(made.view(torch.uint8), -1, (-1, 4))
     low, high = split[..., 0::2], split[..., 1::2]
     a = (high & 0x80) >> 4 | (high & 0x40) << 1 | (high & 0x0E) >> 1 | (low & 0x38) << 1
     b = (high & 0x20) << 2 | (high & 0x10) >> 1 | (high & 0x01) << 2 | low >> 6 | (low & 0x07) << 4
@@ -406,18 +408,23 @@ def write_rows(weight: Tensor, n: int, k: int, first: int, packed: Tensor, scale
     if first + rows != n:
         _require_multiple("rows", rows, WEIGHT_BLOCK_ROWS)
     missing = -rows % WEIGHT_BLOCK_ROWS
-    words = torch.nn.functional.pad(pack_words(packed, order), (0, 0, 0, missing)).view(torch.int32)
+    made = pack_words(packed, order)
+    if missing:  # pad copies, even by nothing
+        made = torch.nn.functional.pad(made, (0, 0, 0, missing))
+    words = made.view(torch.int32)
     scale_words = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4, 0, missing)).view(torch.int32)
     begin = first // WEIGHT_BLOCK_ROWS
     for tiles, steps, blocks in _weight_tiles(weight, n, k):
         part = blocks[:, begin : begin + (rows + missing) // WEIGHT_BLOCK_ROWS]
         # [block, r/32, r/16%2, r/8%2, r%8, tile] -> [tile, block, r/32, r%8, r/8%2, r/16%2]
         tile_scales = torch.unflatten(scale_words[:, tiles], 0, (-1, 2, 2, 2, 8)).permute(5, 0, 1, 4, 3, 2)
-        part[..., :_BLOCK_SCALE_BYTES] = tile_scales.flatten(2).view(torch.uint8)
+        target = part[..., :_BLOCK_SCALE_BYTES].view(torch.int32)
+        torch.unflatten(target, -1, (2, 8, 2, 2)).copy_(tile_scales)
         # [block, r/32, r/8%4, r%8, tile, step, t] -> [tile, block, step, r/32, r%8, t, r/8%4]
         columns = slice(tiles.start * 16, (tiles.stop - 1) * 16 + steps * 4)
         tile_words = torch.unflatten(torch.unflatten(words[:, columns], 1, (-1, steps, 4)), 0, (-1, 2, 4, 8))
-        part[..., _BLOCK_SCALE_BYTES:] = tile_words.permute(4, 0, 5, 1, 3, 6, 2).flatten(2).view(torch.uint8)
+        target = part[..., _BLOCK_SCALE_BYTES:].view(torch.int32)
+        torch.unflatten(target, -1, (steps, 2, 8, 4, 4)).copy_(tile_words.permute(4, 0, 5, 1, 3, 6, 2))
 
 
 def read_rows(weight: Tensor, n: int, k: int, rows: slice, order: WordOrder) -> tuple[Tensor, Tensor]:
@@ -546,9 +553,11 @@ def _float32(name: str, x: Tensor, multiple: int) -> Tensor:
 
 
 def _words(name: str, packed: Tensor) -> Tensor:
+    """uint8 [..., 4 n] as int32 [..., n]: little-endian words."""
     require_tensor(name, packed, torch.uint8)
     _require_blocks(name, packed, 4)
-    return torch.unflatten(packed, -1, (-1, 4))
+    packed = packed.contiguous()
+    return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
 
 
 def _scale_blocks(values: Tensor, scales: Tensor) -> Tensor:

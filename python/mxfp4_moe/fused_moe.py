@@ -89,7 +89,7 @@ def fused_moe(
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument of another shape, device or stride; a tile that is not in the manifest; weights on
-            another device; more experts or slots than the limits.
+            another device, or in another's word order; more experts or slots than the limits.
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch; data
             not aligned to 16 bytes.
     """

@@ -77,10 +77,11 @@ std::vector<std::vector<int64_t>> offsets(int64_t rows, int64_t k, Offset offset
   return all;
 }
 
-template <int M, int N, bool kSwap>
-void add_shape(py::list& shapes) {
-  using S = TileShape<M, N, kSwap>;
+template <int M, int N, bool kSwap, class Arch>
+void add_shape(py::list& shapes, const char* arch) {
+  using S = TileShape<M, N, kSwap, Arch>;
   py::dict d;
+  d["arch"] = arch;
   d["m"] = M;
   d["n"] = N;
   d["swap_ab"] = kSwap;
@@ -94,21 +95,27 @@ void add_shape(py::list& shapes) {
   shapes.append(d);
 }
 
+template <int M, int N, bool kSwap>
+void add_shapes(py::list& shapes) {
+  add_shape<M, N, kSwap, Arch_90a>(shapes, "90a");
+  add_shape<M, N, kSwap, Arch_120f>(shapes, "120f");
+}
+
 template <int M>
 void add_native(py::list& shapes) {
-  add_shape<M, 8, false>(shapes);
-  add_shape<M, 16, false>(shapes);
-  add_shape<M, 32, false>(shapes);
-  add_shape<M, 64, false>(shapes);
-  add_shape<M, 128, false>(shapes);
-  if constexpr (M < 256) add_shape<M, 256, false>(shapes);  // (256, 256) does not compile: that is the proof's verdict
+  add_shapes<M, 8, false>(shapes);
+  add_shapes<M, 16, false>(shapes);
+  add_shapes<M, 32, false>(shapes);
+  add_shapes<M, 64, false>(shapes);
+  add_shapes<M, 128, false>(shapes);
+  if constexpr (M < 256) add_shapes<M, 256, false>(shapes);  // (256, 256) does not compile: that is the proof's verdict
 }
 
 template <int M>
 void add_swapped(py::list& shapes) {
-  add_shape<M, 64, true>(shapes);
-  add_shape<M, 128, true>(shapes);
-  add_shape<M, 256, true>(shapes);
+  add_shapes<M, 64, true>(shapes);
+  add_shapes<M, 128, true>(shapes);
+  add_shapes<M, 256, true>(shapes);
 }
 
 }  // namespace
