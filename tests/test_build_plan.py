@@ -421,8 +421,8 @@ def test_loading_is_compared_with_the_proof() -> None:
 
 def test_the_check_knows_what_the_main_loop_must_hold() -> None:
     made = make_plan()
-    # A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16 bytes, and 32
-    # rows of weights, of which a lane has a word of every eighth.
+    # A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16 bytes, and
+    # 32 rows of weights, of which a lane has a word of every eighth.
     loads = {"matrices_per_step": 16, "words_per_step": 4, "words_per_load": 4}
     assert expected(made, "tile_m128n128", "check") == {
         "compile": {"cpu_seconds": 20, "peak_mb": 2000},
@@ -431,7 +431,7 @@ def test_the_check_knows_what_the_main_loop_must_hold() -> None:
             "120f": {"opcode": "QMMA.SF", "mma_per_step": 16, "limit": 3.5} | loads,
         },
     }
-    # Swapped (8, 128): 8 rows of activations; 32 of weights on SM90, in 2 x 1 MMAs of two HMMA, and 64 on SM12x, in 4 x 1.
+    # Swapped (8, 128): 8 rows of activations; 32 of weights on SM90, in 2 x 1 MMAs of two HMMA, on SM12x 64, in 4 x 1.
     swapped = expected(made, "tile_m8n128_swap", "check")["main_loop"]
     loads = {"matrices_per_step": 2, "words_per_step": 4, "words_per_load": 4}
     assert swapped["90a"] == {"opcode": "HMMA", "mma_per_step": 4, "limit": None} | loads

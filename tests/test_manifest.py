@@ -148,13 +148,13 @@ def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
-# By hand. A stage: activations m * 128, weights 4,352 (64 * 68: a row has 64 bytes of codes and 4 of scales) per 64 rows
-# of n or part of them, activation scales 4 * (m + 4) in whole 128 bytes; plus 16 for barriers. A tile with n of at least
-# 64 and at most 64 accumulators has besides, per weight rows of a warp and row of m, a word of the activation's table.
-# A block of b has 102,400 (SM12x) or 233,472 (SM90) // b, less 1,024 and the table; b is the largest, up to 4, with which
-# each block has three stages and each thread enough registers: of 512 in a quarter of the multiprocessor, 96 for up to
-# 8 accumulators, 112 for 16, 168 for 32, 176 for more. Blocks of five warps (160 threads) get 96, 128 or 168 where 4, 3
-# or 2 of them run, blocks of three 168 with any number up to four, blocks of nine 96 as two and those of twelve 80.
+# By hand. A stage: activations m * 128, weights 4,352 (64 rows of 64 bytes of codes and 4 of scales) per 64 rows of n or
+# part of them, activation scales 4 * (m + 4) in whole 128 bytes; plus 16 for barriers. A tile with n of at least 64 and
+# at most 64 accumulators has besides, for each warp along n and row of m, a word of the activation's table.
+# A block of b has 102,400 (SM12x) or 233,472 (SM90) // b, less 1,024 and the table; b is the largest, up to 4, with
+# which each block has three stages and each thread enough registers: of 512 in a quarter of the multiprocessor, 96 for
+# up to 8 accumulators, 112 for 16, 168 for 32, 176 for more. Threads of two, three and four blocks of five warps (160
+# threads) get 168, 128 and 96, of four blocks of three warps 168, of two blocks of nine 96 and of two of twelve 80.
 # tile: stage bytes, table bytes, accumulators, and by arch: threads, blocks, stages, bytes
 BY_HAND: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
     # 16,384 + 8,704 + 640 = 25,728; 8 warps in 2 x 4, each 64 x 32 = 16 fragments of 4; table 4 * 128 * 4 = 2,048
@@ -362,7 +362,7 @@ def test_proof_refuses_an_arch_it_does_not_know() -> None:
 
 
 def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Builds a program that prints what csrc/tile/tile_shape.cuh makes of these tiles for these archs, as JSON lines."""
+    """Builds a program that prints what csrc/tile/tile_shape.cuh makes of these tiles on these archs, as JSON lines."""
     prints = "\n".join(
         f"  show<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();" for arch in archs for t in shapes
     )

@@ -76,8 +76,8 @@ def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, An
     """The loop around the MMA: there is one, it holds every MMA, loads activations by LDSM and weights by LDS as wide
     as can be, and is short enough.
 
-    `expect`: `opcode`; `mma_per_step`, `matrices_per_step` (activations) and `words_per_step` (weights, of a lane), what
-    one step of K = 32 takes; `words_per_load`, how many of those an LDS brings; `limit`, instructions per MMA or None.
+    `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations and a lane's `words_per_step` of weights, what
+    one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `limit`, instructions per MMA or None.
     """
     opcode = expect["opcode"]
     where = f"{library} on sm_{arch}"
@@ -104,8 +104,8 @@ def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, An
     loaded = sum(count * words for count, words in zip(loop.lds, (1, 2, 4), strict=True) if words >= wide)
     if loaded < needed:
         raise BuildError(
-            f"{where}: LDS of {wide * 32} bits load {loaded} words for {loop.mma} {opcode} in the main loop, which need "
-            f"{needed} of weights; narrower loads bring the rest"
+            f"{where}: LDS of {wide * 32} bits load {loaded} words for {loop.mma} {opcode} in the main loop, which "
+            f"need {needed} of weights; narrower loads bring the rest"
         )
     limit = expect["limit"]
     if limit is not None and loop.instructions_per_mma > limit:

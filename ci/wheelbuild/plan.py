@@ -101,7 +101,7 @@ def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str | float | None]:
-    """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, the MMAs of a warp and what they read.
+    """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, a warp's MMAs and what they read.
 
     Activations take two 8 x 16 byte matrices per 8 rows; packed weights one word per lane, four of which stand side by
     side where the warp has as many groups of 8 rows (csrc/tile/weight_layout.cuh).
