@@ -420,8 +420,8 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
     with pytest.raises(BuildError) as error:
         build.resolve_build({"PATH": ""})
     assert re.fullmatch(
-        r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a: registers: 256 accumulators per thread .*, at "
-        r"most 128 leave room for the rest",
+        r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a: registers: 256 accumulators per thread .*, "
+        r"at most 128 leave room for the rest",
         str(error.value),
     )
 

@@ -148,9 +148,9 @@ def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
-# By hand. A stage: activations m * 128, weights 4,352 (64 rows of 64 bytes of codes and 4 of scales) per 64 rows of n or
-# part of them, activation scales 4 * (m + 4) in whole 128 bytes; plus 16 for barriers. A tile with n of at least 64 and
-# at most 64 accumulators has besides, for each warp along n and row of m, a word of the activation's table.
+# By hand. A stage: activations m * 128, weights 4,352 (64 rows of 64 bytes of codes and 4 of scales) per 64 rows of n
+# or part of them, activation scales 4 * (m + 4) in whole 128 bytes; plus 16 for barriers. A tile with n of at least 64
+# and at most 64 accumulators has besides, for each warp along n and row of m, a word of the activation's table.
 # A block of b has 102,400 (SM12x) or 233,472 (SM90) // b, less 1,024 and the table; b is the largest, up to 4, with
 # which each block has three stages and each thread enough registers: of 512 in a quarter of the multiprocessor, 96 for
 # up to 8 accumulators, 112 for 16, 168 for 32, 176 for more. Threads of two, three and four blocks of five warps (160

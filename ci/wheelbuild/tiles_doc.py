@@ -35,8 +35,8 @@ and 4 rows more, since an expert's rows start anywhere (in whole 128 bytes); and
 applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for each row of M and warp
 along N. Those are the tiles with N of at least 64 and at most {activating} accumulators; with more, ptxas spills.
 
-A pipeline needs two stages, and is as deep as fits, up to {max_stages}. Up to {max_blocks} blocks share an SM, as many as
-leave each three stages, and its threads the registers that their accumulators ask for.
+A pipeline needs two stages, and is as deep as fits, up to {max_stages}. Up to {max_blocks} blocks share an SM, as many
+as leave each three stages, and its threads the registers that their accumulators ask for.
 
 A thread holds at most {accumulators} fp32 accumulators; more leave too few of 255 registers for operands. Its warp
 computes "warp tile" rows of A by columns of B, in whole MMAs of 16 x 8. One more warp fetches; where eight warps hold
