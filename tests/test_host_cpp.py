@@ -178,6 +178,33 @@ def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: Module
     assert all(scale(first) % 16 == 0 for first in (*range(8), *range(32, 40)))
 
 
+@pytest.mark.parametrize("order", formats.WordOrder)
+def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_path: Path) -> None:
+    """expand_weight itself, out of mma_mx.cuh, of SM12x and of SM90: every value of every two bytes of a word.
+
+    It is all that SM90 does not execute of SM12x's way from memory to the MMA's registers.
+    """
+    program = tmp_path / "expand"
+    source = str(ROOT / "tests" / "host" / "expand.cpp")
+    chosen = ["-DMXFP4_MOE_ORDER_CONTAINERS"] if order is formats.WordOrder.CONTAINERS else []
+    command = [str(toolchain.find_cxx(os.environ)), "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
+    built = subprocess.run([*command, *chosen, source, "-o", str(program)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
+    packed = torch.cat(
+        (torch.cat((pairs, pairs.flip(0)), 1), torch.cat((pairs[:, :1], pairs.flip(0), pairs[:, 1:]), 1))
+    )
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # k = 0 .. 7
+    words = formats.pack_words(packed, order).numpy().tobytes()
+    expanded = subprocess.run([program], input=words, capture_output=True, check=True).stdout
+    registers = torch.frombuffer(bytearray(expanded), dtype=torch.uint8).reshape(len(packed), -1)
+    if order is formats.WordOrder.CONTAINERS:  # two registers: the even k and the odd k, codes in bits 5 .. 2 of bytes
+        assert torch.equal(registers, codes[:, [0, 2, 4, 6, 1, 3, 5, 7]] << 2)
+    else:  # four pairs of float16, each the code's value times 2^-14
+        values = formats.decode_e2m1(packed)[:, [0, 2, 4, 6, 1, 3, 5, 7]].to(torch.float32) * 2.0**-14
+        assert torch.equal(registers, values.to(torch.float16).view(torch.uint8).reshape(len(packed), -1))
+
+
 # --- schedule --------------------------------------------------------------------------------------------------------
 
 

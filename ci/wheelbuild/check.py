@@ -76,7 +76,7 @@ def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, An
     """The loop around the MMA: there is one, it holds every MMA, loads activations by LDSM and weights by LDS as wide
     as can be, and is short enough.
 
-    `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations and `words_per_step` of a lane's weights: what
+    `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations, `words_per_step` of weights in a lane: what
     one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `limit`, instructions per MMA or None.
     """
     opcode = expect["opcode"]
