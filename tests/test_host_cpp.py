@@ -180,7 +180,7 @@ def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: Module
 
 @pytest.mark.parametrize("order", formats.WordOrder)
 def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_path: Path) -> None:
-    """expand_weight itself, out of mma_mx.cuh, of SM12x and of SM90: every value of every two bytes that are neighbours.
+    """expand_weight itself, out of mma_mx.cuh, of SM12x and of SM90: every value of every two neighbouring bytes.
 
     SM90 does not execute SM12x's, so this test is all that does.
     """
