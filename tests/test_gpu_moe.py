@@ -763,7 +763,7 @@ def test_the_operator_checks_for_itself() -> None:
         ({"w13": layer.w13[:, None]}, rf"w13: expected uint8 .*, got uint8 \[8, 1, {w13_bytes}\]"),
         ({"w2": layer.w2[:-1]}, rf"w2: expected uint8 \[8, {w2_bytes}\], got uint8 \[7, {w2_bytes}\]"),
         ({"intermediate_size": 64}, rf"w13: expected uint8 \[8, {formats.weight_bytes(128, 160)}\], got uint8 \[8, "),
-        ({"intermediate_size": 100}, r"intermediate size: expected a multiple of 32"),
+        ({"intermediate_size": 100}, r"intermediate_size: expected a positive multiple of 32"),
         ({"router_logits": w, "top_k": 2}, r"router_logits: expected none beside topk_weights and topk_ids, got both"),
         ({"topk_ids": None}, r"topk_weights and topk_ids: expected both, or router_logits, got neither or one"),
         (

@@ -5,7 +5,8 @@
 // in fp32 and rounded once. Slots without a row (id < 0 or >= E) contribute nothing; a token with none is zero.
 // Called by ops.cpp after GEMM2.
 // Why it is fast, and the same every time: each lane owns 8 columns of one token and gathers the k rows itself, four
-// 16-byte loads in flight, in the fixed order of j. One pass, no atomics, every byte read once.
+// 16-byte loads in flight, in the fixed order of j. One pass, no atomics, every byte read once; router weights and
+// biases of the first token while GEMM2 still runs.
 #include "half8.cuh"
 #include "launch.cuh"
 
@@ -16,42 +17,72 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 8;     // per lane
 constexpr int kLoadsAhead = 4;  // rows of one token in flight
 
+// What a lane needs of up to kLoadsAhead choices of a token besides their rows: written long before GEMM2, so read past
+// L1 where GEMM2 is not waited for (dependent_launch.cuh).
+struct Choices {
+  int rows[kLoadsAhead];  // -1 for none
+  float weights[kLoadsAhead];
+  float4 bias[kLoadsAhead][2];
+
+  __device__ __forceinline__ void load(const FinalizeArgs& args, int64_t first_slot, int j0, int column) {
+#pragma unroll
+    for (int i = 0; i < kLoadsAhead; ++i) {
+      const int64_t slot = first_slot + j0 + i;
+      rows[i] = j0 + i < args.top_k ? __ldcg(args.slot_row + slot) : -1;
+      weights[i] = rows[i] >= 0 ? __ldcg(args.topk_weights + slot) : 0.0f;
+      bias[i][0] = bias[i][1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (rows[i] >= 0 && args.bias != nullptr) {
+        const int64_t expert = __ldcg(args.row_expert + rows[i]);
+        const auto* at = reinterpret_cast<const float4*>(args.bias + expert * args.hidden_size + column);
+        bias[i][0] = __ldg(at);
+        bias[i][1] = __ldg(at + 1);
+      }
+    }
+  }
+};
+
 template <HalfType kType>
 __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs args) {
+  const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
+  const bool has_column = column < args.hidden_size;
+  Choices choices;
+  if (args.routing_is_ready && has_column) {
+    choices.load(args, int64_t{blockIdx.y} * args.top_k, 0, column);
+  }
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
-  if (column >= args.hidden_size) {
+  if (!has_column) {
     return;
   }
   using Element = typename Half8<kType>::Element;
   const auto* gemm2 = static_cast<const Element*>(args.gemm2);
   auto* out = static_cast<Element*>(args.out);
 
+  bool loaded = args.routing_is_ready;
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
-    const int64_t first_slot = token * args.top_k;
     float acc[kColumns] = {};
     for (int j0 = 0; j0 < args.top_k; j0 += kLoadsAhead) {
-      int rows[kLoadsAhead];
+      if (!loaded) {
+        choices.load(args, token * args.top_k, j0, column);
+      }
+      loaded = false;
       uint4 values[kLoadsAhead];
 #pragma unroll
       for (int i = 0; i < kLoadsAhead; ++i) {
-        rows[i] = j0 + i < args.top_k ? args.slot_row[first_slot + j0 + i] : -1;
-        if (rows[i] >= 0) {
-          values[i] = __ldg(reinterpret_cast<const uint4*>(gemm2 + int64_t{rows[i]} * args.hidden_size + column));
+        if (choices.rows[i] >= 0) {
+          values[i] =
+              __ldg(reinterpret_cast<const uint4*>(gemm2 + int64_t{choices.rows[i]} * args.hidden_size + column));
         }
       }
 #pragma unroll
       for (int i = 0; i < kLoadsAhead; ++i) {
-        if (rows[i] < 0) {
+        if (choices.rows[i] < 0) {
           continue;
         }
         float x[kColumns];
         widen8<kType>(values[i], x);
         if (args.bias != nullptr) {
-          const int64_t expert = args.row_expert[rows[i]];
-          const auto* bias = reinterpret_cast<const float4*>(args.bias + expert * args.hidden_size + column);
-          const float4 low = __ldg(bias), high = __ldg(bias + 1);
+          const float4 low = choices.bias[i][0], high = choices.bias[i][1];
           x[0] += low.x;
           x[1] += low.y;
           x[2] += low.z;
@@ -61,10 +92,9 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs a
           x[6] += high.z;
           x[7] += high.w;
         }
-        const float weight = __ldg(args.topk_weights + first_slot + j0 + i);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          acc[c] = fmaf(weight, x[c], acc[c]);
+          acc[c] = fmaf(choices.weights[i], x[c], acc[c]);
         }
       }
     }

@@ -19,7 +19,7 @@
 namespace mxfp4_moe {
 namespace {
 
-constexpr int kMaxWarps = 32;
+constexpr int kMinWarps = 4, kMaxWarps = 32;
 constexpr int kMaxExpertsToRouteAtOnce = 256;  // more logits per lane would spill beside 1024 threads
 constexpr int kBatch = 4;                      // ids per lane in flight
 constexpr size_t kHistogramBytes = 64 * 1024;  // with the two offset tables well under SM12x's 99 KB
@@ -206,9 +206,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
   route_block<int32_t>(args);
 }
 
+// A warp per `work`, within limits: more only wait for each other.
 template <typename Kernel, typename... Args>
-cudaError_t launch_one_block(Kernel kernel, int experts, cudaStream_t stream, const Args&... args) {
-  int warps = kMaxWarps;
+cudaError_t launch_one_block(Kernel kernel, int work, int experts, cudaStream_t stream, const Args&... args) {
+  int warps = kMinWarps;
+  while (warps < kMaxWarps && warps < work) {
+    warps *= 2;
+  }
   while (warps * experts * sizeof(int) > kHistogramBytes) {
     warps /= 2;
   }
@@ -225,7 +229,9 @@ cudaError_t launch_one_block(Kernel kernel, int experts, cudaStream_t stream, co
 
 template <typename Logit>
 cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
-  const auto run = [&](auto kernel) { return launch_one_block(kernel, args.experts, stream, choice, args); };
+  const auto run = [&](auto kernel) {
+    return launch_one_block(kernel, choice.tokens, args.experts, stream, choice, args);
+  };
   if (choice.experts <= 1 * kWarpSize) return run(topk_route_kernel<Logit, 1>);
   if (choice.experts <= 2 * kWarpSize) return run(topk_route_kernel<Logit, 2>);
   if (choice.experts <= 4 * kWarpSize) return run(topk_route_kernel<Logit, 4>);
@@ -235,8 +241,9 @@ cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs
 }  // namespace
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
-  return args.ids_are_int64 ? launch_one_block(route_kernel<int64_t>, args.experts, stream, args)
-                            : launch_one_block(route_kernel<int32_t>, args.experts, stream, args);
+  const int work = args.slots / kWarpSize;
+  return args.ids_are_int64 ? launch_one_block(route_kernel<int64_t>, work, args.experts, stream, args)
+                            : launch_one_block(route_kernel<int32_t>, work, args.experts, stream, args);
 }
 
 cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
