@@ -104,12 +104,13 @@ class BuildTiles(build_ext):
 class Wheel(bdist_wheel):
     """Adds the bill of materials, and refuses a wheel that is larger than ci/thresholds.toml allows."""
 
-    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
-        super().egg2dist(egginfo_path, distinfo_path)
+    def write_wheelfile(self, wheelfile_base: str, *args: Any, **kwargs: Any) -> None:
+        """The last thing written into .dist-info, also where pip had the rest of it made before (PEP 517)."""
+        super().write_wheelfile(wheelfile_base, *args, **kwargs)
         report = Path(self.bdist_dir) / "mxfp4_moe" / REPORT_NAME
         if not report.exists():
-            return  # asked for the metadata alone
-        write_sbom(Path(distinfo_path), json.loads(report.read_text(encoding="utf-8")), needed_build().toolchain)
+            return  # an editable install, whose package is the sources' folder
+        write_sbom(Path(wheelfile_base), json.loads(report.read_text(encoding="utf-8")), needed_build().toolchain)
         for path in Path(self.bdist_dir).rglob("*"):  # the same for everybody, whatever the checkout has
             path.chmod(0o755 if path.is_dir() else 0o644)
 

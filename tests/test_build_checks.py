@@ -130,18 +130,22 @@ def test_the_main_loop_is_the_innermost_one_around_the_mmas() -> None:
         "LDSM.16.M88.4 R4, [R2]",  # 2: over K tiles
         "LDSM.16.M88.2 R8, [R2]",
         "LDSM.16.M88 R8, [R2]",
+        "LDS.128 R16, [R2]",
+        "LDS.64 R16, [R2]",
+        "LDS R16, [R2]",
+        "LDS.U8 R16, [R2]",  # less than a word
         "HMMA.16816.F32 R4, R8, R12, R4",
         "NOP",
         "HMMA.16816.F32 R4, R8, R12, R4",
-        "@P0 BRA {2}",  # 8
+        "@P0 BRA {2}",  # 12
         "STG.E [R2], R4",
         "BRA.U UP0, {1}",
         "EXIT",
-        "BRA {12}",
+        "BRA {16}",
     )
-    assert loop == MainLoop(instructions=7, nops=1, mma=2, ldsm=3, ldsm_matrices=7)
-    assert loop.instructions_per_mma == 3.5
-    assert loop.report() == {"instructions": 7, "nops": 1, "mma": 2, "ldsm": 3, "instructions_per_mma": 3.5}
+    assert loop == MainLoop(instructions=11, nops=1, mma=2, ldsm=3, ldsm_matrices=7, lds=(1, 1, 1))
+    assert loop.instructions_per_mma == 5.5
+    assert loop.report() == {"instructions": 11, "nops": 1, "mma": 2, "ldsm": 3, "instructions_per_mma": 5.5}
     assert outside == 0
 
 
@@ -157,7 +161,7 @@ def test_a_slow_path_behind_the_end_belongs_to_its_loop_and_is_none_itself() -> 
         "@!P0 BRA {6}",
         "BRA {2}",  # back into the middle: {2} to here is no loop
     )
-    assert loop == MainLoop(instructions=8, nops=0, mma=1, ldsm=1, ldsm_matrices=4)
+    assert loop == MainLoop(instructions=8, nops=0, mma=1, ldsm=1, ldsm_matrices=4, lds=(0, 0, 0))
     assert outside == 0
 
 
@@ -171,7 +175,7 @@ def test_of_several_loops_the_worst_counts_and_lone_mmas_are_told() -> None:
         "@P0 BRA {3}",
         "EXIT",
     )
-    assert loop == MainLoop(instructions=3, nops=1, mma=1, ldsm=0, ldsm_matrices=0)
+    assert loop == MainLoop(instructions=3, nops=1, mma=1, ldsm=0, ldsm_matrices=0, lds=(0, 0, 0))
     assert outside == 1
     assert main_loop_of("HMMA.16816.F32 R4, R8, R12, R4", "EXIT") == (None, 1)
     assert main_loop_of("NOP", "BRA {0}") == (None, 0)
@@ -186,7 +190,7 @@ def test_an_indirect_branch_may_go_wherever_nothing_else_leads() -> None:
         "@P0 BRA {0}",
         "EXIT",
     )
-    assert loop == MainLoop(instructions=5, nops=0, mma=1, ldsm=0, ldsm_matrices=0)
+    assert loop == MainLoop(instructions=5, nops=0, mma=1, ldsm=0, ldsm_matrices=0, lds=(1, 0, 0))
     assert outside == 0
 
 
@@ -194,13 +198,16 @@ def test_an_indirect_branch_may_go_wherever_nothing_else_leads() -> None:
 
 GOOD = (
     "LDSM.16.M88.4 R4, [R2]",
-    "LDSM.16.M88.2 R4, [R2]",
+    "LDS.64 R4, [R2]",
     "HMMA.16816.F32 R4, R8, R12, R4",
     "HMMA.16816.F32 R4, R8, R12, R4",
     "@P0 BRA {0}",
     "EXIT",
 )
-LOOP = {"opcode": "HMMA", "mma_per_step": 1, "matrices_per_step": 3, "limit": 2.5}
+LOOP = {
+    **{"opcode": "HMMA", "mma_per_step": 1, "matrices_per_step": 2},
+    **{"words_per_step": 1, "words_per_load": 2, "limit": 2.5},
+}
 RESOURCES = [
     Resources(kernel=name, arch=arch, registers=168, stack_bytes=0, spill_store_bytes=0, spill_load_bytes=0)
     for name, arch in (("a", "90a"), ("b", "120f"))
@@ -223,9 +230,19 @@ def test_a_good_loop_passes_and_is_reported() -> None:
         ),
         ((*GOOD[:-1], GOOD[2], "EXIT"), {}, r"1 of 3 HMMA are in no loop, expected one around all$"),
         (
-            (GOOD[0], "LDS.64 R4, [R2]", *GOOD[2:]),
+            ("LDSM.16.M88.2 R4, [R2]", *GOOD[1:]),
             {},
-            r"LDSM loads 4 matrices for 2 HMMA in the main loop, which need 6 for the activations; another instruction",
+            r"LDSM loads 2 matrices for 2 HMMA in the main loop, which need 4 of activations; another instruction",
+        ),
+        (
+            (GOOD[0], "LDS R4, [R2]", *GOOD[2:]),
+            {},
+            r"LDS of 64 bits load 0 words for 2 HMMA in the main loop, which need 2 of weights; narrower loads bring",
+        ),
+        (
+            GOOD,
+            {"words_per_step": 2},
+            r"LDS of 64 bits load 2 words for 2 HMMA in the main loop, which need 4 of weights; narrower loads bring",
         ),
         (
             ("NOP", *GOOD),
@@ -403,8 +420,8 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
     with pytest.raises(BuildError) as error:
         build.resolve_build({"PATH": ""})
     assert re.fullmatch(
-        r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a: shared memory: two pipeline stages need .* "
-        r"102,688 bytes .*, a block has 101,376; registers: 256 accumulators per thread .*",
+        r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a: registers: 256 accumulators per thread .*, "
+        r"at most 128 leave room for the rest",
         str(error.value),
     )
 

@@ -421,17 +421,25 @@ def test_loading_is_compared_with_the_proof() -> None:
 
 def test_the_check_knows_what_the_main_loop_must_hold() -> None:
     made = make_plan()
-    # A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes and 32 rows of 16, in 8 x 16 bytes.
+    # A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16 bytes, and
+    # 32 rows of weights, of which a lane has a word of every eighth.
+    loads = {"matrices_per_step": 16, "words_per_step": 4, "words_per_load": 4}
     assert expected(made, "tile_m128n128", "check") == {
         "compile": {"cpu_seconds": 20, "peak_mb": 2000},
         "main_loop": {
-            "90a": {"opcode": "HMMA", "mma_per_step": 32, "matrices_per_step": 20, "limit": None},
-            "120f": {"opcode": "QMMA.SF", "mma_per_step": 16, "matrices_per_step": 20, "limit": 3.5},
+            "90a": {"opcode": "HMMA", "mma_per_step": 32, "limit": None} | loads,
+            "120f": {"opcode": "QMMA.SF", "mma_per_step": 16, "limit": 3.5} | loads,
         },
     }
-    # 32 x 8 of swapped (8, 128): 2 x 1 MMAs; 8 rows of activations and 32 of weights.
-    swapped = expected(made, "tile_m8n128_swap", "check")["main_loop"]["120f"]
-    assert swapped == {"opcode": "QMMA.SF", "mma_per_step": 2, "matrices_per_step": 6, "limit": None}
+    # Swapped (8, 128): 8 rows of activations; 32 of weights on SM90, in 2 x 1 MMAs of two HMMA, on SM12x 64, in 4 x 1.
+    swapped = expected(made, "tile_m8n128_swap", "check")["main_loop"]
+    loads = {"matrices_per_step": 2, "words_per_step": 4, "words_per_load": 4}
+    assert swapped["90a"] == {"opcode": "HMMA", "mma_per_step": 4, "limit": None} | loads
+    loads = {"matrices_per_step": 2, "words_per_step": 8, "words_per_load": 4}
+    assert swapped["120f"] == {"opcode": "QMMA.SF", "mma_per_step": 4, "limit": None} | loads
+    # 16 rows of weights per warp of swapped (8, 64), 8 of (64, 8): two words side by side, and one.
+    narrow = [expected(made, name, "check")["main_loop"]["120f"] for name in ("tile_m8n64_swap", "tile_m64n8")]
+    assert [(loop["words_per_step"], loop["words_per_load"]) for loop in narrow] == [(2, 2), (1, 1)]
     assert "main_loop" not in expected(made, "moe", "check")
 
 

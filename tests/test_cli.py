@@ -13,8 +13,8 @@ import fake_wheel
 import pytest
 
 import mxfp4_moe
-from mxfp4_moe import cli
-from mxfp4_moe.tiles import MAX_SMEM_PER_BLOCK, Tile, load_manifest, prove
+from mxfp4_moe import _wheel, cli
+from mxfp4_moe.tiles import Tile, TileProof, load_manifest, max_smem_per_block, prove
 
 NATIVE, SWAPPED = Tile(m=128, n=128, swap_ab=False), Tile(m=8, n=128, swap_ab=True)
 
@@ -86,7 +86,8 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
         "print(*sorted(name for name in set(sys.modules) - before if name.startswith('mxfp4_moe')))"
     )
     result = python("-c", program)
-    assert result.stdout.split() == ["mxfp4_moe", "mxfp4_moe._elf", "mxfp4_moe._wheel", "mxfp4_moe.tiles"]
+    names = ("", "._elf", "._wheel", ".archs", ".tiles")
+    assert result.stdout.split() == [f"mxfp4_moe{name}" for name in names]
 
 
 def test_as_a_module_and_into_a_closed_pipe() -> None:
@@ -156,9 +157,9 @@ def test_the_table(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert head.split() == (
         "tile mode archs stages shared memory registers 90a registers 120f instr/MMA 90a instr/MMA 120f size".split()
     )
-    proofs = [f"{proof.stages} {proof.smem_bytes:,}" for proof in (prove(NATIVE, "90a"), prove(SWAPPED, "90a"))]
-    assert native.split() == f"m128n128 native 90a, 120f {proofs[0]} 168 162 10.40 3.25 4,096".split()
-    assert swapped.split() == f"m8n128_swap swapped 90a, 120f {proofs[1]} 89 89 - - missing".split()
+    # Stages and shared memory: of SM90 and of SM12x, worked out in test_manifest.py.
+    assert native.split() == "m128n128 native 90a, 120f 8 / 3 208,000 / 79,280 168 162 10.40 3.25 4,096".split()
+    assert swapped.split() == "m8n128_swap swapped 90a, 120f 5 / 3 49,488 / 29,680 89 89 - - missing".split()
     assert tail.startswith(f"mxfp4-moe {mxfp4_moe.__version__}: 2 tiles, 4,096 bytes, profile mxfp4_minimal")
 
 
@@ -196,26 +197,46 @@ def test_without_a_report_the_table_has_what_can_be_proved(package: Path, capsys
 def test_the_proof_of_a_legal_tile(swap: bool, package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tile = SWAPPED if swap else NATIVE
     status, out = run(capsys, "tiles", "--explain", f"{tile.m},{tile.n}" + (",swap" if swap else ""))
-    proof = prove(tile, "90a")
     assert status == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == f"{tile.name} on sm_90a, sm_120f", "one proof for both archs"
+    assert [line for line in lines if line.startswith(tile.name)] == [
+        f"{tile.name} on sm_{arch}" for arch in fake_wheel.ARCHS
+    ]
+    blank = lines.index("")
+    sections = dict(zip(fake_wheel.ARCHS, (lines[:blank], lines[blank + 1 :]), strict=True))
+    for arch, section in sections.items():
+        check_proof(section, prove(tile, arch))
+
+
+def check_proof(lines: list[str], proof: TileProof) -> None:
+    """One arch's proof of a legal tile of the wheel, as printed."""
     for name, size in (
         ("activations", proof.act_bytes),
-        ("weights", proof.weight_bytes),
-        ("weight scales", proof.weight_scale_bytes),
+        ("weights and scales", proof.weight_bytes),
         ("activation scales", proof.act_scale_bytes),
         ("barriers", proof.barrier_bytes),
         ("one stage", proof.stage_bytes + proof.barrier_bytes),
+        ("activation table", proof.amax_bytes),
         (f"{proof.stages} stages", proof.smem_bytes),
-        ("a block may have", MAX_SMEM_PER_BLOCK),
+        ("a block may have", max_smem_per_block(proof.arch)),
     ):
         assert f"{name} {size:,}" in lines
     assert f"accumulators: {proof.accumulator_registers} fp32 registers per thread, of at most 128" in lines
     assert any(
         f"{proof.threads} threads" in line and f"{proof.warps_m} x {proof.warps_n} MMA" in line for line in lines
     )
+    blocks = f"{proof.blocks_per_sm} block" + ("s" if proof.blocks_per_sm > 1 else "")
+    assert f"stages: {proof.stages}, with {blocks} per SM" in lines
     assert lines[-1] == "verdict: legal, in this wheel"
+
+
+def test_one_proof_where_the_archs_have_the_same_numbers(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_wheel, "built_archs", lambda: ("120f", "90a", "121a"))
+    _, out = run(capsys, "tiles", "--explain", "128,128")
+    titles = [line for line in out.splitlines() if line.startswith("m128n128")]
+    assert titles == ["m128n128 on sm_120f, sm_121a", "m128n128 on sm_90a"]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +245,7 @@ def test_the_proof_of_a_legal_tile(swap: bool, package: Path, capsys: pytest.Cap
         ("256,256", ["shared memory: two pipeline stages need 2 x 51,", "a block has 101,376", "stages: 1,"]),
         ("256,256", ["accumulators: 256 fp32 registers per thread, of at most 128", "registers: 256 accumulators"]),
         ("100,128", ["a native tile has m divisible by 64, not 100"]),
-        ("128,96", ["n must divide 128, the rows of a weight scale block, or be a multiple: 96"]),
+        ("128,96", ["n must divide 64, the rows of a weight block, or be a multiple: 96"]),
         ("12,32,swap", ["a swapped tile has m in 8, 16, 32, not 12", "a swapped tile has n of at least 64, not 32"]),
         ("8,128", ["m divisible by 64, not 8", "the swapped tile of this shape is legal: --explain 8,128,swap"]),
         ("512,512", ["m must be at most 256", "n must be from 8 to 256"]),
@@ -258,8 +279,10 @@ def test_the_proof_for_machines(package: Path, capsys: pytest.CaptureFixture[str
     assert proof["legal"]
     assert proof["refusals"] == []
     assert (proof["max_smem_bytes"], proof["max_accumulator_registers"]) == (101_376, 128)
-    assert proof["smem_bytes"] == proof["stages"] * (proof["stage_bytes"] + proof["barrier_bytes"])
-    parts = ("act_bytes", "weight_bytes", "weight_scale_bytes", "act_scale_bytes")
+    stages = proof["stages"] * (proof["stage_bytes"] + proof["barrier_bytes"])
+    assert proof["smem_bytes"] == stages + proof["amax_bytes"]
+    assert data["archs"]["90a"]["max_smem_bytes"] == 232_448
+    parts = ("act_bytes", "weight_bytes", "act_scale_bytes")
     assert proof["stage_bytes"] == sum(proof[part] for part in parts)
 
 

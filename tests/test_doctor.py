@@ -242,6 +242,10 @@ CASES: dict[str, tuple[Environment, list[tuple[Level, str, str, str]]]] = {
         change(driver={"gpus": (H200, SPARK)}),
         [(WARNING, "GPU", "torch sees 1 of 2", "CUDA_VISIBLE_DEVICES")],
     ),
+    "two owners": (
+        change(wheel={"conflict": "a 1 and b 1 are both installed in /site: pip uninstall a b, then install one"}),
+        [(ERROR, "wheel", "a 1 and b 1 are both installed in /site", "pip uninstall a b, then install one")],
+    ),
     "no report": (change(wheel={"has_report": False}), [(ERROR, "wheel", "a damaged install", REINSTALL)]),
     "a tile is missing": (
         change(wheel=libraries(**{FIRST.module: {"fault": f"{FIRST.module}.abi3.so is missing", "sha256": ""}})),

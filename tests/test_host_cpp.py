@@ -76,51 +76,43 @@ def test_scale_words_come_from_the_lanes_that_thread_selector_0_names(host: Modu
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_byte_selector_is_the_k_step(host: ModuleType, n: int, k: int) -> None:
-    """A row's scales of one K tile are the bytes of one aligned word, in the order of the K steps."""
-    for row, row_offsets in enumerate(host.weight_scale_offsets(n, k)):
-        for block, offset in enumerate(row_offsets):
-            assert offset % 4 == block % 4, (row, block)
-            assert offset - block % 4 == row_offsets[block - block % 4], (row, block)
+    """A row's scales of one K tile are the bytes of one aligned word, in the order of the K steps, of both operands."""
+    for offsets in (host.arranged_scale_offsets(n, k), host.act_scale_offsets(n, k)):
+        for row, row_offsets in enumerate(offsets):
+            for block, offset in enumerate(row_offsets):
+                assert offset % 4 == block % 4, (row, block)
+                assert offset - block % 4 == row_offsets[block - block % 4], (row, block)
 
 
 # --- scale layouts ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_weight_scale_layout_is_that_of_cute(host: ModuleType, n: int, k: int) -> None:
-    ours = host.weight_scale_offsets(n, k)
-    assert ours == host.weight_scale_offsets_by_word(n, k)
+def test_swizzled_scale_layout_is_that_of_cute(host: ModuleType, n: int, k: int) -> None:
+    """The 128x4 layout, in which hidden states and FlashInfer's weights may come."""
+    ours = host.swizzled_scale_offsets(n, k)
     assert ours == host.cute_scale_offsets_a(n, k)
     assert ours == host.cute_scale_offsets_b(n, k)
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_weight_scale_allocation_is_padded_as_cute_pads(host: ModuleType, n: int, k: int) -> None:
-    size = host.weight_scale_bytes(n, k)
+def test_swizzled_scale_allocation_is_padded_as_cute_pads(host: ModuleType, n: int, k: int) -> None:
+    size = host.swizzled_scale_bytes(n, k)
     assert size == host.cute_scale_bytes(n, k)
     assert size == -(-n // 128) * -(-k // 128) * 512
-    assert max(max(row) for row in host.weight_scale_offsets(n, k)) < size
+    assert max(max(row) for row in host.swizzled_scale_offsets(n, k)) < size
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_weight_scale_layout_is_that_of_formats(host: ModuleType, n: int, k: int) -> None:
+def test_swizzled_scale_layout_is_that_of_formats(host: ModuleType, n: int, k: int) -> None:
     scales = torch.randint(1, 255, (n, k // 32), dtype=torch.uint8)
     swizzled = formats.swizzle_scales(scales).reshape(-1)
-    assert swizzled.numel() == host.weight_scale_bytes(n, k)
-    offsets = torch.tensor(host.weight_scale_offsets(n, k))
+    assert swizzled.numel() == host.swizzled_scale_bytes(n, k)
+    offsets = torch.tensor(host.swizzled_scale_offsets(n, k))
     assert torch.equal(swizzled[offsets], scales)
     padding = torch.ones_like(swizzled, dtype=torch.bool)
     padding[offsets.reshape(-1)] = False
     assert not swizzled[padding].any()
-
-
-def test_word_offsets_of_a_warp_add_up(host: ModuleType) -> None:
-    """The kernel adds a fragment's constant to the warp's first word: true while neither carries (kernel.cuh)."""
-    word = host.weight_scale_word_offset
-    for base in range(0, 128, 8):
-        for x in range(128):
-            if base % 32 + x % 32 < 32 and base + x < 128:
-                assert word(base + x) == word(base) + word(x), (base, x)
 
 
 @pytest.mark.parametrize(("rows", "k"), [(1, 32), (3, 96), (4, 128), (7, 160), (130, 2880)])
@@ -162,6 +154,54 @@ def test_weights_are_copied_in_whole_units(host: ModuleType, n: int, k: int) -> 
     for row in range(0, n, 64):
         for words in host.arranged_word_offsets(n, k)[row][::16]:  # row 0 of a block, step 0, t = 0
             assert (words - 256) % unit == 0
+
+
+def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: ModuleType) -> None:
+    """The kernel adds a fragment's constant to a lane's first word, and loads several at once (kernel.cuh)."""
+    word, scale, position = host.weight_word_in_block, host.weight_scale_word_in_block, host.weight_scale_position
+    for step in range(4):
+        lanes = [word(lane // 4, step, lane % 4) for lane in range(32)]
+        assert lanes == [256 + 1024 * step + 16 * lane for lane in range(32)], "a warp reads 512 bytes in a row"
+        for row in range(64):
+            for t in range(4):
+                first = word(row % 8, step, t)
+                assert word(row, step, t) == first + row // 8 // 4 * 512 + row // 8 % 4 * 4
+    for row in range(64):
+        group = row // 8
+        assert scale(row) == scale(row % 8) + group // 4 * 128 + position(group % 4) * 4
+    # As A, a lane has rows g or g + 8 of fragments of 16 rows: two fragments stand side by side, for either.
+    for first in (*range(16), *range(32, 48)):
+        assert scale(first + 16) == scale(first) + 4
+        assert scale(first) % 8 == 0, "both in one load of 8 bytes"
+    # As B, a lane has row g of four fragments of 8 rows: the four words of one load of 16 bytes.
+    assert sorted(position(j) for j in range(4)) == [0, 1, 2, 3]
+    assert all(scale(first) % 16 == 0 for first in (*range(8), *range(32, 40)))
+
+
+@pytest.mark.parametrize("order", formats.WordOrder)
+def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_path: Path) -> None:
+    """expand_weight itself, out of mma_mx.cuh, of SM12x and of SM90: every value of every two neighbouring bytes.
+
+    SM90 does not execute SM12x's, so this test is all that does.
+    """
+    program = tmp_path / "expand"
+    source = str(ROOT / "tests" / "host" / "expand.cpp")
+    chosen = ["-DMXFP4_MOE_ORDER_CONTAINERS"] if order is formats.WordOrder.CONTAINERS else []
+    command = [str(toolchain.find_cxx(os.environ)), "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}"]
+    built = subprocess.run([*command, *chosen, source, "-o", str(program)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
+    outer, inner = torch.cat((pairs, pairs.flip(0)), 1), torch.cat((pairs[:, :1], pairs.flip(0), pairs[:, 1:]), 1)
+    packed = torch.cat((outer, inner))
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # k = 0 .. 7
+    words = formats.pack_words(packed, order).numpy().tobytes()
+    expanded = subprocess.run([program], input=words, capture_output=True, check=True).stdout
+    registers = torch.frombuffer(bytearray(expanded), dtype=torch.uint8).reshape(len(packed), -1)
+    if order is formats.WordOrder.CONTAINERS:  # two registers: the even k and the odd k, codes in bits 5 .. 2 of bytes
+        assert torch.equal(registers, codes[:, [0, 2, 4, 6, 1, 3, 5, 7]] << 2)
+    else:  # four pairs of float16, each the code's value times 2^-14
+        values = formats.decode_e2m1(packed)[:, [0, 2, 4, 6, 1, 3, 5, 7]].to(torch.float32) * 2.0**-14
+        assert torch.equal(registers, values.to(torch.float16).view(torch.uint8).reshape(len(packed), -1))
 
 
 # --- schedule --------------------------------------------------------------------------------------------------------

@@ -360,9 +360,13 @@ def check_sentence(call: Callable[[], object], error: Exception, remedy: str) ->
 
 @pytest.mark.parametrize(("error", "remedy"), MESSAGES)
 def test_putting_weights_on_a_gpu(error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first touch of the GPU; and later, with a device that any machine has in its place."""
     layer = random_weights(2, 32, 32, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", raising(error))
+        check_sentence(lambda: layer.to("cuda"), error, remedy)
     monkeypatch.setattr(mxfp4_moe.MoEWeights, "_map", raising(error))
-    check_sentence(lambda: layer.to("cuda"), error, remedy)
+    check_sentence(lambda: layer.to("meta"), error, remedy)
     monkeypatch.setattr(weights, "TensorFiles", raising(error))
     check_sentence(lambda: mxfp4_moe.MoEWeights.from_safetensors("x", layer=0, device="cuda"), error, remedy)
 
@@ -373,9 +377,10 @@ def test_kernels_that_do_not_start(error: Exception, remedy: str, monkeypatch: p
     layer = random_weights(2, 32, 32, torch.device("cpu"))
     call = random_call(3, 2, layer)
     monkeypatch.setattr(sys.modules["mxfp4_moe.fused_moe"], "_operator", lambda index, tile: (raising(error), tile))
+    tensors = (layer.w13, layer.w13_bias, layer.w2, layer.w2_bias)
+    layout = (layer.hidden_size, layer.intermediate_size, layer.word_order.value)
     numbers = (layer.activation.value, 1.0, 0.0, None, None, None, None, None, "linear", torch.bfloat16)
-    tensors = (layer.w13, layer.w13_scale, layer.w13_bias, layer.w2, layer.w2_scale, layer.w2_bias)
-    check_sentence(lambda: ops._moe_layer_cuda(*call.args(), *tensors, *numbers), error, remedy)
+    check_sentence(lambda: ops._moe_layer_cuda(*call.args(), *tensors, *layout, *numbers), error, remedy)
 
 
 @pytest.mark.gpu
@@ -395,12 +400,12 @@ def test_other_errors_pass_through_as_they_are(monkeypatch: pytest.MonkeyPatch) 
     for error in (RuntimeError("CUDA out of memory"), torch.OutOfMemoryError("CUDA out of memory"), OSError("disk")):
         monkeypatch.setattr(mxfp4_moe.MoEWeights, "_map", raising(error))
         with pytest.raises(type(error)) as caught:
-            layer.to("cuda")
+            layer.to("meta")
         assert caught.value is error
     already = _load.LoadError("no kernel image is available")
     monkeypatch.setattr(mxfp4_moe.MoEWeights, "_map", raising(already))
     with pytest.raises(_load.LoadError) as again:
-        layer.to("cuda")
+        layer.to("meta")
     assert again.value is already
 
 

@@ -14,7 +14,7 @@ from wheelbuild import ROOT, BuildError
 from wheelbuild.requirements import build_requirements, group
 from wheelbuild.settings import read_settings
 from wheelbuild.tag import check_tag, source_version
-from wheelbuild.tile_model import tiles
+from wheelbuild.tile_model import archs, tiles
 from wheelbuild.versions import DOCUMENT, RUNNERS, CudaVersion, document, load_versions, matrix
 
 VERSIONS = load_versions()
@@ -52,7 +52,7 @@ def test_labels_are_toolkits_and_toolkits_can_compile_every_arch() -> None:
     for version in VERSIONS.cuda:
         assert version.label == "cu" + version.toolkit.replace(".", "")
         number = tuple(int(part) for part in version.toolkit.split("."))
-        assert all(number >= tiles.oldest_cuda(arch) for arch in MANIFEST.archs)
+        assert all(number >= archs.oldest_cuda(arch) for arch in MANIFEST.archs)
         if version.name_suffix:
             assert version.name_suffix == f"cu{number[0]}"
     suffixes = [version.name_suffix for version in VERSIONS.cuda if version.name_suffix]

@@ -31,9 +31,15 @@ def build_python() -> Path:
     return Path(prefix) / "bin" / "python" if prefix else Path(sys.executable)
 
 
-def start(source: Path, output: Path, umask: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
+BUILD = "build --wheel --no-isolation --skip-dependency-check --outdir"
+PIP = "pip wheel --no-deps --no-build-isolation --wheel-dir"  # asks for the metadata before it asks for the wheel
+
+
+def start(
+    source: Path, output: Path, umask: str, env: Mapping[str, str], frontend: str = BUILD
+) -> subprocess.Popen[str]:
     """A build of the wheel of one tile."""
-    command = f'umask {umask} && exec "$0" -m build --wheel --no-isolation --skip-dependency-check --outdir "$1" "$2"'
+    command = f'umask {umask} && exec "$0" -m {frontend} "$1" "$2"'
     return subprocess.Popen(
         ["bash", "-c", command, str(build_python()), str(output), str(source)],
         stdout=subprocess.PIPE,
@@ -82,9 +88,8 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     temporary = folder / "temporary"
     temporary.mkdir()
     first = start(tree, folder / "first", "022", {"LC_ALL": "C"})
-    second = start(
-        unpacked, folder / "second", "077", {"LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo", "TMPDIR": str(temporary)}
-    )
+    other = {"LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo", "TMPDIR": str(temporary)}
+    second = start(unpacked, folder / "second", "077", other, PIP)
     return Builds(tree, finished(first, folder / "first"), finished(second, folder / "second"))
 
 

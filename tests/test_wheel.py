@@ -113,7 +113,7 @@ def test_every_tile_is_there_once_and_nothing_else(wheel: zipfile.ZipFile) -> No
     folders = {name.split("/")[0] for name in names}
     assert folders == {"mxfp4_moe", wheel_path().name.split("-cp310")[0] + ".dist-info"}
     inside = [name for name in names if name.startswith("mxfp4_moe/") and not name.endswith((".so", ".py"))]
-    known = {"tile_manifest.toml", "build_report.json", "py.typed"}
+    known = {"tile_manifest.toml", "build_report.json", "py.typed", "probe/kernel.toml", "probe/variants.toml"}
     assert {name for name in inside if "/tuned/" not in name} == {f"mxfp4_moe/{name}" for name in known}
 
 

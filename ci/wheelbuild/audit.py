@@ -117,11 +117,10 @@ def check_contents(wheel: Wheel) -> None:
     """The package's sources, one library per tile of the report, the manifest, and nothing else."""
     files = [name for name in wheel.archive.namelist() if not name.endswith("/")]
     expect(len(files) == len(set(files)), "a file is in it twice")
-    python = {
-        f"mxfp4_moe/{path.relative_to(ROOT / 'python/mxfp4_moe')}" for path in ROOT.glob("python/mxfp4_moe/**/*.py")
-    }
+    package = ROOT / "python" / "mxfp4_moe"
+    sources = [path for pattern in ("**/*.py", "probe/*.toml", "tuned/*.json") for path in package.glob(pattern)]
+    python = {f"mxfp4_moe/{path.relative_to(package)}" for path in sources}
     data = {f"mxfp4_moe/{name}" for name in ("py.typed", REPORT_NAME, tiles.MANIFEST_NAME)}
-    data |= {f"mxfp4_moe/tuned/{path.name}" for path in ROOT.glob("python/mxfp4_moe/tuned/*.json")}
     entries = [*wheel.report["tiles"].values(), wheel.report[MOE_MODULE]]
     libraries = {f"mxfp4_moe/{entry['library']['file']}": entry["library"] for entry in entries}
     expected = python | data | set(libraries)

@@ -73,10 +73,11 @@ def check_memory(library: str, code: Mapping[str, Code], resources: Sequence[Res
 
 
 def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, Any]) -> MainLoop:
-    """The loop around the MMA: there is one, it holds every MMA, loads the activations by LDSM, and is short enough.
+    """The loop around the MMA: there is one, it holds every MMA, loads activations by LDSM and weights by LDS as wide
+    as can be, and is short enough.
 
-    `expect`: `opcode`; `mma_per_step` and `matrices_per_step`, what one step of K = 32 takes; `limit`, instructions per
-    MMA or None.
+    `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations, `words_per_step` of weights in a lane: what
+    one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `limit`, instructions per MMA or None.
     """
     opcode = expect["opcode"]
     where = f"{library} on sm_{arch}"
@@ -96,7 +97,15 @@ def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, An
     if loop.ldsm_matrices < needed:
         raise BuildError(
             f"{where}: LDSM loads {loop.ldsm_matrices} matrices for {loop.mma} {opcode} in the main loop, which need "
-            f"{needed} for the activations; another instruction loads the rest"
+            f"{needed} of activations; another instruction loads the rest"
+        )
+    wide = expect["words_per_load"]
+    needed = -(-loop.mma * expect["words_per_step"] // expect["mma_per_step"])
+    loaded = sum(count * words for count, words in zip(loop.lds, (1, 2, 4), strict=True) if words >= wide)
+    if loaded < needed:
+        raise BuildError(
+            f"{where}: LDS of {wide * 32} bits load {loaded} words for {loop.mma} {opcode} in the main loop, which "
+            f"need {needed} of weights; narrower loads bring the rest"
         )
     limit = expect["limit"]
     if limit is not None and loop.instructions_per_mma > limit:

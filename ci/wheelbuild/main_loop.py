@@ -26,6 +26,7 @@ class MainLoop:
     mma: int
     ldsm: int
     ldsm_matrices: int  # 8 x 16 bytes each; an LDSM brings one, two or four
+    lds: tuple[int, int, int]  # LDS of one 32-bit word, of two, of four
 
     @property
     def instructions_per_mma(self) -> float:
@@ -132,6 +133,14 @@ def _matrices(instruction: Instruction) -> int:
     return int(wide[1]) if wide else 1
 
 
+def _words(instruction: Instruction) -> int:
+    """Of an LDS; one of less than a word counts as none."""
+    if re.search(r"\.[US](8|16)$", instruction.opcode):
+        return 0
+    wide = re.search(r"\.(64|128)$", instruction.opcode)
+    return int(wide[1]) // 32 if wide else 1
+
+
 def find_main_loop(kernel: Sequence[Instruction], mma: str) -> tuple[MainLoop | None, int]:
     """The innermost loop around this kernel's MMAs (opcode `mma`), and how many MMAs are outside of every loop.
 
@@ -154,6 +163,7 @@ def find_main_loop(kernel: Sequence[Instruction], mma: str) -> tuple[MainLoop | 
     for loop in innermost:
         body = [instruction for index in sorted(loop) for instruction in blocks[index]]
         loads = [instruction for instruction in body if instruction.is_a("LDSM")]
+        words = [_words(instruction) for instruction in body if instruction.is_a("LDS")]
         found.append(
             MainLoop(
                 instructions=len(body),
@@ -161,6 +171,7 @@ def find_main_loop(kernel: Sequence[Instruction], mma: str) -> tuple[MainLoop | 
                 mma=sum(instruction.is_a(mma) for instruction in body),
                 ldsm=len(loads),
                 ldsm_matrices=sum(map(_matrices, loads)),
+                lds=(words.count(1), words.count(2), words.count(4)),
             )
         )
     return max(found, key=lambda loop: loop.instructions / loop.mma, default=None), outside

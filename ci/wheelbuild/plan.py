@@ -101,15 +101,19 @@ def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str | float | None]:
-    """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, the MMAs of a warp and the 8 x 16
-    byte matrices of activations that they read, two per 8 rows. (Weights come in the lanes' own order, by plain loads.)
+    """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, a warp's MMAs and what they read.
+
+    Activations take two 8 x 16 byte matrices per 8 rows; packed weights one word per lane, four of which stand side by
+    side where the warp has as many groups of 8 rows (csrc/tile/weight_layout.cuh).
     """
     proof = tile_model.prove(tile, arch)
-    act = proof.warp_n if tile.swap_ab else proof.warp_m
+    act, weight = (proof.warp_n, proof.warp_m) if tile.swap_ab else (proof.warp_m, proof.warp_n)
     return {
         "opcode": arch_model.mma_opcode(arch),
         "mma_per_step": proof.warp_m // 16 * (proof.warp_n // 8) * (32 // arch_model.mma_k(arch)),
         "matrices_per_step": act // 8 * 2,
+        "words_per_step": weight // 8,
+        "words_per_load": min(weight // 8, 4),
         "limit": thresholds.instructions_per_mma.get(arch, {}).get(tile.name),
     }
 

@@ -222,11 +222,12 @@ _WEIGHT_BLOCK_BYTES = _WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and
 _SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
 _SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
 _REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
-_MAX_STAGES = 8
-_MAX_BLOCKS_PER_SM = 4
-_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (256, 176))  # by accumulators, per thread
+MAX_STAGES = 8
+MAX_BLOCKS_PER_SM = 4
+_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (math.inf, 176))  # by accumulators, per thread
 _BARRIER_BYTES_PER_STAGE = 16
 MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
+MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's activation; beyond it ptxas spills
 
 
 def max_smem_per_block(arch: str) -> int:
@@ -342,12 +343,12 @@ def prove(tile: Tile, arch: str) -> TileProof:
     stage_bytes = act_bytes + weight_bytes + act_scale_bytes
     stage_and_barriers = stage_bytes + _BARRIER_BYTES_PER_STAGE
     # GEMM1's activation: the largest magnitude per row and warp.
-    activates = n >= 64 and accumulators <= 64
+    activates = n >= 64 and accumulators <= MAX_ACTIVATING_ACCUMULATORS
     amax_bytes = (n // (warp_m if swap else warp_n)) * m * 4 if activates else 0
 
     def stages_for(blocks: int) -> int:
         budget = smem_per_sm // blocks - _SMEM_RESERVED_PER_BLOCK - amax_bytes
-        return min(_MAX_STAGES, budget // stage_and_barriers)
+        return min(MAX_STAGES, budget // stage_and_barriers)
 
     # Several blocks hide each other's latencies, as long as each has three stages and registers for its accumulators.
     registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED if accumulators <= most)
@@ -356,7 +357,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
         return _REGISTERS_PER_SUBPARTITION // _ceil_div(blocks * threads // 32, 4) // 8 * 8
 
     fitting = (
-        b for b in range(_MAX_BLOCKS_PER_SM, 1, -1) if stages_for(b) >= 3 and registers_for(b) >= registers_wanted
+        b for b in range(MAX_BLOCKS_PER_SM, 1, -1) if stages_for(b) >= 3 and registers_for(b) >= registers_wanted
     )
     blocks_per_sm = next(fitting, 1)
     stages = stages_for(blocks_per_sm)

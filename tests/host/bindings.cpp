@@ -125,16 +125,10 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
   m.def("cute_tables_swapped", &cute_tables<cute::MMA_Traits<SwappedAtom>>);
   m.def("our_tables", &our_tables);
 
-  m.def("weight_scale_bytes", &weight_scale_bytes);
-  m.def("weight_scale_offsets", [](int64_t n, int64_t k) {
-    return offsets(n, k, [&](int64_t r, int64_t block) { return weight_scale_offset(r, block, k); });
+  m.def("swizzled_scale_bytes", &swizzled_scale_bytes);
+  m.def("swizzled_scale_offsets", [](int64_t n, int64_t k) {
+    return offsets(n, k, [&](int64_t r, int64_t block) { return swizzled_scale_offset(r, block, k); });
   });
-  m.def("weight_scale_offsets_by_word", [](int64_t n, int64_t k) {  // the way the kernel reaches them
-    return offsets(n, k, [&](int64_t r, int64_t block) {
-      return weight_scale_block_offset(r / 128, block / 4, k) + weight_scale_word_offset(int(r % 128)) + block % 4;
-    });
-  });
-  m.def("weight_scale_word_offset", &weight_scale_word_offset);
   m.def("cute_scale_offsets_a", [](int64_t n, int64_t k) {
     const auto layout = Config::tile_atom_to_shape_SFA(cute::make_shape(int(n), 128, int(k), 1));
     return offsets(n, k, [&](int64_t r, int64_t block) { return int64_t(layout(int(r), int(block * 32), 0)); });
@@ -161,6 +155,9 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
     });
   });
   m.def("weight_unit", [] { return kWeightUnit; });
+  m.def("weight_word_in_block", &weight_word_in_block);
+  m.def("weight_scale_word_in_block", &weight_scale_word_in_block);
+  m.def("weight_scale_position", &weight_scale_position);
   m.def("act_scale_bytes", &act_scale_bytes);
   m.def("act_scale_offsets", [](int64_t rows, int64_t k) {
     return offsets(rows, k, [&](int64_t r, int64_t block) { return act_scale_offset(r, block, rows); });

@@ -121,7 +121,7 @@ def _number(value: float | None) -> str:
 
 
 def _joined(values: Iterable[float]) -> str:
-    """One number for all archs where they agree, as they should."""
+    """One number for all archs where they agree, else one for each, in their order."""
     return " / ".join(dict.fromkeys(map(_number, values)))
 
 
