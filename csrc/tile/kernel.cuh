@@ -169,7 +169,7 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
 #pragma unroll 1
     for (int kt = 0; kt < num_k_tiles; ++kt) {
       if (kt >= fetched) {
-        smem.empty(ring.stage)->wait(ring.phase ^ 1);
+        wait_for(smem.empty(ring.stage), ring.phase ^ 1);
         load_weights(ring.stage, kt, coord.n * Shape::N, m_tile.expert);
       }
       load_acts(ring.stage, kt, m_tile.row_begin);
@@ -178,7 +178,7 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
     fetched = 0;
     if constexpr (Shape::kUnrollsStages) {  // the next tile begins at stage 0
       while (ring.stage != 0) {
-        smem.empty(ring.stage)->wait(ring.phase ^ 1);
+        wait_for(smem.empty(ring.stage), ring.phase ^ 1);
         smem.full(ring.stage)->arrive();
         ring.advance();
       }
@@ -186,7 +186,7 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
   }
   // Leave only when every load has been consumed: a block must not exit with copies in flight.
   for (int i = 0; i < Shape::kStages; ++i) {
-    smem.empty(ring.stage)->wait(ring.phase ^ 1);
+    wait_for(smem.empty(ring.stage), ring.phase ^ 1);
     ring.advance();
   }
 }
@@ -456,13 +456,8 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
       else
         mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, act_word, weight_word);
     };
-    // CUTLASS's barriers do not tell the compiler that memory changes with them; without a word it moves loads across.
-    const auto acquire = [&](int s) {
-      smem.full(s)->wait(ring.phase);
-      asm volatile("" ::: "memory");
-    };
     const auto release = [&](int s) {
-      asm volatile("" ::: "memory");
+      asm volatile("" ::: "memory");  // no load may move behind the arrival
       __syncwarp();
       if (lane == 0) smem.empty(s)->arrive();
     };
@@ -473,7 +468,7 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
       for (int k = 0; k < p.k; k += Shape::kStages * kTileK) {
 #pragma unroll
         for (int s = 0; s < Shape::kStages; ++s) {
-          acquire(s);
+          wait_for(smem.full(s), ring.phase);
           if (k + s * kTileK < p.k) k_tile(s);
           release(s);
         }
@@ -482,7 +477,7 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
     } else {
 #pragma unroll 1
       for (int k = 0; k < p.k; k += kTileK) {
-        acquire(ring.stage);
+        wait_for(smem.full(ring.stage), ring.phase);
         k_tile(ring.stage);
         release(ring.stage);
         ring.advance();

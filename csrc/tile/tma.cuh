@@ -26,4 +26,15 @@ __device__ __forceinline__ void tma_load_2d(void* smem, const CUtensorMap& map, 
       : "memory");
 }
 
+// Until the barrier's phase of this parity is complete. CUTLASS's wait is not enough: it does not tell the compiler
+// that memory changes with the barrier, so that loads move across, and its time limit costs instructions in every wait.
+template <class Barrier>
+__device__ __forceinline__ void wait_for(const Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+          cute::cast_smem_ptr_to_uint(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 }  // namespace mxfp4_moe
