@@ -5,6 +5,9 @@
 // complete, and what those wrote may be read even before the wait. All of it is read past L1 (__ldcg, relaxed.gpu) and
 // nothing through the read-only path (__ldg): that one may serve what it holds for as long as the kernel runs, and the
 // kernel runs while others still write. __ldg is for weights, biases and numbers that were there before the layer.
+//
+// Every warp that writes waits itself. That a barrier orders it behind a warp that did is not enough: the next kernel's
+// wait then returned before such warps' last stores could be seen (docs/decisions.md).
 #pragma once
 
 #include <cuda_runtime.h>

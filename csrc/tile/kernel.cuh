@@ -539,6 +539,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   } else {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));
+    wait_for_previous_kernel();  // although the producer does: dependent_launch.cuh
     consume<Shape>(p, smem, warp, lane);
   }
 }
