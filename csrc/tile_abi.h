@@ -10,12 +10,18 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 2
+#define MXFP4_MOE_TILE_ABI_VERSION 3
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
   MXFP4_MOE_OUT_BFLOAT16 = 1,
   MXFP4_MOE_OUT_FLOAT16 = 2,
+};
+
+// How activations come: MXFP8 codes and scales, or folded into bf16 (tile/folded.cuh).
+enum Mxfp4MoeActType {
+  MXFP4_MOE_ACT_MXFP8 = 0,
+  MXFP4_MOE_ACT_FOLDED = 1,
 };
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
@@ -42,8 +48,8 @@ enum Mxfp4MoeFusedActivation {
 // GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
 // of `out`, the activation (tile/activation.cuh) is written, as the MXFP8 rows that GEMM2 reads.
 typedef struct {
-  uint8_t* codes;      // [rows, n / 2] E4M3, even k first; null: no activation, `out` is written
-  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0
+  uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded bf16; null: no activation, `out` is written
+  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0; not written where act_type is folded
   const float* bias;   // [experts, n] or null
   int32_t activation;  // Mxfp4MoeFusedActivation
   int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
@@ -52,13 +58,14 @@ typedef struct {
 
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
-  const void* act;        // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k
-  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
+  const void* act;        // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or folded
+  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]; not read where act_type is folded
   const void* weight;     // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in tile/weight_layout.cuh
   void* out;              // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value
   int32_t max_m_tiles;         // upper bound from shapes alone; sizes the grid
+  int32_t act_type;            // Mxfp4MoeActType, of act and of what `activate` writes
   int32_t out_type;            // Mxfp4MoeOutType
   int32_t rows;
   int32_t n;  // multiple of 16
@@ -87,6 +94,8 @@ typedef struct {
   uint32_t abi_version;
   int32_t tile_m, tile_n, swap_ab;
   int32_t activates;  // whether Mxfp4MoeGemmArgs::activate may be set
+  // Compute capability (major) of the GPUs on which it takes folded activations, and is faster with them; or 0.
+  int32_t folded_major;
   int32_t num_archs;
   const Mxfp4MoeTileFacts* const* facts;  // num_archs of them
   // nullptr when launched, else the reason (valid until this thread's next call).

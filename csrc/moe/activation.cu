@@ -93,7 +93,12 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
         round_all(args.rounding, x);
       }
     }
-    store_k_tile(quantize_quad(x), row, k_tile, args.intermediate, args.rows, args.codes, args.scales);
+    const QuadCodes quad = quantize_quad(x);
+    if (args.folded) {
+      store_k_tile_folded(quad, row, k_tile, args.intermediate, args.codes);
+    } else {
+      store_k_tile(quad, row, k_tile, args.intermediate, args.rows, args.codes, args.scales);
+    }
   }
 }
 

@@ -64,9 +64,10 @@ struct QuantizePermuteArgs {
   const int32_t* slot_row;  // [T * top_k], -1 for slots without a row
   int32_t tokens;
   int32_t top_k;
-  int32_t hidden_size;   // multiple of 32
-  uint8_t* codes;        // [T * top_k, hidden_size], even k first
-  uint8_t* scales;       // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
+  int32_t hidden_size;  // multiple of 32
+  uint8_t* codes;       // [T * top_k, hidden_size], even k first; or folded bf16
+  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]; not written when folded
+  bool folded;
   bool hidden_is_ready;  // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
@@ -80,8 +81,9 @@ struct PermuteArgs {
   int32_t tokens;
   int32_t top_k;
   int32_t hidden_size;  // multiple of 32
-  uint8_t* codes;       // [T * top_k, hidden_size], even k first
-  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
+  uint8_t* codes;       // [T * top_k, hidden_size], even k first; or folded bf16
+  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]; not written when folded
+  bool folded;
 };
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream);
 
@@ -96,8 +98,9 @@ struct ActivationArgs {
   Rounding rounding;      // of gemm1's values before the bias, and of the activation's
   PerExpert alpha, beta;  // of kSwigluOai
   PerExpert limit;        // of kSwigluOai and kSwigluStep; +inf when there is none
-  uint8_t* codes;         // [rows, intermediate], even k first
-  uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]
+  uint8_t* codes;         // [rows, intermediate], even k first; or folded bf16
+  uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]; not written when folded
+  bool folded;
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <initializer_list>
 #include <optional>
@@ -149,6 +150,24 @@ struct Routing {
   bool from_logits;
 };
 
+// Asked of the driver once per device.
+int32_t compute_capability_major(int32_t device) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int32_t> known[kMaxDevices];  // threads that come at once write the same value
+  if (device < kMaxDevices && known[device] != 0) {
+    return known[device];
+  }
+  int major = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  if (device < kMaxDevices) {
+    known[device] = major;
+  }
+  return major;
+}
+
 Routing check_routing(const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& topk_ids,
                       const std::optional<Tensor>& router_logits, int64_t top_k, bool renormalize, int64_t tokens,
                       int32_t device) {
@@ -226,11 +245,12 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
 
   const bool gemm1_activates =
       tile->activates && (activation == Activation::kSwiglu || activation == Activation::kSwigluOai);
+  const bool folded = tile->folded_major != 0 && tile->folded_major == compute_capability_major(device);
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto m_tile_bound = static_cast<int32_t>(max_m_tiles(slots, experts, tile_m));
-  const Workspace layout(
-      {slots, experts, hidden, intermediate, m_tile_bound, gemm1_activates ? 0 : gemm1_width, routing.from_logits});
+  const Workspace layout({slots, experts, hidden, intermediate, m_tile_bound, gemm1_activates ? 0 : gemm1_width,
+                          routing.from_logits, folded});
   const Tensor workspace = empty({layout.bytes}, ScalarType::Byte, device);
   auto* base = data<uint8_t>(workspace);
   const auto at = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
@@ -266,6 +286,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
     args.hidden_size = hidden;
     args.codes = base + layout.codes1;
     args.scales = base + layout.scales1;
+    args.folded = folded;
     return args;
   };
   if (is_mxfp8) {
@@ -286,6 +307,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
   gemm.m_tiles = m_tiles;
   gemm.num_m_tiles = at(layout.num_m_tiles);
   gemm.max_m_tiles = m_tile_bound;
+  gemm.act_type = folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8;
   gemm.rows = slots;
   gemm.experts = experts;
   gemm.m_tiles_are_ready = 1;
@@ -329,6 +351,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
     args.limit = limit_number;
     args.codes = base + layout.codes2;
     args.scales = base + layout.scales2;
+    args.folded = folded;
     check_launch("activation", launch_activation(args, stream));
   }
 

@@ -2,10 +2,11 @@
 //
 // A quad of lanes holds one block of 32 values, lane q the values k = 8q .. 8q+7. Lanes of a half-warp hold the four
 // blocks of one K tile of 128 values, so that their scale bytes leave as one 32-bit word.
-// Codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants.
-// Used by quantize.cu and activation.cu.
+// Codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants. Or,
+// for kernels that want them so, rows are folded into bf16 (tile/folded.cuh). Used by quantize.cu and activation.cu.
 #pragma once
 
+#include "../tile/folded.cuh"
 #include "../tile/mxfp8.cuh"
 #include "../tile/scale_layout.cuh"
 #include "launch.cuh"
@@ -54,6 +55,23 @@ __device__ __forceinline__ void store_k_tile(const QuadCodes& quad, int64_t row,
   word |= __shfl_xor_sync(kAllLanes, word, 8);
   if (lane == 0 && k_tile < scale_k_tiles(k)) {
     *reinterpret_cast<uint32_t*>(scales + act_scale_offset(row, k_tile * kBlocksPerWord, rows)) = word;
+  }
+}
+
+// The same of a folded row: four words of a lane, 16 bytes apart.
+__device__ __forceinline__ void store_k_tile_folded(const QuadCodes& quad, int64_t row, int k_tile, int k,
+                                                    uint8_t* __restrict__ folded) {
+  const int lane = threadIdx.x % kLanesPerWord;
+  const int k_block = k_tile * kBlocksPerWord + lane / kLanesPerBlock;
+  if (k_block >= k / kScaleBlock) {
+    return;
+  }
+  const float scale = folded_scale(quad.scale);
+  const uint32_t pairs[4] = {quad.even, quad.even >> 16, quad.odd, quad.odd >> 16};  // k = 0 2, 4 6, 1 3, 5 7
+  uint32_t* out = reinterpret_cast<uint32_t*>(folded) + (row * k + k_block * kScaleBlock) / 2 + lane % kLanesPerBlock;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i * 4] = fold_pair(pairs[i], scale, scale);
   }
 }
 

@@ -6,6 +6,7 @@
 //       + R I + 4 ceil(I/128) R4                                        MXFP8 rows and scales of GEMM2
 //       + 4 R N1, only where GEMM1 does not apply the activation        GEMM1's output, fp32
 //       + 8 R, only where the layer starts from logits                  topk_ids and topk_weights
+// Folded rows (tile/folded.cuh) have 2 R H and 2 R I bytes, and no scales.
 // where R4 is R padded to 4 and N1 is GEMM1's width, 2I when the activation is gated and I when it is not, each term
 // rounded up to 256 (expert_offsets and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2
 // writes, so the two share their bytes: nothing but the live intermediates is paid for.
@@ -31,6 +32,7 @@ struct Workspace {
     int64_t slots, experts, hidden, intermediate, max_m_tiles;
     int64_t gemm1_width;  // of GEMM1's output in memory, 0 when there is none
     bool from_logits;
+    bool folded;
   };
 
   explicit Workspace(const Shape& s) {
@@ -48,11 +50,12 @@ struct Workspace {
     topk_ids = take(s.from_logits ? s.slots * 4 : 0);
     topk_weights = take(s.from_logits ? s.slots * 4 : 0);
     gemm2_out = bytes;
-    codes1 = take(s.slots * s.hidden);
-    scales1 = take(act_scale_bytes(s.slots, s.hidden));
+    const int64_t code_bytes = s.folded ? 2 : 1;
+    codes1 = take(s.slots * s.hidden * code_bytes);
+    scales1 = take(s.folded ? 0 : act_scale_bytes(s.slots, s.hidden));
     take(std::max<int64_t>(0, gemm2_out + s.slots * s.hidden * 2 - bytes));
-    codes2 = take(s.slots * s.intermediate);
-    scales2 = take(act_scale_bytes(s.slots, s.intermediate));
+    codes2 = take(s.slots * s.intermediate * code_bytes);
+    scales2 = take(s.folded ? 0 : act_scale_bytes(s.slots, s.intermediate));
     gemm1_out = take(s.slots * s.gemm1_width * 4);
   }
 };

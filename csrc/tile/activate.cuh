@@ -1,5 +1,6 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
-// memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in scale_layout.cuh.
+// memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in scale_layout.cuh;
+// or, where the tile's kernel reads them so, folded values (folded.cuh).
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -10,6 +11,7 @@
 
 #include "../tile_abi.h"
 #include "activation.cuh"
+#include "folded.cuh"
 #include "mma_mx.cuh"
 #include "mxfp8.cuh"
 #include "scale_layout.cuh"
@@ -24,6 +26,13 @@ __device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes, int part) {
   const uint32_t pairs = __byte_perm(bytes, other, part & 1 ? 0x3715 : 0x6240);
   const uint32_t far = __shfl_xor_sync(~0u, pairs, 2 * kStride);
   return __byte_perm(pairs, far, part & 2 ? 0x3276 : 0x5410);
+}
+
+// Exchanges the rows and columns of an 8x8 matrix of 16-bit values held two to a lane.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+  return r;
 }
 
 // The maximum over the lanes that differ from this one in kBits bits from kStride on.
@@ -54,6 +63,9 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   if (a.activation == MXFP4_MOE_SWIGLU_OAI)
     numbers = {of_expert(a.alpha, m_tile.expert), of_expert(a.beta, m_tile.expert), of_expert(a.limit, m_tile.expert)};
   const int col0 = tile_n0 + weight_row0;
+  const int valid = m_tile.row_end - m_tile.row_begin;
+  // Fragments without a row; only the widest tiles gain by asking.
+  const auto is_empty = [&](int f) { return Shape::kFolded && f * 8 >= valid; };
   const auto round_all = [&] {
 #pragma unroll
     for (int i = 0; i < Shape::kFragM; ++i) {
@@ -89,6 +101,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
     }
 #pragma unroll
     for (int f = 0; f < kActFrags; ++f) {
+      if (is_empty(f)) continue;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -107,6 +120,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   sync();  // nobody reads the table of the tile before any more
 #pragma unroll
   for (int f = 0; f < kActFrags; ++f) {
+    if (is_empty(f)) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       uint32_t largest = 0;
@@ -125,9 +139,9 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   constexpr int kPartsPerBlock = 64 / Shape::kWarpWeightRows;
   const int intermediate = n / 2, block = (tile_n0 + weight_row0) / 64;
   const int out_in_block = (tile_n0 + weight_row0) % 64 / 2;
-  const int valid = m_tile.row_end - m_tile.row_begin;
 #pragma unroll
   for (int f = 0; f < kActFrags; ++f) {
+    if (is_empty(f)) continue;
     uint32_t largest[2], scale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -137,7 +151,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
       for (int i = 0; i < kPartsPerBlock; ++i)
         largest[r] = max(largest[r], amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
       scale[r] = mx_scale(largest[r]);
-      if (part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
+      if (!Shape::kFolded && part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
         const int64_t at = act_scale_offset(m_tile.row_begin + row, block, rows);
         a.scales[at] = static_cast<uint8_t>(scale[r]);
         if (block == intermediate / 32 - 1)  // the word's bytes past K are zero
@@ -149,7 +163,26 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
         *reinterpret_cast<uint32_t*>(a.codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate +
                                      block * 32 + parity * 16 + (out_in_block + out) / 2) = word;
     };
-    if constexpr (kSwap) {
+    if constexpr (Shape::kFolded) {
+      // Transposed, lane 4g + t has outputs 2t and 2t + 1 of row g. Pairs of lanes exchange, so that each holds two
+      // that stand side by side.
+      const float unit[2] = {folded_scale(scale[0]), folded_scale(scale[1])};
+#pragma unroll
+      for (int q = 0; q < kGroups; ++q) {
+        uint32_t codes = 0;
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          codes |= (mx_codes(largest[r], scale[r], value(q, f, r, 0), 0.f, 0.f, 0.f) & 0xff) << (8 * r);
+        const uint32_t pair = transpose_8x8(fold_pair(codes, unit[0], unit[1]));
+        const uint32_t other = __shfl_xor_sync(~0u, pair, 1);
+        const int row = act_row0 + f * 8 + g, group = out_in_block / 8 + q;
+        if (row < valid)
+          *reinterpret_cast<uint32_t*>(reinterpret_cast<__nv_bfloat16*>(a.codes) +
+                                       static_cast<int64_t>(m_tile.row_begin + row) * intermediate + block * 32 +
+                                       folded_position(group * 8 + t / 2 * 4 + t % 2)) =
+              __byte_perm(pair, other, t % 2 ? 0x3276 : 0x5410);
+      }
+    } else if constexpr (kSwap) {
       // Two groups at a time; a lane's bytes: row 0 of both, row 1 of both. Four lanes g = 2 * number + parity
       // exchange.
       const int number = g / 2, parity = g % 2;

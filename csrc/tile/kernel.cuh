@@ -117,7 +117,21 @@ struct Ring {
 
 // --- producer ---------------------------------------------------------------------------------------------------
 
+// A stage's activations: E4M3 codes and scale words. TMA counts whole boxes, zero-filled beyond the edges.
 template <class Shape>
+struct ScaledActLoads {
+  static __device__ __forceinline__ uint32_t bytes(const Mxfp4MoeMTile&) {
+    return Shape::kActBytes + Shape::kActScaleRows * 4;
+  }
+  static __device__ __forceinline__ void load(const TensorMaps& maps, const SharedStorage<Shape>& smem, int s, int kt,
+                                              const Mxfp4MoeMTile& m) {
+    uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
+    tma_load_2d(smem.act(s), maps.act, full, kt * kTileK, m.row_begin, kEvictLast);
+    tma_load_2d(smem.act_scale(s), maps.act_scale, full, m.row_begin / 4 * 2, kt, kEvictLast);
+  }
+};
+
+template <class Shape, class ActLoads = ScaledActLoads<Shape>>
 __device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
   const int num_n_tiles = ceil_div(p.n, Shape::N);
   const int num_k_tiles = ceil_div(p.k, kTileK);
@@ -126,27 +140,20 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
   const int block_units = kWeightBlockBytes / kWeightUnit;
   const int tail_units = (kWeightBlockScaleBytes + tail_steps * kWeightStepBytes) / kWeightUnit;
   const int expert_units = row_blocks * (p.k / kTileK * block_units + (tail_steps ? tail_units : 0));
-  // TMA counts whole boxes, zero-filled beyond the edges.
-  constexpr uint32_t kActTransactionBytes = Shape::kActBytes + Shape::kActScaleRows * 4;
 
-  const auto load_weights = [&](int s, int kt, int n0, int expert) {
+  const auto load_weights = [&](int s, int kt, int n0, const Mxfp4MoeMTile& m) {
     uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-    const int k_tile_unit = expert * expert_units + kt * row_blocks * block_units;
+    const int k_tile_unit = m.expert * expert_units + kt * row_blocks * block_units;
     const int row_block = n0 / kWeightBlockRows;
     if (tail_steps == 0 || kt + 1 < num_k_tiles) {
-      smem.full(s)->arrive_and_expect_tx(kActTransactionBytes + Shape::kWeightBytes);
+      smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBytes);
       tma_load_2d(smem.weight(s), maps.weight, full, 0, k_tile_unit + row_block * block_units, kEvictFirst);
     } else {
-      smem.full(s)->arrive_and_expect_tx(kActTransactionBytes + Shape::kWeightBlocks * tail_units * kWeightUnit);
+      smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBlocks * tail_units * kWeightUnit);
       for (int b = 0; b < Shape::kWeightBlocks; ++b)
         tma_load_2d(smem.weight(s) + b * kWeightBlockBytes, maps.weight_tail, full, 0,
                     k_tile_unit + (row_block + b) * tail_units, kEvictFirst);
     }
-  };
-  const auto load_acts = [&](int s, int kt, int row_begin) {
-    uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-    tma_load_2d(smem.act(s), maps.act, full, kt * kTileK, row_begin, kEvictLast);
-    tma_load_2d(smem.act_scale(s), maps.act_scale, full, row_begin / 4 * 2, kt, kEvictLast);
   };
 
   // The first stages' weights do not depend on the kernel before this one, nor do the stages have to be waited for.
@@ -154,9 +161,9 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
   if (p.m_tiles_are_ready) {
     const TileCoord coord = tile_coord(blockIdx.x, num_n_tiles);
     if (static_cast<int>(blockIdx.x) < num_tiles) {
-      const int expert = load_m_tile(p.m_tiles + coord.m).expert;
+      const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
       for (; fetched < min(Shape::kStages, num_k_tiles); ++fetched)
-        load_weights(fetched, fetched, coord.n * Shape::N, expert);
+        load_weights(fetched, fetched, coord.n * Shape::N, m_tile);
     }
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -170,9 +177,9 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
     for (int kt = 0; kt < num_k_tiles; ++kt) {
       if (kt >= fetched) {
         wait_for(smem.empty(ring.stage), ring.phase ^ 1);
-        load_weights(ring.stage, kt, coord.n * Shape::N, m_tile.expert);
+        load_weights(ring.stage, kt, coord.n * Shape::N, m_tile);
       }
-      load_acts(ring.stage, kt, m_tile.row_begin);
+      ActLoads::load(maps, smem, ring.stage, kt, m_tile);
       ring.advance();
     }
     fetched = 0;
@@ -367,13 +374,6 @@ __device__ __forceinline__ uint32_t pack_pair(float lo, float hi, int32_t out_ty
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// Exchanges the rows and columns of an 8x8 matrix of 16-bit values held two to a lane.
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
-  uint32_t r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
-  return r;
-}
-
 // acc -> out for one warp; (m0, n0) is the warp's place in the physical tile.
 template <class Shape>
 __device__ __forceinline__ void store(const float (&acc)[Shape::kFragM][Shape::kFragN][4], const GemmParams& p,
@@ -511,14 +511,9 @@ __device__ void consume(const GemmParams& p, const SharedStorage<Shape>& smem, i
   }
 }
 
+// Barriers; and where the m-tiles may not be read yet, the wait for them.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    grouped_gemm(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
-  extern __shared__ __align__(1024) uint8_t dynamic_smem[];
-  const SharedStorage<Shape> smem{dynamic_smem};
-  const int warp = uniform(threadIdx.x / 32);
-  const int lane = threadIdx.x % 32;
-
+__device__ __forceinline__ void start_block(const GemmParams& p, const SharedStorage<Shape>& smem) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shape::kStages; ++s) {
       smem.full(s)->init(1);
@@ -531,6 +526,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     let_next_kernel_start();
   }
   __syncthreads();
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    grouped_gemm(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
+  extern __shared__ __align__(1024) uint8_t dynamic_smem[];
+  const SharedStorage<Shape> smem{dynamic_smem};
+  const int warp = uniform(threadIdx.x / 32);
+  const int lane = threadIdx.x % 32;
+
+  start_block(p, smem);
 
   if (warp >= Shape::kMmaWarps) {
     if constexpr (Shape::kMovesRegisters)

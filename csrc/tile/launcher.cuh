@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "kernel.cuh"
+#include "wgmma_kernel.cuh"
 
 namespace mxfp4_moe {
 
@@ -37,7 +38,9 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (a.out_type < MXFP4_MOE_OUT_FLOAT32 || a.out_type > MXFP4_MOE_OUT_FLOAT16)
     return refuse("out_type: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", a.out_type);
   if (!aligned(a.act, 16)) return refuse("act: expected an address that is a multiple of 16, got %p", a.act);
-  if (!aligned(a.act_scale, 16))
+  if (a.act_type != (Shape::kFolded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8))
+    return refuse("act_type: expected %d, got %d", Shape::kFolded, a.act_type);
+  if (!Shape::kFolded && !aligned(a.act_scale, 16))
     return refuse("act_scale: expected an address that is a multiple of 16, got %p", a.act_scale);
   if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
   if (a.activate.codes) {
@@ -95,22 +98,20 @@ const char* encode(CUtensorMap& map, const TmaOperand<kRank>& t, Refusal& refuse
 template <class Shape>
 const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   const auto u64 = [](int64_t v) { return static_cast<cuuint64_t>(v); };
-  const cuuint64_t k = u64(a.k), k_tiles = u64(scale_k_tiles(a.k)), scale_rows = u64(act_scale_rows(a.rows));
-  const TmaOperand<2> act{"act",
-                          CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                          a.act,
-                          {k, u64(a.rows)},
-                          {k},
-                          {kTileK, Shape::M},
-                          CU_TENSOR_MAP_SWIZZLE_128B};
-  // Pairs of words, because a box has at most 256 elements a side and the largest tile wants 260 rows.
-  const TmaOperand<2> act_scale{"act_scale",
-                                CU_TENSOR_MAP_DATA_TYPE_INT64,
-                                a.act_scale,
-                                {scale_rows / 2, k_tiles},
-                                {scale_rows * 4},
-                                {Shape::kActScaleRows / 2, 1},
-                                CU_TENSOR_MAP_SWIZZLE_NONE};
+  const cuuint64_t k = u64(a.k);
+  TmaOperand<2> act{"act",
+                    CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                    a.act,
+                    {k, u64(a.rows)},
+                    {k},
+                    {kTileK, Shape::M},
+                    CU_TENSOR_MAP_SWIZZLE_128B};
+  if constexpr (Shape::kFolded) {
+    act.type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    act.strides[0] = 2 * k;
+    act.box[0] = kTileK / 2;
+    act.box[1] = Shape::kBoxRows;
+  }
   TmaOperand<2> weight{"weight",
                        CU_TENSOR_MAP_DATA_TYPE_INT32,
                        a.weight,
@@ -119,7 +120,18 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
                        {kWeightUnit / 4, Shape::kWeightBytes / kWeightUnit},
                        CU_TENSOR_MAP_SWIZZLE_NONE};
   if (const char* why = encode(maps.act, act, refuse)) return why;
-  if (const char* why = encode(maps.act_scale, act_scale, refuse)) return why;
+  if constexpr (!Shape::kFolded) {
+    // Pairs of words, because a box has at most 256 elements a side and the largest tile wants 260 rows.
+    const cuuint64_t k_tiles = u64(scale_k_tiles(a.k)), scale_rows = u64(act_scale_rows(a.rows));
+    const TmaOperand<2> act_scale{"act_scale",
+                                  CU_TENSOR_MAP_DATA_TYPE_INT64,
+                                  a.act_scale,
+                                  {scale_rows / 2, k_tiles},
+                                  {scale_rows * 4},
+                                  {Shape::kActScaleRows / 2, 1},
+                                  CU_TENSOR_MAP_SWIZZLE_NONE};
+    if (const char* why = encode(maps.act_scale, act_scale, refuse)) return why;
+  }
   if (const char* why = encode(maps.weight, weight, refuse)) return why;
   const int tail_steps = a.k % kTileK / kBlockK;
   weight.box[1] = (kWeightBlockScaleBytes + (tail_steps ? tail_steps : 4) * kWeightStepBytes) / kWeightUnit;
@@ -127,17 +139,16 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
 }
 
 // Blocks of this kernel that the whole device holds at once; opts in to the shared memory on first use.
-template <class Shape>
+template <class Shape, auto kKernel>
 const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> cached[kMaxDevices];  // threads that come at once write the same value
   if (device < kMaxDevices && (blocks = cached[device])) return nullptr;
   int sms = 0, per_sm = 0;
-  cudaError_t e =
-      cudaFuncSetAttribute(grouped_gemm<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
+  cudaError_t e = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
   if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (e == cudaSuccess)
-    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, grouped_gemm<Shape>, Shape::kThreads, Shape::kSmemBytes);
+    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, Shape::kThreads, Shape::kSmemBytes);
   if (e != cudaSuccess || per_sm == 0) {
     cudaGetLastError();
     return refuse("tile (%d, %d): a block of %d threads and %d bytes of shared memory does not fit this GPU (%s)",
@@ -148,15 +159,14 @@ const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
   return nullptr;
 }
 
-template <class Shape>
-const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
-  static thread_local Refusal refuse;
+template <class Shape, auto kKernel>
+const char* launch_kernel(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (const char* why = check_arguments<Shape>(a, refuse)) return why;
   if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
 
   int device = 0, blocks = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
-  if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
+  if (const char* why = resident_blocks<Shape, kKernel>(device, blocks, refuse)) return why;
 
   TensorMaps maps;
   if (const char* why = describe<Shape>(maps, a, refuse)) return why;
@@ -164,10 +174,26 @@ const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
                           a.n,   a.k,       a.m_tiles_are_ready, a.activate};
   const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
   const unsigned grid = static_cast<unsigned>(tiles < blocks ? tiles : blocks);
-  if (cudaError_t e = launch(grouped_gemm<Shape>, dim3(grid), Shape::kThreads, Shape::kSmemBytes,
+  if (cudaError_t e = launch(kKernel, dim3(grid), Shape::kThreads, Shape::kSmemBytes,
                              static_cast<cudaStream_t>(a.stream), maps, params))
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;
+}
+
+// Whether a tile has the kernel that takes folded activations.
+template <class Shape>
+constexpr bool takes_folded() {
+  return Shape::Arch::kHasWgmma && WgmmaShape<Shape::M, Shape::N>::kExists;
+}
+
+template <class Shape>
+const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
+  static thread_local Refusal refuse;
+  if constexpr (takes_folded<Shape>()) {
+    using Wgmma = WgmmaShape<Shape::M, Shape::N>;
+    if (a.act_type == MXFP4_MOE_ACT_FOLDED) return launch_kernel<Wgmma, grouped_gemm_wgmma<Wgmma>>(a, refuse);
+  }
+  return launch_kernel<Shape, grouped_gemm<Shape>>(a, refuse);
 }
 
 }  // namespace mxfp4_moe

@@ -11,6 +11,7 @@
 #include "../torch_args.h"
 #include "schedule.cuh"
 #include "tile_shape.cuh"
+#include "wgmma_shape.cuh"
 
 #define MXFP4_MOE_JOIN_(a, b) a##b
 #define MXFP4_MOE_JOIN(a, b) MXFP4_MOE_JOIN_(a, b)
@@ -72,15 +73,35 @@ const Mxfp4MoeTileFacts* const kFacts[] = {
 
 using Shape = TileShape<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, Sm12x>;
 
+constexpr bool has_sm90() {
+  for (const char* arch : {
+#define NAME(arch) #arch,
+           MXFP4_MOE_FOR_EACH_ARCH(NAME)
+#undef NAME
+       })
+    if (major_of(arch) == 9) return true;
+  return false;
+}
+constexpr int kFoldedMajor = has_sm90() && WgmmaShape<LOGICAL_TILE_M, LOGICAL_TILE_N>::kExists ? 9 : 0;
+
 const Mxfp4MoeTile kTile = {
-    MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, Shape::kActivates, kNumArchs, kFacts, &launch,
+    MXFP4_MOE_TILE_ABI_VERSION,
+    LOGICAL_TILE_M,
+    LOGICAL_TILE_N,
+    SWAP_AB,
+    Shape::kActivates,
+    kFoldedMajor,
+    kNumArchs,
+    kFacts,
+    &launch,
 };
 
-// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h.
+// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8
+// with its scales, or folded bfloat16 and act_scale an empty tensor.
 void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& m_tiles,
                   const Tensor& num_m_tiles, const Tensor& out) {
   const int32_t device = device_of("act", act);
-  STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 [rows, k], got ", describe(act));
+  STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 or bfloat16 [rows, k], got ", describe(act));
   STD_TORCH_CHECK(out.dim() == 2, "out: expected [rows, n], got ", describe(out));
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected uint8 [experts, bytes], got ", describe(weight));
   STD_TORCH_CHECK(m_tiles.dim() == 2, "m_tiles: expected int32 [max_m_tiles, 4], got ", describe(m_tiles));
@@ -89,8 +110,12 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(n > 0 && n % 16 == 0 && n <= INT_MAX, "n: expected a positive multiple of 16, got ", n);
   STD_TORCH_CHECK(rows <= INT_MAX - 3, "rows: expected at most ", INT_MAX - 3, ", got ", rows);
   STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
-  check_tensor("act", act, ScalarType::Byte, {rows, k}, device);
-  check_tensor("act_scale", act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
+  const bool folded = act.scalar_type() == ScalarType::BFloat16;
+  check_tensor("act", act, folded ? ScalarType::BFloat16 : ScalarType::Byte, {rows, k}, device);
+  if (folded)
+    check_tensor("act_scale", act_scale, ScalarType::Byte, {0}, device);
+  else
+    check_tensor("act_scale", act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
   check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k)}, device);
   check_tensor("m_tiles", m_tiles, ScalarType::Int, {m_tiles.size(0), 4}, device);
   check_tensor("num_m_tiles", num_m_tiles, ScalarType::Int, {1}, device, kElementAlignment);
@@ -108,6 +133,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<const Mxfp4MoeMTile*>(m_tiles.data_ptr()),
       static_cast<const int32_t*>(num_m_tiles.data_ptr()),
       static_cast<int32_t>(m_tiles.size(0)),
+      folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8,
       out_type == ScalarType::Float      ? MXFP4_MOE_OUT_FLOAT32
       : out_type == ScalarType::BFloat16 ? MXFP4_MOE_OUT_BFLOAT16
                                          : MXFP4_MOE_OUT_FLOAT16,
@@ -153,7 +179,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("grouped_gemm_" MXFP4_MOE_TEXT(TILE_NAME), TORCH_BOX(&mxfp4_moe::grouped_gemm));
 }
 
-// `entry`: address of the tile's Mxfp4MoeTile. `facts()`: what each arch was compiled with.
+// `entry`: address of the tile's Mxfp4MoeTile. `facts()`: what each arch was compiled with. `folded_major`: as there.
 PyMODINIT_FUNC MXFP4_MOE_JOIN(PyInit_tile_, TILE_NAME)(void) {
   static PyMethodDef methods[] = {
       {"facts", mxfp4_moe::facts, METH_NOARGS, "dict: arch -> what this tile was compiled with"},
@@ -169,7 +195,8 @@ PyMODINIT_FUNC MXFP4_MOE_JOIN(PyInit_tile_, TILE_NAME)(void) {
                                       nullptr};
   PyObject* m = PyModule_Create(&module);
   PyObject* entry = m ? PyLong_FromVoidPtr(const_cast<Mxfp4MoeTile*>(&mxfp4_moe::kTile)) : nullptr;
-  if (!entry || PyModule_AddObject(m, "entry", entry) < 0) {
+  if (!entry || PyModule_AddIntConstant(m, "folded_major", mxfp4_moe::kFoldedMajor) < 0 ||
+      PyModule_AddObject(m, "entry", entry) < 0) {
     Py_XDECREF(entry);
     Py_XDECREF(m);
     return nullptr;

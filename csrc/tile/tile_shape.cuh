@@ -28,12 +28,15 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
 // fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
 // over the stages; SM90 expands FP4 in too many instructions for more than one.
+// kHasWgmma: Hopper's asynchronous MMA, for the tiles that have a kernel with it (wgmma_shape.cuh).
 struct Sm90 {
+  static constexpr bool kHasWgmma = true;
   static constexpr int kSmemPerSm = 228 * 1024;
   static constexpr bool kLongWarps = false;
   static constexpr int kUnrolledFragments = 1;
 };
 struct Sm12x {
+  static constexpr bool kHasWgmma = false;
   static constexpr int kSmemPerSm = 100 * 1024;
   static constexpr bool kLongWarps = true;
   static constexpr int kUnrolledFragments = 8;
@@ -44,8 +47,9 @@ using Arch_120f = Sm12x;
 using Arch_121a = Sm12x;
 using Arch_121f = Sm12x;
 
-template <int M_, int N_, bool kSwap_, class Arch>
+template <int M_, int N_, bool kSwap_, class Arch_>
 struct TileShape {
+  using Arch = Arch_;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_;
 
@@ -85,6 +89,7 @@ struct TileShape {
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
+  static constexpr bool kFolded = false;                              // reads MXFP8
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;

@@ -500,6 +500,25 @@ def deinterleave_k(codes: Tensor) -> Tensor:
     return torch.unflatten(codes, -1, (-1, 2, 16)).transpose(-1, -2).flatten(-3)
 
 
+def fold_activations(codes: Tensor, scales: Tensor) -> Tensor:
+    """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/tile/folded.cuh.
+
+    Args:
+        codes: uint8 [R, K] E4M3 in plain order.
+        scales: uint8 [R, K/32] E8M0, at most 248.
+
+    Returns:
+        bfloat16 [R, K], each value times its scale over 4, exact where that is at least 2^-133's multiple. In each block
+        of 32, k = 8 t + c stands at 16 (c % 2) + 8 (c // 4) + 2 t + c // 2 % 2.
+    """
+    require_tensor("scales", scales, torch.uint8, ("R", "K/32"))
+    values = decode_e4m3(codes).double()
+    exponents = torch.repeat_interleave(scales.double() - 129, BLOCK, dim=-1)
+    folded = (values * exponents.exp2()).to(torch.bfloat16)
+    # [..., t, c // 4, c // 2 % 2, c % 2] to [..., c % 2, c // 4, t, c // 2 % 2]
+    return torch.unflatten(folded, -1, (-1, 4, 2, 2, 2)).permute(0, 1, 5, 3, 2, 4).flatten(1)
+
+
 def pack_row_scales(scales: Tensor) -> Tensor:
     """Activation scales as the kernel reads them: one 32-bit word holds a row's four scales of K=128.
 

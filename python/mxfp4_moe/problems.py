@@ -55,8 +55,8 @@ class GemmProblem:
         experts = zip(self.packed, self.scales, strict=True)
         return torch.stack([formats.arrange_weights(packed, scales, order) for packed, scales in experts])
 
-    def run(self, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tile's result in an output poisoned with NaN.
+    def run(self, tile: Tile, dtype: torch.dtype = torch.float32, *, folded: bool = False) -> Tensor:
+        """The tile's result in an output poisoned with NaN; `folded`: of the kernel that takes folded activations.
 
         The m-tile list is as long as a caller who knows only the shapes must make it; behind its valid entries stand
         ones that would write to the rows of no expert.
@@ -66,15 +66,33 @@ class GemmProblem:
         bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(self.offsets[-1]), rows, 0]], dtype=torch.int32, device=tiles.device)
         out = torch.full((rows, self.packed.shape[1]), float("nan"), dtype=dtype, device=tiles.device)
+        if folded:
+            act, act_scale = self.folded, self.row_scales.new_empty(0)
+        else:
+            act, act_scale = formats.interleave_k(self.codes), formats.pack_row_scales(self.row_scales)
         _load.load_tile(tile)(
-            formats.interleave_k(self.codes),
-            formats.pack_row_scales(self.row_scales),
+            act,
+            act_scale,
             self.weight,
             torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
             torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
             out,
         )
         return out
+
+    @functools.cached_property
+    def folded(self) -> Tensor:
+        """The activations as bfloat16 [R, K] with their scales in them."""
+        return formats.fold_activations(self.codes, self.row_scales)
+
+    def runs(self, tile: Tile, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The results of each kernel that the tile has for this GPU."""
+        kernels = (False, True) if takes_folded(tile, self.codes.device) else (False,)
+        return [self.run(tile, dtype, folded=folded) for folded in kernels]
+
+    def check(self, tile: Tile, dtype: torch.dtype = torch.float32) -> str:
+        """`mismatch` of the first of `runs` that has one."""
+        return next(filter(None, map(self.mismatch, self.runs(tile, dtype))), "")
 
     def mismatch(self, out: Tensor) -> str:
         """Empty when out has the expected bits, else where it differs and how."""
@@ -90,6 +108,11 @@ class GemmProblem:
             f"{len(set(wrong[:, 1].tolist()))} columns; first at [{row}, {column}]: expected "
             f"{float(expected[row, column])!r}, got {float(out[row, column])!r}"
         )
+
+
+def takes_folded(tile: Tile, device: torch.device) -> bool:
+    """Whether the layer gives this tile folded activations on this GPU."""
+    return tile.folded_major == torch.cuda.get_device_capability(device)[0]
 
 
 def offsets_of(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:

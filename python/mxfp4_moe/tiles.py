@@ -47,6 +47,14 @@ class Tile:
     def mn(self) -> tuple[int, int]:
         return (self.m, self.n)
 
+    @property
+    def folded_major(self) -> int:
+        """Compute capability (major) of the GPUs on which a layer gives it folded activations, or 0.
+
+        There the extension has a second kernel (csrc/tile/wgmma_shape.cuh).
+        """
+        return 9 if 16 <= self.m <= 128 and self.n in (64, 128) else 0
+
     @classmethod
     def from_mn(cls, tile_mn: tuple[int, int]) -> Tile:
         """The tile of this shape; fewer than 64 rows means swapped operands."""
