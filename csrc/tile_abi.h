@@ -10,12 +10,19 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 2
+#define MXFP4_MOE_TILE_ABI_VERSION 3
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
   MXFP4_MOE_OUT_BFLOAT16 = 1,
   MXFP4_MOE_OUT_FLOAT16 = 2,
+};
+
+// Which kernel of a tile runs. All give the same bits, so only tests and measurements ask for one.
+enum Mxfp4MoeKernel {
+  MXFP4_MOE_KERNEL_BY_SIZE = 0,  // the rule in tile/launcher.cuh
+  MXFP4_MOE_KERNEL_PLAIN = 1,    // tile/kernel.cuh, which every tile has
+  MXFP4_MOE_KERNEL_SPLIT_K = 2,  // tile/split_k.cuh; a tile without it refuses
 };
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
@@ -67,6 +74,7 @@ typedef struct {
   // Nonzero: the m-tiles were written by a kernel that was complete when the one just before this was running, so that
   // weights may be fetched before that one is done (programmatic dependent launch).
   int32_t m_tiles_are_ready;
+  int32_t kernel;  // Mxfp4MoeKernel
   Mxfp4MoeActivate activate;
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;

@@ -76,9 +76,10 @@ const Mxfp4MoeTile kTile = {
     MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, Shape::kActivates, kNumArchs, kFacts, &launch,
 };
 
-// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h.
+// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. `kernel` is an
+// Mxfp4MoeKernel.
 void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& m_tiles,
-                  const Tensor& num_m_tiles, const Tensor& out) {
+                  const Tensor& num_m_tiles, const Tensor& out, int64_t kernel) {
   const int32_t device = device_of("act", act);
   STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 [rows, k], got ", describe(act));
   STD_TORCH_CHECK(out.dim() == 2, "out: expected [rows, n], got ", describe(out));
@@ -98,6 +99,8 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(out_type == ScalarType::Float || out_type == ScalarType::BFloat16 || out_type == ScalarType::Half,
                   "out: expected float32, bfloat16 or float16, got ", describe(out));
   check_tensor("out", out, out_type, {rows, n}, device);
+  STD_TORCH_CHECK(kernel >= MXFP4_MOE_KERNEL_BY_SIZE && kernel <= MXFP4_MOE_KERNEL_SPLIT_K,
+                  "kernel: expected 0 (by size), 1 (plain) or 2 (split K), got ", kernel);
 
   const DeviceGuard guard(device);
   const Mxfp4MoeGemmArgs args = {
@@ -116,6 +119,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<int32_t>(k),
       static_cast<int32_t>(experts),
       /*m_tiles_are_ready=*/0,  // who knows which kernel made them
+      static_cast<int32_t>(kernel),
       /*activate=*/{},
       current_stream(device),
   };
@@ -146,7 +150,7 @@ PyObject* facts(PyObject*, PyObject*) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("grouped_gemm_" MXFP4_MOE_TEXT(
       TILE_NAME) "(Tensor act, Tensor act_scale, Tensor weight, Tensor m_tiles, "
-                 "Tensor num_m_tiles, Tensor(a!) out) -> ()");
+                 "Tensor num_m_tiles, Tensor(a!) out, int kernel=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
