@@ -10,19 +10,20 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 
 import torch
 from gpu_layers import exact_layer, same
 from gpu_problems import bits, gpu, random_call, random_problem, random_weights, relative_error
 
 import mxfp4_moe
-from mxfp4_moe import formats, reference
+from mxfp4_moe import _wheel, formats, reference
 from mxfp4_moe.activations import Activation
-from mxfp4_moe.tiles import load_manifest
+from mxfp4_moe.tiles import kernels_of, load_manifest
 
 # Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
 GEMMS = [(32, 16), (160, 80), (672, 144)]
-ROWS_PER_EXPERT = (0, 1, 9, 65, 130)
+ROWS_PER_EXPERT = (0, 1, 9, 65, 130)  # with (8, 64): m-tiles of one, two and eight rows
 LAYERS = [(1, 1), (33, 3)]  # tokens, top_k
 
 
@@ -58,6 +59,8 @@ def other_kernels(device: torch.device) -> list[str]:
 def main() -> int:
     device, start = gpu(), time.monotonic()
     tiles = load_manifest().tiles
+    arch = _wheel.arch_for(torch.cuda.get_device_capability(device))
+    assert arch is not None, "the wheel has no machine code for this GPU"
     mxfp4_moe.prewarm_moe_tiles()
     failures = []
     problems = {(k, n): random_problem(k, n, device, rows_per_expert=ROWS_PER_EXPERT) for k, n in GEMMS}
@@ -67,9 +70,9 @@ def main() -> int:
     expected = [reference.fused_moe(*call.args(), weights) for call in calls]
     for number, tile in enumerate(tiles, start=1):
         for (k, n), problem in problems.items():
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                mismatch = problem.mismatch(problem.run(tile, dtype))
-                failures += [f"{tile.name}, K={k}, N={n}, {dtype}: {mismatch}"] if mismatch else []
+            for dtype, kernel in product((torch.float32, torch.bfloat16, torch.float16), kernels_of(tile, arch)):
+                mismatch = problem.mismatch(problem.run(tile, dtype, kernel))
+                failures += [f"{tile.name}, {kernel.name}, K={k}, N={n}, {dtype}: {mismatch}"] if mismatch else []
         for call, wanted in zip(calls, expected, strict=True):
             out = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn)
             again = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn)

@@ -143,8 +143,8 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1,
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
 }
 
-// block = A . B^T, without scales. f16 products and their fp32 sum are exact in the same cases as FP8's, so the bits are
-// those of the FP8 instruction.
+// block = A . B^T, without scales. f16 products and their fp32 sum are exact in the same cases as FP8's, so the bits
+// are those of the FP8 instruction.
 __device__ __forceinline__ void mma_block(float (&block)[4], const Fragment& a_lo, const Fragment& a_hi,
                                           const Fragment& b) {
   float half[4];

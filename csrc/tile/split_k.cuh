@@ -96,9 +96,9 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
       wait_for(smem.full(s), ring.phase);
       // All of it first, because the compiler cannot know that the sums lie elsewhere. The steps that a last K tile
       // lacks hold any weights, but activations and scales of zero, as in kernel.cuh.
-      uint32_t act[4][2], weight[4][kGroups];
-      ldmatrix<4>(act[0], smem.act(s) + act_lane);
-      ldmatrix<4>(act[2], smem.act(s) + (act_lane ^ 64));
+      uint32_t act[8], weight[4][kGroups];
+      ldmatrix<4>(act, smem.act(s) + act_lane);
+      ldmatrix<4>(act + 4, smem.act(s) + (act_lane ^ 64));
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
 #pragma unroll
@@ -106,17 +106,25 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
           load_words<kGroupsPerLoad>(weight[step] + g,
                                      smem.weight(s) + weight_lane + step * kWeightStepBytes + g / 4 * 512);
       }
-      uint8_t* sums = smem.sums(s, row0 / 16) + sum_lane;
+      float block[4][Shape::kFragments][4];
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        const Fragment b = expand_act(act[step][0], act[step][1]);
+        const Fragment b = expand_act(act[2 * step], act[2 * step + 1]);
 #pragma unroll
         for (int f = 0; f < Shape::kFragments; ++f) {
-          float block[4];
-          mma_block(block, expand_weight(weight[step][2 * f]), expand_weight(weight[step][2 * f + 1]), b);
-          if (has_rows)
+          mma_block(block[step][f], expand_weight(weight[step][2 * f]), expand_weight(weight[step][2 * f + 1]), b);
+        }
+      }
+      if (has_rows) {
+        uint8_t* sums = smem.sums(s, row0 / 16) + sum_lane;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+#pragma unroll
+          for (int f = 0; f < Shape::kFragments; ++f) {
+            const float* x = block[step][f];
             *reinterpret_cast<float4*>(sums + step * Shape::kSumStepBytes + f * Shape::kSumFragmentBytes) =
-                make_float4(block[0], block[1], block[2], block[3]);
+                make_float4(x[0], x[1], x[2], x[3]);
+          }
         }
       }
       arrive_for_warp(smem.summed(s), lane, 1);
@@ -137,7 +145,8 @@ template <class Shape>
 __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shape>& smem, int warp, int lane) {
   using Tile = typename Shape::Tile;
   const int num_k_tiles = ceil_div(p.k, kTileK);
-  const int g = lane / 4, t = lane % 4, row0 = warp * 16;  // as an MMA's accumulators: rows g and g + 8, columns 2t, 2t+1
+  const int g = lane / 4, t = lane % 4,
+            row0 = warp * 16;  // as an MMA's accumulators: rows g and g + 8, columns 2t, 2t+1
   const auto word = [](const uint8_t* at) { return *reinterpret_cast<const uint32_t*>(at); };
 
   Ring<Shape::kStages> ring;

@@ -18,9 +18,9 @@ struct SplitShape : Tile_ {
   static constexpr int kWarpRows = kWarpRows_;
   static constexpr int kBlocksPerSm = kBlocks_;
 
-  static constexpr int kRowWarps = Tile::N / kWarpRows;      // that multiply one K tile
-  static constexpr int kFragments = kWarpRows / 16;          // of one of them
-  static constexpr int kAddWarps = Tile::kMmaWarps;          // as many as the tile's epilogue has warps
+  static constexpr int kRowWarps = Tile::N / kWarpRows;  // that multiply one K tile
+  static constexpr int kFragments = kWarpRows / 16;      // of one of them
+  static constexpr int kAddWarps = Tile::kMmaWarps;      // as many as the tile's epilogue has warps
   static constexpr int kMultiplyWarps = kParts * kRowWarps;
   static constexpr int kThreads = (kAddWarps + kMultiplyWarps + 1) * 32;
 
@@ -28,8 +28,8 @@ struct SplitShape : Tile_ {
   static constexpr int kSumFragmentBytes = 32 * 16;
   static constexpr int kSumStepBytes = Tile::N / 16 * kSumFragmentBytes;
   static constexpr int kSumBytes = 4 * kSumStepBytes;
-  static constexpr int kBarrierBytesPerStage = 24;      // full, empty and summed
-  static constexpr int kColumnBytes = Tile::N * 4;      // the sums of a lone activation row, on their way to the epilogue
+  static constexpr int kBarrierBytesPerStage = 24;  // full, empty and summed
+  static constexpr int kColumnBytes = Tile::N * 4;  // the sums of a lone activation row, on their way to the epilogue
   static constexpr int kFixedBytes = Tile::kAmaxBytes + kColumnBytes;
 
   static constexpr int kStagesThatFit = (Tile::kSmemPerSm / kBlocksPerSm - kSmemReservedPerBlock - kFixedBytes) /

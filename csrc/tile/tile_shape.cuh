@@ -27,8 +27,8 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // What a multiprocessor has; a block may opt in to 1 KB of shared memory less. One type per arch of the manifest.
 // kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
 // fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
-// over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a second
-// kernel for grids that leave the device idle (split_k.cuh).
+// over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a
+// second kernel for grids that leave the device idle (split_k.cuh).
 struct Sm90 {
   static constexpr int kSmemPerSm = 228 * 1024;
   static constexpr bool kLongWarps = false;

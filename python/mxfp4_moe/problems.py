@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _load, formats, reference
 from .activations import Activation
-from .tiles import Tile
+from .tiles import Kernel, Tile
 from .weights import MoEWeights
 
 ROWS_PER_EXPERT = (0, 1, 7, 8, 9, 63, 64, 65, 129, 300, 0, 16)
@@ -55,7 +55,7 @@ class GemmProblem:
         experts = zip(self.packed, self.scales, strict=True)
         return torch.stack([formats.arrange_weights(packed, scales, order) for packed, scales in experts])
 
-    def run(self, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
+    def run(self, tile: Tile, dtype: torch.dtype = torch.float32, kernel: Kernel = Kernel.BY_SIZE) -> Tensor:
         """The tile's result in an output poisoned with NaN.
 
         The m-tile list is as long as a caller who knows only the shapes must make it; behind its valid entries stand
@@ -73,6 +73,7 @@ class GemmProblem:
             torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
             torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
             out,
+            int(kernel),
         )
         return out
 

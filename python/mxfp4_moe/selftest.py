@@ -35,7 +35,7 @@ from typing import IO, TYPE_CHECKING, Any
 from . import _driver, _wheel, blocklist, remembered
 from ._child import channel
 from ._troubles import words
-from .tiles import Tile, load_manifest
+from .tiles import Kernel, Tile, kernels_of, load_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -436,11 +436,16 @@ def tile_runner(device: torch.device) -> RunTile:
     calls[1].topk_ids[::5, 1] = -1  # slots of no expert
     expected = [reference.fused_moe(*call.args(), weights) for call in calls]
 
+    def kernels(tile: Tile) -> tuple[Kernel, ...]:
+        arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+        return (Kernel.BY_SIZE,) if arch is None else kernels_of(tile, arch)
+
     def run_gemms(tile: Tile) -> int:
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         for (what, problem), dtype in itertools.product(gemms.items(), dtypes):
-            if mismatch := problem.mismatch(problem.run(tile, dtype)):
-                raise WrongResultError(f"GEMM, {what}, {str(dtype).removeprefix('torch.')}: {mismatch}")
+            for kernel in kernels(tile):
+                if mismatch := problem.mismatch(problem.run(tile, dtype, kernel)):
+                    raise WrongResultError(f"GEMM, {what}, {str(dtype).removeprefix('torch.')}: {mismatch}")
         return len(gemms) * len(dtypes)
 
     def run_layers(tile: Tile) -> str:

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 from .archs import ArchError, check_arch
@@ -52,6 +53,14 @@ class Tile:
         """The tile of this shape; fewer than 64 rows means swapped operands."""
         m, n = tile_mn
         return cls(m=m, n=n, swap_ab=m < 64)
+
+
+class Kernel(IntEnum):
+    """Which kernel of a tile runs: Mxfp4MoeKernel of csrc/tile_abi.h. All give the same bits."""
+
+    BY_SIZE = 0  # csrc/tile/launcher.cuh decides, for every call of the layer
+    PLAIN = 1
+    SPLIT_K = 2
 
 
 # Every tile that was considered for the wheel; the proof below says which of them can be.
@@ -406,6 +415,16 @@ def prove(tile: Tile, arch: str) -> TileProof:
         amax_bytes=amax_bytes,
         refusals=tuple(refusals),
     )
+
+
+def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
+    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit.
+
+    Raises:
+        ArchError: the kernel has no code for the arch.
+    """
+    splits = check_arch(arch)[0] == 9 and tile == Tile(m=8, n=64, swap_ab=True)
+    return (Kernel.PLAIN, Kernel.SPLIT_K) if splits else (Kernel.PLAIN,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
