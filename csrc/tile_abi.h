@@ -18,10 +18,12 @@ enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT16 = 2,
 };
 
-// How activations come: MXFP8 codes and scales, or folded into bf16 (tile/folded.cuh).
-enum Mxfp4MoeActType {
-  MXFP4_MOE_ACT_MXFP8 = 0,
-  MXFP4_MOE_ACT_FOLDED = 1,
+// Which kernel of a tile runs. All give the same bits.
+enum Mxfp4MoeKernel {
+  MXFP4_MOE_KERNEL_BY_SIZE = 0,  // the rule in tile/launcher.cuh
+  MXFP4_MOE_KERNEL_PLAIN = 1,    // tile/kernel.cuh, which every tile has
+  MXFP4_MOE_KERNEL_SPLIT_K = 2,  // tile/split_k.cuh; a tile without it refuses
+  MXFP4_MOE_KERNEL_FOLDED = 3,   // tile/wgmma_kernel.cuh, whose activations are folded (tile/folded.cuh); as before
 };
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
@@ -49,7 +51,7 @@ enum Mxfp4MoeFusedActivation {
 // of `out`, the activation (tile/activation.cuh) is written, as the MXFP8 rows that GEMM2 reads.
 typedef struct {
   uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded bf16; null: no activation, `out` is written
-  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0; not written where act_type is folded
+  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0; not written where the kernel is FOLDED
   const float* bias;   // [experts, n] or null
   int32_t activation;  // Mxfp4MoeFusedActivation
   int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
@@ -59,13 +61,12 @@ typedef struct {
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
   const void* act;        // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or folded
-  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]; not read where act_type is folded
+  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]; not read where the kernel is FOLDED
   const void* weight;     // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in tile/weight_layout.cuh
   void* out;              // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value
   int32_t max_m_tiles;         // upper bound from shapes alone; sizes the grid
-  int32_t act_type;            // Mxfp4MoeActType, of act and of what `activate` writes
   int32_t out_type;            // Mxfp4MoeOutType
   int32_t rows;
   int32_t n;  // multiple of 16
@@ -74,6 +75,7 @@ typedef struct {
   // Nonzero: the m-tiles were written by a kernel that was complete when the one just before this was running, so that
   // weights may be fetched before that one is done (programmatic dependent launch).
   int32_t m_tiles_are_ready;
+  int32_t kernel;  // Mxfp4MoeKernel
   Mxfp4MoeActivate activate;
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;
@@ -94,7 +96,7 @@ typedef struct {
   uint32_t abi_version;
   int32_t tile_m, tile_n, swap_ab;
   int32_t activates;  // whether Mxfp4MoeGemmArgs::activate may be set
-  // Compute capability (major) of the GPUs on which it takes folded activations, and is faster with them; or 0.
+  // Compute capability (major) of the GPUs on which a layer runs its FOLDED kernel, or 0.
   int32_t folded_major;
   int32_t num_archs;
   const Mxfp4MoeTileFacts* const* facts;  // num_archs of them

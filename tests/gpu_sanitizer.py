@@ -22,7 +22,7 @@ from mxfp4_moe.tiles import load_manifest
 
 # Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
 GEMMS = [(32, 16), (160, 80), (672, 144)]
-ROWS_PER_EXPERT = (0, 1, 9, 65, 130)
+ROWS_PER_EXPERT = (0, 1, 9, 65, 130)  # with (8, 64): m-tiles of one, two and eight rows
 LAYERS = [(1, 1), (33, 3)]  # tokens, top_k
 
 

@@ -286,6 +286,23 @@ def test_no_arch_may_spill(arch: str) -> None:
         check_memory("x.so", code, [used for used in RESOURCES if used.arch != arch])
 
 
+def test_a_second_kernel_is_checked_too() -> None:
+    """A tile may have two: neither may spill or have MMAs outside of loops, and the worse loop is what counts."""
+    first, second = code_of(*GOOD, kernel="a"), code_of(*GOOD[:4], "NOP", *GOOD[4:], kernel="b")
+    for one, other in ((first, second), (second, first)):
+        code = Code(kernels=one.kernels | other.kernels)
+        assert check_main_loop("x.so", "90a", code, LOOP | {"limit": 3.0}).instructions_per_mma == 3.0
+        with pytest.raises(BuildError, match="3.0 instructions per HMMA in the main loop"):
+            check_main_loop("x.so", "90a", code, LOOP)
+    bare = Code(kernels=first.kernels | code_of("HMMA.16816.F32 R4, R8, R12, R4", "EXIT", kernel="b").kernels)
+    with pytest.raises(BuildError, match="1 of 3 HMMA are in no loop"):
+        check_main_loop("x.so", "90a", bare, LOOP)
+    used = [dataclasses.replace(RESOURCES[0], kernel=kernel) for kernel in "ab"]
+    check_memory("x.so", {"90a": bare}, used)
+    with pytest.raises(BuildError, match="8 bytes of spill stores"):
+        check_memory("x.so", {"90a": bare}, [used[0], dataclasses.replace(used[1], spill_store_bytes=8)])
+
+
 @pytest.mark.parametrize("opcode", ["LDL", "STL.64"])
 def test_local_memory_is_refused_even_where_ptxas_speaks_of_no_spill(opcode: str) -> None:
     code = {"90a": code_of(*GOOD, f"{opcode} [R1], R2"), "120f": code_of(*GOOD)}

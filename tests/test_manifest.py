@@ -382,6 +382,7 @@ def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> su
         "weight_bytes": "kWeightBytes",
         "act_scale_bytes": "kActScaleBytes",
         "amax_bytes": "kAmaxBytes",
+        "has_split": "kHasSplit",
     }
     names = ", ".join(f'\\"{name}\\": %d' for name in fields)
     values = ", ".join(f"int(S::{member})" for member in fields.values())
@@ -412,7 +413,52 @@ def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
     for (arch, tile), line in zip(product(ALL_ARCHS, LEGAL), lines, strict=True):
         proof = tiles.prove(tile, arch)
         more = ("warp_m", "warp_n", "act_bytes", "weight_bytes", "act_scale_bytes", "amax_bytes")
-        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more}
+        split = int(tiles.Kernel.SPLIT_K in tiles.kernels_of(tile, arch))
+        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more} | {"has_split": split}
+
+
+SPLIT = r"""
+#include <cstdio>
+#include "tile/split_shape.cuh"
+using namespace mxfp4_moe;
+using S = SplitShape<TileShape<8, 64, true, Sm90>>;
+int main() {
+  std::printf("%d %d %d %d %d ", S::kThreads, S::kBlocksPerSm, S::kStages, S::kSmemBytes, S::kFragments);
+  std::printf("%d", S::kParts);
+  for (int lane = 0; lane < 32; ++lane) std::printf(" %d", sum_slot(lane / 4, lane % 4));
+}
+"""
+
+
+def test_the_split_kernel_by_hand(tmp_path: Path) -> None:
+    """Beside a stage's 5,504 bytes stand 4 steps of 64 x 8 sums, 8,192, and three barriers; beside the table of amax,
+    128 bytes, a column of 64 sums: (116,736 - 1,024 - 128 - 256) // 13,720 = 8 stages. 4 + 8 + 1 warps.
+    """
+    compiler = shutil.which("g++")
+    assert compiler is not None, "this test compiles a header of csrc: install g++"
+    source = tmp_path / "split.cpp"
+    source.write_text(SPLIT, encoding="utf-8")
+    subprocess.run([compiler, "-std=c++17", "-I", ROOT / "csrc", source, "-o", tmp_path / "split"], check=True)
+    output = subprocess.run([tmp_path / "split"], capture_output=True, text=True, check=True).stdout
+    threads, blocks, stages, smem, fragments, parts, *slots = map(int, output.split())
+    assert (threads, blocks, stages, smem, fragments, parts) == (416, 2, 8, 8 * 13_720 + 384, 2, 4)
+    assert sorted(slots) == list(range(32))
+    for first in range(0, 32, 8):  # lanes whose 16 bytes are accessed at once: each in its own eighth of the banks
+        assert {slot % 8 for slot in slots[first : first + 8]} == set(range(8))
+    assert [slots[4 * g] for g in range(8)] == list(range(8)), "a lone row's sums stand side by side"
+
+
+def test_kernels_of_a_tile() -> None:
+    assert tiles.kernels_of(Tile.from_mn((8, 64)), "90a") == (tiles.Kernel.PLAIN, tiles.Kernel.SPLIT_K)
+    for arch, tile in product(ARCHS, LEGAL):
+        if (arch, tile.mn) != ("90a", (8, 64)):
+            assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN,)
+    with pytest.raises(ArchError, match="arch '100a'"):
+        tiles.kernels_of(LEGAL[0], "100a")
+    numbers = {"BY_SIZE": 0, "PLAIN": 1, "SPLIT_K": 2}
+    assert {kernel.name: int(kernel) for kernel in tiles.Kernel} == numbers
+    header = (ROOT / "csrc" / "tile_abi.h").read_text(encoding="utf-8")
+    assert all(f"MXFP4_MOE_KERNEL_{name} = {number}," in header for name, number in numbers.items())
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -15,7 +15,7 @@ import torch
 from mxfp4_moe import blocklist, problems, reference, selftest
 from mxfp4_moe._load import LoadError
 from mxfp4_moe.selftest import Report, Status, TileResult
-from mxfp4_moe.tiles import Tile
+from mxfp4_moe.tiles import Kernel, Tile
 
 TILES = [Tile.from_mn((m, 128)) for m in (8, 16, 32, 64, 128, 256)]  # in the manifest, where the worker looks them up
 NAMES = [tile.name for tile in TILES]
@@ -252,7 +252,9 @@ def test_what_did_not_run_stays_as_it_was(runner: Runner) -> None:
 def honest(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Small problems on the CPU, and a grouped GEMM that is right: what it must give, in a poisoned output."""
 
-    def run_right(problem: problems.GemmProblem, tile: Tile, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def run_right(
+        problem: problems.GemmProblem, tile: Tile, dtype: torch.dtype = torch.float32, kernel: Kernel = Kernel.BY_SIZE
+    ) -> torch.Tensor:
         out = torch.full_like(problem.expected, float("nan"), dtype=dtype)
         valid = int(problem.offsets[-1])
         out[:valid] = problem.expected[:valid].to(dtype)
@@ -276,7 +278,9 @@ def test_one_wrong_value_fails_the_tile(honest: pytest.MonkeyPatch) -> None:
     right = problems.GemmProblem.run
     run_tile = selftest.tile_runner(torch.device("cpu"))
 
-    def run_wrong(problem: problems.GemmProblem, tile: Tile, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def run_wrong(
+        problem: problems.GemmProblem, tile: Tile, dtype: torch.dtype = torch.float32, kernel: Kernel = Kernel.BY_SIZE
+    ) -> torch.Tensor:
         out = right(problem, tile, dtype)
         if dtype is torch.float16 and problem.packed.shape[1] == 48:
             out[5, 7] = 1.25

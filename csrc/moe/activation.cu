@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
   const int loaded_column = kGated ? 2 * column : column;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int valid_rows = *args.valid_rows;
+  const int valid_rows = __ldcg(args.valid_rows);
 
   for (int64_t row = blockIdx.y; row < valid_rows; row += gridDim.y) {
     float x[kValuesPerLane] = {};
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
       }
       if (args.bias != nullptr) {
         float bias[kLoaded];
-        load(args.bias + args.row_expert[row] * width + loaded_column, bias);
+        load(args.bias + __ldcg(args.row_expert + row) * width + loaded_column, bias);
 #pragma unroll
         for (int i = 0; i < kLoaded; ++i) {
           sum[i] += bias[i];
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
       if constexpr (kGated) {
         Numbers numbers = {};
         if constexpr (kActivation == Activation::kSwigluOai || kActivation == Activation::kSwigluStep) {
-          const int expert = args.row_expert[row];
+          const int expert = __ldcg(args.row_expert + row);
           numbers = {of_expert(args.alpha, expert), of_expert(args.beta, expert), of_expert(args.limit, expert)};
         }
 #pragma unroll

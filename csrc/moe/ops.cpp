@@ -307,7 +307,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& hidden_
   gemm.m_tiles = m_tiles;
   gemm.num_m_tiles = at(layout.num_m_tiles);
   gemm.max_m_tiles = m_tile_bound;
-  gemm.act_type = folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8;
+  gemm.kernel = folded ? MXFP4_MOE_KERNEL_FOLDED : MXFP4_MOE_KERNEL_BY_SIZE;
   gemm.rows = slots;
   gemm.experts = experts;
   gemm.m_tiles_are_ready = 1;

@@ -113,6 +113,11 @@ struct Ring {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ void skip(int stages) {
+    const unsigned to = stage + stages;
+    stage = to % kStages;
+    phase ^= to / kStages & 1;
+  }
 };
 
 // --- producer ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "kernel.cuh"
+#include "split_k.cuh"
 #include "wgmma_kernel.cuh"
 
 namespace mxfp4_moe {
@@ -38,8 +39,6 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (a.out_type < MXFP4_MOE_OUT_FLOAT32 || a.out_type > MXFP4_MOE_OUT_FLOAT16)
     return refuse("out_type: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", a.out_type);
   if (!aligned(a.act, 16)) return refuse("act: expected an address that is a multiple of 16, got %p", a.act);
-  if (a.act_type != (Shape::kFolded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8))
-    return refuse("act_type: expected %d, got %d", Shape::kFolded, a.act_type);
   if (!Shape::kFolded && !aligned(a.act_scale, 16))
     return refuse("act_scale: expected an address that is a multiple of 16, got %p", a.act_scale);
   if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
@@ -138,17 +137,29 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
   return encode(maps.weight_tail, weight, refuse);
 }
 
+template <class Shape>
+constexpr auto kernel_of() {
+  if constexpr (Shape::kFolded) {
+    return grouped_gemm_wgmma<Shape>;
+  } else if constexpr (Shape::kIsSplit) {
+    return grouped_gemm_split_k<Shape>;
+  } else {
+    return grouped_gemm<Shape>;
+  }
+}
+
 // Blocks of this kernel that the whole device holds at once; opts in to the shared memory on first use.
-template <class Shape, auto kKernel>
+template <class Shape>
 const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> cached[kMaxDevices];  // threads that come at once write the same value
   if (device < kMaxDevices && (blocks = cached[device])) return nullptr;
   int sms = 0, per_sm = 0;
-  cudaError_t e = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
+  cudaError_t e =
+      cudaFuncSetAttribute(kernel_of<Shape>(), cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
   if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (e == cudaSuccess)
-    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, Shape::kThreads, Shape::kSmemBytes);
+    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel_of<Shape>(), Shape::kThreads, Shape::kSmemBytes);
   if (e != cudaSuccess || per_sm == 0) {
     cudaGetLastError();
     return refuse("tile (%d, %d): a block of %d threads and %d bytes of shared memory does not fit this GPU (%s)",
@@ -159,22 +170,14 @@ const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
   return nullptr;
 }
 
-template <class Shape, auto kKernel>
-const char* launch_kernel(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
-  if (const char* why = check_arguments<Shape>(a, refuse)) return why;
-  if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
-
-  int device = 0, blocks = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
-  if (const char* why = resident_blocks<Shape, kKernel>(device, blocks, refuse)) return why;
-
+template <class Shape>
+const char* launch_kernel(const Mxfp4MoeGemmArgs& a, int64_t tiles, int blocks, Refusal& refuse) {
   TensorMaps maps;
   if (const char* why = describe<Shape>(maps, a, refuse)) return why;
   const GemmParams params{a.out, a.m_tiles, a.num_m_tiles,       a.out_type, a.rows,
                           a.n,   a.k,       a.m_tiles_are_ready, a.activate};
-  const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
   const unsigned grid = static_cast<unsigned>(tiles < blocks ? tiles : blocks);
-  if (cudaError_t e = launch(kKernel, dim3(grid), Shape::kThreads, Shape::kSmemBytes,
+  if (cudaError_t e = launch(kernel_of<Shape>(), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
                              static_cast<cudaStream_t>(a.stream), maps, params))
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;
@@ -186,14 +189,47 @@ constexpr bool takes_folded() {
   return Shape::Arch::kHasWgmma && WgmmaShape<Shape::M, Shape::N>::kExists;
 }
 
+// The rule: the split kernel, where the tile has one, takes calls of at most so many output tiles per block that the
+// device holds at once. Then each tile's own time counts, which it shortens; beyond, there are tiles enough to keep
+// every SM busy. The host knows only an upper bound of the tiles, which with few tokens is nearly what there is.
+constexpr int kSplitTilesPerBlock = 2;
+
+template <class Shape>
+const char* launch_folded(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
+  if (const char* why = check_arguments<Shape>(a, refuse)) return why;
+  if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
+  int device = 0, blocks = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
+  if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
+  return launch_kernel<Shape>(a, static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N), blocks, refuse);
+}
+
 template <class Shape>
 const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   static thread_local Refusal refuse;
   if constexpr (takes_folded<Shape>()) {
-    using Wgmma = WgmmaShape<Shape::M, Shape::N>;
-    if (a.act_type == MXFP4_MOE_ACT_FOLDED) return launch_kernel<Wgmma, grouped_gemm_wgmma<Wgmma>>(a, refuse);
+    if (a.kernel == MXFP4_MOE_KERNEL_FOLDED) return launch_folded<WgmmaShape<Shape::M, Shape::N>>(a, refuse);
   }
-  return launch_kernel<Shape, grouped_gemm<Shape>>(a, refuse);
+  if (const char* why = check_arguments<Shape>(a, refuse)) return why;
+  if (a.kernel == MXFP4_MOE_KERNEL_FOLDED)
+    return refuse("kernel: tile (%d, %d) has no kernel for folded activations on this GPU", Shape::M, Shape::N);
+  if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K && !Shape::kHasSplit)
+    return refuse("kernel: tile (%d, %d) has no split-K kernel for this GPU", Shape::M, Shape::N);
+  if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
+
+  int device = 0, blocks = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
+  const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
+  if constexpr (Shape::kHasSplit) {
+    using Split = SplitShape<Shape>;
+    if (a.kernel != MXFP4_MOE_KERNEL_PLAIN) {
+      if (const char* why = resident_blocks<Split>(device, blocks, refuse)) return why;
+      if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K || tiles <= static_cast<int64_t>(blocks) * kSplitTilesPerBlock)
+        return launch_kernel<Split>(a, tiles, blocks, refuse);
+    }
+  }
+  if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
+  return launch_kernel<Shape>(a, tiles, blocks, refuse);
 }
 
 }  // namespace mxfp4_moe

@@ -143,15 +143,22 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1,
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
 }
 
-// f16 products and their fp32 sum are exact in the same cases as FP8's, so the bits are those of the FP8 instruction.
+// block = A . B^T, without scales. f16 products and their fp32 sum are exact in the same cases as FP8's, so the bits
+// are those of the FP8 instruction.
+__device__ __forceinline__ void mma_block(float (&block)[4], const Fragment& a_lo, const Fragment& a_hi,
+                                          const Fragment& b) {
+  float half[4];
+  mma_f16(half, a_lo.pair[0], a_hi.pair[0], a_lo.pair[1], a_hi.pair[1], b.pair[0], b.pair[1], 0.f, 0.f, 0.f, 0.f);
+  mma_f16(block, a_lo.pair[2], a_hi.pair[2], a_lo.pair[3], a_hi.pair[3], b.pair[2], b.pair[3], half[0], half[1],
+          half[2], half[3]);
+}
+
 template <Fp4Operand kFp4, class Selector>
 __device__ __forceinline__ void mx_mma(float (&d)[4], const Fragment& a_lo, const Fragment& a_hi, const Fragment& b,
                                        ScaleA sa, ScaleB sb, Selector byte) {
   constexpr bool kFp4A = kFp4 == Fp4Operand::kA;
-  float half[4], block[4];
-  mma_f16(half, a_lo.pair[0], a_hi.pair[0], a_lo.pair[1], a_hi.pair[1], b.pair[0], b.pair[1], 0.f, 0.f, 0.f, 0.f);
-  mma_f16(block, a_lo.pair[2], a_hi.pair[2], a_lo.pair[3], a_hi.pair[3], b.pair[2], b.pair[3], half[0], half[1],
-          half[2], half[3]);
+  float block[4];
+  mma_block(block, a_lo, a_hi, b);
   float ea[2], eb[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

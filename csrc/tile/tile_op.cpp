@@ -97,9 +97,9 @@ const Mxfp4MoeTile kTile = {
 };
 
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8
-// with its scales, or folded bfloat16 and act_scale an empty tensor.
+// with its scales; or, for MXFP4_MOE_KERNEL_FOLDED, bfloat16 and act_scale an empty tensor.
 void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& m_tiles,
-                  const Tensor& num_m_tiles, const Tensor& out) {
+                  const Tensor& num_m_tiles, const Tensor& out, int64_t kernel) {
   const int32_t device = device_of("act", act);
   STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 or bfloat16 [rows, k], got ", describe(act));
   STD_TORCH_CHECK(out.dim() == 2, "out: expected [rows, n], got ", describe(out));
@@ -110,7 +110,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(n > 0 && n % 16 == 0 && n <= INT_MAX, "n: expected a positive multiple of 16, got ", n);
   STD_TORCH_CHECK(rows <= INT_MAX - 3, "rows: expected at most ", INT_MAX - 3, ", got ", rows);
   STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
-  const bool folded = act.scalar_type() == ScalarType::BFloat16;
+  const bool folded = kernel == MXFP4_MOE_KERNEL_FOLDED;
   check_tensor("act", act, folded ? ScalarType::BFloat16 : ScalarType::Byte, {rows, k}, device);
   if (folded)
     check_tensor("act_scale", act_scale, ScalarType::Byte, {0}, device);
@@ -123,6 +123,8 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(out_type == ScalarType::Float || out_type == ScalarType::BFloat16 || out_type == ScalarType::Half,
                   "out: expected float32, bfloat16 or float16, got ", describe(out));
   check_tensor("out", out, out_type, {rows, n}, device);
+  STD_TORCH_CHECK(kernel >= MXFP4_MOE_KERNEL_BY_SIZE && kernel <= MXFP4_MOE_KERNEL_FOLDED,
+                  "kernel: expected 0 (by size), 1 (plain), 2 (split K) or 3 (folded), got ", kernel);
 
   const DeviceGuard guard(device);
   const Mxfp4MoeGemmArgs args = {
@@ -133,7 +135,6 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<const Mxfp4MoeMTile*>(m_tiles.data_ptr()),
       static_cast<const int32_t*>(num_m_tiles.data_ptr()),
       static_cast<int32_t>(m_tiles.size(0)),
-      folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8,
       out_type == ScalarType::Float      ? MXFP4_MOE_OUT_FLOAT32
       : out_type == ScalarType::BFloat16 ? MXFP4_MOE_OUT_BFLOAT16
                                          : MXFP4_MOE_OUT_FLOAT16,
@@ -142,6 +143,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<int32_t>(k),
       static_cast<int32_t>(experts),
       /*m_tiles_are_ready=*/0,  // who knows which kernel made them
+      static_cast<int32_t>(kernel),
       /*activate=*/{},
       current_stream(device),
   };
@@ -172,7 +174,7 @@ PyObject* facts(PyObject*, PyObject*) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("grouped_gemm_" MXFP4_MOE_TEXT(
       TILE_NAME) "(Tensor act, Tensor act_scale, Tensor weight, Tensor m_tiles, "
-                 "Tensor num_m_tiles, Tensor(a!) out) -> ()");
+                 "Tensor num_m_tiles, Tensor(a!) out, int kernel=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {

@@ -27,19 +27,22 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // What a multiprocessor has; a block may opt in to 1 KB of shared memory less. One type per arch of the manifest.
 // kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
 // fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
-// over the stages; SM90 expands FP4 in too many instructions for more than one.
-// kHasWgmma: Hopper's asynchronous MMA, for the tiles that have a kernel with it (wgmma_shape.cuh).
+// over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a
+// second kernel for grids that leave the device idle (split_k.cuh). kHasWgmma: Hopper's asynchronous MMA, for the tiles
+// that have a kernel with it (wgmma_shape.cuh).
 struct Sm90 {
   static constexpr bool kHasWgmma = true;
   static constexpr int kSmemPerSm = 228 * 1024;
   static constexpr bool kLongWarps = false;
   static constexpr int kUnrolledFragments = 1;
+  static constexpr bool kSplitsK = true;
 };
 struct Sm12x {
   static constexpr bool kHasWgmma = false;
   static constexpr int kSmemPerSm = 100 * 1024;
   static constexpr bool kLongWarps = true;
   static constexpr int kUnrolledFragments = 8;
+  static constexpr bool kSplitsK = false;
 };
 using Arch_90a = Sm90;
 using Arch_120a = Sm12x;
@@ -52,6 +55,9 @@ struct TileShape {
   using Arch = Arch_;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_;
+  static constexpr int kSmemPerSm = Arch::kSmemPerSm;
+  static constexpr bool kHasSplit = Arch::kSplitsK && kSwap && M == 8 && N == 64;  // the second kernel
+  static constexpr bool kIsSplit = false;                                          // SplitShape says true
 
   // Physical extents: rows of the MMA's A operand, columns of its B operand.
   static constexpr int kPhysM = kSwap ? N : M;

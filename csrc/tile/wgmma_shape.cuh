@@ -23,8 +23,8 @@ struct WgmmaShape {
   static constexpr int kFragM = 1, kFragN = M / 8;
   static constexpr int kWarpWeightRows = kWarpM;
   static constexpr int kAccumulators = M / 2;
-  // A warpgroup that produces, so that registers can be moved: one block of 128 rows, two of 64 (12 x 80 = 8 x 104 +
-  // 24)).
+  // A warpgroup that produces, so that registers can be moved: with 128 rows 12 x 168 = 8 x 232 + 4 x 40, with 64, two
+  // blocks per SM, 12 x 80 > 8 x 104 + 4 x 24.
   static constexpr bool kMovesRegisters = M >= 64 && kWarpgroups == 2;
   static constexpr int kMmaRegisters = M >= 128 ? 232 : 104;
   static constexpr int kProducerRegisters = M >= 128 ? 40 : 24;
@@ -57,6 +57,10 @@ struct WgmmaShape {
       if (stages_for(blocks) >= 3 && registers_for(blocks) >= kRegistersWanted) return blocks;
     return 1;
   }
+  // More than a block is started with is never there, and setmaxnreg would wait for it for ever.
+  static_assert(!kMovesRegisters || 8 * kMmaRegisters + 4 * kProducerRegisters <=
+                                        12 * (kRegistersPerSubpartition / (M >= 128 ? 3 : 6) / 8 * 8),
+                "registers move only inside a block");
   static constexpr int kBlocksPerSm = kMovesRegisters ? (M >= 128 ? 1 : 2) : blocks_that_fit();
   static constexpr int kStages = stages_for(kBlocksPerSm);
   static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage) + kAmaxBytes;
@@ -66,6 +70,9 @@ struct WgmmaShape {
   static constexpr int kActScaleOffset = 0, kActScaleBytes = 0;  // the scales are in the activations
   static constexpr int kBarrierOffset = kWeightOffset + kStages * kWeightBytes;
   static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
+
+  static_assert(!kExists || kStages >= 2, "shared memory does not hold two pipeline stages");
+  static_assert(kHalfBytes % 1024 == 0, "swizzle atoms must not straddle halves");
 };
 
 }  // namespace mxfp4_moe

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _load, formats, reference
+from . import _load, _wheel, formats, reference
 from .activations import Activation
-from .tiles import Tile
+from .tiles import Kernel, Tile, kernels_of
 from .weights import MoEWeights
 
 ROWS_PER_EXPERT = (0, 1, 7, 8, 9, 63, 64, 65, 129, 300, 0, 16)
@@ -55,8 +55,8 @@ class GemmProblem:
         experts = zip(self.packed, self.scales, strict=True)
         return torch.stack([formats.arrange_weights(packed, scales, order) for packed, scales in experts])
 
-    def run(self, tile: Tile, dtype: torch.dtype = torch.float32, *, folded: bool = False) -> Tensor:
-        """The tile's result in an output poisoned with NaN; `folded`: of the kernel that takes folded activations.
+    def run(self, tile: Tile, dtype: torch.dtype = torch.float32, kernel: Kernel = Kernel.BY_SIZE) -> Tensor:
+        """The tile's result in an output poisoned with NaN.
 
         The m-tile list is as long as a caller who knows only the shapes must make it; behind its valid entries stand
         ones that would write to the rows of no expert.
@@ -77,6 +77,7 @@ class GemmProblem:
             torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
             torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
             out,
+            int(kernel),
         )
         return out
 
@@ -87,12 +88,14 @@ class GemmProblem:
 
     def runs(self, tile: Tile, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """The results of each kernel that the tile has for this GPU."""
-        kernels = (False, True) if takes_folded(tile, self.codes.device) else (False,)
-        return [self.run(tile, dtype, folded=folded) for folded in kernels]
+        return [self.run(tile, dtype, kernel) for kernel in kernels_here(tile, self.codes.device)]
 
     def check(self, tile: Tile, dtype: torch.dtype = torch.float32) -> str:
-        """`mismatch` of the first of `runs` that has one."""
-        return next(filter(None, map(self.mismatch, self.runs(tile, dtype))), "")
+        """`mismatch` of the first of `runs` that has one, and of which kernel."""
+        for kernel in kernels_here(tile, self.codes.device):
+            if found := self.mismatch(self.run(tile, dtype, kernel)):
+                return f"{kernel.name}: {found}"
+        return ""
 
     def mismatch(self, out: Tensor) -> str:
         """Empty when out has the expected bits, else where it differs and how."""
@@ -110,9 +113,10 @@ class GemmProblem:
         )
 
 
-def takes_folded(tile: Tile, device: torch.device) -> bool:
-    """Whether the layer gives this tile folded activations on this GPU."""
-    return tile.folded_major == torch.cuda.get_device_capability(device)[0]
+def kernels_here(tile: Tile, device: torch.device) -> tuple[Kernel, ...]:
+    """The kernels that a tile of this wheel has on a GPU."""
+    arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    return (Kernel.BY_SIZE,) if arch is None else kernels_of(tile, arch)
 
 
 def offsets_of(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 from .archs import ArchError, check_arch
@@ -60,6 +61,15 @@ class Tile:
         """The tile of this shape; fewer than 64 rows means swapped operands."""
         m, n = tile_mn
         return cls(m=m, n=n, swap_ab=m < 64)
+
+
+class Kernel(IntEnum):
+    """Which kernel of a tile runs: Mxfp4MoeKernel of csrc/tile_abi.h. All give the same bits."""
+
+    BY_SIZE = 0  # csrc/tile/launcher.cuh decides, for every call of the layer
+    PLAIN = 1
+    SPLIT_K = 2
+    FOLDED = 3  # reads folded activations (csrc/tile/folded.cuh)
 
 
 # Every tile that was considered for the wheel; the proof below says which of them can be.
@@ -414,6 +424,18 @@ def prove(tile: Tile, arch: str) -> TileProof:
         amax_bytes=amax_bytes,
         refusals=tuple(refusals),
     )
+
+
+def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
+    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit and wgmma_shape.cuh's kExists.
+
+    Raises:
+        ArchError: the kernel has no code for the arch.
+    """
+    major = check_arch(arch)[0]
+    splits = major == 9 and tile == Tile(m=8, n=64, swap_ab=True)
+    folds = major == tile.folded_major
+    return (Kernel.PLAIN, *((Kernel.SPLIT_K,) if splits else ()), *((Kernel.FOLDED,) if folds else ()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
