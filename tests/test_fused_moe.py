@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import mxfp4_moe
-from mxfp4_moe import _load, formats, reference
+from mxfp4_moe import _load, formats, ops, reference
 from mxfp4_moe.fused_moe import check_capability, check_word_order, manifest_tile
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
@@ -695,22 +695,23 @@ def layer_schema() -> torch._C.FunctionSchema:
     return torch._C.parse_schema("mxfp4_moe::" + "".join(re.findall(r'"([^"]*)"', text)))
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
-    """What `run` hands to the operator, by the schema's names and with its defaults."""
-    module, calls = sys.modules["mxfp4_moe.fused_moe"], []
-    monkeypatch.setattr(
-        module, "_operator", lambda index, tile: (lambda *args, **named: calls.append((args, named)), tile)
-    )
-    module.run(**given)
-    ((args, named),) = calls
-    schema = layer_schema().arguments
-    assert (
-        {a.name for a in schema[len(args) :] if not a.has_default_value()}
-        <= named.keys()
-        <= {a.name for a in schema[len(args) :]}
-    )
-    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return defaults | dict(zip((a.name for a in schema), args, strict=False)) | named
+class Recorder:
+    """Stands for the operator, and keeps what it was called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        operator = lambda *args, **named: self.calls.append((args, named))  # noqa: E731
+        monkeypatch.setattr(sys.modules["mxfp4_moe.fused_moe"], "_operator", lambda index, tile: (operator, tile))
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the one call, by the schema's names and with its defaults."""
+        ((args, named),) = self.calls
+        schema = layer_schema().arguments
+        rest = {a.name: a.has_default_value() for a in schema[len(args) :]}
+        assert named.keys() <= rest.keys()
+        assert all(rest[name] for name in rest.keys() - named.keys()), "nothing else may be left out"
+        defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+        return defaults | dict(zip((a.name for a in schema), args, strict=False)) | named
 
 
 def same(given: object, expected: object) -> bool:
@@ -729,8 +730,8 @@ def test_every_argument_reaches_the_operator_under_its_name(
     scale = None if scale_layout is None else torch.zeros(T, H // 32, dtype=torch.uint8)
     topk_weights, topk_ids, logits, output = torch.zeros(4, 1).unbind()
     routing = (None, None, logits, 3) if from_logits else (topk_weights, topk_ids, None, 0)
-    got = launched(
-        monkeypatch,
+    recorder = Recorder(monkeypatch)
+    sys.modules["mxfp4_moe.fused_moe"].run(
         tile=Tile(m=8, n=128, swap_ab=True),
         hidden_states=hidden_states,
         hidden_states_scale=scale,
@@ -741,6 +742,7 @@ def test_every_argument_reaches_the_operator_under_its_name(
         intermediate_rounding=rounding,
         renormalize=not from_logits,
     )
+    got = recorder.arguments()
     assert got.pop("hidden_states").data_ptr() == hidden_states.data_ptr()
     rare = weights.first_expert > 0
     expected = {
@@ -756,6 +758,43 @@ def test_every_argument_reaches_the_operator_under_its_name(
         **({"alphas": weights.alpha, "betas": weights.beta} if rare else {"alphas": None, "betas": None}),
         "limits": None,
         **{"tile_m": 8, "tile_n": 128, "out": output, "intermediate_rounding": rounding},
+    }
+    assert got.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not same(got[name], value)] == []
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyPatch, per_expert: bool) -> None:
+    recorder, weights, call = Recorder(monkeypatch), make_weights(), make_call()
+    numbers = {"alpha": 1.5, "beta": 0.5, "limit": None if per_expert else 7.0}
+    each = {f"{name}s": torch.full((E,), 2.0) if per_expert else None for name in numbers}
+    own = {name: getattr(weights, name) for name in ("w13", "w13_bias", "w2", "w2_bias", "intermediate_size")}
+    ops._moe_layer_cuda(
+        *(call[name] for name in ("hidden_states", "topk_weights", "topk_ids")),
+        **own,
+        **numbers,
+        **each,
+        hidden_size=H,
+        word_order=weights.word_order.value,
+        activation="swiglu_oai",
+        hidden_states_scale=None,
+        scale_layout="linear",
+        output_dtype=torch.float16,
+        intermediate_rounding=True,
+    )
+    got = recorder.arguments()
+    out = got.pop("out")
+    assert (out.dtype, out.shape) == (torch.float16, (T, H))
+    tile = sys.modules["mxfp4_moe.fused_moe"].select(T, K, E, H, INTER, None)
+    expected = {
+        **{name: call[name] for name in ("hidden_states", "topk_weights", "topk_ids")},
+        **{"router_logits": None, "top_k": 0, "renormalize": True, "first_expert": 0},
+        **{"activation": weights.activation.code, "tile_m": tile.m, "tile_n": tile.n},
+        **own,
+        **numbers,
+        **({"limit": math.inf} if per_expert else {}),
+        **each,
+        **{"hidden_states_scale": None, "scale_is_swizzled": False, "intermediate_rounding": True},
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []

@@ -167,7 +167,7 @@ def run(
     What an argument costs on its way through torch's dispatcher is most of the operator's time, and one that is left
     to its default costs little: so the rare ones are named only where they say something.
     """
-    op, tile = _operator(output.device.index, tile)
+    op, tile = _operator(hidden_states.device.index, tile)
     arguments, rare = weights.operator_arguments
     if hidden_states_scale is not None:
         hidden_states = hidden_states.view(torch.uint8)

@@ -142,12 +142,14 @@ def _moe_layer_cuda(
             tile.m,
             tile.n,
             output,
-            alphas=alphas,
-            betas=betas,
-            limits=limits,
-            hidden_states_scale=hidden_states_scale,
-            scale_is_swizzled=scale_layout == "swizzled",
-            intermediate_rounding=intermediate_rounding,
+            True,  # renormalize, of router_logits alone
+            0,  # first_expert: topk_ids count from it already
+            alphas,
+            betas,
+            limits,
+            hidden_states_scale,
+            scale_layout == "swizzled",
+            intermediate_rounding,
         )
     except RuntimeError as error:
         _load.explain(f"mxfp4_moe::moe_layer cannot run on {hidden_states.device}", error)
