@@ -404,6 +404,33 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.M
     assert Results.from_dict(json.loads(json.dumps(run.as_dict()))).as_dict() == run.as_dict()
 
 
+def test_host_times_are_of_the_layer_from_logits_and_of_its_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the smallest number of tokens; each call is really made, and all three must be what their names say."""
+    returned: list[Any] = []
+
+    def host_us(call: Callable[[], object], device: torch.device) -> statistics.Summary:
+        returned.append(call())
+        return statistics.summarize([10.0 * len(returned)])
+
+    def fresh_process(*arguments: object) -> None:
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(bench_run, "Timer", StillTimer)
+    monkeypatch.setattr(bench_run, "measure_ceilings", lambda device: None)
+    monkeypatch.setattr(bench_run, "host_us", host_us)
+    monkeypatch.setattr(bench_run, "fresh_process", fresh_process)
+    rest = {"include_routing": True, "host": True, "replays": 1, "inputs": 1, "command": ["x"], "rival_folders": []}
+    plan = bench_run.Plan(shape=SMALL, tokens=(3, 5), tiles=(None,), rivals=[], kernels=False, **rest)
+    run = bench_run._Run(plan, torch.device("cpu"), lambda text: None, lambda results: None)
+    weights = run.tensors.prepared()
+    run._host(weights)
+    assert run.host == {"tokens": 3, "fused_moe_from_logits_us": 10, "fused_moe_us": 20, "topk_softmax_us": 30}
+    assert [f.reason for f in run.failures] == ["RuntimeError: no GPU"]
+    from_logits, from_ids, routed = returned
+    assert torch.equal(from_logits, from_ids)
+    assert torch.equal(fused_moe(run.calls[3][0].hidden_states, *routed, weights), from_ids)
+
+
 def test_a_fresh_process_that_fails_says_why() -> None:
     """Here it has no GPU; the import before that is timed, so the words are about the device and nothing else."""
     with pytest.raises(RuntimeError, match=r"^a fresh process failed: .*(CUDA|NVIDIA)"):

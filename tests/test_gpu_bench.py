@@ -33,6 +33,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(m.kernels for m in run.measurements if m.ours), [f.reason for f in run.failures]
     assert run.ceilings["copy_gb_per_s"] > 0
     assert run.host["first_call_ms"] > 0
+    assert run.host["fused_moe_from_logits_us"] > 0
     assert not [f for f in run.failures if f.implementation == report.OURS]
     for file in (drawing, tmp_path / "run-roofline.svg"):
         ElementTree.parse(file)

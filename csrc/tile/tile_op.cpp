@@ -5,6 +5,7 @@
 // Compiled once per tile with -DTILE_NAME=m8n128_swap, the tile's macros, and '-DMXFP4_MOE_FOR_EACH_ARCH(X)=X(90a)
 // X(120f)'.
 #include <Python.h>
+#include <atomic>
 #include <climits>
 
 #include "../tile_abi.h"
@@ -49,13 +50,25 @@ const Arch kArchs[] = {
 };
 constexpr int kNumArchs = sizeof kArchs / sizeof kArchs[0];
 
-const char* launch(const Mxfp4MoeGemmArgs* args) {
+// The current device's, asked for once; 0 when there is none.
+int current_major() {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> cached[kMaxDevices];  // threads that come at once write the same value
   int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-    cudaGetLastError();
-    return "no usable CUDA device";
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    if (device < kMaxDevices && (major = cached[device])) return major;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess) {
+      if (device < kMaxDevices) cached[device] = major;
+      return major;
+    }
   }
+  cudaGetLastError();
+  return 0;
+}
+
+const char* launch(const Mxfp4MoeGemmArgs* args) {
+  const int major = current_major();
+  if (major == 0) return "no usable CUDA device";
   for (const Arch& arch : kArchs)
     if (arch.major == major) return arch.launch(args);
   static thread_local std::string reason;

@@ -7,10 +7,9 @@ short: comparisons that succeed, two cached look-ups, one operator.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from .choice import choose_tile
 from .facts import DeviceFacts, Layer, from_properties
 from .formats import BLOCK, WordOrder, require_tensor, word_order_of
 from .tiles import Tile, select_tile
-from .weights import MoEWeights
+from .weights import MoEWeights, split_number
 
 MAX_EXPERTS = 1024  # csrc/moe/moe.h, kMaxExperts
 MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/ops.cpp, kMaxSlots
@@ -33,7 +32,6 @@ _UINT8 = (torch.uint8,)
 _IDS = (torch.int32, torch.int64)
 _FLOAT32 = (torch.float32,)
 _SWAPPED_M = (8, 16, 32)
-_Number = TypeVar("_Number", float, None)
 
 
 def fused_moe(
@@ -123,9 +121,9 @@ def fused_moe(
     tokens, top_k = topk_ids.shape
     check_limits(weights.num_experts, tokens, top_k)
     check_output(output, output_dtype, tokens, weights.hidden_size, device)
-    tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights)
+    tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights, device)
 
-    if device.type == "cpu":
+    if hidden_states.is_cpu:
         with torch.no_grad():
             result = reference.fused_moe(
                 hidden_states,
@@ -139,13 +137,13 @@ def fused_moe(
             )
             return result if output is None else output.copy_(result)
     if output is None:
-        output = torch.empty_like(hidden_states, dtype=output_dtype, requires_grad=False)
+        output = torch.empty_like(hidden_states, dtype=output_dtype)
     run(
         tile,
         hidden_states,
         hidden_states_scale,
         scale_layout,
-        (topk_weights, topk_ids, None, 0, True),
+        (topk_weights, topk_ids, None, 0),
         weights,
         output,
         intermediate_rounding,
@@ -158,40 +156,26 @@ def run(
     hidden_states: Tensor,
     hidden_states_scale: Tensor | None,
     scale_layout: str,
-    routing: tuple[Tensor | None, Tensor | None, Tensor | None, int, bool],
+    routing: tuple[Tensor | None, Tensor | None, Tensor | None, int],
     weights: MoEWeights,
     output: Tensor,
     intermediate_rounding: bool,
+    renormalize: bool = True,
 ) -> None:
-    """Launches a checked call on the GPU; routing: topk_weights and topk_ids, or router_logits, top_k, renormalize."""
+    """Launches a checked call on the GPU; routing: topk_weights and topk_ids, or router_logits and top_k.
+
+    What an argument costs on its way through torch's dispatcher is most of the operator's time, and one that is left
+    to its default costs little: so the rare ones are named only where they say something.
+    """
     op, tile = _operator(hidden_states.device.index, tile)
-    alpha, alphas = split_number(weights.alpha, 0.0)
-    beta, betas = split_number(weights.beta, 0.0)
-    limit, limits = split_number(weights.limit, math.inf)
+    arguments, rare = weights.operator_arguments
+    if hidden_states_scale is not None:
+        hidden_states = hidden_states.view(torch.uint8)
+        rare = {**rare, "hidden_states_scale": hidden_states_scale, "scale_is_swizzled": scale_layout == "swizzled"}
+    if intermediate_rounding or not renormalize:
+        rare = {**rare, "intermediate_rounding": intermediate_rounding, "renormalize": renormalize}
     try:
-        op(
-            hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
-            hidden_states_scale,
-            scale_layout == "swizzled",
-            *routing,
-            weights.first_expert,
-            weights.intermediate_size,
-            weights.w13,
-            weights.w13_bias,
-            weights.w2,
-            weights.w2_bias,
-            weights.activation.code,
-            alpha,
-            beta,
-            limit,
-            alphas,
-            betas,
-            limits,
-            tile.m,
-            tile.n,
-            output,
-            intermediate_rounding,
-        )
+        op(hidden_states, *routing, *arguments, tile.m, tile.n, output, **rare)
     except RuntimeError as error:
         _load.explain(f"fused_moe cannot run on {hidden_states.device}", error)
         raise
@@ -358,15 +342,15 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
     Raises:
         ValueError: neither CUDA nor CPU, or not where the weights are; weights in another device's word order.
     """
-    device = hidden_states.device
-    if device.type not in ("cuda", "cpu"):
+    device, on_gpu = hidden_states.device, hidden_states.is_cuda
+    if not on_gpu and not hidden_states.is_cpu:
         raise ValueError(f"hidden_states: expected a CUDA or CPU tensor, got one on {device}")
     if weights.device != device:
         raise ValueError(
             f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
             f"weights.to('{device}') copies them there"
         )
-    if device.type == "cuda":
+    if on_gpu:
         check_word_order(weights.word_order, device)
     return device
 
@@ -398,7 +382,12 @@ def check_output(
 
 
 def tile_of_call(
-    tile_mn: tuple[int, int] | None, auto_tile_select: bool, tokens: int, top_k: int, weights: MoEWeights
+    tile_mn: tuple[int, int] | None,
+    auto_tile_select: bool,
+    tokens: int,
+    top_k: int,
+    weights: MoEWeights,
+    device: torch.device,
 ) -> Tile:
     """The tile that was named, or the automatic choice.
 
@@ -410,7 +399,7 @@ def tile_of_call(
     if not auto_tile_select:
         return manifest_tile(DEFAULT_TILE_MN)
     sizes = weights.hidden_size, weights.intermediate_size
-    return select(tokens, top_k, weights.num_global_experts, *sizes, weights.device.index)  # a slice: its share of rows
+    return select(tokens, top_k, weights.num_global_experts, *sizes, device.index)  # a slice: its share of rows
 
 
 def check_call(
@@ -468,7 +457,7 @@ def check_hidden_states(
             shape = (-(-tokens // 128) * -(-hidden_size // 128) * 512,)
         _check("hidden_states_scale", hidden_states_scale, _UINT8, shape, shape, device)
     if output_dtype is None:
-        return reference.default_output_dtype(hidden_states, hidden_states_scale)
+        return hidden_states.dtype if hidden_states_scale is None else torch.bfloat16
     if output_dtype not in _HALVES:
         raise TypeError(f"output_dtype: expected torch.bfloat16 or torch.float16, got {output_dtype}")
     return output_dtype
@@ -484,13 +473,6 @@ def check_limits(num_experts: int, tokens: int, top_k: int) -> None:
         raise ValueError(f"weights: expected at most {MAX_EXPERTS} experts, got {num_experts}")
     if tokens * top_k > MAX_SLOTS:
         raise ValueError(f"topk_ids: expected at most {MAX_SLOTS} slots (tokens * top_k), got {tokens} * {top_k}")
-
-
-def split_number(value: float | Tensor | None, otherwise: _Number) -> tuple[float | _Number, Tensor | None]:
-    """A number of the activation as the operators take it: the one for all experts, the tensor with one for each."""
-    if isinstance(value, Tensor):
-        return otherwise, value
-    return (otherwise if value is None else value), None
 
 
 def check_capability(capability: tuple[int, int], name: str) -> None:

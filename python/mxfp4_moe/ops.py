@@ -126,29 +126,29 @@ def _moe_layer_cuda(
     try:
         op(
             hidden_states if hidden_states_scale is None else hidden_states.view(torch.uint8),
-            hidden_states_scale,
-            scale_layout == "swizzled",
             topk_weights,
             topk_ids,
             None,
             0,
-            True,
-            0,
-            intermediate_size,
             w13,
             w13_bias,
             w2,
             w2_bias,
+            intermediate_size,
             Activation(activation).code,
             alpha,
             beta,
             math.inf if limit is None else limit,
-            alphas,
-            betas,
-            limits,
             tile.m,
             tile.n,
             output,
+            True,  # renormalize, of router_logits alone
+            0,  # first_expert: topk_ids count from it already
+            alphas,
+            betas,
+            limits,
+            hidden_states_scale,
+            scale_layout == "swizzled",
             intermediate_rounding,
         )
     except RuntimeError as error:

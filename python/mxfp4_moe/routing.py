@@ -53,10 +53,10 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
         return result
     check_topk_softmax(router_logits, top_k)
     device = router_logits.device
-    if device.type == "cpu":
+    if router_logits.is_cpu:
         with torch.no_grad():
             return reference.topk_softmax(router_logits, top_k, renormalize)
-    if device.type != "cuda":
+    if not router_logits.is_cuda:
         raise ValueError(f"router_logits: expected a CUDA or CPU tensor, got one on {device}")
     try:
         result = _kernel(device.index)(router_logits, top_k, renormalize)
@@ -98,8 +98,8 @@ def fused_moe_from_logits(
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
-    check_topk_softmax(router_logits, top_k)
-    if router_logits.shape[1] != weights.num_global_experts:
+    rows, experts = check_topk_softmax(router_logits, top_k)
+    if experts != weights.num_global_experts:
         raise ValueError(
             f"router_logits: expected one for each of the layer's {weights.num_global_experts} experts, "
             f"got {list(router_logits.shape)}"
@@ -108,7 +108,8 @@ def fused_moe_from_logits(
     if not compiling:
         if not isinstance(hidden_states, Tensor):
             raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
-        if hidden_states.shape[:1] != router_logits.shape[:1] or hidden_states.device != router_logits.device:
+        same_rows = hidden_states.dim() > 0 and hidden_states.shape[0] == rows
+        if not same_rows or hidden_states.device != router_logits.device:
             raise ValueError(
                 f"router_logits: expected {[*hidden_states.shape[:1], weights.num_global_experts]}, as many rows as "
                 f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
@@ -132,25 +133,37 @@ def fused_moe_from_logits(
     dtype = check_hidden_states(
         hidden_states, hidden_states_scale, scale_layout, output_dtype, weights.hidden_size, device
     )
-    tokens = hidden_states.shape[0]
-    check_limits(weights.num_experts, tokens, top_k)
-    check_output(output, dtype, tokens, weights.hidden_size, device)
-    tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights)
+    check_limits(weights.num_experts, rows, top_k)
+    check_output(output, dtype, rows, weights.hidden_size, device)
+    tile = tile_of_call(tile_mn, auto_tile_select, rows, top_k, weights, device)
     if output is None:
-        output = torch.empty_like(hidden_states, dtype=dtype, requires_grad=False)
-    routing = (None, None, router_logits, top_k, renormalize)
-    run(tile, hidden_states, hidden_states_scale, scale_layout, routing, weights, output, intermediate_rounding)
+        output = torch.empty_like(hidden_states, dtype=dtype)
+    run(
+        tile,
+        hidden_states,
+        hidden_states_scale,
+        scale_layout,
+        (None, None, router_logits, top_k),
+        weights,
+        output,
+        intermediate_rounding,
+        renormalize,
+    )
     return output
 
 
-def check_topk_softmax(router_logits: Tensor, top_k: int) -> None:
+def check_topk_softmax(router_logits: Tensor, top_k: int) -> tuple[int, int]:
     """Checks the arguments of `topk_softmax`; also fake tensors, while a graph is traced.
+
+    Returns:
+        The shape of the logits, T and E.
 
     Raises:
         TypeError, ValueError: as `topk_softmax`.
     """
-    require_tensor("router_logits", router_logits, _LOGITS, ("T", "E"))
-    experts = router_logits.shape[1]
+    if not isinstance(router_logits, Tensor) or router_logits.dtype not in _LOGITS or router_logits.dim() != 2:
+        require_tensor("router_logits", router_logits, _LOGITS, ("T", "E"))  # finds the words
+    tokens, experts = router_logits.shape
     if not 1 <= experts <= MAX_EXPERTS:
         raise ValueError(f"router_logits: expected 1 to {MAX_EXPERTS} experts, got {experts}")
     if not router_logits.is_contiguous():
@@ -159,6 +172,7 @@ def check_topk_softmax(router_logits: Tensor, top_k: int) -> None:
         raise TypeError(f"top_k: expected an integer, got {top_k!r}")
     if not 1 <= top_k <= min(MAX_TOP_K, experts):
         raise ValueError(f"top_k: expected 1 to {min(MAX_TOP_K, experts)} of {experts} experts, got {top_k}")
+    return tokens, experts
 
 
 @functools.cache

@@ -8,9 +8,10 @@ extra memory stays below two experts wherever they come from; `from_float` quant
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -41,6 +42,7 @@ __all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors", "WordOrder
 Number = float | Tensor  # one for all experts, or float32 [E]
 
 _EnumT = TypeVar("_EnumT", bound=Enum)
+_Otherwise = TypeVar("_Otherwise", float, None)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHTS = {  # argument of from_mxfp4 -> name in a gpt-oss checkpoint
     "w13": "gate_up_proj_blocks",
@@ -182,6 +184,26 @@ class MoEWeights:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.w13.device
+
+    @functools.cached_property
+    def operator_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer's operator (csrc/moe/ops.cpp) takes of the weights: w13 to limit, and the rare ones by name.
+
+        Made once: no call has to gather them again.
+        """
+        alpha, alphas = split_number(self.alpha, 0.0)
+        beta, betas = split_number(self.beta, 0.0)
+        limit, limits = split_number(self.limit, math.inf)
+        tensors = (self.w13, self.w13_bias, self.w2, self.w2_bias)
+        rare = {"first_expert": self.first_expert or None, "alphas": alphas, "betas": betas, "limits": limits}
+        return (
+            (*tensors, self.intermediate_size, self.activation.code, alpha, beta, limit),
+            {name: value for name, value in rare.items() if value is not None},
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes alone: what was made from them is not copied or stored, it is made again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, device: torch.device | str | int) -> MoEWeights:
         """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
@@ -563,6 +585,13 @@ class MoEWeights:
         """The same weights with every tensor replaced."""
         fields: dict[str, Any] = {n: function(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **fields)
+
+
+def split_number(value: Number | None, otherwise: _Otherwise) -> tuple[float | _Otherwise, Tensor | None]:
+    """A number of the activation as the operators take it: the one for all experts, the tensor with one for each."""
+    if isinstance(value, Tensor):
+        return otherwise, value
+    return (otherwise if value is None else value), None
 
 
 def _source_rows(order: GateUpOrder, intermediate_size: int, gated: bool, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ class FreshProcess:
 
 
 def host_us(call: Callable[[], object], device: torch.device, calls: int = 200) -> Summary:
-    """Microseconds that Python and the launches take, call by call, with an idle GPU that takes each at once."""
+    """Microseconds from a call's begin to its return: Python, checks and launches, with an idle GPU."""
     for _ in range(10):
         call()
     times = []

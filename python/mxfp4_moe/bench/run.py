@@ -149,15 +149,15 @@ class _Run:
     def _host(self, weights: MoEWeights) -> None:
         plan, tokens = self.plan, min(self.plan.tokens)
         self.progress("host time, and first calls in fresh processes")
-        x, logits = self.calls[tokens][0].hidden_states, self.calls[tokens][0].logits
-        topk_weights, topk_ids = topk_softmax(logits, plan.shape.top_k)
-        layer = host_us(lambda: fused_moe(x, topk_weights, topk_ids, weights), self.device)
-        router = host_us(lambda: topk_softmax(logits, plan.shape.top_k), self.device)
-        self.host = {
-            "tokens": tokens,
-            "fused_moe_us": round(layer.median, 1),
-            "topk_softmax_us": round(router.median, 1),
+        x, logits, top_k = self.calls[tokens][0].hidden_states, self.calls[tokens][0].logits, plan.shape.top_k
+        topk_weights, topk_ids = topk_softmax(logits, top_k)
+        calls: dict[str, Callable[[], object]] = {
+            "fused_moe_from_logits_us": lambda: fused_moe_from_logits(x, logits, top_k, weights),
+            "fused_moe_us": lambda: fused_moe(x, topk_weights, topk_ids, weights),
+            "topk_softmax_us": lambda: topk_softmax(logits, top_k),
         }
+        self.host = {"tokens": tokens}
+        self.host |= {name: round(host_us(call, self.device).median, 1) for name, call in calls.items()}
         try:
             fresh = fresh_process(plan.shape, tokens, self.device.index)
             self.host |= {key: round(value, 1) for key, value in vars(fresh).items()}
