@@ -508,8 +508,8 @@ def fold_activations(codes: Tensor, scales: Tensor) -> Tensor:
         scales: uint8 [R, K/32] E8M0, at most 248.
 
     Returns:
-        bfloat16 [R, K], each value times its scale over 4, exact where that is at least 2^-133's multiple. In each block
-        of 32, k = 8 t + c stands at 16 (c % 2) + 8 (c // 4) + 2 t + c // 2 % 2.
+        bfloat16 [R, K], each value times its scale over 4, exact where that is a multiple of 2^-133. In each block of
+        32, k = 8 t + c stands at 16 (c % 2) + 8 (c // 4) + 2 t + c // 2 % 2.
     """
     require_tensor("scales", scales, torch.uint8, ("R", "K/32"))
     values = decode_e4m3(codes).double()

@@ -66,7 +66,7 @@ class GemmProblem:
         bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(self.offsets[-1]), rows, 0]], dtype=torch.int32, device=tiles.device)
         out = torch.full((rows, self.packed.shape[1]), float("nan"), dtype=dtype, device=tiles.device)
-        if folded:
+        if kernel is Kernel.FOLDED:
             act, act_scale = self.folded, self.row_scales.new_empty(0)
         else:
             act, act_scale = formats.interleave_k(self.codes), formats.pack_row_scales(self.row_scales)
