@@ -136,53 +136,70 @@ struct ScaledActLoads {
   }
 };
 
-template <class Shape, class ActLoads = ScaledActLoads<Shape>>
-__device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
-  const int num_n_tiles = ceil_div(p.n, Shape::N);
-  const int num_k_tiles = ceil_div(p.k, kTileK);
-  const int num_tiles = load_num_m_tiles(p) * num_n_tiles;
-  const int row_blocks = ceil_div(p.n, kWeightBlockRows), tail_steps = p.k % kTileK / kBlockK;
-  const int block_units = kWeightBlockBytes / kWeightUnit;
-  const int tail_units = (kWeightBlockScaleBytes + tail_steps * kWeightStepBytes) / kWeightUnit;
-  const int expert_units = row_blocks * (p.k / kTileK * block_units + (tail_steps ? tail_units : 0));
+// A stage's weights: one copy for a whole K tile, one per block for the last if it is not whole.
+template <class Shape, class ActLoads>
+struct WeightLoads {
+  static constexpr int kBlockUnits = kWeightBlockBytes / kWeightUnit;
+  int num_k_tiles, tail_steps, tail_units, row_blocks, expert_units;
 
-  const auto load_weights = [&](int s, int kt, int n0, const Mxfp4MoeMTile& m) {
+  __device__ __forceinline__ explicit WeightLoads(const GemmParams& p)
+      : num_k_tiles(ceil_div(p.k, kTileK)),
+        tail_steps(p.k % kTileK / kBlockK),
+        tail_units((kWeightBlockScaleBytes + tail_steps * kWeightStepBytes) / kWeightUnit),
+        row_blocks(ceil_div(p.n, kWeightBlockRows)),
+        expert_units(row_blocks * (p.k / kTileK * kBlockUnits + (tail_steps ? tail_units : 0))) {}
+
+  // Also tells the stage's barrier what to expect, activations included.
+  __device__ __forceinline__ void load(const TensorMaps& maps, const SharedStorage<Shape>& smem, int s, int kt, int n0,
+                                       const Mxfp4MoeMTile& m) const {
     uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-    const int k_tile_unit = m.expert * expert_units + kt * row_blocks * block_units;
+    const int k_tile_unit = m.expert * expert_units + kt * row_blocks * kBlockUnits;
     const int row_block = n0 / kWeightBlockRows;
     if (tail_steps == 0 || kt + 1 < num_k_tiles) {
       smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBytes);
-      tma_load_2d(smem.weight(s), maps.weight, full, 0, k_tile_unit + row_block * block_units, kEvictFirst);
+      tma_load_2d(smem.weight(s), maps.weight, full, 0, k_tile_unit + row_block * kBlockUnits, kEvictFirst);
     } else {
       smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBlocks * tail_units * kWeightUnit);
       for (int b = 0; b < Shape::kWeightBlocks; ++b)
         tma_load_2d(smem.weight(s) + b * kWeightBlockBytes, maps.weight_tail, full, 0,
                     k_tile_unit + (row_block + b) * tail_units, kEvictFirst);
     }
-  };
+  }
+};
+
+// One warp, one lane of which issues all copies; but every lane waits for the previous kernel and lets the next one
+// start (dependent_launch.cuh).
+template <class Shape, class ActLoads = ScaledActLoads<Shape>>
+__device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
+  const bool issues = cute::elect_one_sync();
+  const WeightLoads<Shape, ActLoads> weights(p);
+  const int num_n_tiles = ceil_div(p.n, Shape::N);
+  const int num_tiles = load_num_m_tiles(p) * num_n_tiles;
 
   // The first stages' weights do not depend on the kernel before this one, nor do the stages have to be waited for.
   int fetched = 0;
   if (p.m_tiles_are_ready) {
-    const TileCoord coord = tile_coord(blockIdx.x, num_n_tiles);
-    if (static_cast<int>(blockIdx.x) < num_tiles) {
+    if (issues && static_cast<int>(blockIdx.x) < num_tiles) {
+      const TileCoord coord = tile_coord(blockIdx.x, num_n_tiles);
       const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
-      for (; fetched < min(Shape::kStages, num_k_tiles); ++fetched)
-        load_weights(fetched, fetched, coord.n * Shape::N, m_tile);
+      for (; fetched < min(Shape::kStages, weights.num_k_tiles); ++fetched)
+        weights.load(maps, smem, fetched, fetched, coord.n * Shape::N, m_tile);
     }
+    __syncwarp();
     wait_for_previous_kernel();
     let_next_kernel_start();
   }
+  if (!issues) return;
 
   Ring<Shape::kStages> ring;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const TileCoord coord = tile_coord(tile, num_n_tiles);
     const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
 #pragma unroll 1
-    for (int kt = 0; kt < num_k_tiles; ++kt) {
+    for (int kt = 0; kt < weights.num_k_tiles; ++kt) {
       if (kt >= fetched) {
         wait_for(smem.empty(ring.stage), ring.phase ^ 1);
-        load_weights(ring.stage, kt, coord.n * Shape::N, m_tile);
+        weights.load(maps, smem, ring.stage, kt, coord.n * Shape::N, m_tile);
       }
       ActLoads::load(maps, smem, ring.stage, kt, m_tile);
       ring.advance();
@@ -546,7 +563,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   if (warp >= Shape::kMmaWarps) {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kProducerRegisters));
-    if (warp == Shape::kMmaWarps && cute::elect_one_sync()) produce<Shape>(maps, p, smem);
+    if (warp == Shape::kMmaWarps) produce<Shape>(maps, p, smem);
   } else {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));

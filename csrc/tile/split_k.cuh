@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   __syncthreads();
 
   if (warp == Shape::kAddWarps + Shape::kMultiplyWarps) {
-    if (cute::elect_one_sync()) produce<Shape>(maps, p, smem);
+    produce<Shape>(maps, p, smem);
   } else {
     wait_for_previous_kernel();  // although the producer does: dependent_launch.cuh
     if (warp < Shape::kAddWarps)

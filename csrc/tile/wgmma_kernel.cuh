@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/mma_sm90_gmma_ext.hpp>
 
 #include "folded.cuh"
 #include "kernel.cuh"
@@ -30,8 +31,12 @@ struct WgmmaOf;
   };
 MXFP4_MOE_WGMMA(8)
 MXFP4_MOE_WGMMA(16)
+MXFP4_MOE_WGMMA(24)
 MXFP4_MOE_WGMMA(32)
+MXFP4_MOE_WGMMA(40)
+MXFP4_MOE_WGMMA(48)
 MXFP4_MOE_WGMMA(64)
+MXFP4_MOE_WGMMA(96)
 MXFP4_MOE_WGMMA(128)
 #undef MXFP4_MOE_WGMMA
 
@@ -76,42 +81,41 @@ __device__ __forceinline__ uint32_t pair_of_exponents(uint32_t word, int byte, u
 // What a lane expands of a stage: rows g and g + 8 of its warp's 16.
 struct WeightRows {
   const uint8_t* words;  // of step 0
-  uint32_t scales[2], rests[2];
-  bool has_rest;  // of any lane
+  uint32_t scales[2];
+  bool has_rest;  // any lane
 
   __device__ __forceinline__ void open(const uint8_t* words_at, const uint8_t* scales_at) {
     words = words_at;
     load_words<1>(scales, scales_at);
     load_words<1>(scales + 1, scales_at + 8);
     has_rest = __any_sync(~0u, (scales[0] | scales[1]) & 0x80808080u);
-    if (has_rest) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t small = __vminu4(scales[r], 0x7f7f7f7fu);
-        rests[r] = scales[r] - small;
-        scales[r] = small;
-      }
-    }
   }
 
   // The A registers of a step's two MMAs.
   __device__ __forceinline__ void expand(uint32_t (&a)[8], int step) const {
     uint32_t w[2];
     load_words<2>(w, words + step * kWeightStepBytes);
+    const auto multiply = [&](int r, uint32_t factor) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i * 2 + r] = multiply_bf16x2(a[i * 2 + r], factor);
+    };
+    constexpr uint32_t kBias = 126 - kFoldedWeightShift;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       uint32_t pair[4];
       expand_to_bf16(pair, w[r]);
-      const uint32_t factor = pair_of_exponents(scales[r], step, 126 - kFoldedWeightShift);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i * 2 + r] = multiply_bf16x2(pair[i], factor);
+      for (int i = 0; i < 4; ++i) a[i * 2 + r] = pair[i];
     }
-    if (has_rest) {
+    if (!has_rest) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) multiply(r, pair_of_exponents(scales[r], step, kBias));
+    } else {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t factor = pair_of_exponents(rests[r], step, 127);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i * 2 + r] = multiply_bf16x2(a[i * 2 + r], factor);
+        const uint32_t small = __vminu4(scales[r], 0x7f7f7f7fu);
+        multiply(r, pair_of_exponents(small, step, kBias));
+        multiply(r, pair_of_exponents(scales[r] - small, step, 127));
       }
     }
   }
@@ -123,8 +127,7 @@ struct WeightRows {
 // places in a stage's weights. Afterwards every stage is released.
 template <class Shape, int kCols>
 __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], const SharedStorage<Shape>& smem,
-                                           Ring<Shape::kStages>& ring, int k, uint32_t words_at, uint32_t scales_at,
-                                           int lane) {
+                                           Ring<Shape::kStages>& ring, int k, uint32_t words_at, uint32_t scales_at) {
   constexpr int kSums = kCols / 2;
   float block[kSums];
   uint32_t a[2][8];
@@ -138,7 +141,7 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], co
   };
   const auto release = [&](int stage) {
     __syncwarp();
-    if (lane == 0) smem.empty(stage)->arrive();
+    if (cute::elect_one_sync()) smem.empty(stage)->arrive();
   };
   const auto start = [&](const uint32_t (&a)[8], int step) {
     const uint64_t b = rows_descriptor(act + step / 2 * Shape::kHalfBytes) + step % 2 * 4;  // units of 16 bytes
@@ -190,15 +193,19 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], co
   }
 }
 
+// The next narrower width that is worth its code.
+constexpr int narrower(int cols) {
+  return cols > 96 ? 96 : cols > 64 ? 64 : cols > 48 ? 48 : cols > 40 ? 40 : cols - 8;
+}
+
 // As narrow as the rows allow.
 template <class Shape, int kCols>
 __device__ __forceinline__ void sum_rows(int rows, float (&acc)[1][Shape::kFragN][4], const SharedStorage<Shape>& smem,
-                                         Ring<Shape::kStages>& ring, int k, uint32_t words_at, uint32_t scales_at,
-                                         int lane) {
+                                         Ring<Shape::kStages>& ring, int k, uint32_t words_at, uint32_t scales_at) {
   if constexpr (kCols > 8) {
-    if (rows <= kCols / 2) return sum_rows<Shape, kCols / 2>(rows, acc, smem, ring, k, words_at, scales_at, lane);
+    if (rows <= narrower(kCols)) return sum_rows<Shape, narrower(kCols)>(rows, acc, smem, ring, k, words_at, scales_at);
   }
-  sum_over_k<Shape, kCols>(acc, smem, ring, k, words_at, scales_at, lane);
+  sum_over_k<Shape, kCols>(acc, smem, ring, k, words_at, scales_at);
 }
 
 // --- roles ------------------------------------------------------------------------------------------------------
@@ -223,30 +230,32 @@ struct FoldedActLoads {
 };
 
 template <class Shape>
-__device__ void consume_wgmma(const GemmParams& p, const SharedStorage<Shape>& smem, int warp, int lane) {
-  const int num_n_tiles = ceil_div(p.n, Shape::N);
-  const int num_tiles = uniform(load_num_m_tiles(p)) * num_n_tiles;
-  const int row = warp * 16 + lane / 4;  // of the tile's weight rows; and the one 8 further
-  const int block = row / kWeightBlockRows * kWeightBlockBytes, row_in_block = row % kWeightBlockRows;
-  const uint32_t words_at = block + weight_word_in_block(row_in_block, 0, lane % 4);
-  const uint32_t scales_at = block + weight_scale_word_in_block(row_in_block);
-
+__device__ void consume_wgmma(const GemmParams& p, const SharedStorage<Shape>& smem) {
   Ring<Shape::kStages> ring;
-  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-    const TileCoord coord = tile_coord(tile, num_n_tiles);
-    const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
+  // What the main loop does not need is had again behind it (kernel.cuh): registers are what limits the blocks per SM.
+  const auto is_tile = [&](int tile) { return tile < uniform(load_num_m_tiles(p)) * ceil_div(p.n, Shape::N); };
+  for (int tile = blockIdx.x; is_tile(tile); tile += gridDim.x) {
+    const int row = warp_id() * 16 + lane_id() / 4;  // of the tile's weight rows; and the one 8 further
+    const int block = row / kWeightBlockRows * kWeightBlockBytes, row_in_block = row % kWeightBlockRows;
+    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + tile_coord(tile, ceil_div(p.n, Shape::N)).m);
     float acc[1][Shape::kFragN][4] = {};
-    sum_rows<Shape, Shape::M>(uniform(m_tile.row_end - m_tile.row_begin), acc, smem, ring, p.k, words_at, scales_at,
-                              lane);
+    sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, smem, ring, p.k,
+                              block + weight_word_in_block(row_in_block, 0, lane_id() % 4),
+                              block + weight_scale_word_in_block(row_in_block));
 #pragma unroll
     for (int j = 0; j < Shape::kFragN; ++j) {
 #pragma unroll
       for (int x = 0; x < 4; ++x) acc[0][j][x] *= kFoldedUnit;
     }
+    int same_tile = tile;
+    asm volatile("" : "+r"(same_tile));
+    const TileCoord done = tile_coord(same_tile, ceil_div(p.n, Shape::N));
+    const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + done.m);
+    const int tile_n0 = done.n * Shape::N, m0 = uniform(warp_id()) * 16;
     if (p.activate.codes != nullptr)
-      store_activated<Shape>(acc, p.activate, m_tile, p.rows, p.n, coord.n * Shape::N, warp * 16, 0, lane, smem.amax());
+      store_activated<Shape>(acc, p.activate, m_tile, p.rows, p.n, tile_n0, m0, 0, lane_id(), smem.amax());
     else
-      store<Shape>(acc, p, m_tile, coord.n * Shape::N, warp * 16, 0, lane);
+      store<Shape>(acc, p, m_tile, tile_n0, m0, 0, lane_id());
   }
 }
 
@@ -256,17 +265,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
   const int warp = uniform(threadIdx.x / 32);
-  const int lane = threadIdx.x % 32;
   start_block(p, smem);
   if (warp >= Shape::kMmaWarps) {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kProducerRegisters));
-    if (warp == Shape::kMmaWarps && cute::elect_one_sync()) produce<Shape, FoldedActLoads<Shape>>(maps, p, smem);
+    if (warp == Shape::kMmaWarps) produce<Shape, FoldedActLoads<Shape>>(maps, p, smem);
   } else {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));
     wait_for_previous_kernel();  // although the producer does: dependent_launch.cuh
-    consume_wgmma<Shape>(p, smem, warp, lane);
+    consume_wgmma<Shape>(p, smem);
   }
 }
 
