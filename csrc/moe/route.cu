@@ -53,8 +53,7 @@ __device__ __forceinline__ void for_each_slot(const RouteArgs& args, int64_t beg
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t slot = base + i * kWarpSize + lane;
-      // A plain load: the ids may come from this very kernel.
-      const int64_t expert = slot < end ? int64_t{ids[slot]} - args.first_expert : -1;
+      const int64_t expert = slot < end ? int64_t{__ldcg(ids + slot)} - args.first_expert : -1;
       experts[i] = expert >= 0 && expert < args.experts ? static_cast<int>(expert) : -1;
     }
 #pragma unroll
@@ -66,12 +65,12 @@ __device__ __forceinline__ void for_each_slot(const RouteArgs& args, int64_t beg
   }
 }
 
-// The expert whose m-tiles hold tile `t`: the last one with tile_base[e] <= t. Experts without rows have none.
-__device__ __forceinline__ int expert_of_tile(const int* tile_base, int experts, int t) {
+// The expert whose rows, or m-tiles, hold number `i`: the last one with base[e] <= i. Experts without rows have none.
+__device__ __forceinline__ int expert_of(const int* base, int experts, int i) {
   int low = 0, high = experts;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (tile_base[middle] <= t ? low : high) = middle;
+    (base[middle] <= i ? low : high) = middle;
   }
   return low;
 }
@@ -160,7 +159,6 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
       if (args.row_slot != nullptr) {
         args.row_slot[row] = static_cast<int>(slot);
       }
-      args.row_expert[row] = expert;
     }
     if (slot < end) {
       args.slot_row[slot] = row;
@@ -172,14 +170,16 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
     __syncwarp();
   });
 
-  for (int64_t row = int64_t{valid_rows} + threadIdx.x; row < args.slots; row += blockDim.x) {
-    if (args.row_slot != nullptr) {
+  // Found again, so that the stores of a warp are next to each other.
+  for (int64_t row = threadIdx.x; row < args.slots; row += blockDim.x) {
+    const bool is_valid = row < valid_rows;
+    args.row_expert[row] = is_valid ? expert_of(row_base, experts, static_cast<int>(row)) : -1;
+    if (args.row_slot != nullptr && !is_valid) {
       args.row_slot[row] = -1;
     }
-    args.row_expert[row] = -1;
   }
   for (int t = threadIdx.x; t < num_m_tiles; t += blockDim.x) {
-    const int expert = expert_of_tile(tile_base, experts, t);
+    const int expert = expert_of(tile_base, experts, t);
     const int row_begin = row_base[expert] + (t - tile_base[expert]) * args.tile_m;
     const int rows_left = row_base[expert + 1] - row_begin;
     const int4 entry = make_int4(expert, row_begin, row_begin + min(rows_left, args.tile_m), 0);
