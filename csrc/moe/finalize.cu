@@ -5,8 +5,8 @@
 // in fp32 and rounded once. Slots without a row (id < 0 or >= E) contribute nothing; a token with none is zero.
 // Called by ops.cpp after GEMM2.
 // Why it is fast, and the same every time: each lane owns 8 columns of one token and gathers the k rows itself, four
-// 16-byte loads in flight, in the fixed order of j. One pass, no atomics, every byte read once; router weights and
-// biases of the first token while GEMM2 still runs.
+// 16-byte loads in flight, in the fixed order of j. One pass, no atomics, every byte read once. It is the one
+// kernel of a layer that does not start before the one before it is done (docs/decisions.md).
 #include "half8.cuh"
 #include "launch.cuh"
 
@@ -17,8 +17,7 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 8;     // per lane
 constexpr int kLoadsAhead = 4;  // rows of one token in flight
 
-// What a lane needs of up to kLoadsAhead choices of a token besides their rows: written long before GEMM2, so read past
-// L1 where GEMM2 is not waited for (dependent_launch.cuh).
+// What a lane needs of up to kLoadsAhead choices of a token besides their rows.
 struct Choices {
   int rows[kLoadsAhead];  // -1 for none
   float weights[kLoadsAhead];
@@ -44,28 +43,18 @@ struct Choices {
 template <HalfType kType>
 __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs args) {
   const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
-  const bool has_column = column < args.hidden_size;
-  Choices choices;
-  if (args.routing_is_ready && has_column) {
-    choices.load(args, int64_t{blockIdx.y} * args.top_k, 0, column);
-  }
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (!has_column) {
+  if (column >= args.hidden_size) {
     return;
   }
   using Element = typename Half8<kType>::Element;
   const auto* gemm2 = static_cast<const Element*>(args.gemm2);
   auto* out = static_cast<Element*>(args.out);
 
-  bool loaded = args.routing_is_ready;
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
     float acc[kColumns] = {};
     for (int j0 = 0; j0 < args.top_k; j0 += kLoadsAhead) {
-      if (!loaded) {
-        choices.load(args, token * args.top_k, j0, column);
-      }
-      loaded = false;
+      Choices choices;
+      choices.load(args, token * args.top_k, j0, column);
       uint4 values[kLoadsAhead];
 #pragma unroll
       for (int i = 0; i < kLoadsAhead; ++i) {
@@ -111,8 +100,8 @@ cudaError_t launch_finalize(const FinalizeArgs& args, cudaStream_t stream) {
   const int lanes = args.hidden_size / kColumns;
   const dim3 grid((lanes + kThreads - 1) / kThreads, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
   return args.type == HalfType::kBFloat16
-             ? launch(finalize_kernel<HalfType::kBFloat16>, grid, kThreads, 0, stream, args)
-             : launch(finalize_kernel<HalfType::kFloat16>, grid, kThreads, 0, stream, args);
+             ? launch_in_order(finalize_kernel<HalfType::kBFloat16>, grid, kThreads, stream, args)
+             : launch_in_order(finalize_kernel<HalfType::kFloat16>, grid, kThreads, stream, args);
 }
 
 }  // namespace mxfp4_moe

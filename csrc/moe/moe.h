@@ -113,9 +113,8 @@ struct FinalizeArgs {
   const int32_t* row_expert;  // [rows]
   int32_t tokens;
   int32_t top_k;
-  int32_t hidden_size;    // multiple of 32
-  void* out;              // [tokens, hidden_size] of type, 16-byte aligned
-  bool routing_is_ready;  // all but gemm2 was complete when the kernel just before this was running
+  int32_t hidden_size;  // multiple of 32
+  void* out;            // [tokens, hidden_size] of type, 16-byte aligned
 };
 cudaError_t launch_finalize(const FinalizeArgs& args, cudaStream_t stream);
 

@@ -390,7 +390,6 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
   finalize_args.top_k = static_cast<int32_t>(routing.top_k);
   finalize_args.hidden_size = hidden;
   finalize_args.out = out.data_ptr();
-  finalize_args.routing_is_ready = true;
   check_launch("finalize", launch_finalize(finalize_args, stream));
 }
 
