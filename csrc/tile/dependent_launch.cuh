@@ -1,13 +1,11 @@
 // Programmatic dependent launch: a kernel starts while the one before it is still running (PTX ISA, griddepcontrol).
 //
-// The rule that every kernel here keeps: wait, then let the next one start; nothing is written before the wait, and
-// nothing is read that the kernel just before may write. So while a kernel runs, all before its predecessor are
-// complete, and what those wrote may be read even before the wait. All of it is read past L1 (__ldcg, relaxed.gpu) and
-// nothing through the read-only path (__ldg): that one may serve what it holds for as long as the kernel runs, and the
-// kernel runs while others still write. __ldg is for weights, biases and numbers that were there before the layer.
-//
-// Every warp that writes waits itself. That a barrier orders it behind a warp that did is not enough: the next kernel's
-// wait then returned before such warps' last stores could be seen (docs/decisions.md).
+// The rule of every kernel that starts early: each warp that writes waits, and the block then lets the next kernel
+// start; nothing is written before the wait, and nothing is read that the kernel just before may write. So while a
+// kernel runs, all before its predecessor are complete, and what those wrote may be read even before the wait. All of
+// it is read past L1 (__ldcg, relaxed.gpu) and nothing through the read-only path (__ldg): that one may serve what it
+// holds for as long as the kernel runs, and the kernel runs while others still write. __ldg is for weights, biases and
+// numbers that were there before the layer. finalize does not start early (docs/decisions.md).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -167,8 +167,7 @@ struct WeightLoads {
   }
 };
 
-// One warp, one lane of which issues all copies; but every lane waits for the previous kernel and lets the next one
-// start (dependent_launch.cuh).
+// One warp, one lane of which issues all copies.
 template <class Shape, class ActLoads = ScaledActLoads<Shape>>
 __device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
   const bool issues = cute::elect_one_sync();
@@ -567,7 +566,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   } else {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));
-    wait_for_previous_kernel();  // although the producer does: dependent_launch.cuh
+    wait_for_previous_kernel();
     consume<Shape>(p, smem, warp, lane);
   }
 }

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   if (warp == Shape::kAddWarps + Shape::kMultiplyWarps) {
     produce<Shape>(maps, p, smem);
   } else {
-    wait_for_previous_kernel();  // although the producer does: dependent_launch.cuh
+    wait_for_previous_kernel();
     if (warp < Shape::kAddWarps)
       add<Shape>(p, smem, warp, lane);
     else

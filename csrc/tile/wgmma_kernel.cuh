@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   } else {
     if constexpr (Shape::kMovesRegisters)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));
-    wait_for_previous_kernel();  // although the producer does: dependent_launch.cuh
+    wait_for_previous_kernel();
     consume_wgmma<Shape>(p, smem);
   }
 }
