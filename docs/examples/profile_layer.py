@@ -1,6 +1,7 @@
-"""One call of a gpt-oss-120b layer for a profiler, its kernels between cudaProfilerStart and cudaProfilerStop:
+r"""One call of a gpt-oss-120b layer for a profiler, its kernels between cudaProfilerStart and cudaProfilerStop:
 
-    ncu --profile-from-start off --clock-control none -k regex:grouped_gemm python docs/examples/profile_layer.py --tokens 64
+    ncu --profile-from-start off --clock-control none -k regex:grouped_gemm \
+        python docs/examples/profile_layer.py --tokens 64
 
 Weights and tokens are random, the L2 cache is overwritten before the call.
 """
