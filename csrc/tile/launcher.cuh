@@ -189,10 +189,12 @@ constexpr bool takes_folded() {
   return Shape::Arch::kHasWgmma && WgmmaShape<Shape::M, Shape::N>::kExists;
 }
 
-// The rule: the split kernel, where the tile has one, takes calls whose output tiles the device holds all at once.
-// There each tile's own time counts, which it shortens (GEMM2 of one token, 180 tiles: 11 us instead of 21); with more,
-// the smaller blocks of the plain kernel are ahead (GEMM1, 360 tiles: 19 us instead of 25). The host knows only an
-// upper bound of the tiles, which with few tokens is nearly what there is.
+// The rule: the split kernel, where the tile has one, takes calls of at most so many output tiles per block that the
+// device holds at once. Then each tile's own time counts, which it shortens; beyond, there are tiles enough to keep
+// every SM busy. With 1 instead of 2, one and two tokens of gpt-oss-120b took 2 and 3 us longer on the H200. The host
+// knows only an upper bound of the tiles, which with few tokens is nearly what there is.
+constexpr int kSplitTilesPerBlock = 2;
+
 template <class Shape>
 const char* launch_folded(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (const char* why = check_arguments<Shape>(a, refuse)) return why;
@@ -223,7 +225,7 @@ const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
     using Split = SplitShape<Shape>;
     if (a.kernel != MXFP4_MOE_KERNEL_PLAIN) {
       if (const char* why = resident_blocks<Split>(device, blocks, refuse)) return why;
-      if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K || tiles <= blocks)
+      if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K || tiles <= static_cast<int64_t>(blocks) * kSplitTilesPerBlock)
         return launch_kernel<Split>(a, tiles, blocks, refuse);
     }
   }
