@@ -449,13 +449,14 @@ def test_the_split_kernel_by_hand(tmp_path: Path) -> None:
 
 
 def test_kernels_of_a_tile() -> None:
-    assert tiles.kernels_of(Tile.from_mn((8, 64)), "90a") == (tiles.Kernel.PLAIN, tiles.Kernel.SPLIT_K)
+    second = {(8, 64): tiles.Kernel.SPLIT_K} | dict.fromkeys(product((16, 32, 64, 128), (64, 128)), tiles.Kernel.FOLDED)
     for arch, tile in product(ARCHS, LEGAL):
-        if (arch, tile.mn) != ("90a", (8, 64)):
-            assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN,)
+        extra = (second[tile.mn],) if arch == "90a" and tile.mn in second else ()
+        assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN, *extra), f"{tile.name} on {arch}"
+        assert tile.folded_major == (9 if second.get(tile.mn) is tiles.Kernel.FOLDED else 0)
     with pytest.raises(ArchError, match="arch '100a'"):
         tiles.kernels_of(LEGAL[0], "100a")
-    numbers = {"BY_SIZE": 0, "PLAIN": 1, "SPLIT_K": 2}
+    numbers = {"BY_SIZE": 0, "PLAIN": 1, "SPLIT_K": 2, "FOLDED": 3}
     assert {kernel.name: int(kernel) for kernel in tiles.Kernel} == numbers
     header = (ROOT / "csrc" / "tile_abi.h").read_text(encoding="utf-8")
     assert all(f"MXFP4_MOE_KERNEL_{name} = {number}," in header for name, number in numbers.items())

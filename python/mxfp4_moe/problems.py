@@ -91,10 +91,11 @@ class GemmProblem:
         return [self.run(tile, dtype, kernel) for kernel in kernels_here(tile, self.codes.device)]
 
     def check(self, tile: Tile, dtype: torch.dtype = torch.float32) -> str:
-        """`mismatch` of the first of `runs` that has one, and of which kernel."""
-        for kernel in kernels_here(tile, self.codes.device):
+        """`mismatch` of the first of `runs` that has one, and of which kernel where there are several."""
+        kernels = kernels_here(tile, self.codes.device)
+        for kernel in kernels:
             if found := self.mismatch(self.run(tile, dtype, kernel)):
-                return f"{kernel.name}: {found}"
+                return found if len(kernels) == 1 else f"kernel {kernel.name}: {found}"
         return ""
 
     def mismatch(self, out: Tensor) -> str:
