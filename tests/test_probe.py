@@ -266,6 +266,14 @@ def test_what_calls_itself_ptxas_and_is_none(text: str, words: str, tmp_path: Pa
     assert re.search(words, faults[0])
 
 
+def test_a_ptxas_of_another_name(tmp_path: Path, assemblers: dict[str, Assembler]) -> None:
+    """Its complaints begin with that name; triton brings one that is called ptxas-blackwell."""
+    known = list(assemblers.values())[-1]
+    other = tmp_path / "ptxas-blackwell"
+    other.symlink_to(known.path)
+    assert (examine(other, "packages").version, examine(other, "packages").isa) == (known.version, known.isa)
+
+
 def test_a_named_ptxas_must_be_there_and_run(tmp_path: Path) -> None:
     with pytest.raises(AssemblerError, match=r"^--ptxas: there is no .*/nothing$"):
         find({}, [], named=[tmp_path / "nothing"])

@@ -51,7 +51,8 @@ class Answer:
     complaints: tuple[tuple[int | None, str], ...]
 
 
-_COMPLAINT = re.compile(r"^ptxas (?:.*?, line (\d+); )?(?:error|fatal)\s*: (.*)$", re.MULTILINE)
+# It begins with the program's name, which is not ptxas for every copy of it (triton has a ptxas-blackwell).
+_COMPLAINT = re.compile(r"^ptxas\S* (?:.*?, line (\d+); )?(?:error|fatal)\s*: (.*)$", re.MULTILINE)
 
 
 def assemble(path: Path, target: str | None, source: str) -> Answer:
