@@ -16,8 +16,12 @@ fi
 record=$("$python" -c 'import sys; print(sys.prefix)')/mxfp4-moe-requirements.txt
 requirements=$(PYTHONPATH=$root/ci "$python" -m wheelbuild.requirements)
 if [[ ! -f $record || $(<"$record") != "$requirements" ]]; then
-  printf '%s\nbuild\n' "$requirements" >"$record.new"
+  # torch's own wheels pin the toolkit that they were made with. The one that compiles may be newer, so it comes after
+  # torch, in a step that does not look back; pip then says that torch wants another, and the newer one serves it too.
+  toolkit=$(PYTHONPATH=$root/ci "$python" -m wheelbuild.requirements --toolkit)
+  { grep -vxF -- "${toolkit:-none}" <<<"$requirements" && echo build; } >"$record.new"
   "$python" -m pip install --progress-bar off -r "$record.new"
+  [[ -z $toolkit ]] || "$python" -m pip install --progress-bar off "$toolkit"
   printf '%s\n' "$requirements" >"$record" # only once everything is installed
   rm "$record.new"
 fi

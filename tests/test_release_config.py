@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,33 @@ def test_the_build_environment_has_the_toolkit_that_was_asked_for() -> None:
         assert default.requirement not in required
         assert (version.requirement in required) == (version.compiler == "packages")
         assert set(build_requirements()) - set(required) == {default.requirement}
+
+
+@pytest.mark.parametrize("version", VERSIONS.cuda, ids=lambda version: version.label)
+def test_the_toolkit_is_installed_after_torch_and_not_with_it(version: CudaVersion, tmp_path: Path) -> None:
+    """torch's wheels pin the toolkit that they were made with; together with a newer one, pip finds no solution."""
+    log = tmp_path / "log"
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+case "$*" in
+  *"-m pip install"*)
+    echo step >>{log}
+    for word; do [[ $word == *.new ]] && cat "$word" || echo "$word"; done >>{log} ;;
+  *sys.prefix*) echo {tmp_path} ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    script = ROOT / "ci" / "build-env.sh"
+    env = os.environ | {"MXFP4_MOE_CUDA": version.label}
+    subprocess.run(["bash", str(script), str(python)], check=True, env=env, capture_output=True)
+    steps = [step.split("\n") for step in log.read_text().split("step\n")[1:]]
+    (with_torch,) = [step for step in steps if any(line.startswith("torch==") for line in step)]
+    assert not any(line.startswith("cuda-toolkit") for line in with_torch)
+    after = steps[steps.index(with_torch) + 1 :]
+    assert [version.requirement in step for step in after] == [True] * (version.compiler == "packages")
 
 
 def test_the_matrix_has_one_wheel_of_each_name() -> None:

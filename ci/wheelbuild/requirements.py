@@ -1,7 +1,8 @@
 """What pyproject.toml says a build needs, for scripts that make the build environment themselves.
 
 `python -m wheelbuild.requirements` prints one requirement per line, with the CUDA toolkit that MXFP4_MOE_CUDA names;
-`... --group release` those of a dependency group.
+`... --toolkit` the toolkit alone, which is not installed together with torch, because torch pins one of its own
+and pip finds no solution; `... --group release` those of a dependency group.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ def build_requirements(env: Mapping[str, str] | None = None) -> list[str]:
     """
     required = cast("list[str]", _pyproject()["build-system"]["requires"])
     versions = load_versions()
-    default, chosen = versions.cuda[0], versions.choose(env or {})
+    default = versions.cuda[0]
     if default.requirement not in required:
         raise BuildError(f"pyproject.toml does not build with {default.requirement}, as ci/cuda-versions.json says")
-    others = {default.requirement: [chosen.requirement] if chosen.compiler == "packages" else []}
+    others = {default.requirement: toolkit_requirements(env)}
     return [word for line in required for word in others.get(line, [line])]
+
+
+def toolkit_requirements(env: Mapping[str, str] | None = None) -> list[str]:
+    """The one of `build_requirements` that is the CUDA toolkit, if there is one."""
+    chosen = load_versions().choose(env or {})
+    return [chosen.requirement] if chosen.compiler == "packages" else []
 
 
 def group(name: str) -> list[str]:
@@ -44,6 +51,11 @@ def group(name: str) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        print("\n".join(group(sys.argv[2]) if sys.argv[1:2] == ["--group"] else build_requirements(os.environ)))
+        if sys.argv[1:2] == ["--group"]:
+            print("\n".join(group(sys.argv[2])))
+        elif sys.argv[1:2] == ["--toolkit"]:
+            print("\n".join(toolkit_requirements(os.environ)))
+        else:
+            print("\n".join(build_requirements(os.environ)))
     except BuildError as error:
         sys.exit(f"error: {error}")
