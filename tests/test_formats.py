@@ -436,3 +436,20 @@ def test_require_tensor_names_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"^w13: expected uint8 \[4, K\] on meta, got uint8 \[4, 2\] on cpu$"):
         formats.require_tensor("w13", random_bytes(4, 2), torch.uint8, (4, "K"), torch.device("meta"))
     formats.require_tensor("w13", random_bytes(4, 2), torch.uint8, (4, "K"), torch.device("cpu"))
+
+
+def test_folded_activations_are_the_values_in_the_weights_order() -> None:
+    """csrc/tile/folded.cuh: position by position, every value exact from scale byte 5 on."""
+    rows, k = 7, 96
+    codes = torch.randint(0, 256, (rows, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codes[(codes & 0x7F) == formats.E4M3_NAN] = 0x08
+    scales = torch.tensor([5, 127, 248], dtype=torch.uint8).expand(rows, -1)
+    folded = formats.fold_activations(codes, scales)
+    assert folded.dtype is torch.bfloat16
+    assert folded.isfinite().all()
+    position = [i // 32 * 32 + i % 2 * 16 + i % 8 // 4 * 8 + i % 32 // 8 * 2 + i % 4 // 2 for i in range(k)]
+    assert sorted(position) == list(range(k))
+    values = formats.decode_e4m3(codes).double() * torch.repeat_interleave(scales.double() - 127, 32, -1).exp2()
+    assert torch.equal(folded[:, position].double() * 4, values)
+    poisoned = formats.fold_activations(torch.full((1, 32), formats.E4M3_NAN, dtype=torch.uint8), scales[:1, 1:2])
+    assert poisoned.isnan().all()

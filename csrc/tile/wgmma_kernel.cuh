@@ -123,8 +123,8 @@ struct WeightRows {
 
 // --- main loop --------------------------------------------------------------------------------------------------
 
-// One output tile's sums, of its first kCols activation rows, for one warpgroup. block_at and scale_at are this lane's
-// places in a stage's weights. Afterwards every stage is released.
+// One output tile's sums, of its first kCols activation rows, for one warpgroup. words_at and scales_at are this
+// lane's places in a stage's weights. Afterwards every stage is released.
 template <class Shape, int kCols>
 __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], const SharedStorage<Shape>& smem,
                                            Ring<Shape::kStages>& ring, int k, uint32_t words_at, uint32_t scales_at) {

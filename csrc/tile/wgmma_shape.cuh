@@ -24,7 +24,7 @@ struct WgmmaShape {
   static constexpr int kWarpWeightRows = kWarpM;
   static constexpr int kAccumulators = M / 2;
   // A warpgroup that produces, so that registers can be moved: with 128 rows 12 x 168 = 8 x 232 + 4 x 40, with 64, two
-  // blocks per SM, 12 x 80 > 8 x 104 + 4 x 24.
+  // blocks per SM, 12 x 80 >= 8 x 104 + 4 x 24.
   static constexpr bool kMovesRegisters = M >= 64 && kWarpgroups == 2;
   static constexpr int kMmaRegisters = M >= 128 ? 232 : 104;
   static constexpr int kProducerRegisters = M >= 128 ? 40 : 24;
@@ -57,10 +57,6 @@ struct WgmmaShape {
       if (stages_for(blocks) >= 3 && registers_for(blocks) >= kRegistersWanted) return blocks;
     return 1;
   }
-  // More than a block is started with is never there, and setmaxnreg would wait for it for ever.
-  static_assert(!kMovesRegisters || 8 * kMmaRegisters + 4 * kProducerRegisters <=
-                                        12 * (kRegistersPerSubpartition / (M >= 128 ? 3 : 6) / 8 * 8),
-                "registers move only inside a block");
   static constexpr int kBlocksPerSm = kMovesRegisters ? (M >= 128 ? 1 : 2) : blocks_that_fit();
   static constexpr int kStages = stages_for(kBlocksPerSm);
   static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage) + kAmaxBytes;
@@ -71,6 +67,10 @@ struct WgmmaShape {
   static constexpr int kBarrierOffset = kWeightOffset + kStages * kWeightBytes;
   static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
 
+  // More than a block is started with is never there, and setmaxnreg would wait for it for ever.
+  static_assert(!kMovesRegisters ||
+                    kMmaWarps * kMmaRegisters + 4 * kProducerRegisters <= kThreads / 32 * registers_for(kBlocksPerSm),
+                "registers move only inside a block");
   static_assert(!kExists || kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(kHalfBytes % 1024 == 0, "swizzle atoms must not straddle halves");
 };
