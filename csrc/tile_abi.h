@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 3
+#define MXFP4_MOE_TILE_ABI_VERSION 4
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -23,7 +23,7 @@ enum Mxfp4MoeKernel {
   MXFP4_MOE_KERNEL_BY_SIZE = 0,  // the rule in tile/launcher.cuh
   MXFP4_MOE_KERNEL_PLAIN = 1,    // tile/kernel.cuh, which every tile has
   MXFP4_MOE_KERNEL_SPLIT_K = 2,  // tile/split_k.cuh; a tile without it refuses
-  MXFP4_MOE_KERNEL_FOLDED = 3,   // tile/wgmma_kernel.cuh, whose activations are folded (tile/folded.cuh); as before
+  MXFP4_MOE_KERNEL_FOLDED = 3,   // tile/folded_kernel.cuh or wgmma_kernel.cuh, for folded activations (tile/folded.cuh)
 };
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
@@ -50,8 +50,9 @@ enum Mxfp4MoeFusedActivation {
 // GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
 // of `out`, the activation (tile/activation.cuh) is written, as the MXFP8 rows that GEMM2 reads.
 typedef struct {
-  uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded bf16; null: no activation, `out` is written
-  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0; not written where the kernel is FOLDED
+  uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded bf16 (folds_output); null: no activation
+  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0
+  int32_t* has_far;    // device memory, one value: set to 1 where output is folded and a block is far
   const float* bias;   // [experts, n] or null
   int32_t activation;  // Mxfp4MoeFusedActivation
   int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
@@ -60,10 +61,11 @@ typedef struct {
 
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
-  const void* act;        // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or folded
-  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]; not read where the kernel is FOLDED
-  const void* weight;     // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in tile/weight_layout.cuh
-  void* out;              // [rows, n] of out_type
+  const void* act;         // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or folded
+  const void* act_scale;   // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
+  const int32_t* has_far;  // device memory, one value: whether any row has a far block; read where the kernel is FOLDED
+  const void* weight;      // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in tile/weight_layout.cuh
+  void* out;               // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value
   int32_t max_m_tiles;         // upper bound from shapes alone; sizes the grid
@@ -98,6 +100,9 @@ typedef struct {
   int32_t activates;  // whether Mxfp4MoeGemmArgs::activate may be set
   // Compute capability (major) of the GPUs on which a layer runs its FOLDED kernel, or 0.
   int32_t folded_major;
+  // Whether that one folds the activations that it writes too, so that GEMM2 is the FOLDED kernel as well. If not,
+  // GEMM2 reads MXFP8.
+  int32_t folds_output;
   int32_t num_archs;
   const Mxfp4MoeTileFacts* const* facts;  // num_archs of them
   // nullptr when launched, else the reason (valid until this thread's next call).

@@ -123,7 +123,7 @@ def weight_word(codes: list[int], order: str) -> int:
         word = sum(code << 4 * i for i, code in enumerate(codes))
         return (word << 2 | word >> 30) & 0xFFFFFFFF
     word = 0
-    for pair, sign_at, magnitude_at in (((0, 2), 15, 9), ((4, 6), 12, 6), ((1, 3), 14, 3), ((5, 7), 13, 0)):
+    for pair, sign_at, magnitude_at in (((0, 2), 14, 9), ((4, 6), 15, 6), ((1, 3), 12, 3), ((5, 7), 13, 0)):
         for half, k in enumerate(pair):
             word |= (codes[k] >> 3) << (sign_at + 16 * half) | (codes[k] & 7) << (magnitude_at + 16 * half)
     return word

@@ -289,15 +289,20 @@ class TestWordOrder:
         assert np.array_equal(odd.view(np.uint8), packed.numpy() >> 4)
 
     def test_halves_expand_as_the_kernel_expands_them(self) -> None:
-        """SM90: four pairs of float16, each the value times 2^-14, by shifts and the masks of sign and magnitude."""
+        """SM90: four pairs of float16 or bfloat16, the value times 2^-14 or 2^-126, by shifts and two masks."""
         packed = torch.cat((random_bytes(64, 16), ALL_BYTES.view(16, 16)))
         words = formats.pack_words(packed, formats.WordOrder.HALVES).numpy().view("<u4")
         values = oracles.e2m1_values(packed.numpy()).reshape(len(packed), -1, 8)
-        sign, magnitude = np.uint32(0x80008000), np.uint32(0x0E000E00)
-        for pair, sign_shift, shift in (((0, 2), 0, 0), ((4, 6), 3, 3), ((1, 3), 1, 6), ((5, 7), 2, 9)):
-            halves = (words << np.uint32(sign_shift) & sign) | (words << np.uint32(shift) & magnitude)
+        sign, f16, bf16 = np.uint32(0x80008000), np.uint32(0x0E000E00), np.uint32(0x01C001C0)
+        for pair, sign_shift, shift in (((0, 2), 1, 0), ((4, 6), 0, 3), ((1, 3), 3, 6), ((5, 7), 2, 9)):
+            expected = values[..., list(pair)].astype(np.float32)
+            halves = (words << np.uint32(sign_shift) & sign) | (words << np.uint32(shift) & f16)
             expanded = halves.view(np.float16).reshape(*words.shape, 2).astype(np.float32) * np.float32(2**14)
-            assert oracles.same_bits(expanded, values[..., list(pair)].astype(np.float32))
+            assert oracles.same_bits(expanded, expected)
+            at_bf16 = words >> np.uint32(3) if shift == 0 else words << np.uint32(shift - 3)
+            brain = torch.from_numpy(((words << np.uint32(sign_shift) & sign) | (at_bf16 & bf16)).view(np.int16).copy())
+            wide = brain.view(torch.bfloat16).float().numpy().reshape(*words.shape, 2).astype(np.float64)
+            assert oracles.same_bits((wide * 2.0**126).astype(np.float32), expected)
 
     def test_of_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         capability = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
@@ -439,17 +444,31 @@ def test_require_tensor_names_what_is_wrong() -> None:
 
 
 def test_folded_activations_are_the_values_in_the_weights_order() -> None:
-    """csrc/tile/folded.cuh: position by position, every value exact from scale byte 5 on."""
-    rows, k = 7, 96
+    """csrc/tile/folded.cuh: position by position, every value exact for every scale."""
+    rows, k = 7, 32 * 8
     codes = torch.randint(0, 256, (rows, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     codes[(codes & 0x7F) == formats.E4M3_NAN] = 0x08
-    scales = torch.tensor([5, 127, 248], dtype=torch.uint8).expand(rows, -1)
-    folded = formats.fold_activations(codes, scales)
+    scales = torch.tensor([0, 5, 46, 47, 127, 156, 157, 248], dtype=torch.uint8).expand(rows, -1)
+    folded, has_far = formats.fold_activations(codes, scales)
     assert folded.dtype is torch.bfloat16
     assert folded.isfinite().all()
+    assert has_far.tolist() == [1]
     position = [i // 32 * 32 + i % 2 * 16 + i % 8 // 4 * 8 + i % 32 // 8 * 2 + i % 4 // 2 for i in range(k)]
     assert sorted(position) == list(range(k))
     values = formats.decode_e4m3(codes).double() * torch.repeat_interleave(scales.double() - 127, 32, -1).exp2()
-    assert torch.equal(folded[:, position].double() * 4, values)
-    poisoned = formats.fold_activations(torch.full((1, 32), formats.E4M3_NAN, dtype=torch.uint8), scales[:1, 1:2])
-    assert poisoned.isnan().all()
+    shifts = torch.tensor([190] * 3 + [90] * 3 + [-10] * 2).repeat_interleave(32).double()
+    assert torch.equal(folded[:, position].double(), values * shifts.exp2())
+
+
+def test_a_folded_block_is_far_by_its_scale_and_only_with_a_value_in_it() -> None:
+    one = torch.zeros(1, 32, dtype=torch.uint8)
+    one[0, 17] = 0x81
+    for byte in (0, 46, 47, 156, 157, 248):
+        scale = torch.tensor([[byte]], dtype=torch.uint8)
+        assert formats.fold_activations(one, scale)[1].tolist() == [int(byte in (0, 46, 157, 248))]
+        assert formats.fold_activations(one & 0x80, scale)[1].tolist() == [0]
+    poisoned = formats.fold_activations(
+        torch.full((1, 32), formats.E4M3_NAN, dtype=torch.uint8), scale.new_full((1, 1), 127)
+    )
+    assert poisoned[0].isnan().all()
+    assert poisoned[1].tolist() == [0]

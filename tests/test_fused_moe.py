@@ -757,7 +757,7 @@ def test_every_argument_reaches_the_operator_under_its_name(
         **({"alpha": 0.0, "beta": 0.0, "limit": math.inf} if rare else {"alpha": 1.702, "beta": 1.0, "limit": 7.0}),
         **({"alphas": weights.alpha, "betas": weights.beta} if rare else {"alphas": None, "betas": None}),
         "limits": None,
-        **{"tile_m": 8, "tile_n": 128, "out": output, "intermediate_rounding": rounding},
+        **{"tile_m": 8, "tile_n": 128, "out": output, "intermediate_rounding": rounding, "fold": True},
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []
@@ -794,7 +794,7 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
         **numbers,
         **({"limit": math.inf} if per_expert else {}),
         **each,
-        **{"hidden_states_scale": None, "scale_is_swizzled": False, "intermediate_rounding": True},
+        **{"hidden_states_scale": None, "scale_is_swizzled": False, "intermediate_rounding": True, "fold": True},
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []

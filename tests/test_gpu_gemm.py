@@ -76,7 +76,9 @@ def test_random_problems(seed: int) -> None:
         assert not mismatch, f"{tile.name}, seed {seed}, K={k}, N={n}, rows {rows}: {mismatch}"
 
 
-@pytest.mark.parametrize("mn", [(8, 128), (16, 128), (128, 128)], ids=["swapped", "swapped16", "native"])
+@pytest.mark.parametrize(
+    "mn", [(8, 128), (16, 128), (32, 128), (128, 128)], ids=["swapped", "swapped16", "swapped32", "native"]
+)
 @pytest.mark.parametrize("byte", [0, 1, 2, 127, 128, 252, 253])
 def test_scales_at_the_ends_of_their_range(byte: int, mn: tuple[int, int]) -> None:
     """The weights' lowest and highest scales; activation scales that cancel them keep every sum exact."""

@@ -143,7 +143,7 @@ def layer(activation: str, bias: bool) -> MoEWeights:
 
 
 def kernels_run(call: Call, weights: MoEWeights) -> list[str]:
-    """Which kernels the layer's GEMMs were: 'split' or 'plain'."""
+    """Which kernels the layer's GEMMs were: 'folded', 'split' or 'plain'."""
     mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=TILE.mn)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -151,7 +151,8 @@ def kernels_run(call: Call, weights: MoEWeights) -> list[str]:
         torch.cuda.synchronize()
     on_gpu = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
     names = [event.name for event in sorted(on_gpu, key=lambda event: event.time_range.start)]
-    return ["split" if "split_k" in name else "plain" for name in names if "grouped_gemm" in name]
+    kinds = {"grouped_gemm_folded": "folded", "grouped_gemm_split_k": "split", "grouped_gemm": "plain"}
+    return [next(kind for part, kind in kinds.items() if part in name) for name in names if "grouped_gemm" in name]
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["fp32", "rounds"])
@@ -191,8 +192,8 @@ def test_calls_of_the_layer_that_follow_each_other_closely() -> None:
 
 def test_the_rule_takes_the_split_kernel_where_tiles_are_few() -> None:
     one, many = (random_call(tokens, 4, gpt_oss()) for tokens in (1, 64))
-    assert kernels_run(one, gpt_oss()) == ["split" if has_split() else "plain"] * 2
-    assert kernels_run(many, gpt_oss()) == ["plain", "plain"]
+    assert kernels_run(one, gpt_oss()) == (["folded", "split"] if has_split() else ["plain", "plain"])
+    assert kernels_run(many, gpt_oss()) == ["folded" if has_split() else "plain", "plain"]
 
 
 @functools.cache

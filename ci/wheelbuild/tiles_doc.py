@@ -44,8 +44,9 @@ computes "warp tile" rows of A by columns of B, in whole MMAs of 16 x 8. One mor
 
 SM90 has more shared memory than SM12x, so its pipelines are deeper or more blocks run; what a stage holds is the same.
 {warps} The build compares this proof with the constants of every compiled tile, for each arch.
-On SM90, tiles of 16 to 128 rows with N of 64 or 128 have a second kernel, with Hopper's asynchronous MMA, and (8, 64)
-one that splits K: `csrc/tile/wgmma_shape.cuh`, `split_shape.cuh`. The proof is of the kernel that all archs have.
+On SM90, tiles of up to 64 rows with N from 64 on, (128, 64), (128, 128) and (256, 128) have a second kernel, and
+(8, 64) one that splits K: `csrc/tile/folded_shape.cuh`, `wgmma_shape.cuh`, `split_shape.cuh`. The proof is of the
+kernel that all archs have.
 
 `mxfp4-moe tiles` shows the tiles of an installed wheel with registers and instructions per MMA as compiled, and
 `mxfp4-moe tiles --explain M,N` this proof for any tile.

@@ -94,11 +94,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
       }
     }
     const QuadCodes quad = quantize_quad(x);
-    if (args.folded) {
-      store_k_tile_folded(quad, row, k_tile, args.intermediate, args.codes);
-    } else {
-      store_k_tile(quad, row, k_tile, args.intermediate, args.rows, args.codes, args.scales);
-    }
+    store_k_tile(quad, row, k_tile, {args.codes, args.scales, args.has_far, args.rows, args.intermediate});
   }
 }
 

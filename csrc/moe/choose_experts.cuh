@@ -27,60 +27,86 @@ __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(key == kNanKey ? 0x7fc00000u : key >> 31 != 0 ? key & 0x7fffffffu : ~key);
 }
 
-// Lane l holds experts l, l + 32, ...: kPerLane of them. All lanes of the warp call it.
-template <typename Logit, int kPerLane>
-__device__ __forceinline__ void choose_experts(const TopkSoftmaxArgs& args, int64_t token, int lane) {
-  const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts;
-  uint32_t keys[kPerLane];
+// Lane l holds experts l, l + 32, ...: kPerLane of them, of each of kTokens tokens from `first` on, `stride` apart,
+// whose latencies overlap. All lanes of the warp call it.
+template <typename Logit, int kPerLane, int kTokens>
+__device__ __forceinline__ void choose_experts(const TopkSoftmaxArgs& args, int64_t first, int64_t stride, int lane) {
+  uint32_t keys[kTokens][kPerLane];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = i * kWarpSize + lane;
-    keys[i] = expert < args.experts ? key_of(widen(logits[expert])) : kNoKey;
-  }
-
-  float largest = 0.0f, sum = 0.0f;
-  float mine = 0.0f;  // lane j keeps what belongs to choice j
-  int my_expert = 0;
-  for (int j = 0; j < args.top_k; ++j) {
-    uint32_t best = keys[0];
-    int best_i = 0;
-#pragma unroll
-    for (int i = 1; i < kPerLane; ++i) {
-      if (keys[i] > best) {
-        best = keys[i];
-        best_i = i;
-      }
-    }
-    const uint32_t key = __reduce_max_sync(kAllLanes, best);
-    const unsigned candidate = best == key ? best_i * kWarpSize + lane : kMaxExperts;
-    const int expert = static_cast<int>(__reduce_min_sync(kAllLanes, candidate));
-    if (j == 0) {
-      largest = value_of(key);
-      if (!args.renormalize) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          sum += keys[i] == kNoKey ? 0.0f : expf(value_of(keys[i]) - largest);
-        }
-#pragma unroll
-        for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
-          sum += __shfl_xor_sync(kAllLanes, sum, delta);
-        }
-      }
-    }
-    const float term = expf(value_of(key) - largest);
-    sum += args.renormalize ? term : 0.0f;
-    if (lane == j) {
-      mine = term;
-      my_expert = expert;
-    }
+  for (int t = 0; t < kTokens; ++t) {
+    const int64_t token = min(first + t * stride, int64_t{args.tokens} - 1);
+    const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      keys[i] = i * kWarpSize + lane == expert ? kNoKey : keys[i];
+      const int expert = i * kWarpSize + lane;
+      keys[t][i] = expert < args.experts ? key_of(widen(logits[expert])) : kNoKey;
     }
   }
-  if (lane < args.top_k) {
-    args.topk_weights[token * args.top_k + lane] = mine / sum;
-    args.topk_ids[token * args.top_k + lane] = my_expert;
+
+  uint32_t my_key[kTokens] = {};  // lane j keeps what belongs to choice j
+  int my_expert[kTokens] = {};
+  float sum[kTokens] = {};
+  const auto highest = [&](int t) {
+    uint32_t best = keys[t][0];
+#pragma unroll
+    for (int i = 1; i < kPerLane; ++i) {
+      best = max(best, keys[t][i]);
+    }
+    return __reduce_max_sync(kAllLanes, best);
+  };
+  if (!args.renormalize) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const float largest = value_of(highest(t));
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        sum[t] += keys[t][i] == kNoKey ? 0.0f : expf(value_of(keys[t][i]) - largest);
+      }
+#pragma unroll
+      for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
+        sum[t] += __shfl_xor_sync(kAllLanes, sum[t], delta);
+      }
+    }
+  }
+  for (int j = 0; j < args.top_k; ++j) {
+    uint32_t key[kTokens];
+    int expert[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      key[t] = highest(t);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      unsigned candidate = kMaxExperts;
+#pragma unroll
+      for (int i = kPerLane - 1; i >= 0; --i) {
+        candidate = keys[t][i] == key[t] ? i * kWarpSize + lane : candidate;
+      }
+      expert[t] = static_cast<int>(__reduce_min_sync(kAllLanes, candidate));
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      my_key[t] = lane == j ? key[t] : my_key[t];
+      my_expert[t] = lane == j ? expert[t] : my_expert[t];
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        keys[t][i] = expert[t] - lane == i * kWarpSize ? kNoKey : keys[t][i];
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const float mine = expf(value_of(my_key[t]) - value_of(__shfl_sync(kAllLanes, my_key[t], 0)));
+    if (args.renormalize) {
+      for (int j = 0; j < args.top_k; ++j) {  // in this order
+        sum[t] += __shfl_sync(kAllLanes, mine, j);
+      }
+    }
+    const int64_t token = first + t * stride;
+    if (token < args.tokens && lane < args.top_k) {
+      args.topk_weights[token * args.top_k + lane] = mine / sum[t];
+      args.topk_ids[token * args.top_k + lane] = my_expert[t];
+    }
   }
 }
 

@@ -49,6 +49,7 @@ struct RouteArgs {
   int32_t* row_expert;      // [slots], -1 past the valid rows
   Mxfp4MoeMTile* m_tiles;   // [max_m_tiles(slots, experts, tile_m)]
   int32_t* num_m_tiles;     // [1]
+  int32_t* has_far;         // [2], set to 0 for the kernels that follow; or null
 };
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
 
@@ -64,10 +65,10 @@ struct QuantizePermuteArgs {
   const int32_t* slot_row;  // [T * top_k], -1 for slots without a row
   int32_t tokens;
   int32_t top_k;
-  int32_t hidden_size;  // multiple of 32
-  uint8_t* codes;       // [T * top_k, hidden_size], even k first; or folded bf16
-  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]; not written when folded
-  bool folded;
+  int32_t hidden_size;   // multiple of 32
+  uint8_t* codes;        // [T * top_k, hidden_size], even k first; or, with has_far, folded bf16
+  uint8_t* scales;       // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
+  int32_t* has_far;      // where the rows are folded: set to 1 when one has a far block (tile/folded.cuh); else null
   bool hidden_is_ready;  // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
@@ -81,9 +82,9 @@ struct PermuteArgs {
   int32_t tokens;
   int32_t top_k;
   int32_t hidden_size;  // multiple of 32
-  uint8_t* codes;       // [T * top_k, hidden_size], even k first; or folded bf16
-  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]; not written when folded
-  bool folded;
+  uint8_t* codes;       // [T * top_k, hidden_size], even k first; or, with has_far, folded bf16
+  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
+  int32_t* has_far;     // where the rows are folded: set to 1 when one has a far block (tile/folded.cuh); else null
 };
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream);
 
@@ -98,9 +99,9 @@ struct ActivationArgs {
   Rounding rounding;      // of gemm1's values before the bias, and of the activation's
   PerExpert alpha, beta;  // of kSwigluOai
   PerExpert limit;        // of kSwigluOai and kSwigluStep; +inf when there is none
-  uint8_t* codes;         // [rows, intermediate], even k first; or folded bf16
-  uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]; not written when folded
-  bool folded;
+  uint8_t* codes;         // [rows, intermediate], even k first; or, with has_far, folded bf16
+  uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]
+  int32_t* has_far;       // where the rows are folded: set to 1 when one has a far block (tile/folded.cuh); else null
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 

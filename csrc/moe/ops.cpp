@@ -212,6 +212,8 @@ Routing check_routing(const std::optional<Tensor>& topk_weights, const std::opti
 // them; out [T, H] is written, in its own dtype, to which intermediate_rounding rounds GEMM1 and the activation as
 // well. With hidden_states_scale, hidden_states are uint8 E4M3. Ids count from first_expert, the global id of w13[0].
 //
+// Without `fold`, no kernel for folded activations runs: that is how a layer of SM12x is tested on SM90.
+//
 // The rare arguments come last, with defaults: what a caller passes from Python costs 0.1 to 0.2 us each, a default a
 // fifth of that.
 void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_weights,
@@ -221,7 +223,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
                double beta, double limit, int64_t tile_m, int64_t tile_n, const Tensor& out, bool renormalize,
                int64_t first_expert, const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
                const std::optional<Tensor>& limits, const std::optional<Tensor>& hidden_states_scale,
-               bool scale_is_swizzled, bool intermediate_rounding) {
+               bool scale_is_swizzled, bool intermediate_rounding, bool fold) {
   const int32_t device = device_of("hidden_states", hidden_states);
   const HalfType out_type = check_half("out", out);
   const bool is_mxfp8 = hidden_states_scale.has_value();
@@ -262,12 +264,13 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
 
   const bool gemm1_activates =
       tile->activates && (activation == Activation::kSwiglu || activation == Activation::kSwigluOai);
-  const bool folded = tile->folded_major != 0 && tile->folded_major == compute_capability_major(device);
+  const bool folded = fold && tile->folded_major != 0 && tile->folded_major == compute_capability_major(device);
+  const bool folded2 = folded && tile->folds_output;
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto m_tile_bound = static_cast<int32_t>(max_m_tiles(slots, experts, tile_m));
   const Workspace layout({slots, experts, hidden, intermediate, m_tile_bound, gemm1_activates ? 0 : gemm1_width,
-                          routing.from_logits, folded});
+                          routing.from_logits, folded, folded2});
   const Tensor workspace = empty({layout.bytes}, ScalarType::Byte, device);
   auto* base = data<uint8_t>(workspace);
   const auto at = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
@@ -286,6 +289,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
   route_args.row_expert = at(layout.row_expert);
   route_args.m_tiles = m_tiles;
   route_args.num_m_tiles = at(layout.num_m_tiles);
+  route_args.has_far = folded ? at(layout.has_far) : nullptr;
   if (routing.from_logits) {
     routing.choice.topk_ids = at(layout.topk_ids);
     routing.choice.topk_weights = reinterpret_cast<float*>(base + layout.topk_weights);
@@ -303,7 +307,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
     args.hidden_size = hidden;
     args.codes = base + layout.codes1;
     args.scales = base + layout.scales1;
-    args.folded = folded;
+    args.has_far = folded ? at(layout.has_far) : nullptr;
     return args;
   };
   if (is_mxfp8) {
@@ -339,11 +343,13 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
   const auto rounding = intermediate_rounding ? static_cast<Rounding>(out_type) : Rounding::kNone;
   gemm.act = base + layout.codes1;
   gemm.act_scale = base + layout.scales1;
+  gemm.has_far = at(layout.has_far);
   gemm.out = base + layout.gemm1_out;
   gemm.out_type = MXFP4_MOE_OUT_FLOAT32;
   if (gemm1_activates) {
     gemm.activate = {base + layout.codes2,
                      base + layout.scales2,
+                     at(layout.has_far) + 1,
                      data<const float>(w13_bias),
                      static_cast<int32_t>(activation),
                      static_cast<int32_t>(rounding),
@@ -368,12 +374,14 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
     args.limit = limit_number;
     args.codes = base + layout.codes2;
     args.scales = base + layout.scales2;
-    args.folded = folded;
+    args.has_far = folded2 ? at(layout.has_far) + 1 : nullptr;
     check_launch("activation", launch_activation(args, stream));
   }
 
   gemm.act = base + layout.codes2;
   gemm.act_scale = base + layout.scales2;
+  gemm.kernel = folded2 ? MXFP4_MOE_KERNEL_FOLDED : MXFP4_MOE_KERNEL_BY_SIZE;
+  gemm.has_far = at(layout.has_far) + 1;
   gemm.out = base + layout.gemm2_out;
   gemm.out_type = static_cast<int32_t>(out_type);
   gemm.activate = {};
@@ -581,7 +589,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "Tensor w13, Tensor? w13_bias, Tensor w2, Tensor? w2_bias, int intermediate_size, int activation, float alpha, "
       "float beta, float limit, int tile_m, int tile_n, Tensor(a!) out, bool renormalize=True, int first_expert=0, "
       "Tensor? alphas=None, Tensor? betas=None, Tensor? limits=None, Tensor? hidden_states_scale=None, "
-      "bool scale_is_swizzled=False, bool intermediate_rounding=False) -> ()");
+      "bool scale_is_swizzled=False, bool intermediate_rounding=False, bool fold=True) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k) -> (Tensor, Tensor)");
   m.def(

@@ -4,7 +4,7 @@
 //      or hidden [T, H] E4M3 with scales E8M0, linear [T, H/32] or 128x4-swizzled (T padded to 128). A scale byte above
 //      kMaxInputScale, NaN among them, becomes a poisoned block, as a NaN in bf16 does
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
-//      or both folded into bf16 [R, H] (tile/folded.cuh)
+//      or, instead of codes, folded bf16 [R, H] (tile/folded.cuh)
 // Called by ops.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
 // Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
@@ -25,17 +25,14 @@ constexpr uint32_t kMaxInputScale = 248;
 // Writes one K tile of a token to each of the token's rows.
 template <typename Args>
 __device__ __forceinline__ void store_to_rows(const QuadCodes& quad, int64_t token, int k_tile, const Args& args) {
-  const int64_t first_slot = token * args.top_k, slots = int64_t{args.tokens} * args.top_k;
+  const int64_t first_slot = token * args.top_k;
+  const RowsOut to = {args.codes, args.scales, args.has_far, int64_t{args.tokens} * args.top_k, args.hidden_size};
   for (int j = 0; j < args.top_k; ++j) {
     const int row = __ldcg(args.slot_row + first_slot + j);
     if (row < 0) {  // the same for the whole warp
       continue;
     }
-    if (args.folded) {
-      store_k_tile_folded(quad, row, k_tile, args.hidden_size, args.codes);
-    } else {
-      store_k_tile(quad, row, k_tile, args.hidden_size, slots, args.codes, args.scales);
-    }
+    store_k_tile(quad, row, k_tile, to);
   }
 }
 

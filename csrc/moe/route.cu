@@ -3,7 +3,8 @@
 // in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
 //      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
 // out  expert_offsets [E + 1]; row_slot [R] (row -> slot, -1 past the valid rows); slot_row [R] (slot -> row or -1);
-//      row_expert [R]; m_tiles: every expert's rows cut into pieces of at most tile_m, experts and rows ascending
+//      row_expert [R]; has_far [2], zeros; m_tiles: every expert's rows cut into pieces of at most tile_m, experts and
+//      rows ascending
 // Called by ops.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
 // the result is the same on every run, for any number of warps.
 // Why it is fast: one block, one launch. Every warp owns a contiguous range of slots and its own histogram in shared
@@ -106,10 +107,17 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
   // Per expert: rows of the warps before this one; the total goes to row_base until the scan replaces it.
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     int total = 0;
-    for (int w = 0; w < warps; ++w) {
-      const int count = histograms[w * experts + e];
-      histograms[w * experts + e] = total;
-      total += count;
+    for (int w = 0; w < warps; w += kMinWarps) {  // whose loads overlap
+      int counts[kMinWarps];
+#pragma unroll
+      for (int i = 0; i < kMinWarps; ++i) {
+        counts[i] = histograms[(w + i) * experts + e];
+      }
+#pragma unroll
+      for (int i = 0; i < kMinWarps; ++i) {
+        histograms[(w + i) * experts + e] = total;
+        total += counts[i];
+      }
     }
     row_base[e] = total;
   }
@@ -148,6 +156,9 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
     tile_base[experts] = num_m_tiles;
     args.expert_offsets[experts] = valid_rows;
     *args.num_m_tiles = num_m_tiles;
+    if (args.has_far != nullptr) {
+      args.has_far[0] = args.has_far[1] = 0;
+    }
   }
   __syncthreads();
 
@@ -199,8 +210,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     topk_route_kernel(const TopkSoftmaxArgs choice, const RouteArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  for (int token = threadIdx.x / kWarpSize; token < choice.tokens; token += blockDim.x / kWarpSize) {
-    choose_experts<Logit, kPerLane>(choice, token, threadIdx.x % kWarpSize);
+  constexpr int kTokens = 2;
+  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (choice.tokens <= warps) {
+    if (warp < choice.tokens) {
+      choose_experts<Logit, kPerLane, 1>(choice, warp, warps, lane);
+    }
+  } else {
+    for (int token = warp; token < choice.tokens; token += warps * kTokens) {
+      choose_experts<Logit, kPerLane, kTokens>(choice, token, warps, lane);
+    }
   }
   __syncthreads();
   route_block<int32_t>(args);

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) topk_softmax_kernel(const TopkSoftma
   let_next_kernel_start();
   const int64_t token = int64_t{blockIdx.x} * kTokensPerBlock + threadIdx.x / kWarpSize;
   if (token < args.tokens) {
-    choose_experts<Logit, kPerLane>(args, token, threadIdx.x % kWarpSize);
+    choose_experts<Logit, kPerLane, 1>(args, token, 0, threadIdx.x % kWarpSize);
   }
 }
 

@@ -6,7 +6,8 @@
 //       + R I + 4 ceil(I/128) R4                                        MXFP8 rows and scales of GEMM2
 //       + 4 R N1, only where GEMM1 does not apply the activation        GEMM1's output, fp32
 //       + 8 R, only where the layer starts from logits                  topk_ids and topk_weights
-// Folded rows (tile/folded.cuh) have 2 R H and 2 R I bytes, and no scales.
+//       + 8, only where rows are folded                                 whether any is far, of each GEMM
+// Folded rows (tile/folded.cuh) have 2 R H and 2 R I bytes instead of R H and R I.
 // where R4 is R padded to 4 and N1 is GEMM1's width, 2I when the activation is gated and I when it is not, each term
 // rounded up to 256 (expert_offsets and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2
 // writes, so the two share their bytes: nothing but the live intermediates is paid for.
@@ -24,7 +25,7 @@ namespace mxfp4_moe {
 constexpr int64_t kWorkspaceAlignment = 256;  // TMA needs 16; 256 is what torch's allocator gives
 
 struct Workspace {
-  int64_t expert_offsets, slot_row, row_expert, m_tiles, num_m_tiles, topk_ids, topk_weights;
+  int64_t expert_offsets, slot_row, row_expert, m_tiles, num_m_tiles, has_far, topk_ids, topk_weights;
   int64_t codes1, scales1, codes2, scales2, gemm1_out, gemm2_out;
   int64_t bytes;
 
@@ -32,7 +33,7 @@ struct Workspace {
     int64_t slots, experts, hidden, intermediate, max_m_tiles;
     int64_t gemm1_width;  // of GEMM1's output in memory, 0 when there is none
     bool from_logits;
-    bool folded;
+    bool folded, folded2;  // what GEMM1 reads, what GEMM2 reads
   };
 
   explicit Workspace(const Shape& s) {
@@ -47,15 +48,15 @@ struct Workspace {
     row_expert = take(s.slots * 4);
     m_tiles = take(s.max_m_tiles * static_cast<int64_t>(sizeof(Mxfp4MoeMTile)));
     num_m_tiles = take(4);
+    has_far = take(s.folded ? 8 : 0);
     topk_ids = take(s.from_logits ? s.slots * 4 : 0);
     topk_weights = take(s.from_logits ? s.slots * 4 : 0);
     gemm2_out = bytes;
-    const int64_t code_bytes = s.folded ? 2 : 1;
-    codes1 = take(s.slots * s.hidden * code_bytes);
-    scales1 = take(s.folded ? 0 : act_scale_bytes(s.slots, s.hidden));
+    codes1 = take(s.slots * s.hidden * (s.folded ? 2 : 1));
+    scales1 = take(act_scale_bytes(s.slots, s.hidden));
     take(std::max<int64_t>(0, gemm2_out + s.slots * s.hidden * 2 - bytes));
-    codes2 = take(s.slots * s.intermediate * code_bytes);
-    scales2 = take(s.folded ? 0 : act_scale_bytes(s.slots, s.intermediate));
+    codes2 = take(s.slots * s.intermediate * (s.folded2 ? 2 : 1));
+    scales2 = take(act_scale_bytes(s.slots, s.intermediate));
     gemm1_out = take(s.slots * s.gemm1_width * 4);
   }
 };

@@ -151,11 +151,12 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
       for (int i = 0; i < kPartsPerBlock; ++i)
         largest[r] = max(largest[r], amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
       scale[r] = mx_scale(largest[r]);
-      if (!Shape::kFolded && part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
+      if (part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
         const int64_t at = act_scale_offset(m_tile.row_begin + row, block, rows);
         a.scales[at] = static_cast<uint8_t>(scale[r]);
         if (block == intermediate / 32 - 1)  // the word's bytes past K are zero
           for (int pad = block % 4 + 1; pad < 4; ++pad) a.scales[at + pad - block % 4] = 0;
+        if (Shape::kFoldsOutput && largest[r] != 0 && is_far(scale[r])) *a.has_far = 1;
       }
     }
     const auto store_word = [&](int row, int parity, int out, uint32_t word) {
@@ -163,7 +164,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
         *reinterpret_cast<uint32_t*>(a.codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate +
                                      block * 32 + parity * 16 + (out_in_block + out) / 2) = word;
     };
-    if constexpr (Shape::kFolded) {
+    if constexpr (Shape::kFoldsOutput) {
       // Transposed, lane 4g + t has outputs 2t and 2t + 1 of row g. Pairs of lanes exchange, so that each holds two
       // that stand side by side.
       const float unit[2] = {folded_scale(scale[0]), folded_scale(scale[1])};

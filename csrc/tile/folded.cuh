@@ -1,9 +1,14 @@
 // Folded activations: MXFP8 rows as bf16, each value multiplied by its block's scale, for MMAs that take no scales.
 //
-// E4M3 has four significant bits and a scale is a power of two, so bf16 holds their product exactly, unless it is below
-// 2^-131: then it is rounded to a multiple of that (blocks whose scale byte is under 5). A stored number is the value
-// divided by 4 and a folded weight by 2, so that the largest scales that are accepted stay finite; sums are multiplied
-// by 8 at the end. Infinities and NaN do not occur but as a poisoned block's NaN.
+// E4M3 has four significant bits and a scale is a power of two, so bf16 holds their product exactly, and with 2^90 on
+// top, which makes up for the 2^-126 of an FP4 code that is read as bf16: the product of the two, and sums of 32, are
+// normal fp32 numbers for scale bytes 47 to 156, largest magnitudes of 2^-72 to 2^37. Such blocks are near. Blocks of
+// other scales are far: they are stored with 2^100 more or less, and whoever writes one that has a value in it leaves a
+// flag, upon which the GEMM asks the scales, which are written beside the values as for MXFP8 rows. Infinities and NaN
+// do not occur but as a poisoned block's NaN.
+//
+// Accumulators count 2^35, so that a weight scale of any byte is one factor (wgmma_kernel.cuh): sums below 2^-91 lose
+// bits there.
 //
 // Layout: [rows, k] bf16, in each block of 32 the k in the order of the words that weights come in (weight_layout.cuh,
 // halves): value k = 8 t + c stands at 16 (c % 2) + 8 (c / 4) + 2 t + c / 2 % 2.
@@ -16,8 +21,14 @@
 
 namespace mxfp4_moe {
 
-constexpr int kFoldedActShift = 2, kFoldedWeightShift = 1;
-constexpr float kFoldedUnit = 1 << (kFoldedActShift + kFoldedWeightShift);  // what an accumulator counts
+constexpr int kNearScaleMin = 47, kNearScaleMax = 156, kNearShift = 90, kFarShift = 100;
+constexpr int kAccumulatorExponent = 35;
+
+// A block whose scale is this byte is stored times 2^shift.
+MXFP4_MOE_HOST_DEVICE constexpr int folded_shift(int byte) {
+  return kNearShift + (byte < kNearScaleMin ? kFarShift : byte > kNearScaleMax ? -kFarShift : 0);
+}
+MXFP4_MOE_HOST_DEVICE constexpr bool is_far(int byte) { return byte < kNearScaleMin || byte > kNearScaleMax; }
 
 MXFP4_MOE_HOST_DEVICE constexpr int folded_position(int k) {
   return k / 32 * 32 + k % 2 * 16 + k % 8 / 4 * 8 + k % 32 / 8 * 2 + k % 4 / 2;
@@ -25,9 +36,9 @@ MXFP4_MOE_HOST_DEVICE constexpr int folded_position(int k) {
 
 #ifdef __CUDACC__
 
-// 2^(byte - 127) / 4.
-__device__ __forceinline__ float folded_scale(uint32_t byte) {
-  return __uint_as_float(byte > kFoldedActShift ? (byte - kFoldedActShift) << 23 : 0x00100000u << byte);
+// What a block's values are multiplied by: its scale and the shift.
+__device__ __forceinline__ float folded_scale(int byte) {
+  return __uint_as_float(static_cast<uint32_t>(byte + folded_shift(byte)) << 23);
 }
 
 // Two E4M3 codes, in the low 16 bits, as a pair of folded values.

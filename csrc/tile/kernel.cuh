@@ -50,6 +50,8 @@ struct GemmParams {
   int32_t n;
   int32_t k;
   int32_t m_tiles_are_ready;
+  const uint8_t* act_scale;  // these two only of folded activations
+  const int32_t* has_far;
   Mxfp4MoeActivate activate;
 };
 

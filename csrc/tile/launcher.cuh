@@ -7,6 +7,7 @@
 
 #include <atomic>
 
+#include "folded_kernel.cuh"
 #include "kernel.cuh"
 #include "split_k.cuh"
 #include "wgmma_kernel.cuh"
@@ -139,8 +140,10 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
 
 template <class Shape>
 constexpr auto kernel_of() {
-  if constexpr (Shape::kFolded) {
+  if constexpr (Shape::kFolded && Shape::kIsWgmma) {
     return grouped_gemm_wgmma<Shape>;
+  } else if constexpr (Shape::kFolded) {
+    return grouped_gemm_folded<Shape>;
   } else if constexpr (Shape::kIsSplit) {
     return grouped_gemm_split_k<Shape>;
   } else {
@@ -174,8 +177,17 @@ template <class Shape>
 const char* launch_kernel(const Mxfp4MoeGemmArgs& a, int64_t tiles, int blocks, Refusal& refuse) {
   TensorMaps maps;
   if (const char* why = describe<Shape>(maps, a, refuse)) return why;
-  const GemmParams params{a.out, a.m_tiles, a.num_m_tiles,       a.out_type, a.rows,
-                          a.n,   a.k,       a.m_tiles_are_ready, a.activate};
+  const GemmParams params{a.out,
+                          a.m_tiles,
+                          a.num_m_tiles,
+                          a.out_type,
+                          a.rows,
+                          a.n,
+                          a.k,
+                          a.m_tiles_are_ready,
+                          static_cast<const uint8_t*>(a.act_scale),
+                          a.has_far,
+                          a.activate};
   const unsigned grid = static_cast<unsigned>(tiles < blocks ? tiles : blocks);
   if (cudaError_t e = launch(kernel_of<Shape>(), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
                              static_cast<cudaStream_t>(a.stream), maps, params))
@@ -183,10 +195,10 @@ const char* launch_kernel(const Mxfp4MoeGemmArgs& a, int64_t tiles, int blocks, 
   return nullptr;
 }
 
-// Whether a tile has the kernel that takes folded activations.
+// Whether a tile has a kernel that takes folded activations, and as what.
 template <class Shape>
 constexpr bool takes_folded() {
-  return Shape::Arch::kHasWgmma && WgmmaShape<Shape::M, Shape::N>::kExists;
+  return Shape::Arch::kFolds && FoldedOrWgmmaShape<Shape::M, Shape::N>::kExists;
 }
 
 // The rule: the split kernel, where the tile has one, takes calls of at most so many output tiles per block that the
@@ -209,7 +221,7 @@ template <class Shape>
 const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   static thread_local Refusal refuse;
   if constexpr (takes_folded<Shape>()) {
-    if (a.kernel == MXFP4_MOE_KERNEL_FOLDED) return launch_folded<WgmmaShape<Shape::M, Shape::N>>(a, refuse);
+    if (a.kernel == MXFP4_MOE_KERNEL_FOLDED) return launch_folded<FoldedOrWgmmaShape<Shape::M, Shape::N>>(a, refuse);
   }
   if (const char* why = check_arguments<Shape>(a, refuse)) return why;
   if (a.kernel == MXFP4_MOE_KERNEL_FOLDED)

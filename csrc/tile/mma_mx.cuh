@@ -100,13 +100,13 @@ __device__ __forceinline__ Fragment expand_act(uint32_t even, uint32_t odd) {
   return f;
 }
 
-// Word order `halves`: in each half of the word the first pair's code where f16 has sign, low exponent and mantissa
-// (bits 15 and 11..9), the second's three bits below, the other two in what is left: six operations for eight codes.
-// Shifts to the left go to the multiply-adders, beside the ALU.
+// Word order `halves`: in each half of the word magnitudes in bits 11..9, 8..6, 5..3 and 2..0 and their signs in 14,
+// 15, 12 and 13. It is made for bf16 (folded_operands.cuh), which the kernels of SM90's layers take; f16 has sign, low
+// exponent and mantissa in bits 15 and 11..9.
 __device__ __forceinline__ Fragment expand_weight(uint32_t w) {
   constexpr uint32_t kSign = 0x80008000u, kValue = 0x0E000E00u;
-  return {{w & (kSign | kValue), (w << 3) & (kSign | kValue), ((w << 6) & kValue) | ((w << 1) & kSign),
-           ((w << 9) & kValue) | ((w << 2) & kSign)}};
+  return {{(w & kValue) | ((w << 1) & kSign), ((w << 3) & kValue) | (w & kSign),
+           ((w << 6) & kValue) | ((w << 3) & kSign), ((w << 9) & kValue) | ((w << 2) & kSign)}};
 }
 
 // The words of the rows (columns) whose accumulators this lane holds, fetched from the lanes that SM12x reads.

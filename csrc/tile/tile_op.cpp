@@ -95,7 +95,7 @@ constexpr bool has_sm90() {
     if (major_of(arch) == 9) return true;
   return false;
 }
-constexpr int kFoldedMajor = has_sm90() && WgmmaShape<LOGICAL_TILE_M, LOGICAL_TILE_N>::kExists ? 9 : 0;
+constexpr int kFoldedMajor = has_sm90() && FoldedOrWgmmaShape<LOGICAL_TILE_M, LOGICAL_TILE_N>::kExists ? 9 : 0;
 
 const Mxfp4MoeTile kTile = {
     MXFP4_MOE_TILE_ABI_VERSION,
@@ -104,15 +104,16 @@ const Mxfp4MoeTile kTile = {
     SWAP_AB,
     Shape::kActivates,
     kFoldedMajor,
+    FoldedOrWgmmaShape<LOGICAL_TILE_M, LOGICAL_TILE_N>::kFoldsOutput,
     kNumArchs,
     kFacts,
     &launch,
 };
 
-// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8
-// with its scales; or, for MXFP4_MOE_KERNEL_FOLDED, bfloat16 and act_scale an empty tensor.
+// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8;
+// or bfloat16 for MXFP4_MOE_KERNEL_FOLDED, which also takes has_far: int32 [1].
 void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& m_tiles,
-                  const Tensor& num_m_tiles, const Tensor& out, int64_t kernel) {
+                  const Tensor& num_m_tiles, const Tensor& out, int64_t kernel, const std::optional<Tensor>& has_far) {
   const int32_t device = device_of("act", act);
   STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 or bfloat16 [rows, k], got ", describe(act));
   STD_TORCH_CHECK(out.dim() == 2, "out: expected [rows, n], got ", describe(out));
@@ -125,10 +126,10 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
   const bool folded = kernel == MXFP4_MOE_KERNEL_FOLDED;
   check_tensor("act", act, folded ? ScalarType::BFloat16 : ScalarType::Byte, {rows, k}, device);
-  if (folded)
-    check_tensor("act_scale", act_scale, ScalarType::Byte, {0}, device);
-  else
-    check_tensor("act_scale", act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
+  check_tensor("act_scale", act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
+  STD_TORCH_CHECK(folded == has_far.has_value(), "has_far: expected ", folded ? "int32 [1]" : "none",
+                  " for this kernel, got ", folded ? "none" : "one");
+  if (folded) check_tensor("has_far", *has_far, ScalarType::Int, {1}, device, kElementAlignment);
   check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k)}, device);
   check_tensor("m_tiles", m_tiles, ScalarType::Int, {m_tiles.size(0), 4}, device);
   check_tensor("num_m_tiles", num_m_tiles, ScalarType::Int, {1}, device, kElementAlignment);
@@ -143,6 +144,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   const Mxfp4MoeGemmArgs args = {
       act.data_ptr(),
       act_scale.data_ptr(),
+      folded ? static_cast<const int32_t*>(has_far->data_ptr()) : nullptr,
       weight.data_ptr(),
       out.data_ptr(),
       static_cast<const Mxfp4MoeMTile*>(m_tiles.data_ptr()),
@@ -187,7 +189,7 @@ PyObject* facts(PyObject*, PyObject*) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("grouped_gemm_" MXFP4_MOE_TEXT(
       TILE_NAME) "(Tensor act, Tensor act_scale, Tensor weight, Tensor m_tiles, "
-                 "Tensor num_m_tiles, Tensor(a!) out, int kernel=0) -> ()");
+                 "Tensor num_m_tiles, Tensor(a!) out, int kernel=0, Tensor? has_far=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {

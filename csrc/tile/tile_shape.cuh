@@ -28,17 +28,17 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
 // fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
 // over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a
-// second kernel for grids that leave the device idle (split_k.cuh). kHasWgmma: Hopper's asynchronous MMA, for the tiles
-// that have a kernel with it (wgmma_shape.cuh).
+// second kernel for grids that leave the device idle (split_k.cuh). kFolds: the MMA takes no scales, so there are
+// kernels for activations with their scales in them (folded_shape.cuh, wgmma_shape.cuh).
 struct Sm90 {
-  static constexpr bool kHasWgmma = true;
+  static constexpr bool kFolds = true;
   static constexpr int kSmemPerSm = 228 * 1024;
   static constexpr bool kLongWarps = false;
   static constexpr int kUnrolledFragments = 1;
   static constexpr bool kSplitsK = true;
 };
 struct Sm12x {
-  static constexpr bool kHasWgmma = false;
+  static constexpr bool kFolds = false;
   static constexpr int kSmemPerSm = 100 * 1024;
   static constexpr bool kLongWarps = true;
   static constexpr int kUnrolledFragments = 8;
@@ -57,7 +57,7 @@ struct TileShape {
   static constexpr bool kSwap = kSwap_;
   static constexpr int kSmemPerSm = Arch::kSmemPerSm;
   static constexpr bool kHasSplit = Arch::kSplitsK && kSwap && M == 8 && N == 64;  // the second kernel
-  static constexpr bool kIsSplit = false;                                          // SplitShape says true
+  static constexpr bool kIsSplit = false, kIsWgmma = false;                        // other shapes say true
 
   // Physical extents: rows of the MMA's A operand, columns of its B operand.
   static constexpr int kPhysM = kSwap ? N : M;
@@ -95,7 +95,7 @@ struct TileShape {
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
-  static constexpr bool kFolded = false;                              // reads MXFP8
+  static constexpr bool kFolded = false, kFoldsOutput = false;        // reads and writes MXFP8
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;

@@ -4,43 +4,49 @@
 // TileShape, so that the producer, the schedule and the epilogues are the same code.
 #pragma once
 
-#include "tile_shape.cuh"
+#include <type_traits>
+
+#include "folded_shape.cuh"
 
 namespace mxfp4_moe {
 
 template <int M_, int N_>
 struct WgmmaShape {
   static constexpr int M = M_, N = N_;
-  static constexpr bool kSwap = true;
+  static constexpr bool kSwap = true, kIsWgmma = true;
 
-  // Which tiles have it: below 16 rows expanding weights costs the same either way, above 128 rows or with more than
-  // two warpgroups there are not enough registers.
-  static constexpr bool kExists = M >= 16 && M <= 128 && (N == 64 || N == 128);
+  // Which tiles have it: below 32 rows mma.sync needs fewer instructions (folded_kernel.cuh); two warpgroups' registers
+  // hold the sums of 256 x 128, and one that had a multiprocessor to itself would be alone.
+  static constexpr bool kExists = M >= 32 && (N == 128 || (N == 64 && M <= 128) || (N == 256 && M <= 64));
 
-  static constexpr int kWarpgroups = ceil_div(N, 64);
+  // With few activation rows a warpgroup has two sets of 64 weight rows, which share what it costs to pass barriers and
+  // to describe operands; with more, two sets' sums would leave registers for too few warps.
+  static constexpr int kRowSets = M <= 64 && N >= 128 ? 2 : 1;
+  static constexpr int kWarpgroups = N / (64 * kRowSets);
   static constexpr int kMmaWarps = kWarpgroups * 4;
-  static constexpr int kWarpM = 16, kWarpN = M;
-  static constexpr int kFragM = 1, kFragN = M / 8;
+  static constexpr int kWarpM = 16 * kRowSets, kWarpN = M;
+  static constexpr int kFragM = kRowSets, kFragN = M / 8;
   static constexpr int kWarpWeightRows = kWarpM;
-  static constexpr int kAccumulators = M / 2;
-  // A warpgroup that produces, so that registers can be moved: with 128 rows 12 x 168 = 8 x 232 + 4 x 40, with 64, two
-  // blocks per SM, 12 x 80 >= 8 x 104 + 4 x 24.
-  static constexpr bool kMovesRegisters = M >= 64 && kWarpgroups == 2;
-  static constexpr int kMmaRegisters = M >= 128 ? 232 : 104;
-  static constexpr int kProducerRegisters = M >= 128 ? 40 : 24;
+  static constexpr int kAccumulators = kFragM * kFragN * 4;
+  // Tiles of few rows are taken as narrow as their rows are, those of many no narrower than this.
+  static constexpr int kMinCols = M <= 128 ? 8 : 128;
+  // A warpgroup that produces, so that registers can be moved: 12 x 168 = 8 x 240 + 4 x 24.
+  static constexpr bool kMovesRegisters = M >= 128 && kWarpgroups == 2;
+  static constexpr int kMmaRegisters = 240;
+  static constexpr int kProducerRegisters = 24;
   static constexpr int kThreads = kMmaWarps * 32 + (kMovesRegisters ? 128 : 32);
 
   // Activations are bf16, two halves of a K tile of 128 bytes a row each (TMA's swizzle and the MMA's), and loaded by
   // boxes, so that a tile with few rows loads few.
   static constexpr int kHalfBytes = M * 128;
-  static constexpr int kBoxRows = min_of(M, 32);
+  static constexpr int kBoxRows = 16;
   static constexpr int kActBytes = 2 * kHalfBytes;
   static constexpr int kWeightBlocks = ceil_div(N, kWeightBlockRows);
   static constexpr int kWeightBytes = kWeightBlocks * kWeightBlockBytes;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
 
   static constexpr bool kUnrollsStages = false;
-  static constexpr bool kActivates = true, kFolded = true;
+  static constexpr bool kActivates = true, kFolded = true, kFoldsOutput = true;
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kAmaxParts * M * 4;
 
@@ -48,7 +54,9 @@ struct WgmmaShape {
     const int budget = Sm90::kSmemPerSm / blocks - kSmemReservedPerBlock - kAmaxBytes;
     return min_of(kMaxStages, budget / (kStageBytes + kBarrierBytesPerStage));
   }
-  static constexpr int kRegistersWanted = 2 * kAccumulators + 56;  // a K block's sums beside the accumulators
+  // Beside the accumulators: operands, addresses, and a K block's sums of 16 columns, twice.
+  static constexpr int kOtherRegisters = 52;
+  static constexpr int kRegistersWanted = kAccumulators + kOtherRegisters + 16;
   static constexpr int registers_for(int blocks) {
     return kRegistersPerSubpartition / ceil_div(blocks * kThreads / 32, 4) / 8 * 8;
   }
@@ -57,7 +65,15 @@ struct WgmmaShape {
       if (stages_for(blocks) >= 3 && registers_for(blocks) >= kRegistersWanted) return blocks;
     return 1;
   }
-  static constexpr int kBlocksPerSm = kMovesRegisters ? (M >= 128 ? 1 : 2) : blocks_that_fit();
+  static constexpr int kBlocksPerSm = kMovesRegisters ? 1 : blocks_that_fit();
+  // How many columns an MMA has when a tile is taken as `cols` wide: as many as their sums, twice, leave registers for.
+  static constexpr int chunk_of(int cols) {
+    const int registers = kMovesRegisters ? kMmaRegisters : registers_for(kBlocksPerSm);
+    for (int chunks = 1; chunks < cols / 8; ++chunks)
+      if (cols % (8 * chunks) == 0 && cols / chunks <= min_of(80, registers - kOtherRegisters - kRowSets * cols / 2))
+        return cols / chunks;
+    return 8;
+  }
   static constexpr int kStages = stages_for(kBlocksPerSm);
   static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage) + kAmaxBytes;
 
@@ -74,5 +90,9 @@ struct WgmmaShape {
   static_assert(!kExists || kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(kHalfBytes % 1024 == 0, "swizzle atoms must not straddle halves");
 };
+
+// The shape of a tile's kernel for folded activations, if that exists.
+template <int M, int N>
+using FoldedOrWgmmaShape = std::conditional_t<M <= 16, FoldedShape<M, N>, WgmmaShape<M, N>>;
 
 }  // namespace mxfp4_moe

@@ -311,9 +311,9 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
     wants an E2M1 code (PTX ISA, "mma"), and one rotation right by 4 brings the odd k there.
 
     HALVES puts k = 0, 4, 1, 5 into the low 16 bits and k = 2, 6, 3, 7 into the high ones, alike: with a code as
-    sign s and magnitude eem, the first has s at bit 15 and eem at bits 11..9, the second 12 and 8..6, the third 14 and
-    5..3, the fourth 13 and 2..0. Shifted to where the first stands, and masked, each is a float16 of 2^-14 times its
-    value.
+    sign s and magnitude eem, the first has s at bit 14 and eem at bits 11..9, the second 15 and 8..6, the third 12 and
+    5..3, the fourth 13 and 2..0. Shifted to where the second stands, and masked, each is a bfloat16 of 2^-126 times its
+    value, and three bits to the left of that a float16 of 2^-14 times it.
 
     Args:
         packed: uint8 [..., K/2], low nibble = even k, K/2 a multiple of 4.
@@ -328,7 +328,7 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
     split = torch.unflatten(words.view(torch.uint8), -1, (-1, 4))
     a, b = split[..., :2], split[..., 2:]  # of each half, k = 1, 0 and k = 5, 4 (high nibble, low nibble)
     low = (b & 0x03) << 6 | (a & 0x70) >> 1 | (b & 0x70) >> 4
-    high = (a & 0x08) << 4 | (a & 0x80) >> 1 | (b & 0x80) >> 2 | (b & 0x08) << 1 | (a & 0x07) << 1 | (b & 0x04) >> 2
+    high = (b & 0x08) << 4 | (a & 0x08) << 3 | (b & 0x80) >> 2 | (a & 0x80) >> 3 | (a & 0x07) << 1 | (b & 0x04) >> 2
     return torch.stack((low, high), -1).flatten(-3)
 
 
@@ -339,8 +339,8 @@ def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
         return ((made >> 2 & 0x3FFFFFFF) | made << 30).view(torch.uint8)
     split = torch.unflatten(made.view(torch.uint8), -1, (-1, 4))
     low, high = split[..., 0::2], split[..., 1::2]
-    a = (high & 0x80) >> 4 | (high & 0x40) << 1 | (high & 0x0E) >> 1 | (low & 0x38) << 1
-    b = (high & 0x20) << 2 | (high & 0x10) >> 1 | (high & 0x01) << 2 | low >> 6 | (low & 0x07) << 4
+    a = (high & 0x40) >> 3 | (high & 0x10) << 3 | (high & 0x0E) >> 1 | (low & 0x38) << 1
+    b = (high & 0x20) << 2 | (high & 0x80) >> 4 | (high & 0x01) << 2 | low >> 6 | (low & 0x07) << 4
     return torch.cat((a, b), -1).flatten(-2)
 
 
@@ -500,7 +500,7 @@ def deinterleave_k(codes: Tensor) -> Tensor:
     return torch.unflatten(codes, -1, (-1, 2, 16)).transpose(-1, -2).flatten(-3)
 
 
-def fold_activations(codes: Tensor, scales: Tensor) -> Tensor:
+def fold_activations(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/tile/folded.cuh.
 
     Args:
@@ -508,15 +508,20 @@ def fold_activations(codes: Tensor, scales: Tensor) -> Tensor:
         scales: uint8 [R, K/32] E8M0, at most 248.
 
     Returns:
-        bfloat16 [R, K], each value times its scale over 4, exact where that is a multiple of 2^-133. In each block of
-        32, k = 8 t + c stands at 16 (c % 2) + 8 (c // 4) + 2 t + c // 2 % 2.
+        bfloat16 [R, K], each value times its scale and 2^90, exactly, and int32 [1]: whether any block is far. Blocks
+        with scales below byte 47 are stored times 2^190, those above 156 times 2^-10, and are far unless all zeros. In
+        each block of 32, k = 8 t + c stands at 16 (c % 2) + 8 (c // 4) + 2 t + c // 2 % 2.
     """
     require_tensor("scales", scales, torch.uint8, ("R", "K/32"))
     values = decode_e4m3(codes).double()
-    exponents = torch.repeat_interleave(scales.double() - 129, BLOCK, dim=-1)
+    low, high = scales < 47, scales > 156
+    shifts = 90 + 100 * (low.double() - high.double())
+    exponents = torch.repeat_interleave(scales.double() - 127 + shifts, BLOCK, dim=-1)
     folded = (values * exponents.exp2()).to(torch.bfloat16)
+    is_far = (low | high) & (torch.unflatten(codes & 0x7F, -1, (-1, BLOCK)) != 0).any(-1)
     # [..., t, c // 4, c // 2 % 2, c % 2] to [..., c % 2, c // 4, t, c // 2 % 2]
-    return torch.unflatten(folded, -1, (-1, 4, 2, 2, 2)).permute(0, 1, 5, 3, 2, 4).flatten(1)
+    ordered = torch.unflatten(folded, -1, (-1, 4, 2, 2, 2)).permute(0, 1, 5, 3, 2, 4).flatten(1)
+    return ordered, is_far.any().int().reshape(1)
 
 
 def pack_row_scales(scales: Tensor) -> Tensor:

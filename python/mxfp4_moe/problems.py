@@ -67,23 +67,24 @@ class GemmProblem:
         junk = torch.tensor([[0, int(self.offsets[-1]), rows, 0]], dtype=torch.int32, device=tiles.device)
         out = torch.full((rows, self.packed.shape[1]), float("nan"), dtype=dtype, device=tiles.device)
         if kernel is Kernel.FOLDED:
-            act, act_scale = self.folded, self.row_scales.new_empty(0)
+            act, has_far = self.folded
         else:
-            act, act_scale = formats.interleave_k(self.codes), formats.pack_row_scales(self.row_scales)
+            act, has_far = formats.interleave_k(self.codes), None
         _load.load_tile(tile)(
             act,
-            act_scale,
+            formats.pack_row_scales(self.row_scales),
             self.weight,
             torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
             torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
             out,
             int(kernel),
+            has_far,
         )
         return out
 
     @functools.cached_property
-    def folded(self) -> Tensor:
-        """The activations as bfloat16 [R, K] with their scales in them."""
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """The activations as bfloat16 [R, K] with their scales in them, and whether any is far: int32 [1]."""
         return formats.fold_activations(self.codes, self.row_scales)
 
     def runs(self, tile: Tile, dtype: torch.dtype = torch.float32) -> list[Tensor]:

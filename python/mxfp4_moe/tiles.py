@@ -54,7 +54,8 @@ class Tile:
 
         There the extension has a second kernel (csrc/tile/wgmma_shape.cuh).
         """
-        return 9 if 16 <= self.m <= 128 and self.n in (64, 128) else 0
+        few = self.n in (64, 128, 256) and self.m <= 64
+        return 9 if few or (self.n, self.m) in ((64, 128), (128, 128), (128, 256)) else 0
 
     @classmethod
     def from_mn(cls, tile_mn: tuple[int, int]) -> Tile:
