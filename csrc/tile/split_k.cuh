@@ -115,9 +115,6 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
           mma_block(block[step][f], expand_weight(weight[step][2 * f]), expand_weight(weight[step][2 * f + 1]), b);
         }
       }
-      // The producer has waited for this before it filled the stage; asked here too, so that tools which follow no
-      // chain of barriers see that the adders have read the sums.
-      wait_for(smem.empty(s), ring.phase ^ 1);
       if (has_rows) {
         uint8_t* sums = smem.sums(s, row0 / 16) + sum_lane;
 #pragma unroll
