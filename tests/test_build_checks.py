@@ -294,6 +294,9 @@ def test_a_second_kernel_is_checked_too() -> None:
         assert check_main_loop("x.so", "90a", code, LOOP | {"limit": 3.0}).instructions_per_mma == 3.0
         with pytest.raises(BuildError, match="3.0 instructions per HMMA in the main loop"):
             check_main_loop("x.so", "90a", code, LOOP)
+        beside = Code(kernels=one.kernels | {"_ZN9mxfp4_moe12grouped_gemmI4TileEE": next(iter(other.kernels.values()))})
+        of_shared = check_main_loop("x.so", "90a", beside, LOOP | {"limit": 3.0}).instructions_per_mma
+        assert of_shared == check_main_loop("x.so", "90a", other, LOOP | {"limit": 3.0}).instructions_per_mma
     bare = Code(kernels=first.kernels | code_of("HMMA.16816.F32 R4, R8, R12, R4", "EXIT", kernel="b").kernels)
     with pytest.raises(BuildError, match="1 of 3 HMMA are in no loop"):
         check_main_loop("x.so", "90a", bare, LOOP)
