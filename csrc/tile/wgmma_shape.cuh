@@ -68,6 +68,9 @@ struct WgmmaShape {
   static constexpr int kBlocksPerSm = kMovesRegisters ? 1 : blocks_that_fit();
   // How many columns an MMA has when a tile is taken as `cols` wide: as many as their sums, twice, leave registers for.
   static constexpr int chunk_of(int cols) {
+#if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ > 1300
+    if (kRowSets == 2 && cols == 64) return 8;  // with 32, ptxas 13.5 spills where 13.0 does not
+#endif
     const int registers = kMovesRegisters ? kMmaRegisters : registers_for(kBlocksPerSm);
     for (int chunks = 1; chunks < cols / 8; ++chunks)
       if (cols % (8 * chunks) == 0 && cols / chunks <= min_of(80, registers - kOtherRegisters - kRowSets * cols / 2))
