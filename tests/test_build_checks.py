@@ -320,10 +320,6 @@ def record(**changes: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"cpu_seconds": 20.1},
-            r"compiling tile_x\.120f took 20\.1 s of CPU, at most 20 allowed \(ci/thresholds\.toml",
-        ),
         ({"peak_mb": 2001}, r"compiling tile_x\.120f took 2001 MB, at most 2000 allowed \(ci/thresholds\.toml"),
         ({"output": PTXAS}, r"ptxas gave something up when compiling tile_x\.120f: \(C7508\) .* 'setmaxnreg' ignored"),
         (
@@ -333,8 +329,8 @@ def record(**changes: object) -> dict[str, Any]:
     ],
 )
 def test_a_compilation_that_costs_too_much_or_gave_up_is_refused(changes: dict[str, Any], message: str) -> None:
-    limits = {"cpu_seconds": 20, "peak_mb": 2000}
-    check_compiling("x.so", {"tile_x.120f": record()}, limits)
+    limits = {"peak_mb": 2000}
+    check_compiling("x.so", {"tile_x.120f": record(cpu_seconds=4000.0)}, limits)  # a slow machine is no fault
     with pytest.raises(BuildError, match=f"^x.so: {message}"):
         check_compiling("x.so", {"tile_x.90a": record(), "tile_x.120f": record(**changes)}, limits)
 
@@ -464,12 +460,11 @@ def test_the_promised_limits() -> None:
     limits = thresholds.instructions_per_mma["120f"]
     assert limits["m128n128"] <= 3.5
     assert limits["m256n64"] <= 3.55
-    assert (thresholds.cpu_seconds, thresholds.peak_mb, thresholds.wheel_bytes) == (20, 2000, 12_000_000)
+    assert (thresholds.peak_mb, thresholds.wheel_bytes) == (2000, 12_000_000)
 
 
 LIMITS = """# By hand
 [compile]
-cpu_seconds = 20
 peak_mb = 2000
 [wheel]
 bytes = 10

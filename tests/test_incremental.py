@@ -35,7 +35,7 @@ out_dtypes = ["bfloat16"]
 """
 ROWS = [(128, 128, "false"), (8, 128, "true")]
 ANOTHER = (64, 32, "false")
-LIMITS = Thresholds(instructions_per_mma={}, cpu_seconds=20, peak_mb=2000, wheel_bytes=12_000_000)
+LIMITS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes=12_000_000)
 
 # A compiler, a linker and a check in one: writes its output, and for a source every file that it includes.
 STAND_IN = """#!{python} -SE

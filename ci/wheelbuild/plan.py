@@ -228,7 +228,7 @@ class _Planner:
         self, module: str, library: Path, compiled: Sequence[CompileJob], expect: Mapping[str, object]
     ) -> CompileJob:
         output = library.with_name(f"{module}.check.json")
-        limits = {"cpu_seconds": self.thresholds.cpu_seconds, "peak_mb": self.thresholds.peak_mb}
+        limits = {"peak_mb": self.thresholds.peak_mb}
         options: list[tuple[str, str | Path]] = [
             ("--library", library),
             ("--archs", ",".join(self.archs)),
