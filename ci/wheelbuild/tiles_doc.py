@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +45,11 @@ computes "warp tile" rows of A by columns of B, in whole MMAs of 16 x 8. One mor
 
 SM90 has more shared memory than SM12x, so its pipelines are deeper or more blocks run; what a stage holds is the same.
 {warps} The build compares this proof with the constants of every compiled tile, for each arch.
-On SM90, tiles of up to 64 rows with N from 64 on, (128, 64), (128, 128) and (256, 128) have a second kernel, and
-(8, 64) one that splits K: `csrc/tile/folded_shape.cuh`, `wgmma_shape.cuh`, `split_shape.cuh`. The proof is of the
-kernel that all archs have.
+The proof is of the kernel that all archs have.
+
+On SM90 these tiles have a second one, `csrc/tile/folded_shape.cuh` or `wgmma_shape.cuh`:
+{folded}.
+Of these, (8, 64) has a third, which splits K: `split_shape.cuh`.
 
 `mxfp4-moe tiles` shows the tiles of an installed wheel with registers and instructions per MMA as compiled, and
 `mxfp4-moe tiles --explain M,N` this proof for any tile.
@@ -110,6 +113,7 @@ def document(manifest: Manifest) -> str:
         max_stages=tiles.MAX_STAGES,
         max_blocks=tiles.MAX_BLOCKS_PER_SM,
         accumulators=tiles.MAX_ACCUMULATORS,
+        folded=textwrap.fill(", ".join(str(tile.mn) for tile in legal if tile.folded_major), 120, break_on_hyphens=False),
         warps=f"Warps differ in {_listed(other_warps)} alone." if other_warps else "Warps are the same.",
     )
     return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)

@@ -31,8 +31,8 @@ struct FoldedActLoads {
 // --- weights ----------------------------------------------------------------------------------------------------
 
 // The A registers of one row and K block: w has word order `halves` (mma_mx.cuh). Each code goes to where bf16 has
-// sign, low exponent and high mantissa, which is the value times 2^-126: eleven operations for eight codes, as few as
-// there are orders for.
+// sign, low exponent and high mantissa, which is the value times 2^-126: eleven operations for eight codes, and no
+// other order needs fewer.
 __device__ __forceinline__ void expand_to_bf16(uint32_t (&pair)[4], uint32_t w) {
   constexpr uint32_t kSign = 0x80008000u, kValue = 0x01C001C0u;
   pair[0] = ((w >> 3) & kValue) | ((w << 1) & kSign);

@@ -52,10 +52,10 @@ class Tile:
     def folded_major(self) -> int:
         """Compute capability (major) of the GPUs on which a layer gives it folded activations, or 0.
 
-        There the extension has a second kernel (csrc/tile/wgmma_shape.cuh).
+        There the extension has a second kernel (kExists of csrc/tile/folded_shape.cuh and wgmma_shape.cuh).
         """
-        few = self.n in (64, 128, 256) and self.m <= 64
-        return 9 if few or (self.n, self.m) in ((64, 128), (128, 128), (128, 256)) else 0
+        has_few_rows = self.m <= 64 and self.n >= 64
+        return 9 if has_few_rows or self.mn in ((128, 64), (128, 128), (256, 128)) else 0
 
     @classmethod
     def from_mn(cls, tile_mn: tuple[int, int]) -> Tile:
@@ -428,7 +428,8 @@ def prove(tile: Tile, arch: str) -> TileProof:
 
 
 def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
-    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit and wgmma_shape.cuh's kExists.
+    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit, and the kExists of folded_shape.cuh
+    and wgmma_shape.cuh.
 
     Raises:
         ArchError: the kernel has no code for the arch.
