@@ -121,8 +121,10 @@ def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, An
 
 
 def check_compiling(library: str, records: Mapping[str, Mapping[str, Any]], limits: Mapping[str, float]) -> None:
-    """What each compilation cost in memory, and what ptxas said that it gave up. Time is reported, not limited: how long
-    a compilation takes says as much of the machine as of the code."""
+    """What each compilation cost in memory, and what ptxas said that it gave up.
+
+    Time is reported and not limited: it says as much of the machine as of the code.
+    """
     units = {"peak_mb": "MB"}
     for name, record in records.items():
         if losses := performance_losses(record["output"]):

@@ -98,6 +98,11 @@ def _warps(proof: TileProof) -> tuple[int, ...]:
     return (proof.warps_m, proof.warps_n, proof.warp_m, proof.warp_n)
 
 
+def _filled(names: Sequence[str]) -> str:
+    """All of them in lines, none broken."""
+    return textwrap.fill(", ".join(name.replace(" ", "~") for name in names), 119).replace("~", " ")
+
+
 def document(manifest: Manifest) -> str:
     """The text of docs/tiles.md for this manifest."""
     proofs = {arch: [tiles.prove(tile, arch) for tile in tiles.CANDIDATES] for arch in manifest.archs}
@@ -113,7 +118,7 @@ def document(manifest: Manifest) -> str:
         max_stages=tiles.MAX_STAGES,
         max_blocks=tiles.MAX_BLOCKS_PER_SM,
         accumulators=tiles.MAX_ACCUMULATORS,
-        folded=textwrap.fill(", ".join(str(tile.mn) for tile in legal if tile.folded_major), 120, break_on_hyphens=False),
+        folded=_filled([str(tile.mn) for tile in legal if tile.folded_major]),
         warps=f"Warps differ in {_listed(other_warps)} alone." if other_warps else "Warps are the same.",
     )
     return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)
