@@ -50,12 +50,14 @@ struct RouteArgs {
   Mxfp4MoeMTile* m_tiles;   // [max_m_tiles(slots, experts, tile_m)]
   int32_t* num_m_tiles;     // [1]
   int32_t* has_far;         // [2], set to 0 for the kernels that follow; or null
+  int32_t most_blocks;      // of a cluster; 1 where clusters are not to be used
 };
+// How many blocks every GPU that has clusters can run as one.
+constexpr int kPortableClusterBlocks = 8;
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
 
-// Up to so many tokens, and for at most 256 experts, one block chooses for all tokens and routes the choice.
-constexpr int kMaxTokensToRouteAtOnce = 512;
-// launch_topk_softmax and launch_route, in one kernel where that is possible; args.topk_ids are choice.topk_ids, int32.
+// launch_topk_softmax and launch_route, in one kernel up to 512 tokens, with a cluster 1024, and 256 experts; its ids
+// need no memory then. args.topk_ids are choice.topk_ids, int32.
 // With experts on several GPUs, choice.experts is the number of all and args.experts that of these.
 cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream);
 

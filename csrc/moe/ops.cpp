@@ -182,6 +182,11 @@ int32_t compute_capability_major(int32_t device) {
   return major;
 }
 
+// Clusters are for GPUs on which they have run; elsewhere one block routes, as it does everywhere for few slots.
+int32_t most_cluster_blocks(int32_t device) {
+  return compute_capability_major(device) == 9 ? kPortableClusterBlocks : 1;
+}
+
 Routing check_routing(const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& topk_ids,
                       const std::optional<Tensor>& router_logits, int64_t top_k, bool renormalize, int64_t tokens,
                       int32_t device) {
@@ -290,6 +295,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
   route_args.m_tiles = m_tiles;
   route_args.num_m_tiles = at(layout.num_m_tiles);
   route_args.has_far = folded ? at(layout.has_far) : nullptr;
+  route_args.most_blocks = most_cluster_blocks(device);
   if (routing.from_logits) {
     routing.choice.topk_ids = at(layout.topk_ids);
     routing.choice.topk_weights = reinterpret_cast<float*>(base + layout.topk_weights);
@@ -426,6 +432,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
   args.row_expert = data<int32_t>(row_expert);
   args.m_tiles = data<Mxfp4MoeMTile>(m_tiles);
   args.num_m_tiles = data<int32_t>(num_m_tiles);
+  args.most_blocks = most_cluster_blocks(device);
   check_launch("route", launch_route(args, current_stream(device)));
   return {expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles};
 }

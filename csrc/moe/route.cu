@@ -6,10 +6,13 @@
 //      row_expert [R]; has_far [2], zeros; m_tiles: every expert's rows cut into pieces of at most tile_m, experts and
 //      rows ascending
 // Called by ops.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
-// the result is the same on every run, for any number of warps.
-// Why it is fast: one block, one launch. Every warp owns a contiguous range of slots and its own histogram in shared
-// memory; __match_any_sync counts 32 ids at once. A column scan over the warps and one scan over the experts turn
-// histograms into row numbers, and the same ranges are read again (from L2) to hand them out.
+// the result is the same on every run, for any number of warps and blocks.
+// Why it is fast: one launch of one block or, where the GPU is known to have them and there are slots enough, of one
+// cluster. Every warp owns a contiguous range of slots and its own histogram in shared memory; __match_any_sync counts
+// 32 ids at once. A column scan over the warps, sums over the blocks, which read each other's counts, and one scan over
+// the experts turn histograms into row numbers, and the same ranges are read again to hand them out. Ids that the
+// kernel chose itself never leave shared memory.
+#include <cooperative_groups.h>
 #include <limits.h>
 
 #include "../tile/schedule.cuh"
@@ -23,7 +26,11 @@ namespace {
 constexpr int kMinWarps = 4, kMaxWarps = 32;
 constexpr int kMaxExpertsToRouteAtOnce = 256;  // more logits per lane would spill beside 1024 threads
 constexpr int kBatch = 4;                      // ids per lane in flight
-constexpr size_t kHistogramBytes = 64 * 1024;  // with the two offset tables well under SM12x's 99 KB
+constexpr size_t kHistogramBytes = 64 * 1024;  // with tables and chosen ids under SM12x's 99 KB
+constexpr int kTables = 4;                     // of experts + 1, beside the histograms
+constexpr int kMaxTokensPerLaunch = 512;       // of topk_route_kernel, of one block; of a cluster twice as many
+// More blocks than one cost 1.5 us, in which a block chooses for 32 tokens (H100, k = 4).
+constexpr int kMaxSlotsOfOneBlock = 256, kSlotsPerBlock = 128;
 
 // Sum of both halves at once: rows in the upper 32 bits, m-tiles in the lower; neither reaches 2^31.
 using RowsAndTiles = unsigned long long;
@@ -45,16 +52,15 @@ __device__ __forceinline__ RowsAndTiles warp_inclusive_scan(RowsAndTiles x, int 
 
 // Calls visit(slot, expert, peers) for the warp's slots in order, 32 at a time, all lanes together. expert is -1 for
 // lanes without a valid id; peers are the lanes that hold the same expert.
-template <typename Id, typename Visit>
-__device__ __forceinline__ void for_each_slot(const RouteArgs& args, int64_t begin, int64_t end, int lane,
-                                              const Visit& visit) {
-  const auto* ids = static_cast<const Id*>(args.topk_ids);
+template <typename Ids, typename Visit>
+__device__ __forceinline__ void for_each_slot(const RouteArgs& args, const Ids& ids, int64_t begin, int64_t end,
+                                              int lane, const Visit& visit) {
   for (int64_t base = begin; base < end; base += kBatch * kWarpSize) {
     int experts[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t slot = base + i * kWarpSize + lane;
-      const int64_t expert = slot < end ? int64_t{__ldcg(ids + slot)} - args.first_expert : -1;
+      const int64_t expert = slot < end ? int64_t{ids(slot)} - args.first_expert : -1;
       experts[i] = expert >= 0 && expert < args.experts ? static_cast<int>(expert) : -1;
     }
 #pragma unroll
@@ -76,27 +82,42 @@ __device__ __forceinline__ int expert_of(const int* base, int experts, int i) {
   return low;
 }
 
-template <typename Id>
-__device__ __forceinline__ void route_block(const RouteArgs& args) {
+// This block's part of [0, count): all of it, or what falls to it in a cluster.
+struct Part {
+  int64_t begin, end;
+};
+__device__ __forceinline__ Part part_of(int64_t count) {
+  const int64_t each = (count + gridDim.x - 1) / gridDim.x;
+  return {min(blockIdx.x * each, count), min((blockIdx.x + 1) * each, count)};
+}
+
+// The block has the slots of `part`; ids(slot) is a slot's.
+template <typename Ids>
+__device__ __forceinline__ void route_block(const RouteArgs& args, const Part& part, const Ids& ids) {
   extern __shared__ int shared[];
   __shared__ RowsAndTiles warp_sums[kMaxWarps];
   const int experts = args.experts;
+  const auto cluster = cooperative_groups::this_cluster();
+  const bool is_cluster = gridDim.x > 1;
   const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   int* histograms = shared;                      // [warps][experts]
   int* row_base = histograms + warps * experts;  // [experts + 1]
   int* tile_base = row_base + experts + 1;       // [experts + 1]
+  int* counts = tile_base + experts + 1;         // [experts] of this block, for the others
+  int* before = counts + experts + 1;            // [experts] in the blocks before this one
   int* mine = histograms + warp * experts;
 
   // A whole number of batches per warp keeps the ranges aligned; the last ones may be empty.
-  const int64_t per_warp = (int64_t{args.slots} + warps * kWarpSize - 1) / (warps * kWarpSize) * kWarpSize;
-  const int64_t begin = min(warp * per_warp, int64_t{args.slots});
-  const int64_t end = min(begin + per_warp, int64_t{args.slots});
+  const int64_t slots = part.end - part.begin;
+  const int64_t per_warp = (slots + warps * kWarpSize - 1) / (warps * kWarpSize) * kWarpSize;
+  const int64_t begin = min(part.begin + warp * per_warp, part.end);
+  const int64_t end = min(begin + per_warp, part.end);
 
   for (int e = lane; e < experts; e += kWarpSize) {
     mine[e] = 0;
   }
   __syncwarp();
-  for_each_slot<Id>(args, begin, end, lane, [&](int64_t, int expert, unsigned peers) {
+  for_each_slot(args, ids, begin, end, lane, [&](int64_t, int expert, unsigned peers) {
     if (expert >= 0 && lane == __ffs(peers) - 1) {
       mine[expert] += __popc(peers);
     }
@@ -104,22 +125,37 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
   });
   __syncthreads();
 
-  // Per expert: rows of the warps before this one; the total goes to row_base until the scan replaces it.
+  // Per expert: rows of the warps before this one.
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     int total = 0;
     for (int w = 0; w < warps; w += kMinWarps) {  // whose loads overlap
-      int counts[kMinWarps];
+      int each[kMinWarps];
 #pragma unroll
       for (int i = 0; i < kMinWarps; ++i) {
-        counts[i] = histograms[(w + i) * experts + e];
+        each[i] = histograms[(w + i) * experts + e];
       }
 #pragma unroll
       for (int i = 0; i < kMinWarps; ++i) {
         histograms[(w + i) * experts + e] = total;
-        total += counts[i];
+        total += each[i];
       }
     }
-    row_base[e] = total;
+    (is_cluster ? counts : row_base)[e] = total;
+  }
+  // The total of all blocks goes to row_base until the scan replaces it.
+  if (is_cluster) {
+    cluster.sync();
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+      int total = 0, earlier = 0;
+      for (unsigned b = 0; b < gridDim.x; ++b) {
+        const int there = *cluster.map_shared_rank(counts + e, b);
+        earlier += b < blockIdx.x ? there : 0;
+        total += there;
+      }
+      before[e] = earlier;
+      row_base[e] = total;
+    }
+    cluster.barrier_arrive();  // its counterpart is at the end: until then all may read this block's counts
   }
   __syncthreads();
 
@@ -146,7 +182,9 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
     const int rows = row_base[e];
     row_base[e] = rows_of(base);
     tile_base[e] = tiles_of(base);
-    args.expert_offsets[e] = rows_of(base);
+    if (blockIdx.x == 0) {
+      args.expert_offsets[e] = rows_of(base);
+    }
     base += pack(rows, m_tiles_of(rows, args.tile_m));
   }
   const int valid_rows = rows_of(warp_sums[warps - 1]);
@@ -154,19 +192,21 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
   if (threadIdx.x == 0) {
     row_base[experts] = valid_rows;
     tile_base[experts] = num_m_tiles;
-    args.expert_offsets[experts] = valid_rows;
-    *args.num_m_tiles = num_m_tiles;
-    if (args.has_far != nullptr) {
-      args.has_far[0] = args.has_far[1] = 0;
+    if (blockIdx.x == 0) {
+      args.expert_offsets[experts] = valid_rows;
+      *args.num_m_tiles = num_m_tiles;
+      if (args.has_far != nullptr) {
+        args.has_far[0] = args.has_far[1] = 0;
+      }
     }
   }
   __syncthreads();
 
-  // The same ranges again: a slot's row is its expert's base, plus the warps before, plus the peers before.
-  for_each_slot<Id>(args, begin, end, lane, [&](int64_t slot, int expert, unsigned peers) {
+  // The same ranges again: a slot's row is its expert's base, plus the blocks, the warps and the peers before.
+  for_each_slot(args, ids, begin, end, lane, [&](int64_t slot, int expert, unsigned peers) {
     int row = -1;
     if (expert >= 0) {
-      row = row_base[expert] + mine[expert] + __popc(peers & ((1u << lane) - 1));
+      row = row_base[expert] + (is_cluster ? before[expert] : 0) + mine[expert] + __popc(peers & ((1u << lane) - 1));
       if (args.row_slot != nullptr) {
         args.row_slot[row] = static_cast<int>(slot);
       }
@@ -182,19 +222,24 @@ __device__ __forceinline__ void route_block(const RouteArgs& args) {
   });
 
   // Found again, so that the stores of a warp are next to each other.
-  for (int64_t row = threadIdx.x; row < args.slots; row += blockDim.x) {
+  const int64_t thread = blockIdx.x * blockDim.x + threadIdx.x, threads = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t row = thread; row < args.slots; row += threads) {
     const bool is_valid = row < valid_rows;
     args.row_expert[row] = is_valid ? expert_of(row_base, experts, static_cast<int>(row)) : -1;
     if (args.row_slot != nullptr && !is_valid) {
       args.row_slot[row] = -1;
     }
   }
-  for (int t = threadIdx.x; t < num_m_tiles; t += blockDim.x) {
+  for (int64_t i = thread; i < num_m_tiles; i += threads) {
+    const int t = static_cast<int>(i);
     const int expert = expert_of(tile_base, experts, t);
     const int row_begin = row_base[expert] + (t - tile_base[expert]) * args.tile_m;
     const int rows_left = row_base[expert + 1] - row_begin;
     const int4 entry = make_int4(expert, row_begin, row_begin + min(rows_left, args.tile_m), 0);
     reinterpret_cast<int4*>(args.m_tiles)[t] = entry;
+  }
+  if (is_cluster) {
+    cluster.barrier_wait();
   }
 }
 
@@ -202,7 +247,8 @@ template <typename Id>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const RouteArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  route_block<Id>(args);
+  const auto* ids = static_cast<const Id*>(args.topk_ids);
+  route_block(args, part_of(args.slots), [ids](int64_t slot) { return __ldcg(ids + slot); });
 }
 
 template <typename Logit, int kPerLane>
@@ -212,30 +258,48 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
   let_next_kernel_start();
   constexpr int kTokens = 2;
   const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  if (choice.tokens <= warps) {
-    if (warp < choice.tokens) {
-      choose_experts<Logit, kPerLane, 1>(choice, warp, warps, lane);
+  const Part part = part_of(choice.tokens);
+  const auto tokens = static_cast<int>(part.end - part.begin);
+  const Part slots = {part.begin * choice.top_k, part.end * choice.top_k};
+  extern __shared__ int shared[];
+  int32_t* ids = shared + warps * args.experts + kTables * (args.experts + 1);  // of this block's slots
+  TopkSoftmaxArgs mine = choice;
+  mine.tokens = static_cast<int>(part.end);
+  mine.topk_ids = ids - slots.begin;
+  if (tokens <= warps) {
+    if (warp < tokens) {
+      choose_experts<Logit, kPerLane, 1>(mine, part.begin + warp, warps, lane);
     }
   } else {
-    for (int token = warp; token < choice.tokens; token += warps * kTokens) {
-      choose_experts<Logit, kPerLane, kTokens>(choice, token, warps, lane);
+    for (int64_t token = part.begin + warp; token < part.end; token += warps * kTokens) {
+      choose_experts<Logit, kPerLane, kTokens>(mine, token, warps, lane);
     }
   }
   __syncthreads();
-  route_block<int32_t>(args);
+  route_block(args, slots, [&](int64_t slot) { return ids[slot - slots.begin]; });
 }
 
-// A warp per `work`, within limits: more only wait for each other.
+// One block or one cluster, with a warp for each of `work`, within limits; chosen_slots: whose ids are kept in shared
+// memory.
 template <typename Kernel, typename... Args>
-cudaError_t launch_one_block(Kernel kernel, int work, int experts, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_one_cluster(Kernel kernel, int64_t work, int chosen_slots, const RouteArgs& route,
+                               cudaStream_t stream, const Args&... args) {
+  const int experts = route.experts;
+  int blocks = 1;
+  while (route.slots > kMaxSlotsOfOneBlock && blocks < route.most_blocks &&
+         int64_t{blocks} * kSlotsPerBlock < route.slots) {
+    blocks *= 2;
+  }
   int warps = kMinWarps;
-  while (warps < kMaxWarps && warps < work) {
+  while (warps < kMaxWarps && int64_t{warps} * blocks < work) {
     warps *= 2;
   }
   while (warps * experts * sizeof(int) > kHistogramBytes) {
     warps /= 2;
   }
-  const size_t smem_bytes = (static_cast<size_t>(warps) * experts + 2 * (experts + 1)) * sizeof(int);
+  const size_t most_chosen = chosen_slots == 0 ? 0 : chosen_slots / blocks + kMaxTopK;
+  const size_t smem_bytes =
+      (static_cast<size_t>(warps) * experts + kTables * (experts + 1) + most_chosen) * sizeof(int);
   if (smem_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
@@ -243,13 +307,13 @@ cudaError_t launch_one_block(Kernel kernel, int work, int experts, cudaStream_t 
       return error;
     }
   }
-  return launch(kernel, dim3(1), warps * kWarpSize, smem_bytes, stream, args...);
+  return launch(kernel, dim3(blocks), warps * kWarpSize, smem_bytes, stream, ClusterOf{blocks}, args...);
 }
 
 template <typename Logit>
 cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
-    return launch_one_block(kernel, choice.tokens, args.experts, stream, choice, args);
+    return launch_one_cluster(kernel, choice.tokens, args.slots, args, stream, choice, args);
   };
   if (choice.experts <= 1 * kWarpSize) return run(topk_route_kernel<Logit, 1>);
   if (choice.experts <= 2 * kWarpSize) return run(topk_route_kernel<Logit, 2>);
@@ -261,12 +325,13 @@ cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
   const int work = args.slots / kWarpSize;
-  return args.ids_are_int64 ? launch_one_block(route_kernel<int64_t>, work, args.experts, stream, args)
-                            : launch_one_block(route_kernel<int32_t>, work, args.experts, stream, args);
+  return args.ids_are_int64 ? launch_one_cluster(route_kernel<int64_t>, work, 0, args, stream, args)
+                            : launch_one_cluster(route_kernel<int32_t>, work, 0, args, stream, args);
 }
 
 cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
-  if (choice.tokens > kMaxTokensToRouteAtOnce || choice.experts > kMaxExpertsToRouteAtOnce) {
+  const int most_tokens = kMaxTokensPerLaunch * (args.most_blocks > 1 ? 2 : 1);
+  if (choice.tokens > most_tokens || choice.experts > kMaxExpertsToRouteAtOnce) {
     const cudaError_t error = launch_topk_softmax(choice, stream);
     return error != cudaSuccess ? error : launch_route(args, stream);
   }
