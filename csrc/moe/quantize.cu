@@ -22,39 +22,60 @@ constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
 // for their own ends (2^6 on SM90) leaves fp32. reference.MXFP8_INPUT_SCALE_MAX is the same number.
 constexpr uint32_t kMaxInputScale = 248;
 
-// Writes one K tile of a token to each of the token's rows.
-template <typename Args>
-__device__ __forceinline__ void store_to_rows(const QuadCodes& quad, int64_t token, int k_tile, const Args& args) {
-  const int64_t first_slot = token * args.top_k;
+// With more tokens than this, a thread has several at once: then all of them are read and quantized while route runs.
+constexpr int kFewTokens = 512, kTokensAtOnce = 4;
+
+// Writes one K tile of kTokens tokens, from `token` on, `stride` apart, to each of their rows.
+template <int kTokens, typename Args>
+__device__ __forceinline__ void store_to_rows(const QuadCodes (&quads)[kTokens], int64_t token, int64_t stride,
+                                              int k_tile, const Args& args) {
   const RowsOut to = {args.codes, args.scales, args.has_far, int64_t{args.tokens} * args.top_k, args.hidden_size};
   for (int j = 0; j < args.top_k; ++j) {
-    const int row = __ldcg(args.slot_row + first_slot + j);
-    if (row < 0) {  // the same for the whole warp
-      continue;
+    int rows[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int64_t of = token + t * stride;
+      rows[t] = of < args.tokens ? __ldcg(args.slot_row + of * args.top_k + j) : -1;
     }
-    store_k_tile(quad, row, k_tile, to);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (rows[t] >= 0) {  // the same for the whole warp
+        store_k_tile(quads[t], rows[t], k_tile, to);
+      }
+    }
   }
 }
 
-template <HalfType kType>
+template <HalfType kType, int kTokens>
 __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const QuantizePermuteArgs args) {
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
   const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
   const auto* hidden = static_cast<const typename Half8<kType>::Element*>(args.hidden);
+  const int64_t stride = gridDim.y;
   if (!args.hidden_is_ready) {
     wait_for_previous_kernel();
   }
-  for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
-    float x[kValuesPerLane] = {};
-    if (column < args.hidden_size) {
-      widen8<kType>(__ldcg(reinterpret_cast<const uint4*>(hidden + token * args.hidden_size + column)), x);
+  for (int64_t token = blockIdx.y; token < args.tokens; token += kTokens * stride) {
+    uint4 packed[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int64_t of = token + t * stride;
+      packed[t] = of < args.tokens && column < args.hidden_size
+                      ? __ldcg(reinterpret_cast<const uint4*>(hidden + of * args.hidden_size + column))
+                      : make_uint4(0, 0, 0, 0);
     }
-    const QuadCodes quad = quantize_quad(x);
+    QuadCodes quads[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      float x[kValuesPerLane];
+      widen8<kType>(packed[t], x);
+      quads[t] = quantize_quad(x);
+    }
     if (token == blockIdx.y) {
       wait_for_previous_kernel();
       let_next_kernel_start();
     }
-    store_to_rows(quad, token, k_tile, args);
+    store_to_rows(quads, token, stride, k_tile, args);
   }
 }
 
@@ -66,24 +87,33 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
   let_next_kernel_start();
 
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
-    QuadCodes quad = {};
+    QuadCodes quads[1] = {};
     if (column < args.hidden_size) {
       const uint2 codes = __ldcg(reinterpret_cast<const uint2*>(args.hidden + token * args.hidden_size + column));
       const int64_t at = args.scale_is_swizzled ? swizzled_scale_offset(token, k_block, args.hidden_size)
                                                 : token * (args.hidden_size / kScaleBlock) + k_block;
       const uint32_t scale = __ldcg(args.hidden_scale + at);
-      quad = scale > kMaxInputScale
-                 ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
-                 : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};
+      quads[0] = scale > kMaxInputScale
+                     ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
+                     : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};
     }
-    store_to_rows(quad, token, k_tile, args);
+    store_to_rows(quads, token, 0, k_tile, args);
   }
 }
 
 template <typename Args>
-dim3 grid_of(const Args& args) {
+dim3 grid_of(const Args& args, int tokens_at_once) {
   const int k_tiles = static_cast<int>(scale_k_tiles(args.hidden_size));
-  return dim3((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
+  const int of_tokens = (args.tokens + tokens_at_once - 1) / tokens_at_once;
+  return dim3((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, of_tokens < kMaxGridY ? of_tokens : kMaxGridY);
+}
+
+template <HalfType kType>
+cudaError_t launch_quantize(const QuantizePermuteArgs& args, cudaStream_t stream) {
+  return args.tokens <= kFewTokens
+             ? launch(quantize_permute_kernel<kType, 1>, grid_of(args, 1), kThreads, 0, stream, args)
+             : launch(quantize_permute_kernel<kType, kTokensAtOnce>, grid_of(args, kTokensAtOnce), kThreads, 0, stream,
+                      args);
 }
 
 }  // namespace
@@ -92,13 +122,12 @@ cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_
   if (args.tokens == 0) {
     return cudaSuccess;
   }
-  return args.type == HalfType::kBFloat16
-             ? launch(quantize_permute_kernel<HalfType::kBFloat16>, grid_of(args), kThreads, 0, stream, args)
-             : launch(quantize_permute_kernel<HalfType::kFloat16>, grid_of(args), kThreads, 0, stream, args);
+  return args.type == HalfType::kBFloat16 ? launch_quantize<HalfType::kBFloat16>(args, stream)
+                                          : launch_quantize<HalfType::kFloat16>(args, stream);
 }
 
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
-  return args.tokens == 0 ? cudaSuccess : launch(permute_kernel, grid_of(args), kThreads, 0, stream, args);
+  return args.tokens == 0 ? cudaSuccess : launch(permute_kernel, grid_of(args, 1), kThreads, 0, stream, args);
 }
 
 }  // namespace mxfp4_moe
