@@ -10,6 +10,7 @@ namespace mxfp4_moe {
 // A tile of M activation rows by N weight rows, kWarpM of them to a warp; always swapped.
 template <int M_, int N_, int kWarpM_, int kThreads_>
 struct FoldedTile {
+  using Arch = Sm90;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = true, kActivates = true, kFolded = true, kUnrollsStages = false;
   static constexpr int kWarpM = kWarpM_, kWarpN = M, kThreads = kThreads_;
@@ -29,7 +30,7 @@ struct FoldedTile {
   static constexpr int kAmaxBytes = kAmaxParts * M * 4;
 
   static constexpr int stages_for(int blocks) {
-    const int budget = Sm90::kSmemPerSm / blocks - kSmemReservedPerBlock - kAmaxBytes;
+    const int budget = Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kAmaxBytes;
     return min_of(kMaxStages, budget / (kStageBytes + kBarrierBytesPerStage));
   }
   static constexpr int registers_for(int blocks) {

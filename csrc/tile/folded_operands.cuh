@@ -13,18 +13,23 @@ namespace mxfp4_moe {
 template <class Shape>
 struct FoldedActLoads {
   static __device__ __forceinline__ int boxes(const Mxfp4MoeMTile& m) {
-    return ceil_div(m.row_end - m.row_begin, Shape::kBoxRows);
+    return Shape::M == Shape::kBoxRows ? 1 : ceil_div(m.row_end - m.row_begin, Shape::kBoxRows);
   }
   static __device__ __forceinline__ uint32_t bytes(const Mxfp4MoeMTile& m) { return boxes(m) * Shape::kBoxRows * 256; }
   static __device__ __forceinline__ void load(const TensorMaps& maps, const SharedStorage<Shape>& smem, int s, int kt,
                                               const Mxfp4MoeMTile& m) {
     uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-    const int count = boxes(m);
-    for (int b = 0; b < count; ++b) {
+    const auto load_box = [&](int b) {
+#pragma unroll
       for (int half = 0; half < 2; ++half)
         tma_load_2d(smem.act(s) + half * Shape::kHalfBytes + b * Shape::kBoxRows * 128, maps.act, full,
                     kt * kTileK + half * 64, m.row_begin + b * Shape::kBoxRows, kEvictLast);
-    }
+    };
+    // Not unrolled: one lane issues all copies of a stage, and with few rows its instructions are what takes time.
+    load_box(0);
+    const int count = boxes(m);
+#pragma unroll 1
+    for (int b = 1; b < count; ++b) load_box(b);
   }
 };
 

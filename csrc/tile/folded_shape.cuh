@@ -13,7 +13,7 @@ struct FoldedMmaTile : FoldedTile<M, N, N / 4, 5 * 32> {
   static constexpr bool kIsWgmma = false;
   // The tile for the fewest tokens has a kernel for GEMM2 that reads MXFP8 (split_k.cuh).
   static constexpr bool kFoldsOutput = !(M == 8 && N == 64);
-  static constexpr int kBoxRows = M;
+  static constexpr int kBoxRows = 8;  // a tile with few rows loads few
 
   // Accumulators; operands of two K blocks; scales; an expanded row, sums, addresses.
   static constexpr int kRegistersWanted =

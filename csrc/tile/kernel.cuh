@@ -50,6 +50,7 @@ struct GemmParams {
   int32_t n;
   int32_t k;
   int32_t m_tiles_are_ready;
+  uint64_t weight_hint;      // L2's priority for weights, where it is not always the same
   const uint8_t* act_scale;  // these two only of folded activations
   const int32_t* has_far;
   Mxfp4MoeActivate activate;
@@ -142,10 +143,13 @@ struct ScaledActLoads {
 template <class Shape, class ActLoads>
 struct WeightLoads {
   static constexpr int kBlockUnits = kWeightBlockBytes / kWeightUnit;
+  static constexpr bool kHintVaries = Shape::Arch::kFewWeightBytes != INT64_MAX;
+  uint64_t hint;
   int num_k_tiles, tail_steps, tail_units, row_blocks, expert_units;
 
   __device__ __forceinline__ explicit WeightLoads(const GemmParams& p)
-      : num_k_tiles(ceil_div(p.k, kTileK)),
+      : hint(kHintVaries ? p.weight_hint : kEvictFirst),
+        num_k_tiles(ceil_div(p.k, kTileK)),
         tail_steps(p.k % kTileK / kBlockK),
         tail_units((kWeightBlockScaleBytes + tail_steps * kWeightStepBytes) / kWeightUnit),
         row_blocks(ceil_div(p.n, kWeightBlockRows)),
@@ -159,12 +163,12 @@ struct WeightLoads {
     const int row_block = n0 / kWeightBlockRows;
     if (tail_steps == 0 || kt + 1 < num_k_tiles) {
       smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBytes);
-      tma_load_2d(smem.weight(s), maps.weight, full, 0, k_tile_unit + row_block * kBlockUnits, kEvictFirst);
+      tma_load_2d(smem.weight(s), maps.weight, full, 0, k_tile_unit + row_block * kBlockUnits, hint);
     } else {
       smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBlocks * tail_units * kWeightUnit);
       for (int b = 0; b < Shape::kWeightBlocks; ++b)
         tma_load_2d(smem.weight(s) + b * kWeightBlockBytes, maps.weight_tail, full, 0,
-                    k_tile_unit + (row_block + b) * tail_units, kEvictFirst);
+                    k_tile_unit + (row_block + b) * tail_units, hint);
     }
   }
 };

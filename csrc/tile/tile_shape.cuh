@@ -29,8 +29,10 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
 // over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a
 // second kernel for grids that leave the device idle (split_k.cuh). kFolds: the MMA takes no scales, so there are
-// kernels for activations with their scales in them (folded_shape.cuh, wgmma_shape.cuh).
+// kernels for activations with their scales in them (folded_shape.cuh, wgmma_shape.cuh). kFewWeightBytes: GEMMs that
+// may read more than this load weights at L2's normal priority (launcher.cuh).
 struct Sm90 {
+  static constexpr int64_t kFewWeightBytes = 320 << 20;
   static constexpr bool kFolds = true;
   static constexpr int kSmemPerSm = 228 * 1024;
   static constexpr bool kLongWarps = false;
@@ -38,6 +40,7 @@ struct Sm90 {
   static constexpr bool kSplitsK = true;
 };
 struct Sm12x {
+  static constexpr int64_t kFewWeightBytes = INT64_MAX;
   static constexpr bool kFolds = false;
   static constexpr int kSmemPerSm = 100 * 1024;
   static constexpr bool kLongWarps = true;

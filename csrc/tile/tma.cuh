@@ -14,6 +14,7 @@ namespace mxfp4_moe {
 
 // L2 eviction priorities as the copy unit encodes them (the values of cute::TMA::CacheHintSm90). Weights are read
 // once, by few blocks, and would push everything else out of L2; activations are read by many.
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
