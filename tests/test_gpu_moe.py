@@ -19,6 +19,7 @@ import mxfp4_moe
 from mxfp4_moe import _load, formats, reference
 from mxfp4_moe import ops as mxfp4_moe_ops
 from mxfp4_moe.activations import Activation
+from mxfp4_moe.bench.timing import Timer
 from mxfp4_moe.tiles import Tile, load_manifest
 from mxfp4_moe.weights import MoEWeights
 
@@ -85,6 +86,8 @@ def check_route(ids: Tensor, experts: int, tile_m: int) -> None:
     [
         *[(0, 4, 8), (1, 1, 1), (1, 4, 128), (5, 4, 128), (33, 1, 2), (64, 4, 128), (257, 3, 5), (1024, 4, 128)],
         *[(100, 16, 1024), (300, 4, 1024), (7, 8, 513), (4096, 8, 256), (131_072, 4, 128)],
+        # One block up to 256 slots; beyond, on SM90, clusters of 4 and 8, whose last blocks may have nothing.
+        *[(64, 4, 64), (257, 1, 64), (65, 4, 1024), (129, 4, 1), (1025, 1, 300), (515, 1, 2)],
     ],
 )
 def test_route_is_exact(tokens: int, top_k: int, experts: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -122,10 +125,11 @@ def special_rows(width: int, dtype: torch.dtype) -> Tensor:
     return x
 
 
+@pytest.mark.parametrize("copies", [1, 67])  # a thread has one token, and four
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 160, 2880, 4096])
-def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, device: torch.device) -> None:
-    x = special_rows(width, dtype)
+def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, copies: int, device: torch.device) -> None:
+    x = special_rows(width, dtype).repeat(copies, 1)
     top_k, experts = 3, 5
     ids = ids_of(len(x), top_k, experts, torch.int32, device)
     offsets, row_slot, slot_row = reference.route(ids, experts)
@@ -648,7 +652,7 @@ def check_from_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("experts", [8, 32, 128, 300])
-@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 300, 512, 513, 1024])  # one kernel chooses and sorts up to 512
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 65, 300, 512, 513, 1024, 1025])  # one kernel up to 512, on SM90 1024
 def test_from_logits_is_topk_softmax_and_fused_moe(
     tokens: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -663,7 +667,7 @@ def test_from_logits_is_topk_softmax_and_fused_moe(
 
 
 @pytest.mark.parametrize("top_k", [3, 16])
-@pytest.mark.parametrize("tokens", [1, 512, 513])
+@pytest.mark.parametrize("tokens", [1, 512, 1025])
 def test_from_logits_with_everything_else(tokens: int, top_k: int, device: torch.device) -> None:
     weights = layer_of_experts(32)
     logits = torch.randn(tokens, 32, device=device)
@@ -683,7 +687,7 @@ def test_from_logits_with_everything_else(tokens: int, top_k: int, device: torch
     assert torch.equal(bits(out), bits(mxfp4_moe.fused_moe_from_logits(call.hidden_states, logits, top_k, weights)))
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 512, 513])
+@pytest.mark.parametrize("tokens", [1, 64, 513, 1025])
 def test_from_logits_of_a_slice(tokens: int, device: torch.device) -> None:
     """The logits are the whole layer's; experts of other ranks contribute nothing."""
     whole = layer_of_experts(128)
@@ -693,6 +697,17 @@ def test_from_logits_of_a_slice(tokens: int, device: torch.device) -> None:
         check_from_logits(x, logits, TOP_K, whole.expert_parallel(rank, 4))
     with pytest.raises(ValueError, match=r"router_logits: expected one for each of the layer's 128 experts, got"):
         mxfp4_moe.fused_moe_from_logits(x, logits[:, :32].contiguous(), TOP_K, whole.expert_parallel(0, 4))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 512, 1024])
+def test_a_layer_from_logits_is_at_most_five_kernels(tokens: int, device: torch.device) -> None:
+    weights = layer_of_experts(128)
+    logits, x = torch.randn(tokens, 128, device=device), random_call(tokens, 1, weights).hidden_states
+    kernels = Timer(device).kernels(
+        lambda: mxfp4_moe.fused_moe_from_logits(x, logits, TOP_K, weights, tile_mn=(32, 128))
+    )
+    routed_apart = torch.cuda.get_device_capability(device)[0] != 9 and tokens > 512
+    assert len(kernels) == 5 + routed_apart, [kernel.name for kernel in kernels]
 
 
 @pytest.mark.parametrize("tokens", [48, 600])
