@@ -86,6 +86,8 @@ def check_route(ids: Tensor, experts: int, tile_m: int) -> None:
     [
         *[(0, 4, 8), (1, 1, 1), (1, 4, 128), (5, 4, 128), (33, 1, 2), (64, 4, 128), (257, 3, 5), (1024, 4, 128)],
         *[(100, 16, 1024), (300, 4, 1024), (7, 8, 513), (4096, 8, 256), (131_072, 4, 128)],
+        # Up to 128 slots, one thread each sees all of them.
+        *[(32, 4, 128), (129, 1, 128), (16, 8, 1024), (43, 3, 2), (127, 1, 3), (3, 1, 1024)],
         # One block up to 256 slots; beyond, on SM90, clusters of 4 and 8, whose last blocks may have nothing.
         *[(64, 4, 64), (257, 1, 64), (65, 4, 1024), (129, 4, 1), (1025, 1, 300), (515, 1, 2)],
     ],
@@ -96,9 +98,10 @@ def test_route_is_exact(tokens: int, top_k: int, experts: int, dtype: torch.dtyp
         check_route(ids, experts, tile_m)
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 1000])
 @pytest.mark.parametrize("expert", [0, 3, 7, -1, 8])
-def test_route_when_all_go_the_same_way(expert: int, device: torch.device) -> None:
-    check_route(torch.full((1000, 4), expert, dtype=torch.int32, device=device), 8, 16)
+def test_route_when_all_go_the_same_way(expert: int, tokens: int, device: torch.device) -> None:
+    check_route(torch.full((tokens, 4), expert, dtype=torch.int32, device=device), 8, 16)
 
 
 def test_route_reads_all_64_bits(device: torch.device) -> None:
@@ -217,6 +220,26 @@ def test_activation_is_close(
         assert torch.equal(codes, expected_codes)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "silu"])
+def test_activation_of_many_rows_is_that_of_few(activation: str, with_bias: bool, device: torch.device) -> None:
+    """From 4096 rows on a block has eight, whose expert may change among them."""
+    rows, inter = 4099, 160
+    weights = layer_of(5, inter, activation, "per expert", bias=with_bias, device=device)
+    g = torch.Generator(device).manual_seed(3)
+    gemm1 = torch.randn(rows, weights.w13_rows, generator=g, device=device) * 4
+    for row_expert in (
+        torch.arange(rows, device=device, dtype=torch.int32) * 5 // rows,
+        torch.randint(0, 5, (rows,), generator=g, device=device, dtype=torch.int32),
+    ):
+        codes, scales = kernel_activation(gemm1, row_expert, weights)
+        for begin in range(0, rows, 2048):
+            few = slice(begin, begin + 2048)
+            few_codes, few_scales = kernel_activation(gemm1[few].contiguous(), row_expert[few].contiguous(), weights)
+            assert torch.equal(codes[few], few_codes)
+            assert torch.equal(scales[few], few_scales)
+
+
 def test_activation_quantizes_exactly(device: torch.device) -> None:
     """sigmoid(128) is 1 in fp32, so the product is exact and the quantizer sees known bits, fp32 denormals too."""
     rows, inter = 40, 160
@@ -272,8 +295,11 @@ def test_activation_rounds_exactly(rounding: torch.dtype, with_bias: bool, devic
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 4, 5, 9, 16])
 @pytest.mark.parametrize("width", [32, 2880])
-def test_finalize_is_exact(width: int, top_k: int, with_bias: bool, dtype: torch.dtype, device: torch.device) -> None:
-    tokens, experts = 33, 6
+@pytest.mark.parametrize("tokens", [4, 8, 33])  # a thread has two columns up to 8, then eight
+def test_finalize_is_exact(
+    tokens: int, width: int, top_k: int, with_bias: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    experts = 6
     g = torch.Generator(device).manual_seed(width + top_k)
     ids = ids_of(tokens, top_k, experts, torch.int32, device)
     ids[3] = -1
@@ -652,7 +678,8 @@ def check_from_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("experts", [8, 32, 128, 300])
-@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 65, 300, 512, 513, 1024, 1025])  # one kernel up to 512, on SM90 1024
+# One kernel up to 512 tokens, on SM90 1024; up to 128 slots another.
+@pytest.mark.parametrize("tokens", [0, 1, 5, 32, 33, 64, 65, 128, 300, 512, 513, 1024, 1025])
 def test_from_logits_is_topk_softmax_and_fused_moe(
     tokens: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> None:

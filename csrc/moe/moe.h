@@ -43,10 +43,11 @@ struct RouteArgs {
   int32_t experts;       // 1 to kMaxExperts
   int32_t first_expert;  // the id of expert 0: ids from here to first_expert + experts - 1 count
   int32_t tile_m;
-  int32_t* expert_offsets;  // [experts + 1]
+  int32_t* expert_offsets;  // [experts + 1], or null
   int32_t* row_slot;        // [slots], -1 past the valid rows; or null
   int32_t* slot_row;        // [slots], -1 for slots whose id is no expert
   int32_t* row_expert;      // [slots], -1 past the valid rows
+  int32_t* valid_rows;      // [1]
   Mxfp4MoeMTile* m_tiles;   // [max_m_tiles(slots, experts, tile_m)]
   int32_t* num_m_tiles;     // [1]
   int32_t* has_far;         // [2], set to 0 for the kernels that follow; or null
@@ -55,11 +56,16 @@ struct RouteArgs {
 // How many blocks every GPU that has clusters can run as one.
 constexpr int kPortableClusterBlocks = 8;
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
+// The same for at most kFewSlots, faster; launch_route calls it.
+constexpr int kFewSlots = 128;
+cudaError_t launch_route_few(const RouteArgs& args, cudaStream_t stream);
 
 // launch_topk_softmax and launch_route, in one kernel up to 512 tokens, with a cluster 1024, and 256 experts; its ids
 // need no memory then. args.topk_ids are choice.topk_ids, int32.
 // With experts on several GPUs, choice.experts is the number of all and args.experts that of these.
 cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream);
+// The same for at most kFewSlots and 256 experts; launch_topk_route calls it.
+cudaError_t launch_topk_route_few(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream);
 
 struct QuantizePermuteArgs {
   const void* hidden;  // [T, hidden_size] of type, 16-byte aligned

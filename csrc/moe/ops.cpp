@@ -274,12 +274,11 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto m_tile_bound = static_cast<int32_t>(max_m_tiles(slots, experts, tile_m));
-  const Workspace layout({slots, experts, hidden, intermediate, m_tile_bound, gemm1_activates ? 0 : gemm1_width,
+  const Workspace layout({slots, hidden, intermediate, m_tile_bound, gemm1_activates ? 0 : gemm1_width,
                           routing.from_logits, folded, folded2});
   const Tensor workspace = empty({layout.bytes}, ScalarType::Byte, device);
   auto* base = data<uint8_t>(workspace);
   const auto at = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
-  int32_t* valid_rows = at(layout.expert_offsets) + experts;
   auto* m_tiles = reinterpret_cast<Mxfp4MoeMTile*>(base + layout.m_tiles);
 
   RouteArgs route_args = {};
@@ -289,9 +288,9 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
   route_args.experts = experts;
   route_args.first_expert = static_cast<int32_t>(first_expert);
   route_args.tile_m = tile->tile_m;
-  route_args.expert_offsets = at(layout.expert_offsets);
   route_args.slot_row = at(layout.slot_row);
   route_args.row_expert = at(layout.row_expert);
+  route_args.valid_rows = at(layout.valid_rows);
   route_args.m_tiles = m_tiles;
   route_args.num_m_tiles = at(layout.num_m_tiles);
   route_args.has_far = folded ? at(layout.has_far) : nullptr;
@@ -370,7 +369,7 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
     args.gemm1 = reinterpret_cast<const float*>(base + layout.gemm1_out);
     args.bias = data<const float>(w13_bias);
     args.row_expert = at(layout.row_expert);
-    args.valid_rows = valid_rows;
+    args.valid_rows = at(layout.valid_rows);
     args.rows = slots;
     args.intermediate = intermediate;
     args.activation = activation;
@@ -425,11 +424,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
   const Tensor row_expert = empty({args.slots}, ScalarType::Int, device);
   const Tensor m_tiles = empty({max_m_tiles(args.slots, num_experts, tile_m), 4}, ScalarType::Int, device);
   const Tensor num_m_tiles = empty({1}, ScalarType::Int, device);
+  const Tensor valid_rows = empty({1}, ScalarType::Int, device);  // the last of expert_offsets again
   args.topk_ids = topk_ids.data_ptr();
   args.expert_offsets = data<int32_t>(expert_offsets);
   args.row_slot = data<int32_t>(row_slot);
   args.slot_row = data<int32_t>(slot_row);
   args.row_expert = data<int32_t>(row_expert);
+  args.valid_rows = data<int32_t>(valid_rows);
   args.m_tiles = data<Mxfp4MoeMTile>(m_tiles);
   args.num_m_tiles = data<int32_t>(num_m_tiles);
   args.most_blocks = most_cluster_blocks(device);

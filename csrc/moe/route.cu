@@ -2,11 +2,13 @@
 //
 // in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
 //      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
-// out  expert_offsets [E + 1]; row_slot [R] (row -> slot, -1 past the valid rows); slot_row [R] (slot -> row or -1);
-//      row_expert [R]; has_far [2], zeros; m_tiles: every expert's rows cut into pieces of at most tile_m, experts and
-//      rows ascending
+// out  slot_row [R] (slot -> row or -1); row_expert [R]; valid_rows; has_far [2], zeros; m_tiles: every expert's rows
+// cut
+//      into pieces of at most tile_m, experts and rows ascending; if wanted expert_offsets [E + 1] and row_slot [R]
+//      (row
+//      -> slot, -1 past the valid rows)
 // Called by ops.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
-// the result is the same on every run, for any number of warps and blocks.
+// the result is the same on every run, for any number of warps and blocks. Few slots go another way: route_few.cu.
 // Why it is fast: one launch of one block or, where the GPU is known to have them and there are slots enough, of one
 // cluster. Every warp owns a contiguous range of slots and its own histogram in shared memory; __match_any_sync counts
 // 32 ids at once. A column scan over the warps, sums over the blocks, which read each other's counts, and one scan over
@@ -182,7 +184,7 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
     const int rows = row_base[e];
     row_base[e] = rows_of(base);
     tile_base[e] = tiles_of(base);
-    if (blockIdx.x == 0) {
+    if (blockIdx.x == 0 && args.expert_offsets != nullptr) {
       args.expert_offsets[e] = rows_of(base);
     }
     base += pack(rows, m_tiles_of(rows, args.tile_m));
@@ -193,7 +195,10 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
     row_base[experts] = valid_rows;
     tile_base[experts] = num_m_tiles;
     if (blockIdx.x == 0) {
-      args.expert_offsets[experts] = valid_rows;
+      if (args.expert_offsets != nullptr) {
+        args.expert_offsets[experts] = valid_rows;
+      }
+      *args.valid_rows = valid_rows;
       *args.num_m_tiles = num_m_tiles;
       if (args.has_far != nullptr) {
         args.has_far[0] = args.has_far[1] = 0;
@@ -324,6 +329,9 @@ cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs
 }  // namespace
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
+  if (args.slots <= kFewSlots) {
+    return launch_route_few(args, stream);
+  }
   const int work = args.slots / kWarpSize;
   return args.ids_are_int64 ? launch_one_cluster(route_kernel<int64_t>, work, 0, args, stream, args)
                             : launch_one_cluster(route_kernel<int32_t>, work, 0, args, stream, args);
@@ -334,6 +342,9 @@ cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& ar
   if (choice.tokens > most_tokens || choice.experts > kMaxExpertsToRouteAtOnce) {
     const cudaError_t error = launch_topk_softmax(choice, stream);
     return error != cudaSuccess ? error : launch_route(args, stream);
+  }
+  if (args.slots <= kFewSlots) {
+    return launch_topk_route_few(choice, args, stream);
   }
   switch (choice.type) {
     case LogitsType::kFloat32:

@@ -1,6 +1,6 @@
 // Where one call's intermediates live: offsets into a single allocation, from shapes alone.
 //
-// bytes = 4 (E + 1) + 2 * 4 R + 16 max_m_tiles + 4                    routing
+// bytes = 2 * 4 R + 16 max_m_tiles + 4 + 4                            routing
 //       + max(R H + 4 ceil(H/128) R4, 2 R H)                            MXFP8 rows and scales of GEMM1, then GEMM2's
 //       output
 //       + R I + 4 ceil(I/128) R4                                        MXFP8 rows and scales of GEMM2
@@ -9,7 +9,7 @@
 //       + 8, only where rows are folded                                 whether any is far, of each GEMM
 // Folded rows (tile/folded.cuh) have 2 R H and 2 R I bytes instead of R H and R I.
 // where R4 is R padded to 4 and N1 is GEMM1's width, 2I when the activation is gated and I when it is not, each term
-// rounded up to 256 (expert_offsets and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2
+// rounded up to 256 (slot_row and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2
 // writes, so the two share their bytes: nothing but the live intermediates is paid for.
 #pragma once
 
@@ -25,12 +25,12 @@ namespace mxfp4_moe {
 constexpr int64_t kWorkspaceAlignment = 256;  // TMA needs 16; 256 is what torch's allocator gives
 
 struct Workspace {
-  int64_t expert_offsets, slot_row, row_expert, m_tiles, num_m_tiles, has_far, topk_ids, topk_weights;
+  int64_t slot_row, row_expert, m_tiles, num_m_tiles, valid_rows, has_far, topk_ids, topk_weights;
   int64_t codes1, scales1, codes2, scales2, gemm1_out, gemm2_out;
   int64_t bytes;
 
   struct Shape {
-    int64_t slots, experts, hidden, intermediate, max_m_tiles;
+    int64_t slots, hidden, intermediate, max_m_tiles;
     int64_t gemm1_width;  // of GEMM1's output in memory, 0 when there is none
     bool from_logits;
     bool folded, folded2;  // what GEMM1 reads, what GEMM2 reads
@@ -43,11 +43,11 @@ struct Workspace {
       bytes += (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
       return offset;
     };
-    expert_offsets = take((s.experts + 1) * 4);
     slot_row = take(s.slots * 4);
     row_expert = take(s.slots * 4);
     m_tiles = take(s.max_m_tiles * static_cast<int64_t>(sizeof(Mxfp4MoeMTile)));
     num_m_tiles = take(4);
+    valid_rows = take(4);
     has_far = take(s.folded ? 8 : 0);
     topk_ids = take(s.from_logits ? s.slots * 4 : 0);
     topk_weights = take(s.from_logits ? s.slots * 4 : 0);
