@@ -8,8 +8,9 @@
 // keep these values in the output dtype. alpha, beta and limit are one number, or one per expert.
 // Called by ops.cpp after GEMM1, for the activations and tiles that GEMM1's own epilogue does not take. Rows past the
 // valid count are not touched.
-// Why it is fast: a lane's 8 gates and 8 ups are 64 contiguous bytes, four 16-byte loads in flight at once, and the
-// result never leaves registers before it is MXFP8.
+// Why it is fast: neighbouring lanes share two groups of outputs, so that every load of a warp takes whole 32-byte
+// sectors, and exchange four results; a block keeps the biases of its columns while the rows' expert is the same; with
+// many rows L1 is as large as it can be; and the result never leaves registers before it is MXFP8.
 #include "../tile/activation.cuh"
 #include "quantize_mx.cuh"
 
@@ -18,87 +19,122 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
+// With many rows, a block has several one behind the other, mostly of one expert.
+constexpr int kManyRows = 4096, kRowsOfBlock = 8;
 
-// A lane's contiguous floats: 8 gates and 8 ups, or 8 values.
-template <int kCount>
-__device__ __forceinline__ void load(const float* p, float (&x)[kCount]) {
-  float4 vectors[kCount / 4];
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-    vectors[i] = __ldcg(reinterpret_cast<const float4*>(p) + i);
-  }
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-    x[4 * i] = vectors[i].x;
-    x[4 * i + 1] = vectors[i].y;
-    x[4 * i + 2] = vectors[i].z;
-    x[4 * i + 3] = vectors[i].w;
-  }
-}
+constexpr int kHalfGroup = kValuesPerLane / 2;  // a lane's outputs of a group of 8: its neighbour has the other four
 
-template <int kCount>
-__device__ __forceinline__ void round_all(Rounding rounding, float (&x)[kCount]) {
+// What a lane reads of two groups: four gates and four ups each, or four values.
+template <bool kGated>
+struct TwoGroups {
+  static constexpr int kVectors = kGated ? 2 : 1;
+  float x[2][kVectors][kHalfGroup];
+
+  // `row` begins at the first group's column of what GEMM1 wrote, or of the biases.
+  __device__ __forceinline__ void load(const float* row) {
+    const int half = threadIdx.x % 2 * kHalfGroup;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    x[i] = round_to(rounding, x[i]);
+    for (int group = 0; group < 2; ++group) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float* at = row + (group * kVectors + v) * kValuesPerLane + half;
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(at));
+        x[group][v][0] = four.x;
+        x[group][v][1] = four.y;
+        x[group][v][2] = four.z;
+        x[group][v][3] = four.w;
+      }
+    }
+  }
+
+  template <typename Change>
+  __device__ __forceinline__ void for_each(const Change& change) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kHalfGroup; ++i) {
+          change(x[group][v][i], group, v, i);
+        }
+      }
+    }
+  }
+};
+
+// From four outputs of each of two groups to eight of one: the even lane's is the first. All 32 lanes call it.
+__device__ __forceinline__ void exchange(const float (&y)[2][kHalfGroup], float (&x)[kValuesPerLane]) {
+  const bool odd = threadIdx.x % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < kHalfGroup; ++i) {
+    const float mine = odd ? y[1][i] : y[0][i];
+    const float other = __shfl_xor_sync(kAllLanes, odd ? y[0][i] : y[1][i], 1);
+    x[i] = odd ? other : mine;
+    x[i + kHalfGroup] = odd ? mine : other;
   }
 }
 
 // kRounds is a constant so that those who do not round do not pay: which dtype, those who do find out as they run.
 template <Activation kActivation, bool kRounds>
-__global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationArgs args) {
+__global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationArgs args, int rows_of_block) {
   constexpr bool kGated = is_gated(kActivation);
-  constexpr int kLoaded = kGated ? 2 * kValuesPerLane : kValuesPerLane;
+  using Groups = TwoGroups<kGated>;
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
   const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
   const int64_t width = int64_t{args.intermediate} * (kGated ? 2 : 1);
-  const int loaded_column = kGated ? 2 * column : column;
+  const int first_column = (column - threadIdx.x % 2 * kValuesPerLane) * (kGated ? 2 : 1);  // of the two lanes' groups
+  const RowsOut to = {args.codes, args.scales, args.has_far, args.rows, args.intermediate};
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int valid_rows = __ldcg(args.valid_rows);
 
-  for (int64_t row = blockIdx.y; row < valid_rows; row += gridDim.y) {
-    float x[kValuesPerLane] = {};
-    if (column < args.intermediate) {
-      float sum[kLoaded];
-      load(args.gemm1 + row * width + loaded_column, sum);
-      if constexpr (kRounds) {
-        round_all(args.rounding, sum);
-      }
-      if (args.bias != nullptr) {
-        float bias[kLoaded];
-        load(args.bias + __ldcg(args.row_expert + row) * width + loaded_column, bias);
-#pragma unroll
-        for (int i = 0; i < kLoaded; ++i) {
-          sum[i] += bias[i];
+  Groups bias = {};
+  int expert_of_bias = -1;
+  for (int64_t begin = int64_t{blockIdx.y} * rows_of_block; begin < valid_rows; begin += gridDim.y * rows_of_block) {
+    const int64_t end = min(begin + rows_of_block, int64_t{valid_rows});
+    for (int64_t row = begin; row < end; ++row) {
+      float y[2][kHalfGroup] = {};
+      if (column < args.intermediate) {
+        Groups sums;
+        sums.load(args.gemm1 + row * width + first_column);
+        const int expert = __ldcg(args.row_expert + row);
+        if (args.bias != nullptr && expert != expert_of_bias) {
+          bias.load(args.bias + expert * width + first_column);
+          expert_of_bias = expert;
         }
-      }
-      if constexpr (kGated) {
+        if constexpr (kRounds) {
+          sums.for_each([&](float& x, int, int, int) { x = round_to(args.rounding, x); });
+        }
+        if (args.bias != nullptr) {
+          sums.for_each([&](float& x, int group, int v, int i) { x += bias.x[group][v][i]; });
+        }
         Numbers numbers = {};
         if constexpr (kActivation == Activation::kSwigluOai || kActivation == Activation::kSwigluStep) {
-          const int expert = __ldcg(args.row_expert + row);
           numbers = {of_expert(args.alpha, expert), of_expert(args.beta, expert), of_expert(args.limit, expert)};
         }
 #pragma unroll
-        for (int i = 0; i < kValuesPerLane; ++i) {
-          x[i] = apply<kActivation>(sum[i], sum[i + kValuesPerLane], numbers);
-        }
-      } else {
+        for (int group = 0; group < 2; ++group) {
 #pragma unroll
-        for (int i = 0; i < kValuesPerLane; ++i) {
-          x[i] = apply<kActivation>(sum[i]);
+          for (int i = 0; i < kHalfGroup; ++i) {
+            if constexpr (kGated) {
+              y[group][i] = apply<kActivation>(sums.x[group][0][i], sums.x[group][1][i], numbers);
+            } else {
+              y[group][i] = apply<kActivation>(sums.x[group][0][i]);
+            }
+            if constexpr (kRounds) {
+              y[group][i] = round_to(args.rounding, y[group][i]);
+            }
+          }
         }
       }
-      if constexpr (kRounds) {
-        round_all(args.rounding, x);
-      }
+      float x[kValuesPerLane];
+      exchange(y, x);
+      store_k_tile(make_k_tile(quantize_quad(x), args.has_far != nullptr), row, k_tile, to);
     }
-    const QuadCodes quad = quantize_quad(x);
-    store_k_tile(quad, row, k_tile, {args.codes, args.scales, args.has_far, args.rows, args.intermediate});
   }
 }
 
-using Kernel = void (*)(ActivationArgs);
+using Kernel = void (*)(ActivationArgs, int);
 
 template <bool kRounds>
 Kernel kernel_of(Activation activation) {
@@ -141,8 +177,11 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   const int k_tiles = static_cast<int>(scale_k_tiles(args.intermediate));
-  const dim3 grid((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, args.rows < kMaxGridY ? args.rows : kMaxGridY);
-  return launch(kernel, grid, kThreads, 0, stream, args);
+  const int rows_of_block = args.rows < kManyRows ? 1 : kRowsOfBlock;
+  const int blocks = (args.rows + rows_of_block - 1) / rows_of_block;
+  const dim3 grid((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, blocks < kMaxGridY ? blocks : kMaxGridY);
+  return args.rows < kManyRows ? launch(kernel, grid, kThreads, 0, stream, args, rows_of_block)
+                               : launch_with_most_l1(kernel, grid, kThreads, stream, args, rows_of_block);
 }
 
 }  // namespace mxfp4_moe

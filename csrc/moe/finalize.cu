@@ -4,24 +4,31 @@
 // out  out [T, H] of gemm2's dtype:  acc = 0; for j in 0 .. k-1: acc = fma(weight_j, row_j + bias_j, acc)
 // in fp32 and rounded once. Slots without a row (id < 0 or >= E) contribute nothing; a token with none is zero.
 // Called by ops.cpp after GEMM2.
-// Why it is fast, and the same every time: each lane owns 8 columns of one token and gathers the k rows itself, four
-// 16-byte loads in flight, in the fixed order of j. One pass, no atomics, every byte read once. It is the one
-// kernel of a layer that does not start before the one before it is done (docs/decisions.md).
-#include "half8.cuh"
+// Why it is fast, and the same every time: each lane owns 8 columns of one token (of few tokens 2) and gathers the k
+// rows itself, four loads in flight, in the fixed order of j. One pass, no atomics, every byte read once. It is
+// the one kernel of a layer that does not start before the one before it is done (docs/decisions.md).
+#include <type_traits>
+
+#include "halves.cuh"
 #include "launch.cuh"
 
 namespace mxfp4_moe {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kColumns = 8;     // per lane
 constexpr int kLoadsAhead = 4;  // rows of one token in flight
+// Per lane: 16-byte loads; or, for few tokens, where a thread's own time is the kernel's, a quarter of the work and
+// code.
+constexpr int kManyColumns = 8, kFewColumns = 2, kFewTokens = 8;
 
 // What a lane needs of up to kLoadsAhead choices of a token besides their rows.
+template <int kColumns>
 struct Choices {
+  using Floats = std::conditional_t<kColumns == 2, float2, float4>;
+  static constexpr int kLoads = kColumns * sizeof(float) / sizeof(Floats);
   int rows[kLoadsAhead];  // -1 for none
   float weights[kLoadsAhead];
-  float4 bias[kLoadsAhead][2];
+  float bias[kLoadsAhead][kColumns];
 
   __device__ __forceinline__ void load(const FinalizeArgs& args, int64_t first_slot, int j0, int column) {
 #pragma unroll
@@ -29,38 +36,42 @@ struct Choices {
       const int64_t slot = first_slot + j0 + i;
       rows[i] = j0 + i < args.top_k ? __ldcg(args.slot_row + slot) : -1;
       weights[i] = rows[i] >= 0 ? __ldcg(args.topk_weights + slot) : 0.0f;
-      bias[i][0] = bias[i][1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      Floats loaded[kLoads] = {};
       if (rows[i] >= 0 && args.bias != nullptr) {
         const int64_t expert = __ldcg(args.row_expert + rows[i]);
-        const auto* at = reinterpret_cast<const float4*>(args.bias + expert * args.hidden_size + column);
-        bias[i][0] = __ldg(at);
-        bias[i][1] = __ldg(at + 1);
+        const auto* at = reinterpret_cast<const Floats*>(args.bias + expert * args.hidden_size + column);
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          loaded[l] = __ldg(at + l);
+        }
       }
+      memcpy(bias[i], loaded, sizeof(loaded));
     }
   }
 };
 
-template <HalfType kType>
+template <HalfType kType, int kColumns>
 __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs args) {
   const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
   if (column >= args.hidden_size) {
     return;
   }
-  using Element = typename Half8<kType>::Element;
+  using Element = typename Half<kType>::Element;
+  using Packed = std::conditional_t<kColumns == 2, uint32_t, uint4>;
   const auto* gemm2 = static_cast<const Element*>(args.gemm2);
   auto* out = static_cast<Element*>(args.out);
 
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
     float acc[kColumns] = {};
     for (int j0 = 0; j0 < args.top_k; j0 += kLoadsAhead) {
-      Choices choices;
+      Choices<kColumns> choices;
       choices.load(args, token * args.top_k, j0, column);
-      uint4 values[kLoadsAhead];
+      Packed values[kLoadsAhead];
 #pragma unroll
       for (int i = 0; i < kLoadsAhead; ++i) {
         if (choices.rows[i] >= 0) {
           values[i] =
-              __ldcg(reinterpret_cast<const uint4*>(gemm2 + int64_t{choices.rows[i]} * args.hidden_size + column));
+              __ldcg(reinterpret_cast<const Packed*>(gemm2 + int64_t{choices.rows[i]} * args.hidden_size + column));
         }
       }
 #pragma unroll
@@ -69,17 +80,12 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs a
           continue;
         }
         float x[kColumns];
-        widen8<kType>(values[i], x);
+        widen<kType>(values[i], x);
         if (args.bias != nullptr) {
-          const float4 low = choices.bias[i][0], high = choices.bias[i][1];
-          x[0] += low.x;
-          x[1] += low.y;
-          x[2] += low.z;
-          x[3] += low.w;
-          x[4] += high.x;
-          x[5] += high.y;
-          x[6] += high.z;
-          x[7] += high.w;
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            x[c] += choices.bias[i][c];
+          }
         }
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
@@ -87,8 +93,21 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs a
         }
       }
     }
-    *reinterpret_cast<uint4*>(out + token * args.hidden_size + column) = narrow8<kType>(acc);
+    *reinterpret_cast<Packed*>(out + token * args.hidden_size + column) = narrow<kType, Packed>(acc);
   }
+}
+
+template <HalfType kType, int kColumns>
+cudaError_t launch_columns(const FinalizeArgs& args, cudaStream_t stream) {
+  const int lanes = args.hidden_size / kColumns;
+  const dim3 grid((lanes + kThreads - 1) / kThreads, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
+  return launch_in_order(finalize_kernel<kType, kColumns>, grid, kThreads, stream, args);
+}
+
+template <HalfType kType>
+cudaError_t launch_for(const FinalizeArgs& args, cudaStream_t stream) {
+  return args.tokens <= kFewTokens ? launch_columns<kType, kFewColumns>(args, stream)
+                                   : launch_columns<kType, kManyColumns>(args, stream);
 }
 
 }  // namespace
@@ -97,11 +116,8 @@ cudaError_t launch_finalize(const FinalizeArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) {
     return cudaSuccess;
   }
-  const int lanes = args.hidden_size / kColumns;
-  const dim3 grid((lanes + kThreads - 1) / kThreads, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
-  return args.type == HalfType::kBFloat16
-             ? launch_in_order(finalize_kernel<HalfType::kBFloat16>, grid, kThreads, stream, args)
-             : launch_in_order(finalize_kernel<HalfType::kFloat16>, grid, kThreads, stream, args);
+  return args.type == HalfType::kBFloat16 ? launch_for<HalfType::kBFloat16>(args, stream)
+                                          : launch_for<HalfType::kFloat16>(args, stream);
 }
 
 }  // namespace mxfp4_moe

@@ -19,4 +19,22 @@ cudaError_t launch_in_order(Kernel kernel, dim3 grid, int threads, cudaStream_t 
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// As early as tile/dependent_launch.cuh does, but on SMs that have given their shared memory back to L1: loads in
+// flight need lines there, and behind a GEMM's block there are few. An SM changes over when nothing runs on it.
+template <typename Kernel, typename... Args>
+cudaError_t launch_with_most_l1(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxL1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 }  // namespace mxfp4_moe

@@ -8,9 +8,9 @@
 // Called by ops.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
 // Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
-// one 16-byte load and per row two 4-byte stores that fill whole 32-byte sectors with its neighbours, a quad finds amax
-// with two shuffles, and a half-warp writes one scale word.
-#include "half8.cuh"
+// one 16-byte load and, folded, one 16-byte store per row, a quad finds amax with two shuffles, and a half-warp writes
+// one scale word. Four choices' row numbers are asked for at once.
+#include "halves.cuh"
 #include "quantize_mx.cuh"
 
 namespace mxfp4_moe {
@@ -24,23 +24,31 @@ constexpr uint32_t kMaxInputScale = 248;
 
 // With more tokens than this, a thread has several at once: then all of them are read and quantized while route runs.
 constexpr int kFewTokens = 512, kTokensAtOnce = 4;
+constexpr int kChoicesAtOnce = 4;
 
 // Writes one K tile of kTokens tokens, from `token` on, `stride` apart, to each of their rows.
 template <int kTokens, typename Args>
-__device__ __forceinline__ void store_to_rows(const QuadCodes (&quads)[kTokens], int64_t token, int64_t stride,
-                                              int k_tile, const Args& args) {
+__device__ __forceinline__ void store_to_rows(const KTile (&tiles)[kTokens], int64_t token, int64_t stride, int k_tile,
+                                              const Args& args) {
   const RowsOut to = {args.codes, args.scales, args.has_far, int64_t{args.tokens} * args.top_k, args.hidden_size};
-  for (int j = 0; j < args.top_k; ++j) {
-    int rows[kTokens];
+  for (int j0 = 0; j0 < args.top_k; j0 += kChoicesAtOnce) {
+    int rows[kTokens][kChoicesAtOnce];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int64_t of = token + t * stride;
-      rows[t] = of < args.tokens ? __ldcg(args.slot_row + of * args.top_k + j) : -1;
+#pragma unroll
+      for (int j = 0; j < kChoicesAtOnce; ++j) {
+        const bool is_one = of < args.tokens && j0 + j < args.top_k;
+        rows[t][j] = is_one ? __ldcg(args.slot_row + of * args.top_k + j0 + j) : -1;
+      }
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      if (rows[t] >= 0) {  // the same for the whole warp
-        store_k_tile(quads[t], rows[t], k_tile, to);
+#pragma unroll
+      for (int j = 0; j < kChoicesAtOnce; ++j) {
+        if (rows[t][j] >= 0) {  // the same for the whole warp
+          store_k_tile(tiles[t], rows[t][j], k_tile, to);
+        }
       }
     }
   }
@@ -50,7 +58,7 @@ template <HalfType kType, int kTokens>
 __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const QuantizePermuteArgs args) {
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
   const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
-  const auto* hidden = static_cast<const typename Half8<kType>::Element*>(args.hidden);
+  const auto* hidden = static_cast<const typename Half<kType>::Element*>(args.hidden);
   const int64_t stride = gridDim.y;
   if (!args.hidden_is_ready) {
     wait_for_previous_kernel();
@@ -64,18 +72,18 @@ __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const Quanti
                       ? __ldcg(reinterpret_cast<const uint4*>(hidden + of * args.hidden_size + column))
                       : make_uint4(0, 0, 0, 0);
     }
-    QuadCodes quads[kTokens];
+    KTile tiles[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       float x[kValuesPerLane];
-      widen8<kType>(packed[t], x);
-      quads[t] = quantize_quad(x);
+      widen<kType>(packed[t], x);
+      tiles[t] = make_k_tile(quantize_quad(x), args.has_far != nullptr);
     }
     if (token == blockIdx.y) {
       wait_for_previous_kernel();
       let_next_kernel_start();
     }
-    store_to_rows(quads, token, stride, k_tile, args);
+    store_to_rows(tiles, token, stride, k_tile, args);
   }
 }
 
@@ -87,17 +95,18 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
   let_next_kernel_start();
 
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
-    QuadCodes quads[1] = {};
+    QuadCodes quad = {};
     if (column < args.hidden_size) {
       const uint2 codes = __ldcg(reinterpret_cast<const uint2*>(args.hidden + token * args.hidden_size + column));
       const int64_t at = args.scale_is_swizzled ? swizzled_scale_offset(token, k_block, args.hidden_size)
                                                 : token * (args.hidden_size / kScaleBlock) + k_block;
       const uint32_t scale = __ldcg(args.hidden_scale + at);
-      quads[0] = scale > kMaxInputScale
-                     ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
-                     : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};
+      quad = scale > kMaxInputScale
+                 ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
+                 : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};
     }
-    store_to_rows(quads, token, 0, k_tile, args);
+    const KTile tiles[1] = {make_k_tile(quad, args.has_far != nullptr)};
+    store_to_rows(tiles, token, 0, k_tile, args);
   }
 }
 

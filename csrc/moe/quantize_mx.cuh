@@ -46,45 +46,61 @@ struct RowsOut {
   int k;
 };
 
-// One block of a row, of which this lane has an eighth of its quad's: even k first, in two words.
-__device__ __forceinline__ void store_codes(const QuadCodes& quad, uint8_t* codes, int part) {
-  *reinterpret_cast<uint32_t*>(codes + part * 4) = quad.even;
-  *reinterpret_cast<uint32_t*>(codes + kScaleBlock / 2 + part * 4) = quad.odd;
+// A half-warp's K tile of a row, as each lane stores its part: made once, stored in as many rows as want it.
+struct KTile {
+  uint4 words;      // 8 folded values; or in x and y 4 even-k and 4 odd-k codes
+  uint32_t scales;  // of the four blocks
+  bool is_far;      // folded, of this lane's block
+};
+
+// Word i of lane p becomes word p of lane i, in each quad. All 32 lanes call it.
+__device__ __forceinline__ uint4 transpose_in_quad(const uint4& x) {
+  const bool odd = threadIdx.x % 2 != 0, high = threadIdx.x % 4 >= 2;
+  const uint32_t a = __shfl_xor_sync(kAllLanes, odd ? x.x : x.y, 1), b = __shfl_xor_sync(kAllLanes, odd ? x.z : x.w, 1);
+  const uint4 pairs = odd ? make_uint4(a, x.y, b, x.w) : make_uint4(x.x, a, x.z, b);
+  const uint32_t c = __shfl_xor_sync(kAllLanes, high ? pairs.x : pairs.z, 2);
+  const uint32_t d = __shfl_xor_sync(kAllLanes, high ? pairs.y : pairs.w, 2);
+  return high ? make_uint4(c, d, pairs.z, pairs.w) : make_uint4(pairs.x, pairs.y, c, d);
 }
 
-// The same folded: four words, 16 bytes apart.
-__device__ __forceinline__ void store_folded(const QuadCodes& quad, uint8_t* folded, int part, int32_t* has_far) {
-  const float scale = folded_scale(quad.scale);
-  const uint32_t pairs[4] = {quad.even, quad.even >> 16, quad.odd, quad.odd >> 16};  // k = 0 2, 4 6, 1 3, 5 7
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    reinterpret_cast<uint32_t*>(folded)[i * 4 + part] = fold_pair(pairs[i], scale, scale);
+// Lanes whose block lies past the row hold zeros and contribute the zero scale byte that pads the word. All 32 lanes
+// call it.
+__device__ __forceinline__ KTile make_k_tile(const QuadCodes& quad, bool folds) {
+  KTile tile;
+  tile.words = make_uint4(quad.even, quad.odd, 0, 0);
+  tile.is_far = false;
+  if (folds) {
+    const float scale = folded_scale(quad.scale);
+    const auto fold = [scale](uint32_t pair) { return fold_pair(pair, scale, scale); };  // of k = 0 2, 4 6, 1 3, 5 7:
+    tile.words = make_uint4(fold(quad.even), fold(quad.even >> 16), fold(quad.odd), fold(quad.odd >> 16));
+    tile.words = transpose_in_quad(tile.words);
+    tile.is_far = is_far(quad.scale) && ((quad.even | quad.odd) & 0x7f7f7f7f) != 0;
   }
-  if (is_far(quad.scale) && ((quad.even | quad.odd) & 0x7f7f7f7f) != 0) {
-    *has_far = 1;
-  }
+  uint32_t word = quad.scale << (8 * (threadIdx.x % kLanesPerWord / kLanesPerBlock));
+  word |= __shfl_xor_sync(kAllLanes, word, 4);
+  tile.scales = word | __shfl_xor_sync(kAllLanes, word, 8);
+  return tile;
 }
 
-// Writes a half-warp's K tile of one row, its scale word included. Lanes whose block lies past the row hold zeros,
-// store no values and contribute the zero scale byte that pads the word. All 32 lanes call it; a half-warp whose K tile
-// lies past the row stores nothing.
-__device__ __forceinline__ void store_k_tile(const QuadCodes& quad, int64_t row, int k_tile, const RowsOut& to) {
-  const int lane = threadIdx.x % kLanesPerWord;
-  const int block_in_word = lane / kLanesPerBlock;
-  const int k_block = k_tile * kBlocksPerWord + block_in_word;
+// Writes a K tile to a row, its scale word included; what lies past the row is not stored.
+__device__ __forceinline__ void store_k_tile(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {
+  const int lane = threadIdx.x % kLanesPerWord, part = lane % kLanesPerBlock;
+  const int k_block = k_tile * kBlocksPerWord + lane / kLanesPerBlock;
   if (k_block < to.k / kScaleBlock) {
     const int64_t first = row * to.k + k_block * kScaleBlock;
     if (to.has_far == nullptr) {
-      store_codes(quad, to.codes + first, lane % kLanesPerBlock);
+      uint8_t* codes = to.codes + first;
+      *reinterpret_cast<uint32_t*>(codes + part * 4) = tile.words.x;
+      *reinterpret_cast<uint32_t*>(codes + kScaleBlock / 2 + part * 4) = tile.words.y;
     } else {
-      store_folded(quad, to.codes + first * 2, lane % kLanesPerBlock, to.has_far);
+      reinterpret_cast<uint4*>(to.codes + first * 2)[part] = tile.words;
+      if (tile.is_far) {
+        *to.has_far = 1;
+      }
     }
   }
-  uint32_t word = quad.scale << (8 * block_in_word);
-  word |= __shfl_xor_sync(kAllLanes, word, 4);
-  word |= __shfl_xor_sync(kAllLanes, word, 8);
   if (lane == 0 && k_tile < scale_k_tiles(to.k)) {
-    *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = word;
+    *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = tile.scales;
   }
 }
 
