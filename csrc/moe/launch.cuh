@@ -19,6 +19,15 @@ cudaError_t launch_in_order(Kernel kernel, dim3 grid, int threads, cudaStream_t 
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// Whether launches may say how L1 and shared memory are split: since CUDA 12.5, and older drivers serve CUDA 12 wheels.
+inline bool driver_takes_carveout() {
+  static const bool it_does = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12050;
+  }();
+  return it_does;
+}
+
 // As early as tile/dependent_launch.cuh does, but on SMs that have given their shared memory back to L1: loads in
 // flight need lines there, and behind a GEMM's block there are few. An SM changes over when nothing runs on it.
 template <typename Kernel, typename... Args>
@@ -33,7 +42,7 @@ cudaError_t launch_with_most_l1(Kernel kernel, dim3 grid, int threads, cudaStrea
   config.blockDim = dim3(threads);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = driver_takes_carveout() ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
