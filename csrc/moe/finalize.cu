@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kLoadsAhead = 4;  // rows of one token in flight
-// Per lane: 16-byte loads; or, for few tokens, where a thread's own time is the kernel's, a quarter of the work and
-// code.
+// Columns per lane: 16-byte loads of rows; or, for few tokens, where a thread's own time is the kernel's, a quarter of
+// the work and code.
 constexpr int kManyColumns = 8, kFewColumns = 2, kFewTokens = 8;
 
 // What a lane needs of up to kLoadsAhead choices of a token besides their rows.

@@ -1,10 +1,13 @@
 // Route-sort, with or without top-k, of so few slots that a thread can look at all of them: what route.cu does, in less
 // time.
 //
+// in   topk_ids [R = T * k] int32 or int64, R at most kFewSlots, or the router's logits [T, E], E at most 256
+// out  as in route.cu: slot_row, row_expert, valid_rows, has_far, m_tiles; if wanted expert_offsets and row_slot; from
+//      logits topk_weights [T, k]. The same values, one block, no atomics
 // Called by route.cu. Why it is fast: there are few steps that wait for one another. A slot's row is the number of
 // slots with lower keys, expert first and slot second, and one pass over the keys in shared memory counts them, four to
 // a load and the same for all lanes; another pass counts the m-tiles before. And it is little code, which counts in a
-// kernel of one block: where it runs, instructions come from memory (docs/performance.md).
+// kernel of one block (docs/decisions.md).
 #include "../tile/schedule.cuh"
 #include "choose_experts.cuh"
 #include "launch.cuh"
