@@ -104,7 +104,7 @@ def family(published: Arithmetic) -> tuple[Arithmetic, ...]:
                 name="",
                 products=published.products,
                 bits=bits,
-                rounding=rounding,  # type: ignore[arg-type]
+                rounding=rounding,
                 accumulator="outside" if bits is None else "inside",
                 operands=published.operands,
                 source="a neighbour of the published rule",
@@ -188,7 +188,7 @@ def gemm(
         out: float32 [M, N], written.
     """
     (m, k), n, products = codes.shape, packed.shape[0], arithmetic.products
-    weight_bytes, step_bytes = (512 << 20, 64 << 20) if codes.is_cuda else (128 << 20, 1 << 20)
+    weight_bytes, step_bytes = (512 << 20, 64 << 20) if codes.is_cuda else (128 << 20, _STEP_BYTES_CPU)
     columns = min(n, max(64, weight_bytes // (40 * max(k, 1))))
     rows = min(m, max(1, step_bytes // (32 * columns)))
     many = max(1, step_bytes // (16 * rows * columns))  # steps whose sums are made at once
@@ -196,7 +196,7 @@ def gemm(
     a = _operand(codes.view(m, -1, BLOCK), row_scales, "e4m3", arithmetic).by_step(products)
     for c in range(0, n, columns):
         some = slice(c, c + columns)
-        b = _operand(nibbles[some].unflatten(-1, (-1, BLOCK)), scales[some], "e2m1", arithmetic).by_step(products)
+        b = _operand(nibbles[some].view(-1, k // BLOCK, BLOCK), scales[some], "e2m1", arithmetic).by_step(products)
         for r in range(0, m, rows):
             acc = torch.zeros_like(out[r : r + rows, some]).unsqueeze(0)
             for i in range(0, k // products, many):
@@ -224,7 +224,7 @@ class _Operand:
         parts = BLOCK // products
 
         def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (parts, products)).flatten(1, 2).transpose(0, 1).contiguous()
+            return x.view(len(x), -1, products).transpose(0, 1).contiguous()
 
         scale = self.scale.repeat_interleave(parts, -1).t().contiguous()
         return replace(self, values=split(self.values), weights=split(self.weights), scale=scale)
@@ -304,7 +304,7 @@ class _Steps:
         lowest = self.a.unit + self.b.unit
         none = self.a.peak + self.b.peak + (rule.rounding == "nearest")  # from here on nothing is left of a product
         if int(level.max()) > lowest:
-            total *= level < none  # NaN stays
+            total.masked_fill_((level >= none) & total.isfinite(), 0.0)
             self._one_by_one(total, level, (level > lowest) & (level < none))
         total += _whole(acc.double() * per_one, rule)
         return _to_float32(total * one, rule)
@@ -315,7 +315,7 @@ class _Steps:
         _, m, n = total.shape
         a, b = self.a.values.flatten(0, 1), self.b.values.flatten(0, 1)
         total, level = total.view(-1), level.view(-1)
-        for place in places.split(_PLACES_CUDA if total.is_cuda else _PLACES_CPU):
+        for place in torch.split(places, _PLACES_CUDA if total.is_cuda else _PLACES_CPU):
             row = place // n
             column = place - row * n + row // m * n
             # Products are integers of at most 22 bits in their unit: float32 holds them, and what is left of them.
@@ -324,11 +324,12 @@ class _Steps:
             total[place] = _whole(products, self.arithmetic).sum(-1, dtype=torch.float64)
 
 
+_STEP_BYTES_CPU = 1 << 20  # what stays in a core's cache
 _PLACES_CPU, _PLACES_CUDA = 1 << 13, 1 << 20
 
 
 def _outside(arithmetic: Arithmetic, acc: Tensor, total: Tensor, scale: Tensor) -> Tensor:
-    """acc + round(total) * 2^scale in fp32 operations; the fma that kernels use differs only where the product is subnormal.
+    """acc + round(total) * 2^scale in fp32 operations; an fma would differ only where the product is subnormal.
 
     2^scale is the product of two fp32 numbers, so it is 0 or infinite beyond fp32's range.
     """
@@ -352,7 +353,7 @@ def pow2(exponents: Tensor) -> Tensor:
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """Of float32 numbers as they are stored: -126 for subnormal ones, ZERO_EXPONENT for zeros, 128 for what is not finite."""
+    """Of float32 numbers as they are stored: -126 if subnormal, 128 if not finite; ZERO_EXPONENT for zeros."""
     stored = (x.view(torch.int32) >> 23 & 255).clamp_(min=1).sub_(127)
     return stored.masked_fill_(x == 0, ZERO_EXPONENT)
 
