@@ -219,6 +219,16 @@ def test_batches_are_blocks_of_their_own() -> None:
         assert_same(out[i // 3, i % 3], block_scaled_mma(*draw, a_format="e4m3", b_format="e2m1"))
 
 
+@pytest.mark.parametrize("rule", [SM12X_MXF8F6F4, SM90_BF16, FP32_CHAIN], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_nothing_gives_nothing(shape: tuple[int, int], rule: Arithmetic) -> None:
+    (m, n), byte = shape, torch.uint8
+    operands = (torch.zeros(rows, 32, dtype=byte) for rows in shape)
+    scales = (torch.zeros(rows, dtype=byte) for rows in shape)
+    out = block_scaled_mma(*operands, *scales, torch.zeros(m, n), a_format="e4m3", b_format="e2m1", arithmetic=rule)
+    assert out.shape == (m, n)
+
+
 # ---- whole sums ------------------------------------------------------------------------------------------------------
 
 
