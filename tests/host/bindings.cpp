@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "tile/emulated_mma.cuh"
 #include "tile/mma_mx.cuh"
 #include "tile/scale_layout.cuh"
 #include "tile/schedule.cuh"
@@ -118,12 +119,41 @@ void add_swapped(py::list& shapes) {
   add_shapes<M, 256, true>(shapes);
 }
 
+// A warp's registers, all lanes of one register side by side: a0 .. a3, b0, b1, the scale words of A and of B, c0 .. c3.
+struct WarpRegisters {
+  static constexpr int kCount = 12;
+  const uint32_t* word;
+  uint32_t at(int reg, int lane) const { return word[reg * 32 + lane]; }
+  uint32_t a(int reg, int lane) const { return at(reg, lane); }
+  uint32_t b(int reg, int lane) const { return at(4 + reg, lane); }
+  uint32_t scale_a(int lane) const { return at(6, lane); }
+  uint32_t scale_b(int lane) const { return at(7, lane); }
+  emulated::Sums c(int lane) const { return {{at(8, lane), at(9, lane), at(10, lane), at(11, lane)}}; }
+};
+
+// d0 .. d3 of all lanes of many warps' emulated MMAs, from registers [warps][12][32]: [warps][4][32].
+std::vector<uint32_t> emulated_mma(const std::vector<uint32_t>& registers, bool fp4_is_a, int byte) {
+  using emulated::Code;
+  std::vector<uint32_t> out;
+  for (size_t warp = 0; warp < registers.size(); warp += WarpRegisters::kCount * 32) {
+    const WarpRegisters of_warp{registers.data() + warp};
+    emulated::Sums d[32];
+    for (int lane = 0; lane < 32; ++lane)
+      d[lane] = fp4_is_a ? emulated::mma_of_lane<Code::kE2m1, Code::kE4m3>(of_warp, lane, byte, of_warp.c(lane))
+                         : emulated::mma_of_lane<Code::kE4m3, Code::kE2m1>(of_warp, lane, byte, of_warp.c(lane));
+    for (int reg = 0; reg < 4; ++reg)
+      for (int lane = 0; lane < 32; ++lane) out.push_back(d[lane].bits[reg]);
+  }
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(mxfp4_moe_host, m) {
   m.def("cute_tables", &cute_tables<cute::MMA_Traits<Atom>>);
   m.def("cute_tables_swapped", &cute_tables<cute::MMA_Traits<SwappedAtom>>);
   m.def("our_tables", &our_tables);
+  m.def("emulated_mma", &emulated_mma);
 
   m.def("swizzled_scale_bytes", &swizzled_scale_bytes);
   m.def("swizzled_scale_offsets", [](int64_t n, int64_t k) {
