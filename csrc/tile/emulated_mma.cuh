@@ -51,7 +51,8 @@ MXFP4_MOE_HOST_DEVICE bool has_nan(uint32_t word) {
 
 MXFP4_MOE_HOST_DEVICE int32_t cut_shift(int32_t x, int right) {  // x / 2^right toward zero, right at least 0
   const int by = right < 31 ? right : 31;
-  return (x + ((x >> 31) & ((1u << by) - 1))) >> by;
+  const int32_t below = static_cast<int32_t>((1u << by) - 1);
+  return (x + (x >> 31 & below)) >> by;
 }
 
 // How the terms of one sum are aligned.

@@ -1,4 +1,5 @@
 // The host arithmetic of the tiles, and CuTe's word on the same things, for pytest. Test-only: never in the wheel.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -131,18 +132,19 @@ struct WarpRegisters {
   emulated::Sums c(int lane) const { return {{at(8, lane), at(9, lane), at(10, lane), at(11, lane)}}; }
 };
 
-// d0 .. d3 of all lanes of many warps' emulated MMAs, from registers [warps][12][32]: [warps][4][32].
-std::vector<uint32_t> emulated_mma(const std::vector<uint32_t>& registers, bool fp4_is_a, int byte) {
+// d0 .. d3 of all lanes of many warps' emulated MMAs: uint32 [warps, 12, 32] -> [warps, 4, 32].
+py::array_t<uint32_t> emulated_mma(py::array_t<uint32_t, py::array::c_style> registers, bool fp4_is_a, int byte) {
   using emulated::Code;
-  std::vector<uint32_t> out;
-  for (size_t warp = 0; warp < registers.size(); warp += WarpRegisters::kCount * 32) {
-    const WarpRegisters of_warp{registers.data() + warp};
-    emulated::Sums d[32];
-    for (int lane = 0; lane < 32; ++lane)
-      d[lane] = fp4_is_a ? emulated::mma_of_lane<Code::kE2m1, Code::kE4m3>(of_warp, lane, byte, of_warp.c(lane))
-                         : emulated::mma_of_lane<Code::kE4m3, Code::kE2m1>(of_warp, lane, byte, of_warp.c(lane));
-    for (int reg = 0; reg < 4; ++reg)
-      for (int lane = 0; lane < 32; ++lane) out.push_back(d[lane].bits[reg]);
+  const py::ssize_t warps = registers.size() / (WarpRegisters::kCount * 32);
+  py::array_t<uint32_t> out({warps, py::ssize_t{4}, py::ssize_t{32}});
+  for (py::ssize_t warp = 0; warp < warps; ++warp) {
+    const WarpRegisters given{registers.data() + warp * WarpRegisters::kCount * 32};
+    for (int lane = 0; lane < 32; ++lane) {
+      const emulated::Sums d =
+          fp4_is_a ? emulated::mma_of_lane<Code::kE2m1, Code::kE4m3>(given, lane, byte, given.c(lane))
+                   : emulated::mma_of_lane<Code::kE4m3, Code::kE2m1>(given, lane, byte, given.c(lane));
+      for (int reg = 0; reg < 4; ++reg) out.mutable_at(warp, reg, lane) = d.bits[reg];
+    }
   }
   return out;
 }
