@@ -29,7 +29,7 @@ def random(shape: tuple[int, ...], low: int, high: int, g: torch.Generator) -> T
 
 
 class Problem:
-    """Operands of some warps: plain codes [W, M or N, K], a scale word's four bytes [W, M or N, 4], c float32 [W, M, N]."""
+    """Of some warps: plain codes [W, M or N, K], the four bytes of scale words [W, M or N, 4], c float32 [W, M, N]."""
 
     def __init__(self, warps: int, fp4_is_a: bool, seed: int) -> None:
         self.g, self.fp4_is_a = torch.Generator().manual_seed(seed), fp4_is_a
@@ -181,7 +181,7 @@ def test_nan_and_infinity(host: ModuleType, fp4_is_a: bool) -> None:
 
 @both_orders
 def test_the_other_bits_of_a_container_are_seen(host: ModuleType, fp4_is_a: bool) -> None:
-    """The hardware takes bits 1..0 as mantissa; here any bit outside 5..2 makes NaN, so that no such bit goes unseen."""
+    """The hardware takes bits 1..0 as mantissa; here any bit outside 5..2 makes NaN, so that none goes unseen."""
     problem = Problem(8, fp4_is_a, seed=1)
     registers = problem.registers()
     for warp, bit in enumerate((0, 1, 6, 7)):

@@ -1,6 +1,7 @@
 """The C++ arithmetic that kernel, launcher and layer share, run on the host: against CuTe, formats.py and tiles.py.
 
-The bindings (tests/host/bindings.cpp, fixture `host`) include the kernel's own headers, so what is tested here is what the GPU runs.
+The bindings (tests/host/bindings.cpp, fixture `host`) include the kernel's own headers, so what is tested here is what
+the GPU runs.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def check_emulated_tile(library: str, code: Mapping[str, Code], expect: Mapping[
         raise BuildError(f"{where}: {counts[used[0]]} {used[0]}, but the MMA is emulated and none allowed")
     calls, each = counts["CALL"], expect["mma_per_k_tile"]
     if calls == 0 or calls % each:
-        raise BuildError(f"{where}: {calls} calls of the emulated MMA, expected a multiple of {each}, those of a K tile")
+        raise BuildError(
+            f"{where}: {calls} calls of the emulated MMA, expected a multiple of {each}, those of a K tile"
+        )
     for name in ("UTMALDG", "LDSM", *(("USETMAXREG",) if expect["moves_registers"] else ())):
         if not counts[name]:
             raise BuildError(f"{where}: no {name}, which the kernel has on sm_{ARCH}")

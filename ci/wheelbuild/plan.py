@@ -260,7 +260,9 @@ class _Planner:
             *(("--record", job.record) for job in compiled if job.kind == "nvcc" and job.record is not None),
         ]
         command = [sys.executable, "-m", "wheelbuild.check", *(word for option in options for word in option)]
-        code = [Path("ci/wheelbuild") / name for name in ("check.py", "emulation.py", "machine_code.py", "main_loop.py")]
+        code = [
+            Path("ci/wheelbuild") / name for name in ("check.py", "emulation.py", "machine_code.py", "main_loop.py")
+        ]
         return self._job("check", f"{module}.check", module, [library], output, command, implicit=code)
 
     def load(self, libraries: Sequence[Path], output: Path) -> CompileJob:

@@ -1,5 +1,5 @@
-// SM12x's block-scaled MMA in integers, from the very registers that the instruction reads: for a development build that
-// runs SM12x's kernels on SM90 (docs/sm12x-without-sm12x.md), never for a wheel that anyone is given.
+// SM12x's block-scaled MMA in integers, from the very registers that the instruction reads: for a development build
+// that runs SM12x's kernels on SM90 (docs/sm12x-without-sm12x.md), never for a wheel that anyone is given.
 //
 // mma.sync.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32 with thread selectors 0. The 32 scaled products and the
 // accumulator are aligned to the largest exponent among them, each is cut toward zero at 25 fractional bits, and their
@@ -76,8 +76,8 @@ MXFP4_MOE_HOST_DEVICE uint32_t finish(int32_t products, uint32_t c, Alignment to
   const int64_t significand = (c & 0x7FFFFF) | (field ? 0x800000 : 0);
   const int shift = at_least_one(field) - 127 - 23 - (to.exponent - kFractionalBits);  // at most 2
   const int64_t magnitude = shift >= 0 ? significand << shift : shift > -63 ? significand >> -shift : 0;
-  const int64_t sum = int64_t{products} * (1 << (to.product_shift > 0 ? to.product_shift : 0)) +
-                      (c >> 31 ? -magnitude : magnitude);
+  const int64_t sum =
+      int64_t{products} * (1 << (to.product_shift > 0 ? to.product_shift : 0)) + (c >> 31 ? -magnitude : magnitude);
   if (sum == 0) return 0;
   const uint64_t size = sum < 0 ? -sum : sum;
   const int top = top_bit(size), exponent = top + to.exponent - kFractionalBits;
@@ -98,40 +98,38 @@ struct Sums {
   uint32_t bits[4];  // fp32
 };
 
-// What one lane's four accumulators become. registers.a(reg, lane), .b(reg, lane), .scale_a(lane) and .scale_b(lane)
-// are the operands of any lane of the warp; byte is the selector that picks a scale word's byte.
-template <Code kA, Code kB, class Registers>
-MXFP4_MOE_HOST_DEVICE Sums mma_of_lane(const Registers& registers, int lane, int byte, Sums c) {
+// What one lane's four accumulators become. `warp` has the operands of all lanes: a(reg, lane) and b(reg, lane) are
+// registers, scale_a(lane) and scale_b(lane) scale words, bit_a(reg, k, lane) and bit_b exponent_bit of a register's
+// byte k, value_a and value_b its fixed_point. byte is the selector that picks a scale word's byte.
+template <Code kA, Code kB, class Warp>
+MXFP4_MOE_HOST_DEVICE Sums mma_of_lane(const Warp& warp, int lane, int byte, Sums c) {
   // c.bits[x] is of row lane / 4 + 8 * (x / 2) and column lane % 4 * 2 + x % 2; four lanes hold a row, or a column.
   const int row_lane = lane / 4 * 4, col_lane = lane % 4 * 2 * 4;
-  uint32_t exponent_bits[4] = {};
-  bool nan_a[2] = {}, nan_b[2] = {};
   int scale_a[2], scale_b[2];
+  bool nan_a[2], nan_b[2];
   for (int i = 0; i < 2; ++i) {
-    scale_a[i] = registers.scale_a(row_lane + i) >> (8 * byte) & 0xFF;  // row g of lane 4g, row g + 8 of lane 4g + 1
-    scale_b[i] = registers.scale_b(col_lane + 4 * i) >> (8 * byte) & 0xFF;
-    nan_a[i] = scale_a[i] == 0xFF;
-    nan_b[i] = scale_b[i] == 0xFF;
+    scale_a[i] = warp.scale_a(row_lane + i) >> (8 * byte) & 0xFF;  // row g of lane 4g, row g + 8 of lane 4g + 1
+    scale_b[i] = warp.scale_b(col_lane + 4 * i) >> (8 * byte) & 0xFF;
+    nan_a[i] = scale_a[i] == 0xFF, nan_b[i] = scale_b[i] == 0xFF;
   }
-  // Word w of a row or column, k = 4w .. 4w + 3: of its lane w % 4, register w / 4 (of A's rows g + 8 the odd ones).
-  const auto each_word = [&](auto&& use) {
-#pragma unroll 1
-    for (int w = 0; w < 8; ++w) {
-      const int a = row_lane + w % 4, b = col_lane + w % 4, high = w / 4;
-      use(registers.a(2 * high, a), registers.a(2 * high + 1, a), registers.b(high, b), registers.b(high, b + 4));
+  // k = 16 h + 4 t .. + 3 of a row or column are in its lane t: of A in register 2 h, of rows g + 8 in 2 h + 1; of B in
+  // h.
+  uint32_t exponent_bits[4] = {};
+#pragma unroll
+  for (int w = 0; w < 8; ++w) {
+    const int h = w / 4, a = row_lane + w % 4, b = col_lane + w % 4;
+    for (int i = 0; i < 2; ++i) {
+      nan_a[i] |= has_nan<kA>(warp.a(2 * h + i, a));
+      nan_b[i] |= has_nan<kB>(warp.b(h, b + 4 * i));
     }
-  };
-  each_word([&](uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
-    nan_a[0] |= has_nan<kA>(a0), nan_a[1] |= has_nan<kA>(a1);
-    nan_b[0] |= has_nan<kB>(b0), nan_b[1] |= has_nan<kB>(b1);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint32_t ea[2] = {exponent_bit<kA>(a0, k), exponent_bit<kA>(a1, k)};
-      const uint32_t eb[2] = {exponent_bit<kB>(b0, k), exponent_bit<kB>(b1, k)};
+      const uint32_t of_a[2] = {warp.bit_a(2 * h, k, a), warp.bit_a(2 * h + 1, k, a)};
+      const uint32_t of_b[2] = {warp.bit_b(h, k, b), warp.bit_b(h, k, b + 4)};
 #pragma unroll
-      for (int x = 0; x < 4; ++x) exponent_bits[x] |= ea[x / 2] * eb[x % 2];
+      for (int x = 0; x < 4; ++x) exponent_bits[x] |= of_a[x / 2] * of_b[x % 2];
     }
-  });
+  }
   Alignment to[4];
   int right[4];
 #pragma unroll
@@ -140,15 +138,17 @@ MXFP4_MOE_HOST_DEVICE Sums mma_of_lane(const Registers& registers, int lane, int
     right[x] = to[x].product_shift < 0 ? -to[x].product_shift : 0;
   }
   int32_t sum[4] = {};
-  each_word([&](uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
+#pragma unroll
+  for (int w = 0; w < 8; ++w) {
+    const int h = w / 4, a = row_lane + w % 4, b = col_lane + w % 4;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int32_t va[2] = {fixed_point<kA>(a0, k), fixed_point<kA>(a1, k)};
-      const int32_t vb[2] = {fixed_point<kB>(b0, k), fixed_point<kB>(b1, k)};
+      const int32_t of_a[2] = {warp.value_a(2 * h, k, a), warp.value_a(2 * h + 1, k, a)};
+      const int32_t of_b[2] = {warp.value_b(h, k, b), warp.value_b(h, k, b + 4)};
 #pragma unroll
-      for (int x = 0; x < 4; ++x) sum[x] += cut_shift(va[x / 2] * vb[x % 2], right[x]);
+      for (int x = 0; x < 4; ++x) sum[x] += cut_shift(of_a[x / 2] * of_b[x % 2], right[x]);
     }
-  });
+  }
   Sums d;
 #pragma unroll
   for (int x = 0; x < 4; ++x) {
@@ -161,23 +161,44 @@ MXFP4_MOE_HOST_DEVICE Sums mma_of_lane(const Registers& registers, int lane, int
 
 #ifdef __CUDACC__
 
-struct Shuffled {
-  uint32_t a0, a1, a2, a3, b0, b1, sa, sb;
-  __device__ __forceinline__ uint32_t a(int reg, int lane) const {
-    const uint32_t low = reg % 2 ? a1 : a0, high = reg % 2 ? a3 : a2;
-    return __shfl_sync(~0u, reg / 2 ? high : low, lane);
+// Every lane takes its own codes apart, and shuffles bring the others'. Unrolled, the arrays are registers.
+template <Code kA, Code kB>
+struct ShuffledWarp {
+  uint32_t word_a[4], word_b[2], word_scale_a, word_scale_b;
+  uint32_t bits_a[4][4], bits_b[2][4];
+  int32_t values_a[4][4], values_b[2][4];
+
+  __device__ __forceinline__ void take_apart() {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        bits_a[r][k] = exponent_bit<kA>(word_a[r], k), values_a[r][k] = fixed_point<kA>(word_a[r], k);
+        if (r < 2) bits_b[r][k] = exponent_bit<kB>(word_b[r], k), values_b[r][k] = fixed_point<kB>(word_b[r], k);
+      }
+    }
   }
-  __device__ __forceinline__ uint32_t b(int reg, int lane) const { return __shfl_sync(~0u, reg ? b1 : b0, lane); }
-  __device__ __forceinline__ uint32_t scale_a(int lane) const { return __shfl_sync(~0u, sa, lane); }
-  __device__ __forceinline__ uint32_t scale_b(int lane) const { return __shfl_sync(~0u, sb, lane); }
+  template <class T>
+  static __device__ __forceinline__ T of(int lane, T x) {
+    return __shfl_sync(~0u, x, lane);
+  }
+  __device__ __forceinline__ uint32_t a(int reg, int lane) const { return of(lane, word_a[reg]); }
+  __device__ __forceinline__ uint32_t b(int reg, int lane) const { return of(lane, word_b[reg]); }
+  __device__ __forceinline__ uint32_t scale_a(int lane) const { return of(lane, word_scale_a); }
+  __device__ __forceinline__ uint32_t scale_b(int lane) const { return of(lane, word_scale_b); }
+  __device__ __forceinline__ uint32_t bit_a(int reg, int k, int lane) const { return of(lane, bits_a[reg][k]); }
+  __device__ __forceinline__ uint32_t bit_b(int reg, int k, int lane) const { return of(lane, bits_b[reg][k]); }
+  __device__ __forceinline__ int32_t value_a(int reg, int k, int lane) const { return of(lane, values_a[reg][k]); }
+  __device__ __forceinline__ int32_t value_b(int reg, int k, int lane) const { return of(lane, values_b[reg][k]); }
 };
 
 // A function and not inlined: a kernel has up to a hundred of these instructions, and registers for its own variables.
 template <Code kA, Code kB>
 __device__ __noinline__ uint4 mma(uint4 c, uint4 a, uint32_t b0, uint32_t b1, uint32_t scale_a, uint32_t scale_b,
                                   int byte) {
-  const Shuffled registers{a.x, a.y, a.z, a.w, b0, b1, scale_a, scale_b};
-  const Sums d = mma_of_lane<kA, kB>(registers, threadIdx.x % 32, byte, {{c.x, c.y, c.z, c.w}});
+  ShuffledWarp<kA, kB> warp{{a.x, a.y, a.z, a.w}, {b0, b1}, scale_a, scale_b};
+  warp.take_apart();
+  const Sums d = mma_of_lane<kA, kB>(warp, threadIdx.x % 32, byte, {{c.x, c.y, c.z, c.w}});
   return make_uint4(d.bits[0], d.bits[1], d.bits[2], d.bits[3]);
 }
 

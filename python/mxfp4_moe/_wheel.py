@@ -117,7 +117,7 @@ def arch_for(
 
 
 def served_as(capability: tuple[int, int]) -> tuple[int, int]:
-    """The compute capability whose kernels a GPU is given: its own, but the emulated arch's in a build that emulates."""
+    """The compute capability whose kernels a GPU is given: its own; in a build that emulates, the emulated arch's."""
     arch = arch_for(capability) if emulated_on() else None
     return capability if arch is None else check_arch(arch)[:2]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _load, _wheel, formats, reference
 from .activations import Activation
+from .arithmetic import FP32_CHAIN, Arithmetic, of_arch
 from .tiles import Kernel, Tile, kernels_of
 from .weights import MoEWeights
 
@@ -45,7 +46,8 @@ class GemmProblem:
     def with_oracle(
         cls, codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, offsets: Tensor
     ) -> GemmProblem:
-        expected = reference.grouped_gemm(codes, row_scales, packed, scales, offsets)
+        arithmetic = arithmetic_here(codes.device)
+        expected = reference.grouped_gemm(codes, row_scales, packed, scales, offsets, arithmetic=arithmetic)
         return cls(codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected)
 
     @functools.cached_property
@@ -119,6 +121,12 @@ def kernels_here(tile: Tile, device: torch.device) -> tuple[Kernel, ...]:
     """The kernels that a tile of this wheel has on a GPU."""
     arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     return (Kernel.BY_SIZE,) if arch is None else kernels_of(tile, arch)
+
+
+def arithmetic_here(device: torch.device) -> Arithmetic:
+    """What this wheel's kernels compute on a GPU; on the CPU the reference's own."""
+    arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    return FP32_CHAIN if arch is None else of_arch(arch)
 
 
 def offsets_of(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:

@@ -152,7 +152,9 @@ def check_gpus(env: Environment) -> Iterator[Finding]:
             yield ok("GPU", f"{text}: runs the cubin for {cubin}")
             continue
         make = warning if usable else error
-        step = f"this wheel runs on {f'sm_{on}' if on else ', '.join(f'sm_{arch}' for arch in archs)}" + ("" if usable else f"; {_SLOWLY}")
+        step = f"this wheel runs on {f'sm_{on}' if on else ', '.join(f'sm_{arch}' for arch in archs)}" + (
+            "" if usable else f"; {_SLOWLY}"
+        )
         yield make("GPU", f"{text}: no cubin in the wheel is for it", step)
     if torch and torch.cuda and not _too_old(env) and len(torch.gpus) < len(driver.gpus):
         words, step = explained(env, torch.gpu_error or "torch gives no reason", "check CUDA_VISIBLE_DEVICES")
