@@ -45,7 +45,7 @@ class Operand:
         parts = BLOCK // products
 
         def split(x: Tensor) -> Tensor:
-            return x.view(len(x), -1, products).transpose(0, 1).contiguous()
+            return x.view(len(x), x.shape[1] * parts, products).transpose(0, 1).contiguous()
 
         scale = self.scale.repeat_interleave(parts, -1).t().contiguous()
         return replace(self, values=split(self.values), weights=split(self.weights), scale=scale)
@@ -151,11 +151,11 @@ def pieces(
     """A GEMM's output in pieces, each with its steps in k order, one at a time. Arguments as those of `gemm`."""
     (m, k), n, products = codes.shape, packed.shape[0], arithmetic.products
     weight_bytes, step_bytes = (512 << 20, 64 << 20) if codes.is_cuda else (128 << 20, _STEP_BYTES_CPU)
-    columns = min(n, max(64, weight_bytes // (40 * max(k, 1))))
-    rows = min(m, max(1, step_bytes // (32 * columns)))
+    columns = max(1, min(n, max(64, weight_bytes // (40 * max(k, 1)))))
+    rows = max(1, min(m, step_bytes // (32 * columns)))
     many = max(1, step_bytes // (16 * rows * columns))  # steps whose sums are made at once
     nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-    a = operand(codes.view(m, -1, BLOCK), row_scales, "e4m3", arithmetic).by_step(products)
+    a = operand(codes.view(m, k // BLOCK, BLOCK), row_scales, "e4m3", arithmetic).by_step(products)
     for c in range(0, n, columns):
         some = slice(c, c + columns)
         b = operand(nibbles[some].view(-1, k // BLOCK, BLOCK), scales[some], "e2m1", arithmetic).by_step(products)

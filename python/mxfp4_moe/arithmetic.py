@@ -49,10 +49,11 @@ class Arithmetic:
             raise ValueError(f"{self.name}: expected bits with an accumulator inside, 16 or 32 products, got {self}")
 
     def words(self) -> str:
-        """Such as '32 products and the accumulator, 25 bits, cut'."""
+        """Such as '32 products and the accumulator, 25 bits, cut'; no two rules have the same."""
+        what = f"{self.products} {'bfloat16 ' if self.operands == 'bf16' else ''}products"
         if self.bits is None:
-            return f"{self.products} products exactly, accumulator outside, {self.rounding}"
-        return f"{self.products} products and the accumulator, {self.bits} bits, {self.rounding}"
+            return f"{what} exactly, accumulator outside, {self.rounding}"
+        return f"{what} and the accumulator, {self.bits} bits, {self.rounding}"
 
 
 FP32_CHAIN = Arithmetic(
@@ -88,11 +89,14 @@ def of_arch(arch: str) -> Arithmetic:
 
 
 def family(published: Arithmetic) -> tuple[Arithmetic, ...]:
-    """The published rule and its neighbours: 20 to 30 bits or all, cut or nearest, accumulator inside or outside.
+    """The published rule, the other named ones, and neighbours: 20 to 30 bits, cut or nearest, accumulator in or out.
 
-    With the accumulator outside, bits make no difference from 20 on: the products of a block span 20 bits.
+    With the accumulator outside, bits make no difference from 20 on, for E4M3 x E2M1: the exponent of a product is at
+    most 10, and its last bit is 2^-10.
     """
-    rules = [published]
+    rules: dict[str, Arithmetic] = {}
+    for rule in (published, SM12X_MXF8F6F4, SM90_BF16, FP32_CHAIN):
+        rules.setdefault(rule.words(), rule)
     for rounding in ("cut", "nearest"):
         for bits in (*range(20, 31), None):
             rule = Arithmetic(
@@ -104,9 +108,8 @@ def family(published: Arithmetic) -> tuple[Arithmetic, ...]:
                 operands=published.operands,
                 source="a neighbour of the published rule",
             )
-            if rule.words() != published.words():
-                rules.append(rule)
-    return tuple(rules)
+            rules.setdefault(rule.words(), rule)
+    return tuple(rules.values())
 
 
 def mma_step(
