@@ -297,6 +297,8 @@ def test_an_ordinary_wheel_is_chosen_for_by_its_table(tmp_path: Path, monkeypatc
 def test_info_and_doctor_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     assert WORDS in capsys.readouterr().out
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["emulates"] == {"arch": "120f", "on": "90a"}
     cli.main(["doctor"])
     wheel = [line for line in capsys.readouterr().out.splitlines() if WORDS in line]
     assert len(wheel) == 1

@@ -32,7 +32,7 @@ def info_data() -> dict[str, Any]:
         "profile": report.get("profile"),
         "archs": list(_wheel.built_archs()),
         "tiles": len(_wheel.built_tiles()),
-        "emulates": report.get("emulates"),
+        **({"emulates": report["emulates"]} if "emulates" in report else {}),
         "built_with": report.get("built_with"),
     }
 
@@ -45,7 +45,7 @@ def info_text(data: dict[str, Any]) -> str:
         "archs": ", ".join(f"sm_{arch}" for arch in data["archs"]),
         "tiles": str(data["tiles"]),
     }
-    if data["emulates"]:
+    if "emulates" in data:
         rows["emulates"] = _wheel.emulation_words(data["archs"], data["emulates"]["on"])
     rows |= {f"built with {name}": str(version) for name, version in (data["built_with"] or {}).items()}
     width = max(map(len, rows))
