@@ -146,6 +146,22 @@ def test_few_products_of_many_zeros(host: ModuleType, fp4_is_a: bool) -> None:
 
 
 @both_orders
+def test_sums_below_the_smallest_number_are_zero(host: ModuleType, fp4_is_a: bool) -> None:
+    """One product of 1 and -1 under scales around 2^-149: of both signs it is cut to +0, or is the smallest number."""
+    problem = Problem(16, fp4_is_a, seed=5)
+    for codes in (problem.a, problem.b, problem.c):
+        codes.zero_()
+    (problem.a if fp4_is_a else problem.b)[..., 3] = 0x2  # 1
+    problem.act[..., 3] = 0x38  # 1
+    problem.act[:, ::2, 3] = 0xB8  # -1
+    problem.a_scale[..., 0] = torch.arange(45, 61, dtype=torch.uint8)[:, None]
+    problem.b_scale.fill_(52)
+    found = set(problem.check(host).flatten().tolist())
+    assert {0, 0x1, 0x80000001} <= found
+    assert 0x80000000 not in found
+
+
+@both_orders
 def test_sums_that_cancel(host: ModuleType, fp4_is_a: bool) -> None:
     """k and k + 16 cancel but for one bit, or entirely; the accumulator too."""
     problem = Problem(200, fp4_is_a, seed=7)
