@@ -68,11 +68,11 @@ def read_file(path: Path) -> File | None:
     match = _WHEEL.fullmatch(path.name)
     if match is None:
         return None
-    refuse_emulated(path)
     if match["variant"]:
         raise BuildError(f"{path.name}: {match['variant'][1:]} marks a build that is not for release")
     if "-linux_" in path.name:
         raise BuildError(f"{path.name} has no manylinux tag: run ci/repair.sh first")
+    refuse_emulated(path)
     with zipfile.ZipFile(path) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = archive.read(name)
