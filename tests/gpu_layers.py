@@ -52,7 +52,7 @@ def exact_layer(call: Call, weights: MoEWeights, *, intermediate_rounding: bool 
         *call.args(),
         weights,
         lambda gemm1, row_expert: kernel_activation(gemm1, row_expert, weights, rounding),
-        arithmetic=arithmetic_here(call.hidden_states.device),
+        arithmetic=arithmetic_here(weights.device),
         **options,
     )
 

@@ -124,7 +124,7 @@ class Steps:
         level = last.sub_(self.scale)  # of the last bit kept, in the operands' own units
         lowest = self.a.unit + self.b.unit
         none = self.a.peak + self.b.peak + (rule.rounding == "nearest")  # from here on nothing is left of a product
-        if int(level.max()) > lowest:
+        if bool((level > lowest).any()):
             total.masked_fill_((level >= none) & total.isfinite(), 0.0)
             self._one_by_one(total, level, (level > lowest) & (level < none))
         total += whole(acc.double() * per_one, rule)

@@ -164,9 +164,10 @@ def block_scaled_mma(
         float32 [..., M, N].
     """
     batch, (m, n) = acc.shape[:-2], acc.shape[-2:]
-    a = operand(a_codes.reshape(-1, m, BLOCK), a_scale.reshape(-1, m), a_format, arithmetic)
-    b = operand(b_codes.reshape(-1, n, BLOCK), b_scale.reshape(-1, n), b_format, arithmetic)
-    acc = acc.reshape(-1, m, n)
+    count = batch.numel()
+    a = operand(a_codes.reshape(count, m, BLOCK), a_scale.reshape(count, m), a_format, arithmetic)
+    b = operand(b_codes.reshape(count, n, BLOCK), b_scale.reshape(count, n), b_format, arithmetic)
+    acc = acc.reshape(count, m, n)
     for k in range(0, BLOCK, arithmetic.products):
         part = slice(k, k + arithmetic.products)
         acc = Steps(arithmetic, a.part(part), b.part(part)).add(acc)

@@ -119,11 +119,16 @@ class GemmProblem:
                 return found if len(kernels) == 1 else f"kernel {kernel.name}: {found}"
         return ""
 
-    def mismatch(self, out: Tensor, expected: Tensor | None = None) -> str:
-        """Empty when out has the expected bits, by default those of `expected`; else where it differs and how."""
+    def mismatch(self, out: Tensor) -> str:
+        """Empty when out has the expected bits, else where it differs and how."""
         wanted = torch.full_like(out, float("nan"))  # the very NaN of `run`: casts make others
-        wanted[: self.valid] = (self.expected if expected is None else expected)[: self.valid].to(out.dtype)
+        wanted[: self.valid] = self.expected[: self.valid].to(out.dtype)
         return places(bits(out) != bits(wanted), wanted, out)
+
+    def wrong_sums(self, out: Tensor, expected: Tensor) -> str:
+        """`mismatch` of the rows of experts alone, with other expected values, rounded to out's dtype."""
+        rows, wanted = out[: self.valid], expected[: self.valid].to(out.dtype)
+        return places(bits(rows) != bits(wanted), wanted, rows)
 
     def stray(self, out: Tensor) -> str:
         """Empty when the rows of no expert are as `run` poisoned them."""

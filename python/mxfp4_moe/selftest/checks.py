@@ -189,7 +189,9 @@ def ask_integers(tile: Tile, given: Mapping[str, GemmProblem], answers: Answers)
     for name, problem in given.items():
         for kernel in problems.kernels_here(tile, problem.codes.device):
             out = problem.run(tile, torch.float32, kernel)
-            answers.note("accuracy", f"GEMM, {name}{_which(tile, problem, kernel.name)}", problem.mismatch(out))
+            where = f"GEMM, {name}{_which(tile, problem, kernel.name)}"
+            answers.note("layout", where, problem.stray(out))
+            answers.note("accuracy", where, problem.wrong_sums(out, problem.expected))
 
 
 def ask_random(tile: Tile, name: str, given: RandomSums, answers: Answers) -> Tensor:
@@ -203,10 +205,11 @@ def ask_random(tile: Tile, name: str, given: RandomSums, answers: Answers) -> Te
         if first is None:
             first = out
         else:
-            answers.note("agreement", f"{where}, against the tile's first kernel", problem.mismatch(out, first))
+            answers.note("agreement", f"{where}, against the tile's first kernel", problem.wrong_sums(out, first))
         for dtype in _HALVES:
             half = problem.run(tile, dtype, kernel)
-            wrong = problem.mismatch(half, first)
+            wrong = problem.wrong_sums(half, first)
+            answers.note("layout", f"{where}, {_short(dtype)}", problem.stray(half))
             answers.note("agreement", f"{where}, {_short(dtype)} against its float32 output rounded", wrong)
     assert first is not None
     return first
