@@ -28,6 +28,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from wheelbuild import BuildError
+from wheelbuild.emulation import refuse_emulated
 from wheelbuild.settings import NAME
 
 _WHEEL = re.compile(r"mxfp4_moe-(?P<version>[^-+]+)\+(?P<label>cu\d+)(?P<variant>\.[^-]+)?-cp310-abi3-\w+\.whl")
@@ -71,6 +72,7 @@ def read_file(path: Path) -> File | None:
         raise BuildError(f"{path.name}: {match['variant'][1:]} marks a build that is not for release")
     if "-linux_" in path.name:
         raise BuildError(f"{path.name} has no manylinux tag: run ci/repair.sh first")
+    refuse_emulated(path)
     with zipfile.ZipFile(path) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = archive.read(name)
