@@ -1,7 +1,7 @@
 """What a library must show before it goes into the wheel; each refusal is one sentence and fails the build.
 
 It holds machine code for every arch and no PTX, the MMA of each arch in a main loop within the limits of
-ci/thresholds.toml, and no spill; ptxas gave up nothing, and compiling it cost no more than allowed. What it brings when
+ci/thresholds.toml, block-scaled MMAs that read what they should, and no spill; ptxas gave up nothing, and compiling it cost no more than allowed. What it brings when
 it is loaded is checked by load.py.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wheelbuild import REFUSED, ROOT, BuildError
+from wheelbuild.block_scaled import check_block_scaled
 from wheelbuild.machine_code import (
     Code,
     Resources,
@@ -157,7 +158,8 @@ def check_library(
 ) -> dict[str, Any]:
     """Every check of one library's code, and what they saw, for the report; BuildError for the first failure.
 
-    `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop`.
+    `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop` and
+    `block_scaled`, by arch.
     """
     name = library.name
     check_compiling(name, records, expect["compile"])
@@ -168,6 +170,9 @@ def check_library(
     resources = [kernel for record in records.values() for kernel in parse_ptxas(record["output"])]
     check_memory(name, code, resources)
     loops = {arch: check_main_loop(name, arch, code[arch], want) for arch, want in expect.get("main_loop", {}).items()}
+    block_scaled = {
+        arch: check_block_scaled(name, arch, code[arch], want) for arch, want in expect.get("block_scaled", {}).items()
+    }
     if called := undefined_symbols(cuobjdump, library):
         raise BuildError(
             f"{name} calls {called[0]}, which only the driver has; ptxas puts such calls where it cannot prove that an "
@@ -184,6 +189,7 @@ def check_library(
         "sha256": hashlib.sha256(data).hexdigest(),
         "instructions": {arch: code[arch].counts() for arch in archs},
         "main_loop": {arch: loop.report() for arch, loop in loops.items()},
+        "block_scaled": block_scaled,
         "kernels": {
             arch: [
                 {

@@ -66,6 +66,8 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
                 "instructions": checked["instructions"][arch],
                 "main_loop": checked["main_loop"][arch],
             }
+            if arch in checked["block_scaled"]:
+                archs[arch]["block_scaled"] = checked["block_scaled"][arch]
         tiles[tile.name] = {
             "m": tile.m,
             "n": tile.n,
