@@ -92,7 +92,10 @@ class _Mma:
             )
         fp8 = "B" if fp4 == "A" else "A"
         stages = [self._containers(fp4), self._loaded(fp8, "LDSM", "activations")]
-        stages += [self._loaded(f"SF{fp4}", "LDS", "weight scales"), self._loaded(f"SF{fp8}", "LDS", "activation scales")]
+        stages += [
+            self._loaded(f"SF{fp4}", "LDS", "weight scales"),
+            self._loaded(f"SF{fp8}", "LDS", "activation scales"),
+        ]
         self._one("its operands", "stage", set().union(*stages))
         self._trace("C", self._accumulator)
 
@@ -123,7 +126,8 @@ class _Mma:
         self, name: str, block: int, place: int, register: Register, fact: Callable[[str, Origin], Fact]
     ) -> set[Fact]:
         found = set()
-        for origin in self._flow.origins(block, place, register):
+        origins = self._flow.origins(block, place, register)
+        for origin in sorted(origins, key=lambda origin: origin.instruction.address if origin else -1):
             if origin is None:
                 raise self._refusal(f"takes {name} from a register that nothing has written on one path")
             found.add(fact(name, origin))

@@ -1,8 +1,8 @@
 """What a library must show before it goes into the wheel; each refusal is one sentence and fails the build.
 
 It holds machine code for every arch and no PTX, the MMA of each arch in a main loop within the limits of
-ci/thresholds.toml, block-scaled MMAs that read what they should, and no spill; ptxas gave up nothing, and compiling it cost no more than allowed. What it brings when
-it is loaded is checked by load.py.
+ci/thresholds.toml, block-scaled MMAs that read what they should, and no spill; ptxas gave up nothing, and compiling it
+cost no more than allowed. What it brings when it is loaded is checked by load.py.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
     }
 
 
-def _block_scaled(tile: Tile, arch: str) -> dict[str, object]:
+def block_scaled(tile: Tile, arch: str) -> dict[str, object]:
     """What wheelbuild.block_scaled expects of a tile."""
     proof = tile_model.prove(tile, arch)
     parts = ("stages", "act_bytes", "weight_bytes", "act_scale_bytes")
@@ -299,7 +299,7 @@ class _Planner:
         expect = {
             "main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs},
             "block_scaled": {
-                arch: _block_scaled(tile, arch) for arch in self.archs if arch_model.mma_opcode(arch) == BLOCK_SCALED
+                arch: block_scaled(tile, arch) for arch in self.archs if arch_model.mma_opcode(arch) == BLOCK_SCALED
             },
         }
         return [*objects, self.link(module, objects, library), self.check(module, library, objects, expect)]
