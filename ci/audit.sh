@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Looks a wheel over before it is published: Python's and torch's stable ABI, contents, metadata, bill of materials, size.
-# Nothing is installed and nothing of the wheel runs.
+# Looks a wheel over before it is published: Python's and torch's stable ABI, contents, metadata, bill of materials, size,
+# and whether SM12x's machine code waits for what it reads. Nothing is installed and nothing of the wheel runs.
 #
 #   ci/audit.sh [WHEEL]
 set -euo pipefail
@@ -24,3 +24,5 @@ say "twine"
 tool twine check --strict "$wheel"
 say "Metadata, bill of materials, size"
 tool python -m wheelbuild.audit "$wheel"
+say "basalt-sass: hazards in the machine code for sm_120 (a minute and a half of one core)"
+tool python -m wheelbuild.hazards "$wheel"

@@ -422,12 +422,12 @@ def test_the_check_knows_what_the_main_loop_must_hold() -> None:
     # A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16 bytes, and
     # 32 rows of weights, of which a lane has a word of every eighth.
     loads = {"matrices_per_step": 16, "words_per_step": 4, "words_per_load": 4}
-    assert expected(made, "tile_m128n128", "check") == {
-        "compile": {"peak_mb": 2000},
-        "main_loop": {
-            "90a": {"opcode": "HMMA", "mma_per_step": 32, "limit": None} | loads,
-            "120f": {"opcode": "QMMA.SF", "mma_per_step": 16, "limit": 3.5} | loads,
-        },
+    check = expected(made, "tile_m128n128", "check")
+    assert set(check) == {"compile", "main_loop", "block_scaled"}
+    assert check["compile"] == {"peak_mb": 2000}
+    assert check["main_loop"] == {
+        "90a": {"opcode": "HMMA", "mma_per_step": 32, "limit": None} | loads,
+        "120f": {"opcode": "QMMA.SF", "mma_per_step": 16, "limit": 3.5} | loads,
     }
     # Swapped (8, 128): 8 rows of activations; 32 of weights on SM90, in 2 x 1 MMAs of two HMMA, on SM12x 64, in 4 x 1.
     swapped = expected(made, "tile_m8n128_swap", "check")["main_loop"]
@@ -439,6 +439,17 @@ def test_the_check_knows_what_the_main_loop_must_hold() -> None:
     narrow = [expected(made, name, "check")["main_loop"]["120f"] for name in ("tile_m8n64_swap", "tile_m64n8")]
     assert [(loop["words_per_step"], loop["words_per_load"]) for loop in narrow] == [(2, 2), (1, 1)]
     assert "main_loop" not in expected(made, "moe", "check")
+
+
+def test_the_check_knows_where_block_scaled_mmas_read() -> None:
+    made = make_plan()
+    # On sm_120f (128, 128) has three stages, each of 2 blocks of 64 weights' rows.
+    stages = {"stages": 3, "act_bytes": 128 * 128, "weight_bytes": 2 * 4352, "act_scale_bytes": 640}
+    memory = stages | {"block_bytes": 64 * (64 + 4), "block_scale_bytes": 64 * 4}
+    check = expected(made, "tile_m128n128", "check")
+    assert check["block_scaled"] == {"120f": {"fp4": "B", "shared_memory": memory}}, "SM90 has no such MMA"
+    assert expected(made, "tile_m8n128_swap", "check")["block_scaled"]["120f"]["fp4"] == "A"
+    assert "block_scaled" not in expected(made, "moe", "check")
 
 
 def test_a_threshold_of_one_tile_reruns_that_tiles_check_only() -> None:

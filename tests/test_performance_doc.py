@@ -54,5 +54,7 @@ def test_a_committed_run_reaches_the_page(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_missing() -> None:
-    with pytest.raises(ValueError, match="expected the generated parts floors, model, results, got floors, results"):
+    with pytest.raises(
+        ValueError, match="expected the generated parts floors, model, rates, results, got floors, results, rates"
+    ):
         performance_doc.rendered(PAGE.replace("<!-- generated: model -->", ""), {})

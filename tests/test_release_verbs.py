@@ -128,6 +128,12 @@ def test_the_wheel_passes_the_audit(repaired: Path) -> None:
     assert f"Extensions:  {count + 1}" in said
     assert "errors found while checking: 0" in said
     assert f"{repaired.name}: {count} tiles, " in said
+    hazards = (
+        rf"{re.escape(repaired.name)}: (\d+) kernels for sm_120, .* dependencies: no error, \d+ warnings of \d+ kinds"
+    )
+    found = re.search(hazards, said)
+    assert found is not None
+    assert int(found[1]) > count, "a kernel for each tile, and those of moe"
 
 
 @pytest.mark.parametrize(

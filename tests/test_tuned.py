@@ -317,14 +317,20 @@ def test_choices_are_sensible(device: DeviceFacts) -> None:
 
 
 def test_up_to_512_tokens_the_mma_rate_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What docs/performance.md says of the number that is known least."""
+    """What docs/performance.md says of the number that is known least: with few tokens memory rules."""
     tokens = (1, 4, 16, 64, 256, 512)
     chosen = [cost_model.choose(count, LAYER, device, TILES) for device in BLACKWELL for count in tokens]
-    faster = dataclasses.replace(cost_model.ARCH_MODELS[12], mma_flops_per_clock=2048.0)
-    monkeypatch.setitem(cost_model.ARCH_MODELS, 12, faster)
-    assert chosen == [cost_model.choose(count, LAYER, device, TILES) for device in BLACKWELL for count in tokens]
     large = cost_model.choose(16384, LAYER, RTX_5090, TILES)
-    assert large.m >= 64
+    slower = dataclasses.replace(cost_model.ARCH_MODELS[12], mma_flops_per_clock=1024.0)
+    monkeypatch.setitem(cost_model.ARCH_MODELS, 12, slower)
+    assert chosen == [cost_model.choose(count, LAYER, device, TILES) for device in BLACKWELL for count in tokens]
+    assert large.m >= 64 > cost_model.choose(16384, LAYER, RTX_5090, TILES).m, "a faster MMA asks for more reuse"
+
+
+def test_sm12x_multiplies_at_the_rate_of_block_scaled_fp8() -> None:
+    """Twice RTX 5090's published FP8 rate with float32 accumulation, 419 TFLOP/s."""
+    rate = cost_model.ARCH_MODELS[12].mma_flops_per_clock * RTX_5090.sms * RTX_5090.ghz * 1e9
+    assert rate == pytest.approx(2 * 419e12, rel=0.01)
 
 
 def test_the_rule_is_kept_where_the_model_sees_no_difference() -> None:

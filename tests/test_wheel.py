@@ -293,6 +293,7 @@ def test_the_checks_pass_what_is_in_the_wheel(made: Plan, cuda: Cuda, report: di
     entry = report["tiles"][FIRST.name]
     assert seen["sha256"] == entry["library"]["sha256"]
     assert seen["main_loop"] == {arch: entry["archs"][arch]["main_loop"] for arch in MANIFEST.archs}
+    assert seen["block_scaled"] == {"120f": entry["archs"]["120f"]["block_scaled"]}
 
     assert load(made, cuda, tmp_path / "load.json", *map(library, MODULES)) == []
     loaded = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """What a library must show before it goes into the wheel; each refusal is one sentence and fails the build.
 
 It holds machine code for every arch and no PTX, the MMA of each arch in a main loop within the limits of
-ci/thresholds.toml, and no spill; ptxas gave up nothing, and compiling it cost no more than allowed. What it brings when
-it is loaded is checked by load.py.
+ci/thresholds.toml, block-scaled MMAs that read what they should, and no spill; ptxas gave up nothing, and compiling it
+cost no more than allowed. What it brings when it is loaded is checked by load.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wheelbuild import REFUSED, ROOT, BuildError
+from wheelbuild.block_scaled import check_block_scaled
 from wheelbuild.emulation import check_emulated_tile
 from wheelbuild.machine_code import (
     Code,
@@ -158,8 +159,8 @@ def check_library(
 ) -> dict[str, Any]:
     """Every check of one library's code, and what they saw, for the report; BuildError for the first failure.
 
-    `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop`, or
-    `emulated` in its place.
+    `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop` and
+    `block_scaled`, by arch, or `emulated` in their place.
     """
     name = library.name
     check_compiling(name, records, expect["compile"])
@@ -172,6 +173,9 @@ def check_library(
     if emulated is None:
         check_memory(name, code, resources)
     loops = {arch: check_main_loop(name, arch, code[arch], want) for arch, want in expect.get("main_loop", {}).items()}
+    block_scaled = {
+        arch: check_block_scaled(name, arch, code[arch], want) for arch, want in expect.get("block_scaled", {}).items()
+    }
     if called := undefined_symbols(cuobjdump, library):
         raise BuildError(
             f"{name} calls {called[0]}, which only the driver has; ptxas puts such calls where it cannot prove that an "
@@ -188,6 +192,7 @@ def check_library(
         "sha256": hashlib.sha256(data).hexdigest(),
         "instructions": {arch: code[arch].counts() for arch in archs},
         "main_loop": {arch: loop.report() for arch, loop in loops.items()},
+        "block_scaled": block_scaled,
         **({"emulated": emulated} if emulated else {}),
         "kernels": {
             arch: [

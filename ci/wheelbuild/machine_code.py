@@ -66,6 +66,7 @@ class Instruction:
     opcode: str  # with its modifiers, e.g. QMMA.SF.16832.F32.E4M3.E2M1.E8
     target: int | None  # where a branch goes
     conditional: bool = False  # it has a guard, or a branch has a condition among its operands
+    operands: tuple[str, ...] = ()  # what it writes first, e.g. ("R16", "[R3+UR5+0x6100]")
 
     def is_a(self, name: str) -> bool:
         return self.opcode == name or self.opcode.startswith(name + ".")
@@ -123,6 +124,7 @@ def parse_sass(text: str) -> dict[str, Code]:
                     opcode=match[3],
                     target=int(target[1], 16) if target else None,
                     conditional=match[2] is not None or (target is not None and "," in match[4]),
+                    operands=tuple(word.strip().removesuffix(".reuse") for word in match[4].split(",") if word.strip()),
                 )
             )
     return code

@@ -8,13 +8,11 @@ it branches back into the middle of the loop.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from wheelbuild.control_flow import basic_blocks, successors
 from wheelbuild.machine_code import Instruction
-
-_INDIRECT = ("BRX", "BRXU", "JMX", "JMXU")
-_JUMPS = ("BRA", "EXIT", "RET", *_INDIRECT)  # after one of these, if unconditional, the next instruction is not next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,42 +38,6 @@ class MainLoop:
             "ldsm": self.ldsm,
             "instructions_per_mma": self.instructions_per_mma,
         }
-
-
-def _is_any(instruction: Instruction, names: Iterable[str]) -> bool:
-    return any(instruction.is_a(name) for name in names)
-
-
-def _blocks(kernel: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The kernel cut before every target of a branch and after every jump."""
-    targets = {instruction.target for instruction in kernel}
-    blocks: list[list[Instruction]] = []
-    cut = True
-    for instruction in kernel:
-        if cut or instruction.address in targets:
-            blocks.append([])
-        blocks[-1].append(instruction)
-        cut = _is_any(instruction, _JUMPS)
-    return blocks
-
-
-def _successors(blocks: Sequence[Sequence[Instruction]]) -> list[set[int]]:
-    """Where each block may go. An indirect branch's table is not in the listing: it may go to any block that no other
-    block leads to.
-    """
-    place = {block[0].address: index for index, block in enumerate(blocks)}
-    following: list[set[int]] = [set() for _ in blocks]
-    for index, block in enumerate(blocks):
-        last = block[-1]
-        if last.target in place:
-            following[index].add(place[last.target])
-        if index + 1 < len(blocks) and (last.conditional or not _is_any(last, _JUMPS)):
-            following[index].add(index + 1)
-    orphans = set(range(1, len(blocks))) - set().union(*following)
-    for index, block in enumerate(blocks):
-        if _is_any(block[-1], _INDIRECT):
-            following[index] |= orphans
-    return following
 
 
 def _dominators(following: Sequence[set[int]]) -> list[int]:
@@ -148,8 +110,8 @@ def find_main_loop(kernel: Sequence[Instruction], mma: str) -> tuple[MainLoop | 
     """
     if not any(instruction.is_a(mma) for instruction in kernel):
         return None, 0
-    blocks = _blocks(kernel)
-    loops = sorted(_loops(_successors(blocks)), key=len)
+    blocks = basic_blocks(kernel)
+    loops = sorted(_loops(successors(blocks)), key=len)
     innermost: list[set[int]] = []
     outside = 0
     for index, block in enumerate(blocks):

@@ -8,10 +8,12 @@ current. Everything else on the page is written by hand and left alone.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 from mxfp4_moe import cost_model
 from mxfp4_moe.bench import floors, picture, report
@@ -24,6 +26,16 @@ DOCUMENT = Path("docs/performance.md")
 RESULTS = Path("docs/performance")
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _KERNELS_AT = (1, 64, 1024)
+_HALF_RATE = 1024.0  # flops a clock and SM: what SM12x's MMA would do if FP4 operands took it twice as long
+_RATE_GPUS = ("NVIDIA GeForce RTX 5090", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10")
+_RATE_LAYERS = (
+    (32, 4, 2880, 2880),
+    (128, 4, 2880, 2880),
+    (128, 8, 2048, 768),
+    (256, 8, 7168, 256),
+    (256, 8, 3072, 1536),
+)
+_RATE_TOKENS = (64, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
@@ -73,6 +85,36 @@ def model_block() -> str:
     return table(["GPU", "published", *(f"T = {count}" for count in tokens)], rows, left=range(9))
 
 
+def rates_block() -> str:
+    """What the cost model chooses at half of the MMA's rate and at the rate, times at the rate, and what either choice
+    costs where the other is right.
+    """
+    tiles = load_manifest().tiles
+    half = dataclasses.replace(cost_model.ARCH_MODELS[12], mma_flops_per_clock=_HALF_RATE)
+    rows = []
+    excess, excess_at_half = 0.0, 0.0
+    for device in (facts for facts in PUBLISHED if facts.name in _RATE_GPUS):
+        for experts, top_k, hidden, intermediate in _RATE_LAYERS:
+            layer = Layer(experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate)
+            cells = []
+            for count in _RATE_TOKENS:
+                after = cost_model.choose(count, layer, device, tiles)
+                with mock.patch.dict(cost_model.ARCH_MODELS, {12: half}):
+                    before = cost_model.choose(count, layer, device, tiles)
+                    slow = [cost_model.layer_us(tile, device, layer, count) for tile in (before, after)]
+                us = [cost_model.layer_us(tile, device, layer, count) for tile in (before, after)]
+                excess, excess_at_half = max(excess, us[0] / us[1] - 1), max(excess_at_half, slow[1] / slow[0] - 1)
+                words = [f"{tile.m} x {tile.n}: {time:,.0f}" for tile, time in zip((before, after), us, strict=True)]
+                cells.append(" -> ".join(words[before == after :]))
+            rows.append([device.name.removeprefix("NVIDIA "), f"{experts}, {top_k}, {hidden}, {intermediate}", *cells])
+    head = ["GPU", "E, k, H, I", *(f"T = {count}" for count in _RATE_TOKENS)]
+    costs = (
+        f"At the full rate the choices for half of it are up to {excess:.0%} slower; at half of it the others are up "
+        f"to {excess_at_half:.0%} slower."
+    )
+    return f"{table(head, rows, left=range(len(head)))}\n{costs}\n"
+
+
 def results_block(runs: Mapping[str, report.Results]) -> str:
     """Every committed run: where, the table, the pictures, and the kernels of a few calls."""
     if not runs:
@@ -120,6 +162,7 @@ def rendered(page: str, runs: Mapping[str, report.Results]) -> str:
     blocks: dict[str, Callable[[], str]] = {
         "floors": floors_block,
         "model": model_block,
+        "rates": rates_block,
         "results": lambda: results_block(runs),
     }
     names = [match[2] for match in _BLOCK.finditer(page)]

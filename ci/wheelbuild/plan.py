@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from wheelbuild import ROOT, emulation
+from wheelbuild.block_scaled import OPCODE as BLOCK_SCALED
 from wheelbuild.tile_model import archs as arch_model
 from wheelbuild.tile_model import tiles as tile_model
 
@@ -38,6 +39,7 @@ LINK_FLAGS = tuple("-Wl,-s -Wl,--gc-sections".split())
 # what older systems have there, and newer ones have an empty libdl.a that -ldl would find.
 LINK_LIBRARIES = tuple("-lstdc++ -Wl,--no-as-needed -ltorch -l:libdl.so.2 -Wl,--as-needed -ltorch_cpu".split())
 MOE_MODULE = "moe"
+CHECKS = tuple(f"{name}.py" for name in "check machine_code control_flow data_flow main_loop block_scaled emulation".split())
 EXPORTS = Path("ci/wheelbuild/exports.map")
 
 
@@ -130,6 +132,15 @@ def _emulated(tile: Tile) -> dict[str, int | bool]:
         "mma_per_k_tile": proof.warp_m // 16 * (proof.warp_n // 8) * 4,
         "moves_registers": spare_warps > 1,
     }
+
+
+def block_scaled(tile: Tile, arch: str) -> dict[str, object]:
+    """What wheelbuild.block_scaled expects of a tile."""
+    proof = tile_model.prove(tile, arch)
+    parts = ("stages", "act_bytes", "weight_bytes", "act_scale_bytes")
+    memory = {part: getattr(proof, part) for part in parts}
+    memory |= {"block_bytes": tile_model.WEIGHT_BLOCK_BYTES, "block_scale_bytes": tile_model.WEIGHT_BLOCK_ROWS * 4}
+    return {"fp4": "A" if tile.swap_ab else "B", "shared_memory": memory}
 
 
 def _system(folders: Sequence[Path]) -> tuple[str, ...]:
@@ -260,9 +271,7 @@ class _Planner:
             *(("--record", job.record) for job in compiled if job.kind == "nvcc" and job.record is not None),
         ]
         command = [sys.executable, "-m", "wheelbuild.check", *(word for option in options for word in option)]
-        code = [
-            Path("ci/wheelbuild") / name for name in ("check.py", "emulation.py", "machine_code.py", "main_loop.py")
-        ]
+        code = [Path("ci/wheelbuild") / name for name in CHECKS]
         return self._job("check", f"{module}.check", module, [library], output, command, implicit=code)
 
     def load(self, libraries: Sequence[Path], output: Path) -> CompileJob:
@@ -313,7 +322,12 @@ class _Planner:
         if self.settings.emulates:
             expect = {"emulated": _emulated(tile)}
         else:
-            expect = {"main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs}}
+            expect = {
+                "main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs},
+                "block_scaled": {
+                    arch: block_scaled(tile, arch) for arch in self.archs if arch_model.mma_opcode(arch) == BLOCK_SCALED
+                },
+            }
         return [*objects, self.link(module, objects, library), self.check(module, library, objects, expect)]
 
     def moe(self, sources: Sequence[Path]) -> list[CompileJob]:

@@ -71,6 +71,8 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
                     else {"main_loop": checked["main_loop"][arch]}
                 ),
             }
+            if arch in checked["block_scaled"]:
+                archs[arch]["block_scaled"] = checked["block_scaled"][arch]
         tiles[tile.name] = {
             "m": tile.m,
             "n": tile.n,

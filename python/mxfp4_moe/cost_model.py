@@ -37,8 +37,11 @@ _WEIGHT_BYTES = 0.5 + 1 / 32
 class ArchModel:
     """What the model knows of an arch.
 
-    `mma_flops_per_clock`: of one SM. SM12x: half of RTX 5090's published FP8 rate, which GeForce has with float32
-    accumulation (419 TFLOP/s over 170 SMs at 2.41 GHz). SM90: measured for mma.sync with separate scaling.
+    `mma_flops_per_clock`: of one SM. SM12x: the block-scaled FP8 rate, twice the one of plain FP8 MMAs that accumulate
+    in float32. Measured by others from registers alone: 737 TFLOP/s against 370 on an RTX 5090
+    (main-horse.github.io/posts/5090-mm-perf), 202 against 102 on an RTX 5060 Ti (flashinfer-ai/flashinfer, issue 3628).
+    Both are E4M3 with E4M3; docs/performance.md says what is known of E4M3 with E2M1. SM90: measured for mma.sync with
+    separate scaling.
     `loop_instructions`: of one warp and K tile, a line through the build report's figures: a constant, and so many for
     8 rows of weights, for 8 rows of activations, and for a fragment of 16 x 8.
     """
@@ -49,7 +52,7 @@ class ArchModel:
 
 
 ARCH_MODELS = {
-    12: ArchModel(arch="120f", mma_flops_per_clock=1024.0, loop_instructions=(51.5, 8.4, 0.0, 8.8)),
+    12: ArchModel(arch="120f", mma_flops_per_clock=2048.0, loop_instructions=(51.5, 8.4, 0.0, 8.8)),
     9: ArchModel(arch="90a", mma_flops_per_clock=1500.0, loop_instructions=(67.7, 60.9, 36.1, 39.8)),
 }
 

@@ -236,8 +236,8 @@ def load_manifest(path: Path | None = None) -> Manifest:
 
 TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks
 _ACT_ROW_BYTES = TILE_K  # E4M3
-_WEIGHT_BLOCK_ROWS = 64
-_WEIGHT_BLOCK_BYTES = _WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and one scale word per row
+WEIGHT_BLOCK_ROWS = 64
+WEIGHT_BLOCK_BYTES = WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and one scale word per row
 _SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
 _SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
 _REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
@@ -322,8 +322,8 @@ def _shape_refusals(tile: Tile) -> list[str]:
         refusals.append(f"m must be at most 256 (a TMA box has at most 256 rows), not {m}")
     if n >= 8 and n % 8 != 0:
         refusals.append(f"n must be divisible by 8, the MMA's granule, not {n}")
-    if n > 0 and _WEIGHT_BLOCK_ROWS % n != 0 and n % _WEIGHT_BLOCK_ROWS != 0:
-        refusals.append(f"n must divide {_WEIGHT_BLOCK_ROWS}, the rows of a weight block, or be a multiple: {n}")
+    if n > 0 and WEIGHT_BLOCK_ROWS % n != 0 and n % WEIGHT_BLOCK_ROWS != 0:
+        refusals.append(f"n must divide {WEIGHT_BLOCK_ROWS}, the rows of a weight block, or be a multiple: {n}")
     return refusals
 
 
@@ -357,7 +357,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
 
     act_bytes = m * _ACT_ROW_BYTES
-    weight_bytes = _ceil_div(n, _WEIGHT_BLOCK_ROWS) * _WEIGHT_BLOCK_BYTES
+    weight_bytes = _ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
     act_scale_bytes = _ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
     stage_bytes = act_bytes + weight_bytes + act_scale_bytes
     stage_and_barriers = stage_bytes + _BARRIER_BYTES_PER_STAGE
