@@ -97,10 +97,8 @@ def build(folder: Path, cuda: Cuda, cxx: Path) -> str:
 @functools.cache
 def shared_recorder() -> Recorder:
     """One for all tests of a session: starting it takes three seconds."""
-    folders = toolchain.package_dirs(os.environ)
-    cuda = toolchain.resolve_cuda(os.environ, folders, ["120f"])
     folder = tempfile.TemporaryDirectory(prefix="mxfp4-moe-recorder-")
-    recorder = Recorder(Path(folder.name), cuda, toolchain.find_cxx(os.environ))
+    recorder = Recorder(Path(folder.name), *tools())
 
     def end() -> None:
         recorder.close()
@@ -108,6 +106,12 @@ def shared_recorder() -> Recorder:
 
     atexit.register(end)
     return recorder
+
+
+def tools() -> tuple[Cuda, Path]:
+    """The CUDA toolkit and the C++ compiler that wheels are built with."""
+    folders = toolchain.package_dirs(os.environ)
+    return toolchain.resolve_cuda(os.environ, folders, ["120f"]), toolchain.find_cxx(os.environ)
 
 
 @functools.cache
