@@ -127,7 +127,7 @@ def _dependencies(source: Path, output: Path) -> tuple[str, ...]:
     return ("-MD", "-MF", f"{output}.d", str(source), "-o", str(output))
 
 
-def _own_name(source: Path) -> tuple[str, ...]:
+def own_name(source: Path) -> tuple[str, ...]:
     """nvcc names what is internal to a file after the file's absolute path; this has it use the relative one."""
     return ("-Xcudafe", f"--orig_src_path_name={source}")
 
@@ -184,7 +184,7 @@ class _Planner:
             *NVCC_FLAGS,
             *("-ccbin", str(tools.cxx), "-Xcompiler", ",".join((*HIDDEN, *_prefix_maps(tools)))),
             *(word for arch in archs for word in gencode(arch)),
-            *_own_name(source),
+            *own_name(source),
             *defines,
             *_system(tools.cutlass.include_dirs),
             # Before nvcc's own, which are of the platform that builds.
