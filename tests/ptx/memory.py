@@ -8,6 +8,7 @@ conflicting one (order.py). The lanes of an access come as their numbers, with o
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +202,8 @@ class Memory:
 class SharedMemory:
     """One block's, in 32-bit words; sub-word accesses are not modelled. Addresses count from SHARED_BASE."""
 
-    def __init__(self, size: int, clocks: Clocks) -> None:
+    def __init__(self, size: int, clocks: Clocks, junk: Sequence[range], rng: np.random.Generator) -> None:
+        """junk: byte ranges that may be read before anybody wrote them; they hold random bits."""
         words = -(-size // 4)
         self.size = size
         self.words = np.zeros(words, np.uint32)
@@ -209,6 +211,11 @@ class SharedMemory:
         self.writer = np.full(words, NOBODY, np.int32)  # agents
         self.write_epoch = np.zeros(words, np.int32)
         self.reads = np.zeros((words, clocks.agents), np.int32)  # epoch of each agent's last read
+        self.copies_from = clocks.threads  # the first agent that is an mbarrier
+        for part in junk:
+            at = slice(part.start // 4, part.stop // 4)
+            self.words[at] = rng.integers(0, 1 << 32, len(self.words[at]), np.uint32)
+            self.written[at] = True
 
     def places(self, addresses: Addresses, size: int, what: str) -> NDArray[np.int64]:
         """Word numbers [lanes, size / 4]."""
@@ -269,8 +276,6 @@ class SharedMemory:
         """A tensor copy's words arrive; `known` is what its issuer knew, `slot` and `phase` what it completes on."""
         at = at.reshape(-1)
         writer, epoch = self.writer[at], self.write_epoch[at]
-        threads = known.shape[1] - 0
-        del threads
         generic = (writer != NOBODY) & (writer < self.copies_from)
         bad = (writer != NOBODY) & (known[KNOWN][writer] < epoch)
         if bad.any():
@@ -295,5 +300,3 @@ class SharedMemory:
         self.written[at] = True
         self.writer[at] = slot
         self.write_epoch[at] = phase
-
-    copies_from: int = 0  # the first agent that is an mbarrier; set by the block
