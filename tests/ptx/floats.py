@@ -104,3 +104,16 @@ def pair(high: Array, low: Array) -> Array:
 
 def e4m3_pair(high: Array, low: Array) -> Array:
     return e4m3_bits(high).astype(u2) << u2(8) | e4m3_bits(low).astype(u2)
+
+
+def f16_of_e4m3_pair(codes: Array) -> Array:
+    """Two E4M3 codes as two halves, which is exact; NaN is 0x7FFF."""
+    code = codes.astype(u4)
+
+    def half(code: Array) -> Array:
+        units, exponent = (code & 7).astype(f8), (code >> u4(3) & u4(15)).astype(np.int32)
+        value = np.where(exponent == 0, np.ldexp(units, -9), np.ldexp(units + 8, exponent - 10))
+        bits = np.where(code & u4(0x80), -value, value).astype(np.float16).view(u2)
+        return np.where(code & u4(0x7F) == 0x7F, u2(0x7FFF), bits)
+
+    return pair(half(code >> u4(8)), half(code))

@@ -143,6 +143,8 @@ class _Writer:
             if kind == "f32":
                 return self._constant(kind, np.frombuffer(struct.pack("<I", bits), np.float32)[0])
             return self._constant(kind, bits)
+        if kind == "pred" and text in ("0", "1", "-1"):
+            return self._constant(kind, text != "0")
         if re.fullmatch(r"-?(0[xX][0-9A-Fa-f]+|\d+)U?", text) and kind not in ("f32", "pred"):
             value = int(text.rstrip("U"), 0)
             bits = DTYPES[kind]().itemsize * 8
@@ -253,8 +255,8 @@ class _Writer:
 
     def _scalar(self, i: Instruction, mask: str, result: str, kinds: tuple[str, ...], expression: str) -> bool:
         destination, *sources = i.operands
-        if destination.startswith("{"):  # mov.b64 {a, b}, c
-            raise self._refuse(i, f"{i.name} to {destination}")
+        if any(operand.startswith("{") for operand in i.operands):
+            return self._halves(i, mask)
         if len(sources) != len(kinds):
             raise self._refuse(i, f"{i.name} with {len(sources)} operands")
         promised = self.program.promised
@@ -264,6 +266,23 @@ class _Writer:
             return True
         values = [self._read(source, kind, i) for source, kind in zip(sources, kinds, strict=True)]
         self._assign(destination, expression.format(*values), result, mask, i)
+        return True
+
+    def _halves(self, i: Instruction, mask: str) -> bool:
+        """mov between a register and the halves that it is made of, low one first."""
+        bits = {"mov.b32": 32, "mov.b64": 64}.get(i.name)
+        if bits is None or len(i.operands) != 2:
+            raise self._refuse(i)
+        whole, half = f"u{bits}", f"u{bits // 2}"
+        target, source = i.operands
+        if target.startswith("{"):
+            value = self._read(source, whole, i)
+            for n, register in enumerate(_vector(target)):
+                part = f"({value} >> {self._constant(whole, n * bits // 2)}).astype(u{bits // 16})"
+                self._assign(register, part, half, mask, i)
+        else:
+            low, high = (f"{self._read(r, half, i)}.astype(u{bits // 8})" for r in _vector(source))
+            self._assign(target, f"{low} | {high} << {self._constant(whole, bits // 2)}", whole, mask, i)
         return True
 
     def _alone(self, i: Instruction, mask: str) -> None:
