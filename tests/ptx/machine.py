@@ -198,7 +198,7 @@ class Launched:
 
     def garbage(self, count: int) -> list[NDArray[Any]]:
         """What registers hold before anything is written to them."""
-        kinds = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
+        kinds = {"pred": np.bool_, "b16": np.uint16, "f16": np.uint16, "b32": np.uint32, "f32": np.float32, "b64": np.uint64}
         junk = [self._junk[i % 64] for i in range(8)]
         cast = {name: [(j & 1).astype(t) if t is np.bool_ else j.astype(t) for j in junk] for name, t in kinds.items()}
         type_of = self.program.kernel.type_of

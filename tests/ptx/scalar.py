@@ -18,7 +18,7 @@ i1, i2, i4, i8, f4 = np.int8, np.int16, np.int32, np.int64, np.float32
 
 DTYPES: dict[str, Any] = {
     **{"u8": u1, "u16": u2, "u32": u4, "u64": u8, "b8": u1, "b16": u2, "b32": u4, "b64": u8},
-    **{"s8": i1, "s16": i2, "s32": i4, "s64": i8, "f32": f4, "pred": np.bool_},
+    **{"s8": i1, "s16": i2, "s32": i4, "s64": i8, "f32": f4, "f16": u2, "pred": np.bool_},
 }
 
 
