@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from mxfp4_moe.tiles import Tile, prove
 from . import abi, launch
 from .machine import Machine
 
+PtxChange = Callable[[str], str] | None
+LaunchChange = Callable[[launch.Launch], launch.Launch] | None
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -118,13 +121,15 @@ class Gemm:
             m_tiles_are_ready=int(m_tiles_are_ready),
         )
 
-    def execute(self, args: abi.GemmArgs, sms: int, change: Callable[[str], str] | None) -> None:
+    def execute(self, args: abi.GemmArgs, sms: int, change: PtxChange = None, change_launch: LaunchChange = None) -> None:
         """What the launcher launches, while the kernel that wrote the activations may still run.
 
-        change: makes another kernel of the tile's PTX.
+        change, change_launch: make another kernel of the tile's PTX, another launch of the launcher's.
         """
         ptx = launch.ptx_of_tile(self.tile)
         (one,) = launch.shared_recorder().gemm(self.tile, args, sms=sms)
+        if change_launch is not None:
+            one = change_launch(one)
         late = ["act", "act_scale"] if args.m_tiles_are_ready else ["act", "act_scale", "m_tiles", "num_m_tiles"]
         self.machine.pretend_kernel(late)
         self.machine.run(ptx if change is None else change(ptx), one, junk=self.junk())
@@ -143,13 +148,13 @@ class Gemm:
         *,
         sms: int = 1,
         m_tiles_are_ready: bool = False,
-        change: Callable[[str], str] | None = None,
+        **changes: Any,
     ) -> Tensor:
         """The output [R, N], poisoned with NaN before."""
         out = torch.full(self.problem.expected.shape, float("nan"), dtype=dtype)
         args = self.args(m_tiles_are_ready)
         args.out, args.out_type = self.output("out", out), OUT_TYPES[dtype]
-        self.execute(args, sms, change)
+        self.execute(args, sms, **changes)
         return out
 
     def run_activated(
@@ -158,7 +163,7 @@ class Gemm:
         *,
         sms: int = 1,
         m_tiles_are_ready: bool = True,
-        change: Callable[[str], str] | None = None,
+        **changes: Any,
     ) -> tuple[Tensor, Tensor]:
         """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written."""
         rows, n = self.problem.expected.shape
@@ -175,5 +180,5 @@ class Gemm:
                 getattr(to, name).values = self.constant(name, number)
             else:
                 getattr(to, name).value = math.inf if number is None else number
-        self.execute(args, sms, change)
+        self.execute(args, sms, **changes)
         return codes, scales
