@@ -1,9 +1,9 @@
 """Every tile's GEMM as the PTX that nvcc makes of it for sm_120f, executed on the CPU (tests/ptx).
 
 Results are compared bit by bit with the reference under SM12x's arithmetic, in outputs poisoned before; the executor
-itself fails on races, on memory that is not there, on hangs. Launches are the launcher's own. Each problem has an expert
-without rows, m-tiles of one row, of one row less and more than whole, a tail along N where the tile can have one, a K
-tail, more K tiles than stages, more output tiles than blocks, and activations that are not there until
+itself fails on races, on memory that is not there, on hangs. Launches are the launcher's own. Each problem has an
+expert without rows, m-tiles of one row, of one row less and more than whole, a tail along N where the tile can have
+one, a K tail, more K tiles than stages, more output tiles than blocks, and activations that are not there until
 griddepcontrol.wait; so are the m-tiles, where the launch says that they are not ready.
 """
 
@@ -52,23 +52,23 @@ def check(problem: GemmProblem, tile: Tile, dtype: torch.dtype, *, ready: bool, 
     assert not mismatch, f"{tile.name}, seed {seed}: {mismatch}"
 
 
-@each_tile
 @each_dtype
+@each_tile
 def test_tile_equals_the_reference_bitwise(tile: Tile, dtype: torch.dtype) -> None:
     ready = dtype is not torch.float32
     check(tails(tile, 1), tile, dtype, ready=ready, seed=seed_of(tile.name, dtype))
 
 
 @pytest.mark.ptx_full
-@each_tile
 @each_dtype
 @pytest.mark.parametrize("ready", [False, True])
+@each_tile
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_more_tails(tile: Tile, dtype: torch.dtype, ready: bool, steps: int) -> None:
     check(tails(tile, steps), tile, dtype, ready=ready, seed=seed_of(tile.name, dtype, steps, ready), sms=2)
 
 
-# ---- GEMM1's activation ---------------------------------------------------------------------------------------------
+# ---- GEMM1's activation ----------------------------------------------------------------------------------------------
 
 EXPERTS_ROWS = (3, 0, 9)
 

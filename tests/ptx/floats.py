@@ -22,7 +22,7 @@ def canonical(x: Array) -> Array:
 
 
 def _odd_sum(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c in float64, rounded to odd: enough for any later rounding to float32 to be as if there were no other."""
+    """a * b + c in float64, rounded to odd, so that rounding it to float32 is as if there were no other rounding."""
     product = a.astype(f8) * b.astype(f8)  # exact: 48 bits
     addend = c.astype(f8)
     total = product + addend

@@ -48,7 +48,7 @@ def usual_problem(k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0)
     rows, experts = int(offsets[-1]) + ROWS_OF_NO_EXPERT, len(rows_per_expert)
     codes, row_scales = formats.quantize_mxfp8(torch.randn(rows, k, generator=g))
     packed = torch.randint(0, 256, (experts, n, k // 2), generator=g, dtype=torch.uint8)
-    scales = torch.randint(122, 127, (experts, n, k // 32), generator=g, dtype=torch.uint8)
+    scales = torch.randint(119, 124, (experts, n, k // 32), generator=g, dtype=torch.uint8)
     operands = {"codes": codes, "row_scales": row_scales, "packed": packed, "scales": scales, "offsets": offsets}
     return under_sm12x(GemmProblem(**operands, expected=torch.empty(rows, n)))
 
@@ -121,7 +121,9 @@ class Gemm:
             m_tiles_are_ready=int(m_tiles_are_ready),
         )
 
-    def execute(self, args: abi.GemmArgs, sms: int, change: PtxChange = None, change_launch: LaunchChange = None) -> None:
+    def execute(
+        self, args: abi.GemmArgs, sms: int, change: PtxChange = None, change_launch: LaunchChange = None
+    ) -> None:
         """What the launcher launches, while the kernel that wrote the activations may still run.
 
         change, change_launch: make another kernel of the tile's PTX, another launch of the launcher's.
@@ -135,7 +137,7 @@ class Gemm:
         self.machine.run(ptx if change is None else change(ptx), one, junk=self.junk())
 
     def junk(self) -> list[range]:
-        """Packed weights that a last K tile of less than 128 lacks: any bits, multiplied by zeros (csrc/tile/kernel.cuh)."""
+        """Packed weights that a last K tile of less than 128 lacks: any bits, multiplied by zeros (split_k.cuh)."""
         proof = prove(self.tile, "120f")
         weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
         first = 256 + self.problem.codes.shape[1] % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes

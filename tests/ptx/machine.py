@@ -97,7 +97,9 @@ class Block:
         thread = warp * 32 + np.arange(32, dtype=np.uint32)
         found = {"%laneid": np.arange(32, dtype=np.uint32)}
         width, height, _ = launch.block
-        for axis, ids in zip("xyz", (thread % width, thread // width % height, thread // (width * height)), strict=True):
+        for axis, ids in zip(
+            "xyz", (thread % width, thread // width % height, thread // (width * height)), strict=True
+        ):
             found[f"%tid.{axis}"] = ids.astype(np.uint32)
         columns, rows, _ = launch.grid
         at = (self.number % columns, self.number // columns % rows, self.number // (columns * rows))
@@ -159,7 +161,7 @@ class Block:
             if barrier.bytes:
                 raise Fault(
                     Kind.BARRIER,
-                    f"block {self.number} exits, and its mbarrier at byte {barrier.at} still counts {barrier.bytes} bytes",
+                    f"block {self.number} exits, its mbarrier at byte {barrier.at} still counts {barrier.bytes} bytes",
                 )
         settings = [warp.registers for warp in self.warps]
         if any(settings):
@@ -195,7 +197,7 @@ class Launched:
         at = SHARED_BASE
         symbols = self.program.symbols
         for name, alignment, size in kernel.shared:
-            if re_used(name, kernel):
+            if is_used(name, kernel):
                 at = -(-at // alignment) * alignment
                 symbols[name] = at
                 at += size
@@ -218,7 +220,14 @@ class Launched:
 
     def garbage(self, count: int) -> list[NDArray[Any]]:
         """What registers hold before anything is written to them."""
-        kinds = {"pred": np.bool_, "b16": np.uint16, "f16": np.uint16, "b32": np.uint32, "f32": np.float32, "b64": np.uint64}
+        kinds = {
+            "pred": np.bool_,
+            "b16": np.uint16,
+            "f16": np.uint16,
+            "b32": np.uint32,
+            "f32": np.float32,
+            "b64": np.uint64,
+        }
         junk = [self._junk[i % 64] for i in range(8)]
         cast = {name: [(j & 1).astype(t) if t is np.bool_ else j.astype(t) for j in junk] for name, t in kinds.items()}
         type_of = self.program.kernel.type_of
@@ -241,7 +250,9 @@ class Launched:
         if np.isin(early, self.running).any():
             raise Fault(Kind.EARLY, f"read of {name}, which the kernel before writes")
         if np.isin(kernels, self.running_after_wait).any():
-            raise Fault(Kind.EARLY, f"read of {name}: its writer may still run, because the kernel between did not wait")
+            raise Fault(
+                Kind.EARLY, f"read of {name}: its writer may still run, because the kernel between did not wait"
+            )
 
     def check_may_write(self, warp: Warp, lanes: Any, name: str) -> None:
         if self.running and (self.running_after_wait or not warp.waited[lanes].all()):
@@ -367,7 +378,7 @@ class Machine:
                 warp.arrive(group, at)
 
 
-def re_used(name: str, kernel: Kernel) -> bool:
+def is_used(name: str, kernel: Kernel) -> bool:
     """Whether a kernel names a shared variable of its file."""
     return any(name in operand for i in kernel.instructions for operand in i.operands)
 

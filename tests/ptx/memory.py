@@ -99,13 +99,19 @@ class Memory:
         at = bisect_right(self._bases, low) - 1
         if at >= 0 and high <= self._regions[at].end:
             return self._regions[at]
-        near = f"; nearest below: {self._regions[at].name}, {self._regions[at].end - low:+d} bytes to its end" if at >= 0 else ""
+        near = (
+            f"; nearest below: {self._regions[at].name}, {self._regions[at].end - low:+d} bytes to its end"
+            if at >= 0
+            else ""
+        )
         raise Fault(Kind.BOUNDS, f"{what} of [{low:#x}, {high:#x}) in no array{near}")
 
     def _places(self, addresses: Addresses, size: int, what: str) -> tuple[Region, NDArray[np.int64]]:
         """Region and byte offsets [lanes, size]."""
         if (addresses & (size - 1)).any():
-            raise Fault(Kind.ALIGNMENT, f"{what} of {size} bytes at {int(addresses[(addresses & (size - 1)) != 0][0]):#x}")
+            raise Fault(
+                Kind.ALIGNMENT, f"{what} of {size} bytes at {int(addresses[(addresses & (size - 1)) != 0][0]):#x}"
+            )
         low, high = int(addresses.min()), int(addresses.max()) + size
         try:
             region = self.find(low, high, what)
@@ -192,7 +198,9 @@ class Memory:
             if launched.running and not waited and np.isin(region.kernel[at], launched.running).any():
                 raise Fault(Kind.EARLY, f"tensor copy from {region.name}, which the kernel before writes")
             if (region.writer[at] != NOBODY).any():
-                raise Fault(Kind.RACE, f"tensor copy from {region.name}, which this kernel writes without a proxy fence")
+                raise Fault(
+                    Kind.RACE, f"tensor copy from {region.name}, which this kernel writes without a proxy fence"
+                )
             region.reader[at] = MANY
         return region.bytes[at]
 
@@ -270,14 +278,16 @@ class SharedMemory:
 
     def _refuse_mbarriers(self, at: NDArray[np.int64], what: str) -> None:
         if self.is_mbarrier[at].any():
-            raise Fault(Kind.BARRIER, f"{what} of shared memory at byte {int(at[self.is_mbarrier[at]][0]) * 4}: an mbarrier")
+            raise Fault(
+                Kind.BARRIER, f"{what} of shared memory at byte {int(at[self.is_mbarrier[at]][0]) * 4}: an mbarrier"
+            )
 
     def _race(self, warp: Warp, lane: Any, word: Any, what: str, agent: int, other: str) -> None:
         threads = warp.clocks.threads
         who = f"warp {agent // 32}, lane {agent % 32}" if agent < threads else "a tensor copy"
         raise Fault(
             Kind.RACE,
-            f"{what} of shared memory, byte {int(word) * 4}, by lane {int(lane)}: not ordered after the {other} by {who}",
+            f"{what} of shared memory, byte {int(word) * 4}, lane {int(lane)}: not ordered after the {other} by {who}",
         )
 
     def land(self, at: NDArray[np.int64], data: NDArray[np.uint32], known: Any, slot: int, phase: int) -> None:
@@ -287,12 +297,14 @@ class SharedMemory:
         generic = (writer != NOBODY) & (writer < self.copies_from)
         bad = (writer != NOBODY) & (known[KNOWN][writer] < epoch)
         if bad.any():
-            raise Fault(Kind.RACE, f"tensor copy into shared memory, byte {int(at[bad][0]) * 4}: not ordered after a write")
+            raise Fault(
+                Kind.RACE, f"tensor copy into shared memory, byte {int(at[bad][0]) * 4}: not ordered after a write"
+            )
         unfenced = generic & (known[FENCED][writer] < epoch)
         if unfenced.any():
             raise Fault(
                 Kind.RACE,
-                f"tensor copy into shared memory, byte {int(at[unfenced][0]) * 4}: no fence.proxy.async after a plain write",
+                f"tensor copy into shared memory, byte {int(at[unfenced][0]) * 4}: no fence.proxy.async after a write",
             )
         late = self.reads[at] > known[KNOWN]
         if late.any():

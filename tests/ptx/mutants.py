@@ -1,7 +1,6 @@
 """Mistakes, one at a time, in a tile's PTX, its source or its launch; and what notices each.
 
-`python -m ptx.mutants` (with tests and ci on PYTHONPATH) prints the table of mutations.py. A mistake counts as caught
-when the executor reports a fault or a result differs, under one of a few seeds: orders of warps and of copies.
+`PYTHONPATH=tests:ci python -m ptx.mutants` prints the table of mutations.py. A mistake counts as caught the executor reports a fault or a result differs, under one of a few seeds: orders of warps and of copies.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,11 +35,12 @@ ROWS = (3, 0, 9)
 Edit = Callable[[str], str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mutation:
     """One mistake; exactly one of ptx, source and launch is given."""
 
     name: str
+    _: KW_ONLY
     tile: str = "m8n64_swap"
     ptx: Edit | None = None
     source: tuple[str, str, str] | None = None  # file under csrc, old text, new text
@@ -165,7 +165,7 @@ def table(rows: Sequence[tuple[Mutation, str]]) -> str:
 
 
 def main() -> int:
-    from .mutations import MUTATIONS
+    from .mutations import MUTATIONS  # which imports this module
 
     start, rows = time.process_time(), []
     for mutation in MUTATIONS:
@@ -173,8 +173,9 @@ def main() -> int:
         print(table(rows).splitlines()[-1][:200], flush=True)
     harmful = [found for mutation, found in rows if not mutation.harmless]
     controls = [found for mutation, found in rows if mutation.harmless]
-    print(f"caught {sum(map(bool, harmful))} of {len(harmful)}; {sum(not f for f in controls)} of {len(controls)} controls pass")
-    print(f"{time.process_time() - start:.0f} s")
+    print(f"caught: {sum(map(bool, harmful))} of {len(harmful)}")
+    print(f"controls that pass: {sum(not found for found in controls)} of {len(controls)}")
+    print(f"{time.process_time() - start:.0f} s of CPU time, compilers not counted")
     return 0 if all(harmful) and not any(controls) else 1
 
 

@@ -40,10 +40,7 @@ class Clocks:
     def release(self, warp: int, lanes: Bools | None) -> Ints:
         """What these lanes know, together and with their own accesses so far: [2, agents]. Starts their next epoch."""
         rows = self.rows[warp]
-        if rows.shape[1] == 1:
-            given = rows[:, 0].copy()
-        else:
-            given = rows.max(1) if lanes is None else rows[:, lanes].max(1)
+        given = rows.max(1) if lanes is None or rows.shape[1] == 1 else rows[:, lanes].max(1)
         own = self.own[warp * 32 : warp * 32 + 32]
         mine = given[KNOWN, warp * 32 : warp * 32 + 32]
         if lanes is None:

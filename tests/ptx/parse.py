@@ -1,8 +1,8 @@
 """PTX text -> kernels: parameters, registers, shared variables, and instructions with resolved labels.
 
-Only what nvcc emits for this project's kernels is understood; a directive that is not known by name is a fault, like an
-instruction that the other modules do not know. Names inside a brace scope ({ .reg .pred done; ... }), as inline assembly
-brings them, get the scope's number, so that every name is unique in its kernel.
+Only what nvcc emits for this project's kernels is understood; a directive that is not known by name is a fault, like
+an instruction that the other modules do not know. Names inside a brace scope ({ .reg .pred done; ... }), as inline
+assembly brings them, get the scope's number, so that every name is unique in its kernel.
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ def _param(text: str) -> tuple[str, int, int]:
 def _body(text: str, position: int, kernel: Kernel) -> int:
     """Reads statements up to the brace that closes the kernel; returns the position behind it."""
     scopes: list[dict[str, str]] = [{}]  # of each open brace: name as written -> unique name
-    pending: list[tuple[int, dict[str, str], Instruction]] = []
     scope_number, label = 0, ""
     label_pattern = re.compile(r"\s*([\w$]+)\s*:(?!:)")
     skip = re.compile(r"\s*")
@@ -157,14 +156,18 @@ def _body(text: str, position: int, kernel: Kernel) -> int:
         else:
             names = _NAME.sub(lambda m: rename(m[0]), statement) if len(scopes) > 1 else statement
             kernel.instructions.append(_instruction(names, label))
-    del pending
     for index, instruction in enumerate(kernel.instructions):
         if instruction.name in ("bra", "bra.uni"):
             target = kernel.labels.get(instruction.operands[0])
             if target is None:
                 raise Fault(Kind.UNKNOWN, f"label of {instruction.text}")
             kernel.instructions[index] = Instruction(
-                instruction.name, instruction.operands, instruction.guard, instruction.negated, instruction.label, target
+                instruction.name,
+                instruction.operands,
+                instruction.guard,
+                instruction.negated,
+                instruction.label,
+                target,
             )
     return position
 

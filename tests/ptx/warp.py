@@ -1,7 +1,7 @@
 """A warp: 32 lanes in groups that are at the same instruction, and what instructions do beyond their registers.
 
-Translated code (translate.py) calls the methods here. Lanes diverge into groups at a branch whose predicate differs, and
-are one group again when they come to the same instruction, or at an instruction that needs them together.
+Translated code (translate.py) calls the methods here. Lanes diverge into groups at a branch whose predicate differs,
+and are one group again when they come to the same instruction, or at an instruction that needs them together.
 """
 
 from __future__ import annotations
@@ -347,4 +347,3 @@ class Warp:
     def launch_dependents(self, mask: Mask) -> None:
         if self.waited[lanes_of(mask)].all():
             self.block.triggered_after_wait = True
-
