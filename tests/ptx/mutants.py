@@ -1,6 +1,7 @@
 """Mistakes, one at a time, in a tile's PTX, its source or its launch; and what notices each.
 
-`PYTHONPATH=tests:ci python -m ptx.mutants` prints the table of mutations.py. A mistake counts as caught the executor reports a fault or a result differs, under one of a few seeds: orders of warps and of copies.
+`PYTHONPATH=tests:ci python -m ptx.mutants` prints the table of mutations.py. A mistake counts as caught when the
+executor reports a fault or a result differs, under one of a few seeds: orders of warps and of copies.
 """
 
 from __future__ import annotations
