@@ -10,6 +10,7 @@ from gpu_problems import Call, bits
 from torch import Tensor
 
 from mxfp4_moe import _load, formats, reference
+from mxfp4_moe.problems import arithmetic_here
 from mxfp4_moe.weights import MoEWeights
 
 ROUNDINGS = (None, torch.bfloat16, torch.float16)  # by the operator's number
@@ -51,6 +52,7 @@ def exact_layer(call: Call, weights: MoEWeights, *, intermediate_rounding: bool 
         *call.args(),
         weights,
         lambda gemm1, row_expert: kernel_activation(gemm1, row_expert, weights, rounding),
+        arithmetic=arithmetic_here(weights.device),
         **options,
     )
 

@@ -154,7 +154,8 @@ BAD: list[tuple[Callable[[Path, Path], None], str]] = [
     (changed(tiles={"m64n128": "wrong"}), "is damaged (TypeError: "),
     (changed(tiles={"m64n128": {}}), "is damaged (KeyError: 'sha256')"),
     (changed(capability=None), "is damaged (TypeError: "),
-    (changed(schema=2), "is for another schema (2, here 1)"),
+    (changed(schema=1), "is for another schema (1, here 2)"),
+    (changed(rules=1), "is for another version of the self-test (1, here 2)"),
     (
         changed(device="NVIDIA H200"),
         "is for another device (NVIDIA H200 (12, 0), here NVIDIA GeForce RTX 5090 (12, 0))",
