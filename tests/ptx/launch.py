@@ -189,6 +189,9 @@ class Recorder:
     def layout(self) -> dict[str, tuple[int, int]]:
         return self._ask("layout")
 
+    def workspace(self, count: int, *shape: int) -> list[int]:
+        return self._ask("workspace", count, *shape)
+
     def encode(self, *args: Any) -> bytes | str:
         return self._ask("encode", *args)
 

@@ -70,6 +70,12 @@ class Machine:
             found[field.name.decode()] = (field.offset, field.bytes)
         raise AssertionError("unreachable")
 
+    def workspace(self, count: int, *shape: int) -> list[int]:
+        """The first `count` numbers of fake_torch_cuda.cpp's fake_workspace."""
+        offsets = (ctypes.c_int64 * count)()
+        self.torch_cuda.fake_workspace(*map(ctypes.c_int64, shape), offsets)
+        return list(offsets)
+
     def encode(
         self,
         data_type: int,
