@@ -6,12 +6,15 @@ They share no code with the library, so that a mistake would have to be made twi
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import torch
 from safetensors.torch import save_file
+
+from mxfp4_moe.arithmetic import Arithmetic
 
 E4M3 = ml_dtypes.float8_e4m3fn
 E2M1 = ml_dtypes.float4_e2m1fn
@@ -34,6 +37,62 @@ def e4m3_codes(values: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         codes = np.clip(values, -448, 448).astype(E4M3).view(np.uint8)
     return np.where(np.isnan(values), np.uint8(0x7F), codes)
+
+
+def mma_block(
+    a: np.ndarray, b: np.ndarray, a_scale: np.ndarray, b_scale: np.ndarray, acc: np.ndarray, rule: Arithmetic
+) -> np.ndarray:
+    """One block under a rule, in fractions: E4M3 codes [M, 32], E2M1 codes [N, 32] as 0..15, E8M0, float32 [M, N].
+
+    Everything must be finite.
+    """
+    out = np.empty_like(acc)
+    for i, j in np.ndindex(acc.shape):
+        scale = int(a_scale[i]) + int(b_scale[j]) - 254
+        x = [_parts(value, -6) for value in e4m3_values(a[i])]
+        y = [_parts(value, 0) for value in b[j].view(E2M1).astype(np.float64)]
+        if rule.operands == "bf16":
+            x = [_parts(value * Fraction(2) ** e * Fraction(2) ** (int(a_scale[i]) - 127), -126) for value, e in x]
+            y = [_parts(value * Fraction(2) ** e * Fraction(2) ** (int(b_scale[j]) - 127), -126) for value, e in y]
+            scale = 0
+        value = float(acc[i, j])
+        for k in range(0, 32, rule.products):
+            products = [(s * t, e + f + scale) for (s, e), (t, f) in zip(x[k:], y[k:], strict=True)][: rule.products]
+            value = _mma_step(products, scale, value, rule)
+        out[i, j] = value
+    return out
+
+
+def _mma_step(products: list[tuple[Fraction, int]], scale: int, acc: float, rule: Arithmetic) -> float:
+    if rule.bits is None:
+        block = sum(s * Fraction(2) ** (e - scale) for s, e in products)
+        factor = min(Fraction(2) ** scale, Fraction(2) ** 128) if scale >= -149 else 0
+        product = Fraction(_float32(Fraction(_float32(block, rule)) * factor, rule))
+        return _float32(Fraction(acc) + product, rule)
+    terms = [*products, _parts(acc, -126)]
+    top = max((e for s, e in terms if s), default=-133)
+    unit = Fraction(2) ** (max(top, -133) - rule.bits)
+    return _float32(sum(_whole(s * Fraction(2) ** e / unit, rule) * unit for s, e in terms), rule)
+
+
+def _parts(value: float | Fraction, lowest: int) -> tuple[Fraction, int]:
+    """Significand and exponent of a number as its format stores it."""
+    x = Fraction(value)
+    e = max(abs(x.numerator).bit_length() - x.denominator.bit_length(), lowest)  # or one less than it must be
+    e += abs(x) >= Fraction(2) ** (e + 1)
+    return x / Fraction(2) ** e, e
+
+
+def _whole(x: Fraction, rule: Arithmetic) -> int:
+    return math.trunc(x) if rule.rounding == "cut" else round(x)
+
+
+def _float32(x: Fraction | int, rule: Arithmetic) -> float:
+    """Of numbers below 2^128."""
+    if not x:
+        return 0.0
+    e = max(_parts(x, -126)[1] - 23, -149)
+    return float(_whole(Fraction(x) / Fraction(2) ** e, rule) * Fraction(2) ** e)
 
 
 def e2m1_values(packed: np.ndarray) -> np.ndarray:

@@ -4,8 +4,9 @@ One call flows through `route` -> `quantize_mxfp8` -> `grouped_gemm` -> `activat
 `grouped_gemm` -> `finalize`; `fused_moe` is that chain. All of it runs on CPU and CUDA tensors. `topk_softmax` is the
 router in front of it.
 
-Routing, quantization and the two GEMMs are what the kernels do bit for bit. `activate` and the softmax evaluate the
-same float32 formulas with torch's exp instead of the kernel's, so they agree closely, not bitwise.
+Routing, quantization and the two GEMMs are what the kernels do bit for bit, the GEMMs under the arithmetic of their
+architecture: `arithmetic.of_arch`. Who names none gets the fp32 chain, as CPU tensors do. `activate` and the softmax
+evaluate the same float32 formulas with torch's exp instead of the kernel's, so they agree closely, not bitwise.
 
 Words: T tokens, k experts per token, E experts, H hidden size, I intermediate size. A slot is one (token, choice)
 pair, number t*k+j; a row is one slot's place in the activations sorted by expert; R = T*k.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activation
+from .arithmetic import FP32_CHAIN, Arithmetic, gemm
 from .formats import (
     BLOCK,
     E4M3_NAN,
@@ -45,14 +47,25 @@ _MXFP8 = (torch.uint8, torch.float8_e4m3fn)
 _MIB = 1 << 20
 
 
-def grouped_gemm(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, expert_offsets: Tensor) -> Tensor:
-    """MXFP8 rows times the MXFP4 weight of their expert, in the kernels' own fp32 chain.
+def grouped_gemm(
+    codes: Tensor,
+    row_scales: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    expert_offsets: Tensor,
+    *,
+    arithmetic: Arithmetic = FP32_CHAIN,
+) -> Tensor:
+    """MXFP8 rows times the MXFP4 weight of their expert, in the arithmetic of an architecture (docs/arithmetic.md).
 
-    Per output: acc = +0; for each block of 32 in k order, block = the exact sum of the 32 products, rounded to fp32;
-    s = 2^(sa-127) * 2^(sb-127) in fp32; acc = fma(block, s, acc). Here block * s and the sum are two fp32 operations:
-    s is a power of two, so the product is exact and the pair equals the fma, except where block * s falls into the
-    subnormals (below 2^-126) and loses bits, or overflows. Float64 sums of 32 products are exact in any order: an
-    E4M3 x E2M1 product is an integer below 2^22 in units of 2^-10.
+    The fp32 chain, per output: acc = +0; for each block of 32 in k order, block = the exact sum of the 32 products,
+    rounded to fp32; s = 2^(sa-127) * 2^(sb-127) in fp32; acc = fma(block, s, acc). Here block * s and the sum are two
+    fp32 operations: s is a power of two, so the product is exact and the pair equals the fma, except where block * s
+    falls into the subnormals (below 2^-126) and loses bits, or overflows. Float64 sums of 32 products are exact in any
+    order: an E4M3 x E2M1 product is an integer below 2^22 in units of 2^-10.
+
+    Other rules add up in the tensor core: one step per block of 32, or two with k 0..15 and then k 16..31 of it where a
+    step has 16 products.
 
     Args:
         codes: uint8 [R, K] E4M3, rows sorted by expert, plain k order; K a multiple of 32.
@@ -60,6 +73,7 @@ def grouped_gemm(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tens
         packed: uint8 [E, N, K/2] E2M1, low nibble = even k (checkpoint order, not prepared).
         scales: uint8 [E, N, K/32] E8M0.
         expert_offsets: int32 [E+1]; expert e owns rows [expert_offsets[e], expert_offsets[e+1]).
+        arithmetic: the rule; `arithmetic.of_arch` gives that of an architecture's kernels.
 
     Returns:
         float32 [R, N]; rows of no expert are zero.
@@ -74,7 +88,7 @@ def grouped_gemm(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tens
     require_tensor("packed", packed, torch.uint8, ("E", "N", k // 2), codes.device)
     experts, n, _ = packed.shape
     require_tensor("scales", scales, torch.uint8, (experts, n, k // BLOCK), codes.device)
-    return _grouped_gemm(codes, row_scales, lambda e: (packed[e], scales[e]), n, expert_offsets, experts)
+    return _grouped_gemm(codes, row_scales, lambda e: (packed[e], scales[e]), n, expert_offsets, experts, arithmetic)
 
 
 def route(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,6 +329,7 @@ def fused_moe(
     scale_layout: str = "linear",
     output_dtype: torch.dtype | None = None,
     intermediate_rounding: bool = False,
+    arithmetic: Arithmetic = FP32_CHAIN,
 ) -> Tensor:
     """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
 
@@ -329,6 +344,7 @@ def fused_moe(
         hidden_states_scale, scale_layout: as for `mxfp8_rows`.
         output_dtype: bfloat16 or float16; None: the dtype of hidden_states, bfloat16 where that is MXFP8.
         intermediate_rounding: `activate` with the output dtype as its rounding.
+        arithmetic: of the two GEMMs.
 
     Returns:
         [T, H] in the output dtype.
@@ -357,6 +373,7 @@ def fused_moe(
         hidden_states_scale=hidden_states_scale,
         scale_layout=scale_layout,
         output_dtype=output_dtype,
+        arithmetic=arithmetic,
     )
 
 
@@ -370,6 +387,7 @@ def layer(
     hidden_states_scale: Tensor | None = None,
     scale_layout: str = "linear",
     output_dtype: torch.dtype | None = None,
+    arithmetic: Arithmetic = FP32_CHAIN,
 ) -> Tensor:
     """`fused_moe` with another step between the GEMMs; with the kernel's own, the whole is the kernels' bit for bit.
 
@@ -406,8 +424,8 @@ def layer(
         codes, scales = quantize_mxfp8(hidden_states)
     else:
         codes, scales = mxfp8_rows(hidden_states, hidden_states_scale, scale_layout)
-    gemm1 = _grouped_gemm(codes[token], scales[token], w13, gemm1_width, offsets, experts)
-    gemm2 = _grouped_gemm(*between(gemm1, row_expert), w2, hidden, offsets, experts)
+    gemm1 = _grouped_gemm(codes[token], scales[token], w13, gemm1_width, offsets, experts, arithmetic)
+    gemm2 = _grouped_gemm(*between(gemm1, row_expert), w2, hidden, offsets, experts, arithmetic)
     return finalize(gemm2.to(output_dtype), topk_weights, slot_row, row_expert, weights.w2_bias)
 
 
@@ -437,6 +455,7 @@ def _grouped_gemm(
     n: int,
     expert_offsets: Tensor,
     experts: int,
+    arithmetic: Arithmetic,
 ) -> Tensor:
     """`grouped_gemm` with the plain weights of one expert, (packed [N, K/2], scales [N, K/32]), fetched when needed."""
     rows, k = codes.shape
@@ -448,12 +467,16 @@ def _grouped_gemm(
     out = torch.zeros(rows, n, device=codes.device)
     for e, (begin, end) in enumerate(pairwise(offsets)):
         if end > begin:
-            _gemm(codes[begin:end], row_scales[begin:end], *weight(e), out[begin:end])
+            one = codes[begin:end], row_scales[begin:end], *weight(e), out[begin:end]
+            if arithmetic == FP32_CHAIN:
+                _gemm(*one)
+            else:
+                gemm(arithmetic, *one)
     return out
 
 
 def _gemm(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, out: Tensor) -> None:
-    """One expert's rows, tiled so that a CPU keeps the block sums in cache and a GPU gets few, large launches."""
+    """One expert's rows in the fp32 chain; a CPU keeps the block sums in cache, a GPU gets few, large launches."""
     (m, k), n = codes.shape, packed.shape[0]
     weight_bytes, block_bytes = (128 * _MIB, 128 * _MIB) if codes.is_cuda else (64 * _MIB, 4 * _MIB)
     columns = min(n, max(128, weight_bytes // (12 * max(k, 1))))  # float32 and float64 of each weight
