@@ -15,7 +15,7 @@ import pytest
 import torch
 from moe_cases import NUMBERS, ids_of, layer_of, ordinal, special_rows
 from ptx import launch
-from ptx.running import Executed, execute
+from ptx.running import Run, execute
 from ptx.workspace import intermediates
 from torch import Tensor
 
@@ -31,7 +31,7 @@ TOPK_TOLERANCE = {"rtol": 3e-6, "atol": 1e-30}  # an exp, a sum in another order
 TILE = tiles.Tile(m=16, n=128, swap_ab=True)  # its GEMM1 applies the activation; not run here
 
 
-def operator(sources: Sequence[str], name: str, *args: Any, early: Sequence[str] = (), **inputs: Any) -> Executed:
+def operator(sources: Sequence[str], name: str, *args: Any, early: Sequence[str] = (), **inputs: Any) -> Run:
     """Runs torch.ops.mxfp4_moe.<name>; `inputs` are the tensors among its arguments, by name."""
     for source in sources:
         launch.ptx_of_moe(source)
@@ -146,7 +146,7 @@ def test_topk_and_route(tokens: int, top_k: int, experts: int, kernels: int, dty
     torch.testing.assert_close(weights, expected_weights, equal_nan=True, **TOPK_TOLERANCE)
 
 
-def layer_routing(logits: Tensor, top_k: int, experts: int, first_expert: int, kernels: int) -> Executed:
+def layer_routing(logits: Tensor, top_k: int, experts: int, first_expert: int, kernels: int) -> Run:
     """Of a whole layer's launches, the first `kernels`."""
     recorder = launch.shared_recorder()
     sources = (*ROUTES, "quantize", "finalize", "activation")
@@ -185,7 +185,7 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, tokens: int) 
     check_rows(done, *formats.quantize_mxfp8(x), row_slot[: int(offsets[-1])] // top_k)
 
 
-def check_rows(done: Executed, expected_codes: Tensor, expected_scales: Tensor, token: Tensor) -> None:
+def check_rows(done: Run, expected_codes: Tensor, expected_scales: Tensor, token: Tensor) -> None:
     """Rows of these tokens, and nothing behind them."""
     codes, scales = done.results
     valid = len(token)
