@@ -23,6 +23,15 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
+def junk(tile: Tile, k: int) -> list[range]:
+    """Packed weights that a last K tile of less than 128 lacks: any bits, multiplied by zeros (csrc/tile/kernel.cuh)."""
+    proof = prove(tile, "120f")
+    weights = proof.stages * tile.m * 128  # behind the stages' activations
+    first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
+    blocks = proof.stages * -(-tile.n // 64)
+    return [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+
+
 class Gemm:
     """One problem's operands in a machine's memory."""
 
@@ -66,15 +75,7 @@ class Gemm:
         (one,) = launch.shared_recorder().gemm(self.tile, args, sms=sms)
         late = ["act", "act_scale"] if args.m_tiles_are_ready else ["act", "act_scale", "m_tiles", "num_m_tiles"]
         self.machine.pretend_kernel(late)
-        self.machine.run(ptx, one, junk=self.junk())
-
-    def junk(self) -> list[range]:
-        """Packed weights that a last K tile of less than 128 lacks: any bits, multiplied by zeros (csrc/tile/kernel.cuh)."""
-        proof = prove(self.tile, "120f")
-        weights = proof.stages * self.tile.m * 128  # behind the stages' activations
-        first = 256 + self.problem.codes.shape[1] % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
-        blocks = proof.stages * -(-self.tile.n // 64)
-        return [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+        self.machine.run(ptx, one, junk=junk(self.tile, self.problem.codes.shape[1]))
 
     def run(
         self,
