@@ -102,22 +102,6 @@ def pair(high: Array, low: Array) -> Array:
     return high.astype(u4) << u4(16) | low.astype(u4)
 
 
-def _e4m3_table() -> Array:
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    value = np.ldexp(np.where(exponent > 0, 8 + mantissa, mantissa), np.maximum(exponent, 1) - 10)
-    value = np.where(codes & 0x7F == 0x7F, np.nan, np.where(codes & 0x80, -value, value))
-    return np.where(np.isnan(value), u2(0x7FFF), value.astype(np.float16).view(u2))
-
-
-_F16_OF_E4M3 = _e4m3_table()
-
-
-def f16_pair(codes: Array) -> Array:
-    """cvt.rn.f16x2.e4m3x2: exact."""
-    return pair(_F16_OF_E4M3[codes >> u2(8)], _F16_OF_E4M3[codes & u2(0xFF)])
-
-
 def e4m3_pair(high: Array, low: Array) -> Array:
     return e4m3_bits(high).astype(u2) << u2(8) | e4m3_bits(low).astype(u2)
 

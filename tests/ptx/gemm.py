@@ -24,7 +24,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def junk(tile: Tile, k: int) -> list[range]:
-    """Packed weights that a last K tile of less than 128 lacks: any bits, multiplied by zeros (csrc/tile/kernel.cuh)."""
+    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (csrc/tile/kernel.cuh)."""
     proof = prove(tile, "120f")
     weights = proof.stages * tile.m * 128  # behind the stages' activations
     first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes

@@ -16,7 +16,6 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _ENTRY = re.compile(r"(?:\.visible\s+)?\.entry\s+([\w$]+)\s*\(")
 _VARIABLE = re.compile(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 _NAME = re.compile(r"[%A-Za-z_$][\w$]*")
-_HALVES = {".f16": "b16", ".bf16": "b16"}  # registers whose type only says what is in them
 _IGNORED = (".pragma", ".loc", ".file")
 _LIMITS = (".maxntid", ".minnctapersm", ".reqntid", ".maxnreg", ".explicitcluster")
 
@@ -147,7 +146,7 @@ def _body(text: str, position: int, kernel: Kernel) -> int:
         if statement.startswith(".reg"):
             _, kind, names = statement.split(None, 2)
             for name in names.split(","):
-                kernel.registers[rename(re.sub(r"<\d+>", "", name).strip())] = _HALVES.get(kind, kind.lstrip("."))
+                kernel.registers[rename(re.sub(r"<\d+>", "", name).strip())] = kind.lstrip(".")
         elif statement.startswith(".shared"):
             found = _VARIABLE.search(statement)
             if found is None:
@@ -165,7 +164,12 @@ def _body(text: str, position: int, kernel: Kernel) -> int:
             if target is None:
                 raise Fault(Kind.UNKNOWN, f"label of {instruction.text}")
             kernel.instructions[index] = Instruction(
-                instruction.name, instruction.operands, instruction.guard, instruction.negated, instruction.label, target
+                instruction.name,
+                instruction.operands,
+                instruction.guard,
+                instruction.negated,
+                instruction.label,
+                target,
             )
     return position
 

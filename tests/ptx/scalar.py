@@ -61,7 +61,11 @@ def divide(a: Any, b: Any) -> Any:
     else:
         floor = a // safe
         quotient = floor + ((floor < 0) & (floor * safe != a)).astype(a.dtype)
-    return np.where(b == 0, a.dtype.type(0) - a.dtype.type(0) - np.ones((), a.dtype), quotient) if (b == 0).any() else quotient
+    return (
+        np.where(b == 0, a.dtype.type(0) - a.dtype.type(0) - np.ones((), a.dtype), quotient)
+        if (b == 0).any()
+        else quotient
+    )
 
 
 def remainder(a: Any, b: Any) -> Any:
@@ -182,5 +186,4 @@ _define("cvt.f32.f16", "f32", "b16", "floats.from_f16({0})")
 _define("cvt.rn.bf16x2.f32", "b32", "f32 f32", "floats.pair(floats.bf16_bits({0}), floats.bf16_bits({1}))")
 _define("cvt.rn.f16x2.f32", "b32", "f32 f32", "floats.pair(floats.f16_bits({0}), floats.f16_bits({1}))")
 _define("cvt.rn.f16x2.e4m3x2", "b32", "b16", "floats.f16_of_e4m3_pair({0})")
-_define("cvt.rn.f16x2.e4m3x2", "b32", "b16", "floats.f16_pair({0})")
 _define("cvt.rn.satfinite.e4m3x2.f32", "b16", "f32 f32", "floats.e4m3_pair({0}, {1})")

@@ -145,8 +145,6 @@ class _Writer:
             return self._constant(kind, bits)
         if kind == "pred" and text in ("0", "1", "-1"):
             return self._constant(kind, text != "0")
-        if kind == "pred" and re.fullmatch(r"-?[01]", text):
-            return self._constant(kind, text != "0")
         if re.fullmatch(r"-?(0[xX][0-9A-Fa-f]+|\d+)U?", text) and kind not in ("f32", "pred"):
             value = int(text.rstrip("U"), 0)
             bits = DTYPES[kind]().itemsize * 8
@@ -287,25 +285,6 @@ class _Writer:
             self._assign(target, f"{low} | {high} << {self._constant(whole, bits // 2)}", whole, mask, i)
         return True
 
-    def _halves(self, i: Instruction, mask: str) -> bool:
-        """mov.b32 and mov.b64 between a register and its two halves, the low one first."""
-        if i.name not in ("mov.b32", "mov.b64") or len(i.operands) != 2:
-            raise self._refuse(i)
-        whole, half = ("u32", "u16") if i.name == "mov.b32" else ("u64", "u32")
-        bits = DTYPES[half]().itemsize * 8
-        destination, source = i.operands
-        if destination.startswith("{"):
-            self.lines.append(f"t = {self._read(source, whole, i)}")
-            low, high = _vector(destination)
-            name = DTYPES[half].__name__
-            self._assign(low, f"t.astype(np.{name})", half, mask, i)
-            self._assign(high, f"(t >> {bits}).astype(np.{name})", half, mask, i)
-        else:
-            name = DTYPES[whole].__name__
-            low, high = (f"{self._read(word, half, i)}.astype(np.{name})" for word in _vector(source))
-            self._assign(destination, f"{low} | {high} << np.{name}({bits})", whole, mask, i)
-        return True
-
     def _alone(self, i: Instruction, mask: str) -> None:
         """Instructions of each lane for itself that touch more than its registers."""
         name = i.name
@@ -349,7 +328,9 @@ class _Writer:
         elif name == "cvta.shared.u64":
             self._assign(i.operands[0], f"w.generic({self._read(i.operands[1], 'u64', i)})", "u64", mask, i)
         elif name == "mapa.u64":
-            there = f"w.map_shared({mask}, {self._read(i.operands[1], 'u64', i)}, {self._read(i.operands[2], 'u32', i)})"
+            there = (
+                f"w.map_shared({mask}, {self._read(i.operands[1], 'u64', i)}, {self._read(i.operands[2], 'u32', i)})"
+            )
             self._assign(i.operands[0], there, "u64", mask, i)
         else:
             raise self._refuse(i)
