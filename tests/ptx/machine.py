@@ -87,9 +87,7 @@ class Block:
         thread = warp * 32 + np.arange(32, dtype=np.uint32)
         found = {"%laneid": np.arange(32, dtype=np.uint32)}
         width, height, _ = launch.block
-        for axis, ids in zip(
-            "xyz", (thread % width, thread // width % height, thread // (width * height)), strict=True
-        ):
+        for axis, ids in zip("xyz", (thread % width, thread // width % height, thread // (width * height)), strict=True):
             found[f"%tid.{axis}"] = ids.astype(np.uint32)
         columns, rows, _ = launch.grid
         at = (self.number % columns, self.number // columns % rows, self.number // (columns * rows))
@@ -200,14 +198,7 @@ class Launched:
 
     def garbage(self, count: int) -> list[NDArray[Any]]:
         """What registers hold before anything is written to them."""
-        kinds = {
-            "pred": np.bool_,
-            "b16": np.uint16,
-            "f16": np.uint16,
-            "b32": np.uint32,
-            "f32": np.float32,
-            "b64": np.uint64,
-        }
+        kinds = {"pred": np.bool_, "b16": np.uint16, "f16": np.uint16, "b32": np.uint32, "f32": np.float32, "b64": np.uint64}
         junk = [self._junk[i % 64] for i in range(8)]
         cast = {name: [(j & 1).astype(t) if t is np.bool_ else j.astype(t) for j in junk] for name, t in kinds.items()}
         type_of = self.program.kernel.type_of

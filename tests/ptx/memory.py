@@ -100,19 +100,13 @@ class Memory:
         at = bisect_right(self._bases, low) - 1
         if at >= 0 and high <= self._regions[at].end:
             return self._regions[at]
-        near = (
-            f"; nearest below: {self._regions[at].name}, {self._regions[at].end - low:+d} bytes to its end"
-            if at >= 0
-            else ""
-        )
+        near = f"; nearest below: {self._regions[at].name}, {self._regions[at].end - low:+d} bytes to its end" if at >= 0 else ""
         raise Fault(Kind.BOUNDS, f"{what} of [{low:#x}, {high:#x}) in no array{near}")
 
     def _places(self, addresses: Addresses, size: int, what: str) -> tuple[Region, NDArray[np.int64]]:
         """Region and byte offsets [lanes, size]."""
         if (addresses & (size - 1)).any():
-            raise Fault(
-                Kind.ALIGNMENT, f"{what} of {size} bytes at {int(addresses[(addresses & (size - 1)) != 0][0]):#x}"
-            )
+            raise Fault(Kind.ALIGNMENT, f"{what} of {size} bytes at {int(addresses[(addresses & (size - 1)) != 0][0]):#x}")
         low, high = int(addresses.min()), int(addresses.max()) + size
         try:
             region = self.find(low, high, what)
@@ -200,9 +194,7 @@ class Memory:
             if launched.running and not waited and np.isin(region.kernel[at], launched.running).any():
                 raise Fault(Kind.EARLY, f"tensor copy from {region.name}, which the kernel before writes")
             if (region.writer[at] != NOBODY).any():
-                raise Fault(
-                    Kind.RACE, f"tensor copy from {region.name}, which this kernel writes without a proxy fence"
-                )
+                raise Fault(Kind.RACE, f"tensor copy from {region.name}, which this kernel writes without a proxy fence")
             region.reader[at] = MANY
         return region.bytes[at]
 
@@ -287,9 +279,7 @@ class SharedMemory:
         generic = (writer != NOBODY) & (writer < self.copies_from)
         bad = (writer != NOBODY) & (known[KNOWN][writer] < epoch)
         if bad.any():
-            raise Fault(
-                Kind.RACE, f"tensor copy into shared memory, byte {int(at[bad][0]) * 4}: not ordered after a write"
-            )
+            raise Fault(Kind.RACE, f"tensor copy into shared memory, byte {int(at[bad][0]) * 4}: not ordered after a write")
         unfenced = generic & (known[FENCED][writer] < epoch)
         if unfenced.any():
             raise Fault(

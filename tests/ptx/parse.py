@@ -164,12 +164,7 @@ def _body(text: str, position: int, kernel: Kernel) -> int:
             if target is None:
                 raise Fault(Kind.UNKNOWN, f"label of {instruction.text}")
             kernel.instructions[index] = Instruction(
-                instruction.name,
-                instruction.operands,
-                instruction.guard,
-                instruction.negated,
-                instruction.label,
-                target,
+                instruction.name, instruction.operands, instruction.guard, instruction.negated, instruction.label, target
             )
     return position
 

@@ -61,11 +61,7 @@ def divide(a: Any, b: Any) -> Any:
     else:
         floor = a // safe
         quotient = floor + ((floor < 0) & (floor * safe != a)).astype(a.dtype)
-    return (
-        np.where(b == 0, a.dtype.type(0) - a.dtype.type(0) - np.ones((), a.dtype), quotient)
-        if (b == 0).any()
-        else quotient
-    )
+    return np.where(b == 0, a.dtype.type(0) - a.dtype.type(0) - np.ones((), a.dtype), quotient) if (b == 0).any() else quotient
 
 
 def remainder(a: Any, b: Any) -> Any:

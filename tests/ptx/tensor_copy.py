@@ -88,9 +88,7 @@ class Copy:
     def check(self) -> None:
         needed = 1024 if self.map.swizzle else 128
         if self.to % needed:
-            raise Fault(
-                Kind.ALIGNMENT, f"tensor copy to shared memory at {self.to:#x}, expected a multiple of {needed}"
-            )
+            raise Fault(Kind.ALIGNMENT, f"tensor copy to shared memory at {self.to:#x}, expected a multiple of {needed}")
         if self.to < SHARED_BASE or self.to - SHARED_BASE + self.map.box_bytes > self.block.shared.size:
             raise Fault(
                 Kind.BOUNDS,

@@ -328,9 +328,7 @@ class _Writer:
         elif name == "cvta.shared.u64":
             self._assign(i.operands[0], f"w.generic({self._read(i.operands[1], 'u64', i)})", "u64", mask, i)
         elif name == "mapa.u64":
-            there = (
-                f"w.map_shared({mask}, {self._read(i.operands[1], 'u64', i)}, {self._read(i.operands[2], 'u32', i)})"
-            )
+            there = f"w.map_shared({mask}, {self._read(i.operands[1], 'u64', i)}, {self._read(i.operands[2], 'u32', i)})"
             self._assign(i.operands[0], there, "u64", mask, i)
         else:
             raise self._refuse(i)
