@@ -63,9 +63,9 @@ def check_route(ids: Tensor, experts: int, tile_m: int) -> None:
     ("tokens", "top_k", "experts", "tile_m"),
     [
         # Up to 128 slots, one thread each sees all of them.
-        *[(1, 1, 1, 8), (5, 4, 128, 8), (43, 3, 2, 16), (3, 1, 300, 64), (16, 8, 40, 8)],
-        # More: warps with histograms.
-        *[(33, 4, 6, 8), (75, 3, 5, 256), (257, 1, 64, 8), (40, 4, 300, 16)],
+        *[(1, 1, 1, 8), (5, 4, 128, 8), (42, 3, 2, 16), (3, 1, 300, 64), (16, 8, 40, 8)],
+        # More: warps with histograms, which have up to 32 slots, up to 128, and more.
+        *[(43, 3, 6, 8), (75, 3, 5, 256), (257, 1, 64, 8), (40, 4, 300, 16), (300, 4, 7, 16), (1030, 4, 3, 64)],
     ],
 )
 def test_route_is_exact(tokens: int, top_k: int, experts: int, tile_m: int, dtype: torch.dtype) -> None:
@@ -130,7 +130,8 @@ def test_topk_and_route(tokens: int, top_k: int, experts: int, kernels: int, dty
     first_expert, tile_m = 3, TILE.m
     here = experts - 5
     logits = logits_of(tokens, experts, dtype)
-    done = layer_routing(logits, top_k, here, first_expert, kernels)
+    hidden = torch.empty(tokens, 32, dtype=torch.bfloat16)
+    done = first_of_layer(kernels, hidden, logits, top_k, here, first_expert)
     expected_weights, ids = reference.topk_softmax(logits, top_k)
     offsets, _, slot_row = reference.route(ids - first_expert, here)
     valid, expected_tiles = int(offsets[-1]), reference.m_tiles(offsets, tile_m)
@@ -146,15 +147,15 @@ def test_topk_and_route(tokens: int, top_k: int, experts: int, kernels: int, dty
     torch.testing.assert_close(weights, expected_weights, equal_nan=True, **TOPK_TOLERANCE)
 
 
-def layer_routing(logits: Tensor, top_k: int, experts: int, first_expert: int, kernels: int) -> Run:
-    """Of a whole layer's launches, the first `kernels`."""
+def first_of_layer(
+    kernels: int, hidden: Tensor, logits: Tensor, top_k: int, experts: int, first_expert: int = 0
+) -> Run:
+    """Of a whole layer's launches, the first `kernels`. What it reads was written by the kernel just before it."""
     recorder = launch.shared_recorder()
-    sources = (*ROUTES, "quantize", "finalize", "activation")
-    ptx = [launch.ptx_of_moe(source) for source in sources]
+    ptx = [launch.ptx_of_moe(source) for source in (*ROUTES, "quantize", "finalize", "activation")]
     launch.ptx_of_tile(TILE)
     recorder.register_tile(TILE)
-    hidden = torch.empty(len(logits), 32, dtype=torch.bfloat16)
-    w13, w2 = (torch.empty(experts, formats.weight_bytes(n, 32), dtype=torch.uint8) for n in (64, 32))
+    w13, w2 = (torch.empty(experts, formats.weight_bytes(*shape), dtype=torch.uint8) for shape in layer_shapes(hidden))
     numbers = (Activation.SWIGLU.code, 0.0, 0.0, math.inf, TILE.m, TILE.n)
     recording = recorder.operator(
         "fused_moe",
@@ -162,7 +163,13 @@ def layer_routing(logits: Tensor, top_k: int, experts: int, first_expert: int, k
         first_expert=first_expert,
     )
     del recording.launches[kernels:]
-    return execute(recording, ptx, {"logits": logits}, early=["logits"])
+    return execute(recording, ptx, {"logits": logits, "hidden": hidden}, early=["logits", "hidden"])
+
+
+def layer_shapes(hidden: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """N and K of the two GEMMs with intermediate size 32."""
+    width = hidden.shape[1]
+    return (64, width), (width, 32)
 
 
 # ---- quantize-permute and permute ------------------------------------------------------------------------------------
@@ -183,6 +190,19 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, tokens: int) 
     inputs = {"hidden_states": x, "slot_row": slot_row}
     done = operator(["quantize"], "quantize_permute", x, slot_row, top_k, **inputs, early=["slot_row"])
     check_rows(done, *formats.quantize_mxfp8(x), row_slot[: int(offsets[-1])] // top_k)
+
+
+def test_quantize_permute_reads_hidden_states_while_route_runs() -> None:
+    """Nothing but the rows' numbers comes from route, so the rest is done before that has finished."""
+    top_k, experts = 3, 5
+    x, logits = special_rows(160, torch.bfloat16), logits_of(9, experts, torch.float32)
+    done = first_of_layer(2, x, logits, top_k, experts)
+    sizes = {"slots": 27, "hidden": 160, "inter": 32, "experts": experts, "tile_m": TILE.m}
+    own = intermediates(done.recording, **sizes, gemm1_width=0, from_logits=True)
+    _, row_slot, _ = reference.route(reference.topk_softmax(logits, top_k)[1], experts)
+    codes, scales = formats.quantize_mxfp8(x)
+    assert torch.equal(own["codes1"], formats.interleave_k(codes[row_slot // top_k]))
+    assert torch.equal(own["scales1"][:, :27], formats.pack_row_scales(scales[row_slot // top_k])[:, :27])
 
 
 def check_rows(done: Run, expected_codes: Tensor, expected_scales: Tensor, token: Tensor) -> None:
