@@ -31,19 +31,26 @@ TOPK_TOLERANCE = {"rtol": 3e-6, "atol": 1e-30}  # an exp, a sum in another order
 TILE = tiles.Tile(m=16, n=128, swap_ab=True)  # its GEMM1 applies the activation; not run here
 
 
-def operator(sources: Sequence[str], name: str, *args: Any, early: Sequence[str] = (), **inputs: Any) -> Run:
-    """Runs torch.ops.mxfp4_moe.<name>; `inputs` are the tensors among its arguments, by name."""
+def operator(
+    sources: Sequence[str], name: str, *args: Any, early: Sequence[str] = (), arch: str = "120f", **inputs: Any
+) -> Run:
+    """Runs torch.ops.mxfp4_moe.<name>; `inputs` are the tensors among its arguments, by name.
+
+    arch: of the GPU for which the operator launches; the PTX is that of SM12x in any case.
+    """
     for source in sources:
         launch.ptx_of_moe(source)
-    recording = launch.shared_recorder().operator(name, *args)
+    recording = launch.shared_recorder().operator(name, *args, arch=arch)
     return execute(recording, [launch.ptx_of_moe(source) for source in sources], inputs, early=early)
 
 
 # ---- route ----------------------------------------------------------------------------------------------------------
 
 
-def check_route(ids: Tensor, experts: int, tile_m: int) -> None:
-    done = operator(ROUTES, "route", ids, experts, tile_m, ids=ids, early=["ids"])
+def check_route(ids: Tensor, experts: int, tile_m: int, *, arch: str = "120f", blocks: int = 1) -> None:
+    done = operator(ROUTES, "route", ids, experts, tile_m, ids=ids, early=["ids"], arch=arch)
+    [one] = done.recording.launches
+    assert one.cluster == one.grid == (blocks, 1, 1)
     offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles = done.results
     expected_offsets, expected_row_slot, expected_slot_row = reference.route(ids, experts)
     assert torch.equal(offsets, expected_offsets)
@@ -80,6 +87,13 @@ def test_route_when_all_go_the_same_way(expert: int, tokens: int) -> None:
 
 def test_route_reads_all_64_bits() -> None:
     check_route(torch.tensor([[2**32 + 1, -(2**63), 2**63 - 1, 1, 2**31, -(2**31)]]), 4, 8)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "blocks"), [(65, 4, 40, 4), (1025, 1, 300, 8), (515, 1, 2, 8)])
+def test_route_of_a_cluster(tokens: int, top_k: int, experts: int, blocks: int) -> None:
+    """As it is launched on SM90, where clusters have run; SM12x routes with one block. The last may have no slots."""
+    ids = ids_of(tokens, top_k, experts, torch.int32, CPU)
+    check_route(ids, experts, 16, arch="90a", blocks=blocks)
 
 
 # ---- the router, alone and in one kernel with route ------------------------------------------------------------------
