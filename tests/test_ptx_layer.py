@@ -105,7 +105,7 @@ def start(layer: Layer, out: Tensor) -> Run:
     written = {name: tensor for name, tensor in written.items() if tensor is not None}
     constant = {"w13": w13, "w13_bias": w13_bias, "w2": w2, "w2_bias": w2_bias}
     constant |= {name: value for name, value in rare.items() if isinstance(value, Tensor)}
-    return Run(recording, ptx, written | constant, outputs={"out": out}, early=list(written))
+    return Run(recording, ptx, written | constant, outputs={"out": out}, early=list(written), seed=layer.top_k)
 
 
 CASES = {

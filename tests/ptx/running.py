@@ -17,6 +17,7 @@ from .launch import Recording, entries
 from .machine import Machine
 
 POISON = 0xFF  # NaN in every format, E4M3 and E8M0 among them
+EXECUTED: set[str] = set()  # kernels, by their names, in this session
 
 
 def array_of(tensor: Tensor) -> Any:
@@ -46,7 +47,7 @@ class Run:
         """
         self.machine = Machine(seed=seed)
         self.recording = recording
-        self._left = list(recording.launches)
+        self.left = list(recording.launches)
         self._ptx = {kernel: text for text in ptx for kernel in entries(text)}
         memory = self.machine.memory
         for name, tensor in inputs.items():
@@ -63,9 +64,10 @@ class Run:
 
     def next(self, name: str = "", junk: Sequence[range] = ()) -> None:
         """Runs the next launch, which is one of the kernel that is called so; `junk` as for Machine.run."""
-        launch = self._left.pop(0)
+        launch = self.left.pop(0)
         assert name in launch.kernel, f"expected {name}, got {launch.kernel}"
         self.machine.run(self._ptx[launch.kernel], launch, junk=junk)
+        EXECUTED.add(launch.kernel)
 
     def allow_unwritten(self, tensor: Tensor) -> None:
         """What nobody wrote in this part of an allocation may be read: no result may depend on it."""
@@ -78,7 +80,7 @@ class Run:
 
     def finish(self) -> None:
         """That was all."""
-        assert not self._left, f"not executed: {[launch.kernel for launch in self._left]}"
+        assert not self.left, f"not executed: {[launch.kernel for launch in self.left]}"
 
     def written(self, tensor: Tensor) -> Tensor:
         """Of each element in an output or allocation, whether a kernel wrote it."""
@@ -97,6 +99,6 @@ class Run:
 def execute(recording: Recording, ptx: Sequence[str], inputs: Mapping[str, Tensor | None], **options: Any) -> Run:
     """All launches; options as those of `Run`."""
     run = Run(recording, ptx, inputs, **options)
-    while run._left:
+    while run.left:
         run.next()
     return run
