@@ -23,9 +23,9 @@ from .memory import SHARED_BASE, Memory, SharedMemory
 from .mma import Queue
 from .order import MBARRIERS, Clocks
 from .parse import Kernel, parse
-from .tensor_copy import Copy
+from .tensor_copy import Copy, TensorMap
 from .translate import Program
-from .warp import Group, Warp, mark_mbarrier
+from .warp import Group, Warp
 
 PARAM_BASE = 1 << 57  # of a kernel's parameters, as generic addresses
 WINDOW = 1 << 56  # of shared memory, as generic addresses; a block's rank in its cluster from bit 40 on
@@ -65,6 +65,16 @@ class Domain:
         if found[0] is None or any(meeting is not found[0] for meeting in found):
             raise Fault(Kind.BARRIER, "barrier.cluster.wait without arrive")
         return found[0]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A kernel that was executed, as far as the next one may see it still running."""
+
+    index: int
+    running: tuple[int, ...] = ()  # that might still have run when this one started
+    waited: bool = True  # whether any of its threads waited for them: then they were complete before it was
+    triggered_late: bool = True  # whether each block let the next kernel start only after it had waited
 
 
 class Block:
@@ -116,7 +126,7 @@ class Block:
         thread = warp.index * 32 + lane
         epoch = int(self.domain.clocks.own[thread])
         self.mbarriers[offset] = MBarrier(offset, count, slot, thread, epoch)
-        mark_mbarrier(self, offset)
+        self.shared.make_mbarrier(offset)
 
     def resolve(self, addresses: NDArray[np.int64]) -> tuple[str, Block, NDArray[np.int64]]:
         """Generic addresses: their space, whose shared memory, and their addresses there."""
@@ -145,6 +155,12 @@ class Block:
             return
         if any(copy.block is self for copy in self.launched.in_flight):
             raise Fault(Kind.COPY, f"block {self.number} exits with tensor copies in flight")
+        for barrier in self.mbarriers.values():
+            if barrier.bytes:
+                raise Fault(
+                    Kind.BARRIER,
+                    f"block {self.number} exits, and its mbarrier at byte {barrier.at} still counts {barrier.bytes} bytes",
+                )
         settings = [warp.registers for warp in self.warps]
         if any(settings):
             if not all(settings):
@@ -157,14 +173,18 @@ class Launched:
     """One launch while it runs."""
 
     def __init__(
-        self, machine: Machine, launch: Launch, program: Program, running: Sequence[int], junk: Sequence[range]
+        self, machine: Machine, launch: Launch, program: Program, before: Finished | None, junk: Sequence[range]
     ) -> None:
         self.launch, self.program, self.rng, self.junk = launch, program, machine.rng, junk
         self.index = machine.kernels
         self.memory = machine.memory
         self.mmas = machine.mmas
-        self.running = tuple(running)  # kernels before this one that may still run
-        self.running_at_start = self.running
+        # Kernels before this one that may still run: at its start, and even after griddepcontrol.wait.
+        self.running: tuple[int, ...] = ()
+        self.running_after_wait: tuple[int, ...] = ()
+        if before is not None:
+            self.running = (before.index, *(() if before.triggered_late else before.running))
+            self.running_after_wait = () if before.waited else before.running
         self.somebody_waited = False
         self.in_flight: list[Copy] = []
         self.shared_bytes = self._place(program.kernel, launch)
@@ -204,21 +224,28 @@ class Launched:
         type_of = self.program.kernel.type_of
         return [cast[type_of(name)][i % 8] for i, name in enumerate(self.program.numbers)]
 
-    def read_params(self, addresses: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-        if (addresses & (size - 1)).any():
-            raise Fault(Kind.ALIGNMENT, f"ld.param of {size} bytes at byte {int(addresses[0]) - PARAM_BASE}")
+    def read_params(self, addresses: NDArray[np.int64], size: int, alignment: int) -> NDArray[np.uint8]:
+        if (addresses & (alignment - 1)).any():
+            raise Fault(Kind.ALIGNMENT, f"{size} bytes of the parameters at byte {int(addresses[0]) - PARAM_BASE}")
         offsets = addresses - PARAM_BASE
         if int(offsets.min()) < 0 or int(offsets.max()) + size > len(self.params):
             raise Fault(Kind.BOUNDS, f"ld.param at byte {int(offsets.max())} of {len(self.params)}")
         return self.params[offsets[:, None] + np.arange(size)]
 
-    def read_generic_params(self, address: int, size: int) -> bytes:
-        return self.read_params(np.array([address], np.int64), size).tobytes()
+    def tensor_map(self, address: int) -> TensorMap:
+        return TensorMap.decode(self.read_params(np.array([address], np.int64), 128, 64).tobytes())
 
-    def check_waited(self, warp: Warp, lanes: Any, kernels: NDArray[np.int16], name: str, what: str) -> None:
-        early = ~warp.waited[lanes]
-        if early.any() and np.isin(kernels[early], self.running).any():
-            raise Fault(Kind.EARLY, f"{what} of {name}, which the kernel before writes")
+    def check_complete(self, warp: Warp, lanes: Any, kernels: NDArray[np.int16], name: str) -> None:
+        """Whether the kernels that wrote something, [lanes, bytes], are complete for the lanes that read it."""
+        early = kernels[~warp.waited[lanes]]
+        if np.isin(early, self.running).any():
+            raise Fault(Kind.EARLY, f"read of {name}, which the kernel before writes")
+        if np.isin(kernels, self.running_after_wait).any():
+            raise Fault(Kind.EARLY, f"read of {name}: its writer may still run, because the kernel between did not wait")
+
+    def check_may_write(self, warp: Warp, lanes: Any, name: str) -> None:
+        if self.running and (self.running_after_wait or not warp.waited[lanes].all()):
+            raise Fault(Kind.EARLY, f"write to {name}, while a kernel before may still read or write it")
 
 
 class Machine:
@@ -235,14 +262,14 @@ class Machine:
         self.kernels = 0
         self.resident = resident
         self.lateness = lateness if lateness is not None else float(self.rng.choice([0.5, 3.0, 20.0, 200.0]))
-        self._may_run: list[int] = []  # kernels that may still run when the next one starts
+        self._last: Finished | None = None
         self.steps = 0
 
     def pretend_kernel(self, writes: Sequence[str]) -> None:
         """A kernel that wrote these arrays, and may still run when the next one starts."""
         for name in writes:
             self.memory[name].kernel.fill(self.kernels)
-        self._may_run = [*self._may_run[-1:], self.kernels]
+        self._last = Finished(self.kernels)
         self.kernels += 1
 
     def run(self, ptx: str, launch: Launch, *, junk: Sequence[range] = ()) -> None:
@@ -251,8 +278,7 @@ class Machine:
         junk: bytes of each block's shared memory that the kernel may read although nobody wrote them.
         """
         program = programs(ptx)[launch.kernel]
-        running = self._may_run if launch.programmatic else []
-        launched = Launched(self, launch, program, running, junk)
+        launched = Launched(self, launch, program, self._last if launch.programmatic else None, junk)
         self.memory.begin_kernel()
         blocks = int(np.prod(launch.grid))
         cluster = int(np.prod(launch.cluster))
@@ -262,7 +288,7 @@ class Machine:
         waiting = list(range(blocks // cluster))
         self.rng.shuffle(waiting)
         domains: list[Domain] = []
-        all_triggered = True
+        triggered_late = True
         with np.errstate(all="ignore"):
             while waiting or domains:
                 while waiting and len(domains) < self.resident:
@@ -270,14 +296,11 @@ class Machine:
                 self._step(launched, domains)
                 for domain in [d for d in domains if not any(block.running for block in d.blocks)]:
                     domains.remove(domain)
-                    all_triggered &= all(block.triggered_after_wait for block in domain.blocks)
+                    triggered_late &= all(block.triggered_after_wait for block in domain.blocks)
         if launched.in_flight:
             raise Fault(Kind.COPY, "the kernel ends with tensor copies in flight")
         self.mmas.flush()
-        # When the next kernel starts, this one may run; and those that ran beside it, unless it had waited for them.
-        waited = launched.somebody_waited or not running
-        earlier = [] if waited and (all_triggered or not running) else list(running)
-        self._may_run = [*earlier, self.kernels]
+        self._last = Finished(self.kernels, launched.running, launched.somebody_waited, triggered_late)
         self.kernels += 1
 
     def _domain(self, launched: Launched, number: int, cluster: int, threads: int) -> Domain:

@@ -26,7 +26,6 @@ Addresses = NDArray[np.int64]
 
 SHARED_BASE = 1024  # of a block's shared memory in its own address space: nothing of the kernel's lies below
 NOBODY, MANY = -1, -2
-MBARRIER_WORD = np.iinfo(np.int32).max  # as a reader's epoch: nobody can know of it, so every plain write is a race
 
 
 @dataclass
@@ -130,9 +129,9 @@ class Memory:
         launched = warp.block.launched
         if launched.running:
             kernel = region.kernel[at]
-            if mode == "nc" and np.isin(kernel, launched.running_at_start).any():
+            if mode == "nc" and np.isin(kernel, launched.running).any():
                 raise Fault(Kind.STALE, f"ld.global.nc of {region.name}, which the kernel before writes")
-            launched.check_waited(warp, lanes, kernel, region.name, "read")
+            launched.check_complete(warp, lanes, kernel, region.name)
         me = warp.numbers[lanes][:, None]
         self._check_order(warp, lanes, region, at, "writer", "read")
         if mode == "nc" and (region.writer[at] != NOBODY).any():
@@ -149,8 +148,7 @@ class Memory:
         if not region.writable:
             raise Fault(Kind.BOUNDS, f"write to {region.name}, which is read-only, byte {int(at[0, 0])}")
         launched = warp.block.launched
-        if launched.running and not warp.waited[lanes].all():
-            raise Fault(Kind.EARLY, f"write to {region.name}, while the kernel before may still read or write it")
+        launched.check_may_write(warp, lanes, region.name)
         me = np.broadcast_to(warp.numbers[lanes][:, None], at.shape)
         self._check_order(warp, lanes, region, at, "writer", "write")
         self._check_order(warp, lanes, region, at, "reader", "write")
@@ -208,6 +206,7 @@ class SharedMemory:
         self.size = size
         self.words = np.zeros(words, np.uint32)
         self.written = np.zeros(words, np.bool_)
+        self.is_mbarrier = np.zeros(words, np.bool_)
         self.writer = np.full(words, NOBODY, np.int32)  # agents
         self.write_epoch = np.zeros(words, np.int32)
         self.reads = np.zeros((words, clocks.agents), np.int32)  # epoch of each agent's last read
@@ -234,6 +233,7 @@ class SharedMemory:
         """Words at [lanes, n]."""
         if not self.written[at].all():
             lane = int(np.flatnonzero(~self.written[at].all(1))[0])
+            self._refuse_mbarriers(at, "read")
             raise Fault(Kind.UNWRITTEN, f"shared memory, byte {int(at[lane, 0]) * 4} (lane {int(lanes[lane])})")
         bad = warp.clocks.unordered(warp.index, lanes, self.writer[at], self.write_epoch[at])
         if bad.any():
@@ -244,6 +244,7 @@ class SharedMemory:
         return self.words[at]
 
     def store(self, warp: Warp, lanes: Lanes, at: NDArray[np.int64], data: NDArray[np.uint32]) -> None:
+        self._refuse_mbarriers(at, "write")
         bad = warp.clocks.unordered(warp.index, lanes, self.writer[at], self.write_epoch[at])
         if bad.any():
             lane, word = (int(i[0]) for i in np.nonzero(bad))
@@ -262,9 +263,16 @@ class SharedMemory:
         if (self.writer[at] != me).any():
             raise Fault(Kind.RACE, "two lanes write the same word of shared memory in one instruction")
 
+    def make_mbarrier(self, offset: int) -> None:
+        """From now on plain accesses and copies to these eight bytes are faults."""
+        self.written[offset // 4 : offset // 4 + 2] = False
+        self.is_mbarrier[offset // 4 : offset // 4 + 2] = True
+
+    def _refuse_mbarriers(self, at: NDArray[np.int64], what: str) -> None:
+        if self.is_mbarrier[at].any():
+            raise Fault(Kind.BARRIER, f"{what} of shared memory at byte {int(at[self.is_mbarrier[at]][0]) * 4}: an mbarrier")
+
     def _race(self, warp: Warp, lane: Any, word: Any, what: str, agent: int, other: str) -> None:
-        if self.reads[int(word)].max() == MBARRIER_WORD:
-            raise Fault(Kind.BARRIER, f"{what} of shared memory at byte {int(word) * 4}, which is an mbarrier")
         threads = warp.clocks.threads
         who = f"warp {agent // 32}, lane {agent % 32}" if agent < threads else "a tensor copy"
         raise Fault(
@@ -274,7 +282,7 @@ class SharedMemory:
 
     def land(self, at: NDArray[np.int64], data: NDArray[np.uint32], known: Any, slot: int, phase: int) -> None:
         """A tensor copy's words arrive; `known` is what its issuer knew, `slot` and `phase` what it completes on."""
-        at = at.reshape(-1)
+        self._refuse_mbarriers(at, "tensor copy")
         writer, epoch = self.writer[at], self.write_epoch[at]
         generic = (writer != NOBODY) & (writer < self.copies_from)
         bad = (writer != NOBODY) & (known[KNOWN][writer] < epoch)
@@ -289,14 +297,12 @@ class SharedMemory:
         late = self.reads[at] > known[KNOWN]
         if late.any():
             word, agent = (int(i[0]) for i in np.nonzero(late))
-            if self.reads[at[word], agent] == MBARRIER_WORD:
-                raise Fault(Kind.BARRIER, f"tensor copy over the mbarrier at byte {int(at[word]) * 4}")
             raise Fault(
                 Kind.RACE,
                 f"tensor copy into shared memory, byte {int(at[word]) * 4}: not ordered after the read by warp "
                 f"{agent // 32}, lane {agent % 32}",
             )
-        self.words[at] = data.reshape(-1)
+        self.words[at] = data
         self.written[at] = True
         self.writer[at] = slot
         self.write_epoch[at] = phase

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from . import exchange
 from .barriers import MBarrier, Meeting, lanes_of
 from .faults import Fault, Kind
-from .memory import MBARRIER_WORD, SHARED_BASE
-from .tensor_copy import Copy, TensorMap
+from .memory import SHARED_BASE
+from .tensor_copy import Copy
 from .translate import WAITING
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Warp:
         if space == "generic":
             space, block, addresses = self.block.resolve(addresses)
         if space == "param":
-            data = block.launched.read_params(addresses, size * count)
+            data = block.launched.read_params(addresses, size * count, size * count)
         elif space == "shared":
             at = block.shared.places(addresses, size * count, "read")
             data = block.shared.load(self, lanes, at).view(np.uint8)
@@ -326,10 +326,9 @@ class Warp:
             barrier = self._mbarrier(int(barriers[lane]))
             known = self.clocks.knowledge(self.index, lane)
             barrier.check_inited(known, True)
-            described = TensorMap.decode(launched.read_generic_params(int(maps[lane]), 128))
             copy = Copy(
                 self.block,
-                described,
+                launched.tensor_map(int(maps[lane])),
                 int(to[lane]),
                 (int(x[lane]), int(y[lane])),
                 barrier,
@@ -349,9 +348,3 @@ class Warp:
         if self.waited[lanes_of(mask)].all():
             self.block.triggered_after_wait = True
 
-
-def mark_mbarrier(block: Block, offset: int) -> None:
-    """From now on plain accesses to these eight bytes are faults."""
-    words = slice(offset // 4, offset // 4 + 2)
-    block.shared.written[words] = True
-    block.shared.reads[words] = MBARRIER_WORD

@@ -1,0 +1,115 @@
+"""Every tile's GEMM as the PTX that nvcc makes of it for sm_120f, executed on the CPU (tests/ptx).
+
+Results are compared bit by bit with the reference under SM12x's arithmetic, in outputs poisoned before; the executor
+itself fails on races, on memory that is not there, on hangs. Launches are the launcher's own. Each problem has an expert
+without rows, m-tiles of one row, of one row less and more than whole, a tail along N where the tile can have one, a K
+tail, more K tiles than stages, more output tiles than blocks, and activations that are not there until
+griddepcontrol.wait; so are the m-tiles, where the launch says that they are not ready.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+
+import pytest
+import torch
+from ptx import gemm
+from ptx.gemm import Epilogue, Gemm
+from ptx.machine import Machine
+from torch import Tensor
+
+from mxfp4_moe import formats
+from mxfp4_moe.activations import Activation
+from mxfp4_moe.problems import GemmProblem
+from mxfp4_moe.tiles import Tile, load_manifest, prove
+
+TILES = load_manifest().tiles
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATING = [tile for tile in TILES if prove(tile, "120f").amax_bytes]
+# A few n-tiles, the last of 16 columns where n-tiles are wider.
+COLUMNS = {8: 16, 16: 32, 32: 80, 64: 144, 128: 144, 256: 272}
+
+each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
+each_activating = pytest.mark.parametrize("tile", ACTIVATING, ids=lambda tile: tile.name)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def seed_of(*words: object) -> int:
+    return zlib.crc32(repr(words).encode())
+
+
+@functools.lru_cache(maxsize=2)  # tests with the same problem follow each other
+def tails(tile: Tile, steps: int) -> GemmProblem:
+    """Whole K tiles for every stage, and one of `steps` blocks of 32 behind them."""
+    k = prove(tile, "120f").stages * 128 + steps * 32
+    return gemm.any_problem(k, COLUMNS[tile.n], (1, 0, tile.m - 1, tile.m + 1) if tile.m < 128 else (1, 0, tile.m + 1))
+
+
+def check(problem: GemmProblem, tile: Tile, dtype: torch.dtype, *, ready: bool, seed: int, sms: int = 1) -> None:
+    out = Gemm(problem, tile, Machine(seed=seed)).run(dtype, m_tiles_are_ready=ready, sms=sms)
+    mismatch = problem.mismatch(out)
+    assert not mismatch, f"{tile.name}, seed {seed}: {mismatch}"
+
+
+@each_tile
+@each_dtype
+def test_tile_equals_the_reference_bitwise(tile: Tile, dtype: torch.dtype) -> None:
+    ready = dtype is not torch.float32
+    check(tails(tile, 1), tile, dtype, ready=ready, seed=seed_of(tile.name, dtype))
+
+
+@pytest.mark.ptx_full
+@each_tile
+@each_dtype
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_more_tails(tile: Tile, dtype: torch.dtype, ready: bool, steps: int) -> None:
+    check(tails(tile, steps), tile, dtype, ready=ready, seed=seed_of(tile.name, dtype, steps, ready), sms=2)
+
+
+# ---- GEMM1's activation ---------------------------------------------------------------------------------------------
+
+EXPERTS_ROWS = (3, 0, 9)
+
+
+def epilogue(kind: str, n: int) -> Epilogue:
+    """Rounding, bias, and numbers for all or for each expert."""
+    g = torch.Generator().manual_seed(n)
+    bias = torch.randn(len(EXPERTS_ROWS), n, generator=g)
+    if kind == "swiglu":
+        return Epilogue(activation=Activation.SWIGLU)
+    if kind == "swiglu, bias, bfloat16":
+        return Epilogue(activation=Activation.SWIGLU, bias=bias, rounding=torch.bfloat16)
+    each = {
+        "alpha": torch.tensor([1.702, 1.0, 0.5]),
+        "beta": torch.tensor([1.0, 0.0, -2.0]),
+        "limit": torch.tensor([7.0, 1.0, 3.0]),
+    }
+    return Epilogue(activation=Activation.SWIGLU_OAI, bias=bias, rounding=torch.float16, **each)
+
+
+def ordinal(codes: Tensor) -> Tensor:
+    """E4M3 codes as integers in the order of their values."""
+    value = (codes & 0x7F).int()
+    return torch.where(codes >= 0x80, -value, value)
+
+
+@each_activating
+@pytest.mark.parametrize("kind", ["swiglu", "swiglu, bias, bfloat16", "swiglu_oai, bias, float16, per expert"])
+def test_activation_is_close_to_the_reference(tile: Tile, kind: str) -> None:
+    """Kernel and torch have different exps, which moves a code to its neighbour where the value lies near a tie."""
+    n = 320 if tile.n == 256 else 192
+    problem = gemm.usual_problem(160, n, EXPERTS_ROWS)
+    applied = epilogue(kind, n)
+    seed = seed_of(tile.name, kind)
+    codes, scales = Gemm(problem, tile, Machine(seed=seed)).run_activated(applied, m_tiles_are_ready=bool(seed % 2))
+    valid = int(problem.offsets[-1])
+    expected_codes, expected_scales = applied.expected(problem)
+    wrong = ordinal(formats.deinterleave_k(codes[:valid])) - ordinal(expected_codes)
+    assert wrong.abs().max() <= 1
+    assert (wrong != 0).float().mean() < 2e-3
+    words = torch.full_like(scales, 0xAA)
+    words[:, :valid] = formats.pack_row_scales(expected_scales)[:, :valid]
+    assert torch.equal(scales, words)
+    assert (codes[valid:] == 0xAA).all()
