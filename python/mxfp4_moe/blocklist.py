@@ -1,9 +1,9 @@
 """Tiles that failed the self-test on a device, remembered in the user's cache directory and left out from then on.
 
-One JSON file per device name and compute capability. It counts only for the build that was tested: the wheel's version
-and each blocked library's SHA-256 are in it. `mxfp4-moe doctor --selftest` writes it, or removes it when all tiles
-pass; `fused_moe` reads it once per device. A list that is damaged or of another build is ignored, with a warning.
-Standard library alone.
+One JSON file per device name and compute capability. It counts only for the build that was tested and by the rules that
+it was judged by: the wheel's version, each blocked library's SHA-256 and the self-test's version are in it. `mxfp4-moe
+doctor --selftest` writes it, or removes it when all tiles pass; `fused_moe` reads it once per device. A list that is
+damaged, of another build or by other rules is ignored, with a warning. Standard library alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .tiles import Tile
 __all__ = ["CACHE_DIR_VARIABLE", "REMEDY", "BlocklistError", "blocked", "cache_dir", "path_of", "read", "write"]
 
 REMEDY = "run `mxfp4-moe doctor --selftest` to write a new one"
-_SCHEMA = 1
+_SCHEMA = 2
+RULES = 2  # the self-test's: it blocks for layout, accuracy or agreement. 1 also took other last bits for a fault
 
 
 class BlocklistError(ValueError):
@@ -52,7 +53,7 @@ def read(device: str, capability: tuple[int, int]) -> dict[str, str]:
     try:
         data = json.loads(text)
         tested_device, tested_capability = str(data["device"]), tuple(data["capability"])
-        wheel, schema = str(data["wheel"]), data["schema"]
+        wheel, schema, rules = str(data["wheel"]), data["schema"], data.get("rules")
         tiles = {str(name): (entry["sha256"], str(entry["reason"])) for name, entry in data["tiles"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         words = f"{type(error).__name__}: {error}"
@@ -63,6 +64,8 @@ def read(device: str, capability: tuple[int, int]) -> dict[str, str]:
 
     if schema != _SCHEMA:
         raise foreign("schema", schema, _SCHEMA)
+    if rules != RULES:
+        raise foreign("version of the self-test", rules, RULES)
     if (tested_device, tested_capability) != (device, capability):
         raise foreign("device", f"{tested_device} {tested_capability}", f"{device} {capability}")
     if wheel != _wheel.version():
@@ -109,6 +112,7 @@ def write(device: str, capability: tuple[int, int], reasons: Mapping[Tile, str])
         "device": device,
         "capability": list(capability),
         "wheel": _wheel.version(),
+        "rules": RULES,
         "tiles": {
             tile.name: {"sha256": _wheel.sha256(_wheel.library(tile.module)), "reason": reason}
             for tile, reason in reasons.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from . import _load, _wheel, formats, reference
 from .activations import Activation
+from .arithmetic import FP32_CHAIN, Arithmetic, of_arch
 from .tiles import Kernel, Tile, kernels_of
 from .weights import MoEWeights
 
@@ -32,7 +34,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class GemmProblem:
-    """Operands in plain order, and what the oracle makes of them."""
+    """Operands in plain order, and what must come out."""
 
     codes: Tensor  # uint8 [R, K] E4M3
     row_scales: Tensor  # uint8 [R, K/32]
@@ -43,10 +45,28 @@ class GemmProblem:
 
     @classmethod
     def with_oracle(
-        cls, codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, offsets: Tensor
+        cls,
+        codes: Tensor,
+        row_scales: Tensor,
+        packed: Tensor,
+        scales: Tensor,
+        offsets: Tensor,
+        arithmetic: Arithmetic | None = None,
     ) -> GemmProblem:
-        expected = reference.grouped_gemm(codes, row_scales, packed, scales, offsets)
+        """What must come out under a rule, by default that of the device's kernels."""
+        rule = arithmetic or arithmetic_here(codes.device)
+        expected = reference.grouped_gemm(codes, row_scales, packed, scales, offsets, arithmetic=rule)
         return cls(codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of `reference.grouped_gemm`."""
+        return self.codes, self.row_scales, self.packed, self.scales, self.offsets
+
+    @property
+    def valid(self) -> int:
+        """Rows of experts, which come first."""
+        return int(self.offsets[-1])
 
     @functools.cached_property
     def weight(self) -> Tensor:
@@ -99,20 +119,37 @@ class GemmProblem:
                 return found if len(kernels) == 1 else f"kernel {kernel.name}: {found}"
         return ""
 
-    def mismatch(self, out: Tensor) -> str:
-        """Empty when out has the expected bits, else where it differs and how."""
-        valid = int(self.offsets[-1])
-        expected = torch.full_like(out, float("nan"))  # the very NaN of `run`: casts make others
-        expected[:valid] = self.expected[:valid].to(out.dtype)
-        wrong = (bits(out) != bits(expected)).nonzero()
-        if not len(wrong):
-            return ""
-        row, column = wrong[0].tolist()
-        return (
-            f"{len(wrong)} of {out.numel()} values differ, in {len(set(wrong[:, 0].tolist()))} rows and "
-            f"{len(set(wrong[:, 1].tolist()))} columns; first at [{row}, {column}]: expected "
-            f"{float(expected[row, column])!r}, got {float(out[row, column])!r}"
-        )
+    def mismatch(self, out: Tensor, expected: Tensor | None = None) -> str:
+        """Empty when out has the expected bits, by default those of `expected`; else where it differs and how."""
+        wanted = torch.full_like(out, float("nan"))  # the very NaN of `run`: casts make others
+        wanted[: self.valid] = (self.expected if expected is None else expected)[: self.valid].to(out.dtype)
+        return places(bits(out) != bits(wanted), wanted, out)
+
+    def stray(self, out: Tensor) -> str:
+        """Empty when the rows of no expert are as `run` poisoned them."""
+        rows = out[self.valid :]
+        poison = torch.full_like(rows, float("nan"))
+        wrong = places(bits(rows) != bits(poison), poison, rows)
+        return wrong and f"behind the last expert's row: {wrong}"
+
+
+def places(wrong: Tensor, expected: Tensor, actual: Tensor) -> str:
+    """Which values of matrices are wrong, in words; empty when none is."""
+    at = wrong.nonzero()
+    if not len(at):
+        return ""
+    row, column = at[0].tolist()
+    return (
+        f"{len(at)} of {actual.numel()} values differ, in {len(set(at[:, 0].tolist()))} rows and "
+        f"{len(set(at[:, 1].tolist()))} columns; first at [{row}, {column}]: expected "
+        f"{float(expected[row, column])!r}, got {float(actual[row, column])!r}"
+    )
+
+
+def arithmetic_here(device: torch.device) -> Arithmetic:
+    """What the kernels of a device compute; CPU tensors get the fp32 chain."""
+    arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    return FP32_CHAIN if arch is None else of_arch(arch)
 
 
 def kernels_here(tile: Tile, device: torch.device) -> tuple[Kernel, ...]:
@@ -127,7 +164,13 @@ def offsets_of(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:
 
 
 def random_problem(
-    k: int, n: int, device: torch.device, *, rows_per_expert: Sequence[int] = ROWS_PER_EXPERT, wide_scales: bool = False
+    k: int,
+    n: int,
+    device: torch.device,
+    *,
+    rows_per_expert: Sequence[int] = ROWS_PER_EXPERT,
+    wide_scales: bool = False,
+    arithmetic: Arithmetic | None = None,
 ) -> GemmProblem:
     """Random bits in every operand.
 
@@ -157,7 +200,70 @@ def random_problem(
         center = integers(20, 234, k // 32)
         row_scales = (center + integers(-10, 10, rows, k // 32)).to(torch.uint8)
         scales = (254 - center + integers(-10, 10, experts, n, k // 32)).to(torch.uint8)
-    return GemmProblem.with_oracle(codes, row_scales, packed, scales, offsets)
+    return GemmProblem.with_oracle(codes, row_scales, packed, scales, offsets, arithmetic)
+
+
+def sparse_problem(k: int, n: int, device: torch.device) -> GemmProblem:
+    """Five codes of +-1 in each row, every k in some row: no sum reaches beyond 8 bits, so any arithmetic is exact.
+
+    Expected values come from float64, not from the oracle. Products are multiples of 1/2 up to 24 in magnitude: weights
+    up to 6, and scales of 1 or 2 in either operand.
+    """
+    few = 5
+    g = torch.Generator(device).manual_seed(1000 * k + n)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=g, device=device)
+
+    offsets, rows, experts = _rows_and_experts(device)
+    anywhere = torch.randperm(k, generator=g, device=device)
+    hot = anywhere[torch.arange(rows * few, device=device) % k].view(rows, few)
+    codes = torch.zeros(rows, k, dtype=torch.uint8, device=device)
+    codes.scatter_(1, hot, (0x38 + 0x80 * integers(0, 1, rows, few)).to(torch.uint8))
+    row_scales = integers(127, 128, rows, k // 32).to(torch.uint8)
+    packed = integers(0, 255, experts, n, k // 2).to(torch.uint8)
+    scales = integers(127, 128, experts, n, k // 32).to(torch.uint8)
+    return _with_exact_sums(codes, row_scales, packed, scales, offsets)
+
+
+def integer_problem(k: int, n: int, device: torch.device) -> GemmProblem:
+    """Dense codes of integers up to 15 with scales that cancel: exact wherever 20 bits or more are kept, K <= 5824.
+
+    Products are multiples of 1/2 up to 90, so that sums of their magnitudes stay below 2^20 halves.
+    """
+    assert k * 15 * 12 < 2**20
+    g = torch.Generator(device).manual_seed(1000 * k + n)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=g, device=device)
+
+    offsets, rows, experts = _rows_and_experts(device)
+    shift = integers(-9, 9, k // 32)
+    return _with_exact_sums(
+        formats.encode_e4m3(integers(-15, 15, rows, k).float()),
+        (127 + shift).to(torch.uint8).expand(rows, -1).contiguous(),
+        integers(0, 255, experts, n, k // 2).to(torch.uint8),
+        (127 - shift).to(torch.uint8).expand(experts, n, -1).contiguous(),
+        offsets,
+    )
+
+
+def _rows_and_experts(device: torch.device) -> tuple[Tensor, int, int]:
+    """Offsets for `ROWS_PER_EXPERT`, all rows, and experts."""
+    offsets = offsets_of(ROWS_PER_EXPERT, device)
+    return offsets, int(offsets[-1]) + ROWS_OF_NO_EXPERT, len(ROWS_PER_EXPERT)
+
+
+def _with_exact_sums(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, offsets: Tensor) -> GemmProblem:
+    """A problem whose sums are exact in float64, in float32, and in the arithmetic of any kernel."""
+    a = formats.decode_e4m3(codes).double() * formats.decode_e8m0(row_scales).double().repeat_interleave(32, 1)
+    b = formats.decode_e2m1(packed).double() * formats.decode_e8m0(scales).double().repeat_interleave(32, 2)
+    expected = torch.zeros(len(codes), packed.shape[1], device=codes.device)
+    for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        expected[begin:end] = (a[begin:end] @ b[e].T).float() + 0.0
+    return GemmProblem(
+        codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected
+    )
 
 
 def layout_problem(device: torch.device) -> GemmProblem:

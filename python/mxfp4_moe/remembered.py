@@ -14,7 +14,7 @@ from pathlib import Path
 from . import _wheel
 from ._cache import device_file, write_json
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class Result:
     torch: str
     date: str  # ISO 8601, the day
     fingerprint: str  # of the libraries that were tested
+    arithmetic: str = ""  # the report's line on sums, empty where all are as published
+    explained: bool = True  # a known rule gives those sums
 
 
 def read(device: str, capability: tuple[int, int]) -> Result | None:
@@ -42,7 +44,17 @@ def read(device: str, capability: tuple[int, int]) -> Result | None:
         return None
 
 
-def write(device: str, capability: tuple[int, int], *, passed: int, tiles: int, driver: str, torch: str) -> Path | None:
+def write(
+    device: str,
+    capability: tuple[int, int],
+    *,
+    passed: int,
+    tiles: int,
+    driver: str,
+    torch: str,
+    arithmetic: str = "",
+    explained: bool = True,
+) -> Path | None:
     """Remembers a result in place of the one before; None for a user without a home.
 
     Raises:
@@ -58,6 +70,8 @@ def write(device: str, capability: tuple[int, int], *, passed: int, tiles: int, 
         torch=torch,
         date=time.strftime("%Y-%m-%d"),
         fingerprint=_wheel.fingerprint(),
+        arithmetic=arithmetic,
+        explained=explained,
     )
     write_json(path, {"schema": _SCHEMA, **asdict(result)})
     return path

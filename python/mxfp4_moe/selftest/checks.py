@@ -1,0 +1,244 @@
+"""What a tile is asked: problems with what must come out of them, made once, and the answers of one tile.
+
+The GEMMs have tails in K and N, fewer and more pipeline steps than stages, and rows with tails of every kind and
+experts without rows (problems.ROWS_PER_EXPERT). Every kernel that a tile has on the GPU is run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import _load, accuracy, arithmetic, problems, reference
+from .._troubles import words
+from ..fused_moe import _operator, fused_moe
+from ..problems import Call, GemmProblem, bits
+from ..tiles import Tile
+from ..weights import MoEWeights
+from .report import BLOCKING, Arithmetic
+from .worker import NotRunError, Outcome, RunTile
+
+SPARSE = ((96, 80), (2880, 512))  # (K, N): every k and every column of weights
+INTEGERS = ((2880, 272),)
+RANDOM = ((32, 16, False), (96, 80, False), (160, 144, True), (640, 272, False), (2880, 512, False))  # wide scales?
+LAYERS = ((1, 2), (33, 3), (200, 4))  # tokens, top_k
+LAYER_SIZE = (8, 160, 96)  # experts, hidden size, intermediate size
+LAYER_TOLERANCE = 5e-3  # both sides quantize the same values twice; what is left is the last bits of exp and of sums
+_ALONE = 4  # tokens of a layer that are also run alone
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Answers:
+    """One tile's, by question: the first thing that is wrong."""
+
+    def __init__(self) -> None:
+        self.wrong = dict.fromkeys(BLOCKING, "")
+        self.checks = 0
+
+    def note(self, question: str, where: str, wrong: str) -> None:
+        """One comparison; `wrong` is empty when it came out right."""
+        self.checks += 1
+        if wrong and not self.wrong[question]:
+            self.wrong[question] = f"{where}: {wrong}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSums:
+    """A problem of random bits, its exact sums, and how far from them any plausible arithmetic can be."""
+
+    problem: GemmProblem  # expects the published rule's bits
+    sums: Tensor  # float64 [R, N]
+    bound: Tensor  # float64 [R, N]
+
+    @classmethod
+    def make(cls, problem: GemmProblem, published: arithmetic.Arithmetic) -> RandomSums:
+        rules = accuracy.coarsest(published)
+        both = [accuracy.sums_and_bound(*problem.operands, arithmetic=rule) for rule in rules]
+        bound = torch.stack([bound for _, bound in both]).amax(0)
+        return cls(problem=problem, sums=both[0][0], bound=bound)
+
+    def too_far(self, out: Tensor) -> str:
+        rows = slice(self.problem.valid)
+        off = (out[rows].double() - self.sums[rows]).abs()
+        outside = ~(off <= self.bound[rows])  # NaN is outside too
+        found = problems.places(outside, self.sums[rows], out[rows])
+        return found and f"beyond the bound of the exact sum, {found}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Which rules give what a tile gave. Asked once for all tiles that gave the same."""
+
+    published: arithmetic.Arithmetic
+    randoms: Mapping[str, RandomSums]
+    known: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    columns: int = 32  # looked at first
+
+    def explain(self, outs: Mapping[str, Tensor], digests: Mapping[str, str]) -> tuple[str, ...]:
+        """In words, the rules of the family under which every output comes out bit by bit."""
+        key = tuple(digests[name] for name in outs)
+        if key not in self.known:
+            rules: Sequence[arithmetic.Arithmetic] = arithmetic.family(self.published)
+            for columns in (self.columns, None):
+                for name, out in outs.items():
+                    rules = [rule for rule in rules if self._gives(rule, self.randoms[name].problem, out, columns)]
+            self.known[key] = tuple(rule.words() for rule in rules)
+        return self.known[key]
+
+    @staticmethod
+    def _gives(rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
+        packed, scales = (x[:, :columns].contiguous() for x in (problem.packed, problem.scales))
+        given = reference.grouped_gemm(
+            problem.codes, problem.row_scales, packed, scales, problem.offsets, arithmetic=rule
+        )
+        rows = slice(problem.valid)
+        return torch.equal(bits(given[rows]), bits(out[rows, :columns].contiguous()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Layer calls of several sizes, and what the reference makes of them."""
+
+    weights: MoEWeights
+    calls: Sequence[Call]
+    expected: Sequence[Tensor]
+
+    @classmethod
+    def make(cls, device: torch.device, rule: arithmetic.Arithmetic) -> Layers:
+        weights = problems.random_weights(*LAYER_SIZE, device)
+        calls = [problems.random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
+        calls[1].topk_ids[::5, 1] = -1  # slots of no expert
+        expected = [reference.fused_moe(*call.args(), weights, arithmetic=rule) for call in calls]
+        return cls(weights=weights, calls=calls, expected=expected)
+
+    def ask(self, tile: Tile, answers: Answers) -> str:
+        """The outputs' digest."""
+        digest = hashlib.sha256()
+        for call, wanted in zip(self.calls, self.expected, strict=True):
+            output = self._run(tile, call)
+            where = f"layer of {len(output)} tokens"
+            off = problems.relative_error(output, wanted)
+            wrong = "" if off <= LAYER_TOLERANCE else f"relative error {off:.1e}"  # NaN is off too
+            answers.note("accuracy", where, wrong)
+            digest.update(raw(output))
+            for t in range(0, len(output), -(-len(output) // _ALONE)) if len(output) > 1 else ():
+                same = torch.equal(bits(self._run(tile, call.token(t))[0]), bits(output[t]))
+                answers.note("agreement", where, "" if same else f"token {t} alone has other bits")
+        return digest.hexdigest()
+
+    def _run(self, tile: Tile, call: Call) -> Tensor:
+        output = torch.full_like(call.hidden_states, float("nan"))
+        fused_moe(*call.args(), self.weights, tile_mn=tile.mn, output=output)
+        return output
+
+
+def tile_runner(device: torch.device, published: arithmetic.Arithmetic) -> RunTile:
+    """Makes the problems and what must come out of them, once; the function returned asks a tile.
+
+    Args:
+        device: where the tiles run.
+        published: the rule of their architecture.
+    """
+    exact = {"one-hot rows": problems.layout_problem(device)}
+    exact |= {f"sparse rows, K={k}, N={n}": problems.sparse_problem(k, n, device) for k, n in SPARSE}
+    integers = {f"integers, K={k}, N={n}": problems.integer_problem(k, n, device) for k, n in INTEGERS}
+    randoms = {}
+    for k, n, wide in RANDOM:
+        problem = problems.random_problem(k, n, device, wide_scales=wide, arithmetic=published)
+        randoms[f"K={k}, N={n}"] = RandomSums.make(problem, published)
+    family = Family(published=published, randoms=randoms)
+    layers = Layers.make(device, published)
+
+    def run_tile(tile: Tile) -> Outcome:
+        answers = Answers()
+        try:
+            _load.load_tile(tile)
+            ask_layout(tile, exact, answers)
+            ask_integers(tile, integers, answers)
+            outs = {name: ask_random(tile, name, given, answers) for name, given in randoms.items()}
+            digests = {f"GEMM, {name}": digest_of(out[: randoms[name].problem.valid]) for name, out in outs.items()}
+            if device.type == "cuda" and _operator(device.index, tile)[1] != tile:
+                raise NotRunError("another tile takes its place in the layer")
+            digests["the layers' output"] = layers.ask(tile, answers)
+        except _load.LoadError as error:
+            raise NotRunError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            raise NotRunError(words(error)) from error
+        found = compare(outs, family, {name: digests[f"GEMM, {name}"] for name in outs}, answers)
+        return Outcome(checks=answers.checks, answers=answers.wrong, arithmetic=found, digests=digests)
+
+    return run_tile
+
+
+def ask_layout(tile: Tile, given: Mapping[str, GemmProblem], answers: Answers) -> None:
+    """Bits must be equal, in every output type."""
+    for name, problem in given.items():
+        for kernel in problems.kernels_here(tile, problem.codes.device):
+            for dtype in (torch.float32, *_HALVES):
+                where = f"GEMM, {name}, {_short(dtype)}{_which(tile, problem, kernel.name)}"
+                answers.note("layout", where, problem.mismatch(problem.run(tile, dtype, kernel)))
+
+
+def ask_integers(tile: Tile, given: Mapping[str, GemmProblem], answers: Answers) -> None:
+    """Sums that any arithmetic with 20 bits or more gets right: here the bound is 0."""
+    for name, problem in given.items():
+        for kernel in problems.kernels_here(tile, problem.codes.device):
+            out = problem.run(tile, torch.float32, kernel)
+            answers.note("accuracy", f"GEMM, {name}{_which(tile, problem, kernel.name)}", problem.mismatch(out))
+
+
+def ask_random(tile: Tile, name: str, given: RandomSums, answers: Answers) -> Tensor:
+    """The float32 output of the tile's first kernel, with which its other outputs must agree."""
+    problem, first = given.problem, None
+    for kernel in problems.kernels_here(tile, problem.codes.device):
+        where = f"GEMM, {name}{_which(tile, problem, kernel.name)}"
+        out = problem.run(tile, torch.float32, kernel)
+        answers.note("layout", where, problem.stray(out))
+        answers.note("accuracy", where, given.too_far(out))
+        if first is None:
+            first = out
+        else:
+            answers.note("agreement", f"{where}, against the tile's first kernel", problem.mismatch(out, first))
+        for dtype in _HALVES:
+            half = problem.run(tile, dtype, kernel)
+            wrong = problem.mismatch(half, first)
+            answers.note("agreement", f"{where}, {_short(dtype)} against its float32 output rounded", wrong)
+    assert first is not None
+    return first
+
+
+def compare(outs: Mapping[str, Tensor], family: Family, digests: Mapping[str, str], answers: Answers) -> Arithmetic:
+    """How many values are not the published rule's, and which rules give them all. Asked of tiles without a fault."""
+    values = differ = 0
+    for name, out in outs.items():
+        problem = family.randoms[name].problem
+        rows = slice(problem.valid)
+        values += out[rows].numel()
+        differ += int((bits(out[rows]) != bits(problem.expected[rows])).sum())
+    answers.checks += len(outs)
+    healthy = not any(answers.wrong.values())
+    return Arithmetic(values=values, differ=differ, rules=family.explain(outs, digests) if differ and healthy else ())
+
+
+def digest_of(x: Tensor) -> str:
+    return hashlib.sha256(raw(x)).hexdigest()
+
+
+def raw(x: Tensor) -> bytes:
+    """A tensor's bytes; without numpy, which torch need not have."""
+    here = x.detach().cpu().contiguous()
+    return ctypes.string_at(here.data_ptr(), here.numel() * here.element_size())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _which(tile: Tile, problem: GemmProblem, kernel: str) -> str:
+    """Names the kernel where a tile has several."""
+    return f", kernel {kernel}" if len(problems.kernels_here(tile, problem.codes.device)) > 1 else ""
