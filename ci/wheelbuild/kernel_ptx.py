@@ -118,13 +118,14 @@ def compile_to_ptx(tile: Tile, arch: str) -> str:
     return compile_source_to_ptx(Path("csrc/tile/tile.cu"), arch, defines, tile.name)
 
 
-def compile_source_to_ptx(source: Path, arch: str, defines: Sequence[str], name: str) -> str:
+def compile_source_to_ptx(source: Path, arch: str, defines: Sequence[str], name: str, *, root: Path = ROOT) -> str:
     """What nvcc makes of a source for an arch: the kernels have the names that they have in the wheel.
 
     Args:
         source: relative to the source tree's root.
         defines: words for the command line.
         name: what the error speaks of.
+        root: of the source tree; tests compile changed ones.
 
     Raises:
         BuildError: in nvcc's words where it refuses.
@@ -143,7 +144,7 @@ def compile_source_to_ptx(source: Path, arch: str, defines: Sequence[str], name:
             *(word for include in includes for word in ("-isystem", str(include))),
             *(str(source), "-o", str(output)),
         ]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise BuildError(f"{name} for sm_{arch} does not compile to PTX: {result.stderr.strip()}")
         return output.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 // A CUDA runtime without a GPU: it answers what our host code asks, and writes down what it would have launched.
 //
-// The loader takes it for libcudart (ptx/launch.py gives it that name and its symbol versions), so that the wheel's own
-// extensions run their own launch code on it. It refuses what a real one refuses, as far as our code could get it
+// The loader takes it for libcudart, or its functions before those of the real one (ptx/launch.py), so that the wheel's
+// own extensions run their own launch code on it. It refuses what a real one refuses, as far as our code could get it
 // wrong, and every attribute that it was not taught. Device memory is never touched: pointers are numbers here.
 //
 // A machine may have several devices, which differ in their number of SMs: launchers remember what they asked per
@@ -160,6 +160,16 @@ EXPORT unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t) { 
 
 EXPORT cudaError_t cudaGetDevice(int* number) {
   *number = state().current;
+  return cudaSuccess;
+}
+
+// Where torch is a CUDA build, it asks for these before it says which stream is current.
+EXPORT cudaError_t cudaGetDeviceCount(int* count) {
+  *count = std::max<int>(1, state().devices.size());
+  return cudaSuccess;
+}
+EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = *greatest = 0;
   return cudaSuccess;
 }
 

@@ -8,6 +8,7 @@
 
 #include <string>
 
+#include "moe/workspace.h"
 #include "tile_abi.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -83,6 +84,20 @@ EXPORT int32_t aoti_torch_delete_device_guard(void*) { return 0; }
 EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
+}
+
+// ---- where a layer's intermediates lie in its workspace
+// ---------------------------------------------------------------
+
+// In the order of ptx/workspace.py.
+EXPORT void fake_workspace(int64_t slots, int64_t hidden, int64_t intermediate, int64_t max_m_tiles,
+                           int64_t gemm1_width, int from_logits, int64_t* offsets) {
+  const mxfp4_moe::Workspace w(
+      {slots, hidden, intermediate, max_m_tiles, gemm1_width, from_logits != 0, /*folded=*/false, /*folded2=*/false});
+  for (const int64_t offset :
+       {w.slot_row, w.row_expert, w.m_tiles, w.num_m_tiles, w.valid_rows, w.topk_ids, w.topk_weights, w.codes1,
+        w.scales1, w.codes2, w.scales2, w.gemm1_out, w.gemm2_out, w.bytes})
+    *offsets++ = offset;
 }
 
 // ---- the layout of tile_abi.h, as a C++ compiler has it

@@ -75,6 +75,15 @@ class Epilogue:
         return formats.quantize_mxfp8(values)
 
 
+def junk(tile: Tile, k: int) -> list[range]:
+    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (csrc/tile/kernel.cuh)."""
+    proof = prove(tile, "120f")
+    weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
+    first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
+    blocks = proof.stages * proof.weight_bytes // 4352
+    return [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+
+
 class Gemm:
     """One problem's operands in a machine's memory."""
 
@@ -134,15 +143,7 @@ class Gemm:
             one = change_launch(one)
         late = ["act", "act_scale"] if args.m_tiles_are_ready else ["act", "act_scale", "m_tiles", "num_m_tiles"]
         self.machine.pretend_kernel(late)
-        self.machine.run(ptx if change is None else change(ptx), one, junk=self.junk())
-
-    def junk(self) -> list[range]:
-        """Packed weights that a last K tile of less than 128 lacks: any bits, multiplied by zeros (split_k.cuh)."""
-        proof = prove(self.tile, "120f")
-        weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
-        first = 256 + self.problem.codes.shape[1] % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
-        blocks = proof.stages * proof.weight_bytes // 4352
-        return [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+        self.machine.run(ptx if change is None else change(ptx), one, junk=junk(self.tile, self.problem.codes.shape[1]))
 
     def run(
         self,

@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ptx import abi, recorder
 
 from mxfp4_moe import tiles
 from wheelbuild import toolchain
 from wheelbuild.kernel_ptx import compile_source_to_ptx, compile_to_ptx
 from wheelbuild.toolchain import Cuda
+
+from . import abi, recorder
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -77,21 +78,26 @@ def _param_bytes(text: str) -> int:
     return int(match[1]) // 8 * int(match[2] or 1)
 
 
-def build(folder: Path, cuda: Cuda, cxx: Path) -> str:
-    """Compiles the fakes into `folder`; returns the runtime's name."""
+def build(folder: Path, cuda: Cuda, cxx: Path) -> tuple[Path, Path]:
+    """Compiles the fakes into `folder`: of the runtime, and of what a CUDA torch adds.
+
+    Where torch is a CPU build, they have the names of the libraries that are missing, so that the loader takes them for
+    those. Where it is a CUDA build, they have names of their own, and only what they define takes precedence.
+    """
     soname = cuda.cudart.name
+    names = (soname, "libtorch_cuda.so") if torch.version.cuda is None else ("libfake_cudart.so", "libfake_torch.so")
+    cudart, torch_cuda = (folder / name for name in names)
     versions = folder / "versions.map"
     versions.write_text(f"{soname} {{ global: *; }};\n", encoding="ascii")
     includes = [word for path in cuda.include_dirs for word in ("-isystem", str(path))]
     common = [str(cxx), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}", *includes]
-    runtime, torch_cuda = folder / soname, folder / "libtorch_cuda.so"
     for words in (
-        ["fake_cudart.cpp", f"-Wl,-soname,{soname}", f"-Wl,--version-script={versions}", "-o", str(runtime)],
-        ["fake_torch_cuda.cpp", str(runtime), f"-Wl,-soname,{torch_cuda.name}", "-o", str(torch_cuda)],
+        ["fake_cudart.cpp", f"-Wl,-soname,{cudart.name}", f"-Wl,--version-script={versions}", "-o", str(cudart)],
+        ["fake_torch_cuda.cpp", str(cudart), f"-Wl,-soname,{torch_cuda.name}", "-o", str(torch_cuda)],
     ):
         built = subprocess.run([*common, *words], cwd=HERE, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr
-    return soname
+    return cudart, torch_cuda
 
 
 @functools.cache
@@ -135,7 +141,7 @@ class Recorder:
     """A machine with fake GPUs of compute capability 12.0, one for each number of SMs that is asked for."""
 
     def __init__(self, folder: Path, cuda: Cuda, cxx: Path) -> None:
-        arguments = [sys.executable, "-c", _CHILD, str(HERE.parent), str(folder), build(folder, cuda, cxx)]
+        arguments = [sys.executable, "-c", _CHILD, str(HERE.parent), *map(str, build(folder, cuda, cxx))]
         self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._devices: dict[tuple[str, int], int] = {}
 
@@ -188,6 +194,9 @@ class Recorder:
 
     def layout(self) -> dict[str, tuple[int, int]]:
         return self._ask("layout")
+
+    def workspace(self, count: int, *shape: int) -> list[int]:
+        return self._ask("workspace", count, *shape)
 
     def encode(self, *args: Any) -> bytes | str:
         return self._ask("encode", *args)

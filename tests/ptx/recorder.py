@@ -1,6 +1,6 @@
 """The process in which the wheel's extensions believe that they have a GPU; ptx/launch.py starts it.
 
-A folder has the fake libcudart and libtorch_cuda, which are loaded before torch, so that they take the
+The fake runtime and the fake of what a CUDA torch adds are loaded before torch, so that they take the
 place of the real ones in this process and in no other. Requests come pickled on standard input, (method, arguments) of
 `Machine`; answers go to standard output, ("ok", value) or ("error", text). Tensors are `Tensor` records: an address of
 the process that asks, which is a number here. Host code that read or wrote device memory would end this process.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ptx import abi
+from . import abi
 
 _OPERATORS = "mxfp4_moe._ext.moe"
 
@@ -33,9 +33,9 @@ class Tensor:
 
 
 class Machine:
-    def __init__(self, folder: Path, cudart: str) -> None:
-        self.cuda = ctypes.CDLL(str(folder / cudart), ctypes.RTLD_GLOBAL)
-        self.torch_cuda = ctypes.CDLL(str(folder / "libtorch_cuda.so"), ctypes.RTLD_GLOBAL)
+    def __init__(self, cudart: Path, torch_cuda: Path) -> None:
+        self.cuda = ctypes.CDLL(str(cudart), ctypes.RTLD_GLOBAL)
+        self.torch_cuda = ctypes.CDLL(str(torch_cuda), ctypes.RTLD_GLOBAL)
         for library, name in [
             (self.cuda, "fake_take_log"),
             (self.cuda, "fake_refusal"),
@@ -44,8 +44,6 @@ class Machine:
             getattr(library, name).restype = ctypes.c_char_p
         import torch
 
-        if torch.version.cuda is not None:
-            raise RuntimeError(f"expected a CPU build of torch, got {torch.__version__} with CUDA {torch.version.cuda}")
         self.torch = torch
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         self.torch_cuda.fake_torch_init(library.aoti_torch_create_tensor_from_blob)
@@ -69,6 +67,12 @@ class Machine:
                 return found
             found[field.name.decode()] = (field.offset, field.bytes)
         raise AssertionError("unreachable")
+
+    def workspace(self, count: int, *shape: int) -> list[int]:
+        """The first `count` numbers of fake_torch_cuda.cpp's fake_workspace."""
+        offsets = (ctypes.c_int64 * count)()
+        self.torch_cuda.fake_workspace(*map(ctypes.c_int64, shape), offsets)
+        return list(offsets)
 
     def encode(
         self,
@@ -171,6 +175,6 @@ def serve(machine: Machine, requests: BinaryIO, answers: BinaryIO) -> None:
         answers.flush()
 
 
-def main(folder: str, cudart: str) -> None:
+def main(cudart: str, torch_cuda: str) -> None:
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    serve(Machine(Path(folder), cudart), sys.stdin.buffer, answers)
+    serve(Machine(Path(cudart), Path(torch_cuda)), sys.stdin.buffer, answers)
