@@ -74,7 +74,7 @@ class Finished:
     index: int
     running: tuple[int, ...] = ()  # that might still have run when this one started
     waited: bool = True  # whether any of its threads waited for them: then they were complete before it was
-    triggered_late: bool = True  # whether each block let the next kernel start only after it had waited
+    triggered_late: bool = True  # whether each block let the next kernel start, or ended, only after it had waited
 
 
 class Block:
@@ -87,7 +87,7 @@ class Block:
         self.window = WINDOW + (rank << 40)
         self.mbarriers: dict[int, MBarrier] = {}
         self._rounds: dict[int, Rounds] = {}
-        self.triggered_after_wait = False
+        self.triggered_early = False  # griddepcontrol.launch_dependents by a thread that had not waited
         registers = len(launched.program.numbers)
         self.warps = [Warp(self, w, registers, launched.rng) for w in range(self.warps_per_block)]
         self.running = len(self.warps)
@@ -110,6 +110,9 @@ class Block:
         found["%cluster_ctarank"] = np.full(32, self.rank, np.uint32)
         found["%cluster_nctarank"] = np.full(32, len(self.domain.blocks) or 1, np.uint32)
         return found
+
+    def triggered_late(self) -> bool:
+        return not self.triggered_early and any(warp.waited.any() for warp in self.warps)
 
     def rounds(self, number: int) -> Rounds:
         return self._rounds.setdefault(number, Rounds())
@@ -307,7 +310,7 @@ class Machine:
                 self._step(launched, domains)
                 for domain in [d for d in domains if not any(block.running for block in d.blocks)]:
                     domains.remove(domain)
-                    triggered_late &= all(block.triggered_after_wait for block in domain.blocks)
+                    triggered_late &= all(block.triggered_late() for block in domain.blocks)
         if launched.in_flight:
             raise Fault(Kind.COPY, "the kernel ends with tensor copies in flight")
         self.mmas.flush()
@@ -331,7 +334,8 @@ class Machine:
                     able = [g for g in warp.groups if self._able(warp, g)]
                     if able:
                         # Mostly those behind, so that lanes come together again.
-                        one = min(able, key=lambda g: g.at) if self.rng.random() < 0.9 else able[0]
+                        behind = len(able) == 1 or self.rng.random() < 0.9
+                        one = min(able, key=lambda g: g.at) if behind else able[int(self.rng.integers(len(able)))]
                         choices.append((warp, one))
         copies = launched.in_flight
         if copies and (not choices or self.rng.random() < 1 / (1 + self.lateness)):

@@ -91,11 +91,11 @@ def compiled(tile: Tile, source: tuple[str, str, str]) -> str:
     text = (ROOT / "csrc" / file).read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{file}: {old!r} is there {text.count(old)} times"
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "csrc"
-        shutil.copytree(ROOT / "csrc", copy)
-        (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+        root = Path(folder)
+        shutil.copytree(ROOT / "csrc", root / "csrc")
+        (root / "csrc" / file).write_text(text.replace(old, new), encoding="utf-8")
         defines = ("-DMXFP4_MOE_ARCH=120f", *tile_defines(tile))
-        return compile_source_to_ptx(copy / "tile" / "tile.cu", "120f", defines, f"mutant of {file}")
+        return compile_source_to_ptx(Path("csrc/tile/tile.cu"), "120f", defines, f"mutant of {file}", root=root)
 
 
 @functools.cache

@@ -345,5 +345,5 @@ class Warp:
         return group.at + 1
 
     def launch_dependents(self, mask: Mask) -> None:
-        if self.waited[lanes_of(mask)].all():
-            self.block.triggered_after_wait = True
+        if not self.waited[lanes_of(mask)].all():
+            self.block.triggered_early = True
