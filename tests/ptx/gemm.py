@@ -64,16 +64,6 @@ class Epilogue:
     beta: float | Tensor = 1.0
     limit: float | Tensor = 7.0
 
-    def expected(self, problem: GemmProblem) -> tuple[Tensor, Tensor]:
-        """Codes [valid rows, N/2] and scales [valid rows, N/64] in plain order, with torch's exp."""
-        valid = int(problem.offsets[-1])
-        row_expert = torch.repeat_interleave(torch.arange(len(problem.packed)), problem.offsets.diff())
-        numbers = (self.alpha, self.beta, self.limit)
-        rounding = None if self.rounding is torch.float32 else self.rounding
-        sums = problem.expected[:valid]
-        values = reference.activate(sums, row_expert, self.bias, self.activation, *numbers, rounding=rounding)
-        return formats.quantize_mxfp8(values)
-
 
 def junk(tile: Tile, k: int) -> list[range]:
     """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (csrc/tile/kernel.cuh)."""
