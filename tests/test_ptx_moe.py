@@ -274,12 +274,13 @@ def activated(
 
 @pytest.mark.parametrize("rounding", [None, *HALVES], ids=str)
 @pytest.mark.parametrize("activation", [a.value for a in Activation])
-def test_activation_is_close(activation: str, rounding: torch.dtype | None) -> None:
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_activation_is_close(with_bias: bool, activation: str, rounding: torch.dtype | None) -> None:
     """An exp's last bits move a code to its neighbour when the value lies near a tie, and nothing else."""
     which = list(Activation).index(Activation(activation))
     experts, rows, inter = 5, 6, (32, 160, 96)[which % 3]
-    numbers = list(NUMBERS)[(which + (rounding is None)) % 3]
-    weights = layer_of(experts, inter, activation, numbers, bias=which % 2 == 0, device=CPU)
+    numbers = list(NUMBERS)[(which + with_bias + (rounding is None)) % 3]
+    weights = layer_of(experts, inter, activation, numbers, bias=with_bias, device=CPU)
     g = torch.Generator().manual_seed(inter)
     gemm1 = torch.randn(rows, weights.w13_rows, generator=g) * 4
     gemm1[0, 0], gemm1[1, 8], gemm1[2, 0] = torch.nan, torch.nan, torch.inf

@@ -23,6 +23,7 @@ class Mutation:
     old: str
     new: str
     case: Callable[[], None]  # passes on the sources as they are
+    harmless: bool = False  # a control: changes the code and no result
 
     def ptx(self, folder: Path) -> str:
         """The unit's PTX with the mistake in it; `folder` is an empty one."""
@@ -218,5 +219,23 @@ MUTATIONS = (
         old="const int64_t expert = __ldcg(args.row_expert + rows[i]);",
         new="const int64_t expert = __ldcg(args.row_expert + slot);",
         case=_finalize,
+    ),
+    Mutation(
+        name="control, route_few: the same comparison, the other way round",
+        unit="route_few",
+        file="moe/route_few.cu",
+        old="row += other < key;",
+        new="row += key > other;",
+        case=_few_route,
+        harmless=True,
+    ),
+    Mutation(
+        name="control, finalize: two rows in flight",
+        unit="finalize",
+        file="moe/finalize.cu",
+        old="constexpr int kLoadsAhead = 4;",
+        new="constexpr int kLoadsAhead = 2;",
+        case=_finalize,
+        harmless=True,
     ),
 )

@@ -1,9 +1,9 @@
 """The process in which the wheel's extensions believe that they have a GPU; ptx/launch.py starts it.
 
-The fake runtime and the fake of what a CUDA torch adds are loaded before torch, so that they take the
-place of the real ones in this process and in no other. Requests come pickled on standard input, (method, arguments) of
-`Machine`; answers go to standard output, ("ok", value) or ("error", text). Tensors are `Tensor` records: an address of
-the process that asks, which is a number here. Host code that read or wrote device memory would end this process.
+The fake runtime and the fake of what a CUDA torch adds are loaded before torch, so that they take the place of the real
+ones in this process and in no other. Requests come pickled on standard input, (method, arguments) of `Machine`; answers
+go to standard output, ("ok", value) or ("error", text). Tensors are `Tensor` records: an address of the process that
+asks, which is a number here. Host code must not look at device memory: it would find other bytes there, or none.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ EXECUTED: set[str] = set()  # kernels, by their names, in this session
 
 def array_of(tensor: Tensor) -> Any:
     """The tensor's bytes, as numpy sees them: the same memory."""
-    return tensor.detach().contiguous().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
+    assert tensor.is_contiguous()
+    return tensor.detach().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
 
 
 class Run:
