@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,6 @@ class Rounds:
     """A barrier's rounds, one after the other."""
 
     current: Meeting | None = None
-    counts: set[int] = field(default_factory=set)
 
     def join(self, needed: int, count: int, knowledge: Ints, value: int, name: str) -> Meeting:
         if self.current is None:

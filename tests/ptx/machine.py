@@ -89,7 +89,7 @@ class Block:
         self._rounds: dict[int, Rounds] = {}
         self.triggered_early = False  # griddepcontrol.launch_dependents by a thread that had not waited
         registers = len(launched.program.numbers)
-        self.warps = [Warp(self, w, registers, launched.rng) for w in range(self.warps_per_block)]
+        self.warps = [Warp(self, w, registers) for w in range(self.warps_per_block)]
         self.running = len(self.warps)
 
     def special(self, warp: int) -> dict[str, NDArray[np.uint32]]:
@@ -277,7 +277,6 @@ class Machine:
         self.resident = resident
         self.lateness = lateness if lateness is not None else float(self.rng.choice([0.5, 3.0, 20.0, 200.0]))
         self._last: Finished | None = None
-        self.steps = 0
 
     def pretend_kernel(self, writes: Sequence[str]) -> None:
         """A kernel that wrote these arrays, and may still run when the next one starts."""
@@ -326,7 +325,6 @@ class Machine:
 
     def _step(self, launched: Launched, domains: list[Domain]) -> None:
         """Lets one group of lanes go on, or one copy land."""
-        self.steps += 1
         choices: list[tuple[Warp, Group]] = []
         for domain in domains:
             for block in domain.blocks:

@@ -320,6 +320,12 @@ CONTROLS = [
         harmless=True,
         ptx=once(r"griddepcontrol\.wait;", "", number=2),
     ),
+    # Consumers wait for every copy, and the block's memory stays until they are done.
+    Mutation(
+        "producer leaves without waiting for its last stages",
+        harmless=True,
+        ptx=once(rf"({WAIT}.*?{WAIT}.*?){WAIT}(.*?){WAIT}(.*?){WAIT}(.*?){WAIT}", r"\1\2\3\4"),
+    ),
     # Lanes that the instruction does not read hold the same words (mma_mx.cuh).
     Mutation(
         "thread selector of A's scale",

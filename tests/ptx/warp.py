@@ -47,7 +47,7 @@ class Group:
 
 
 class Warp:
-    def __init__(self, block: Block, number: int, registers: int, rng: np.random.Generator) -> None:
+    def __init__(self, block: Block, number: int, registers: int) -> None:
         self.block, self.number = block, number
         self.index = block.rank * block.warps_per_block + number  # in the domain
         self.clocks = block.domain.clocks
