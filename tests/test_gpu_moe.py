@@ -12,6 +12,7 @@ import pytest
 import torch
 from gpu_layers import ROUNDINGS, exact_layer, kernel_activation, poison_memory, same
 from gpu_problems import Call, bits, random_call, random_weights, relative_error
+from moe_cases import NUMBERS, ids_of, layer_of, ordinal, special_rows
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -59,11 +60,6 @@ def run(call: Call, weights: MoEWeights, **options: Any) -> Tensor:
 # ---- kernel by kernel ------------------------------------------------------------------------------------------------
 
 
-def ids_of(tokens: int, top_k: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    g = torch.Generator(device).manual_seed(tokens * top_k + experts)
-    return torch.randint(-2, experts + 2, (tokens, top_k), generator=g, device=device, dtype=dtype)
-
-
 def check_route(ids: Tensor, experts: int, tile_m: int) -> None:
     offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles = ops().route(ids, experts, tile_m)
     expected_offsets, expected_row_slot, expected_slot_row = reference.route(ids, experts)
@@ -109,25 +105,6 @@ def test_route_reads_all_64_bits(device: torch.device) -> None:
     check_route(ids, 4, 8)
 
 
-def special_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """Every kind of value: magnitudes far apart, any bit pattern, denormals, zeros of both signs, NaN and infinity."""
-    g = torch.Generator().manual_seed(width)
-
-    def patterns(high: int) -> Tensor:
-        return torch.randint(0, high, (width,), generator=g, dtype=torch.int32).to(torch.int16).view(dtype)
-
-    x = torch.randn(9, width, generator=g)
-    x *= torch.randint(-20, 12, (9, width // 32, 1), generator=g).float().exp2().expand(-1, -1, 32).reshape(9, width)
-    x = x.to(dtype)
-    x[1] = patterns(1 << 16)
-    x[2] = patterns(0x80 if dtype is torch.bfloat16 else 0x400)  # denormals
-    x[3] = patterns(0x7F80 if dtype is torch.bfloat16 else 0x7C00)  # finite, all exponents
-    x[4, :16], x[4, 16:32] = 0.0, -0.0
-    x[5, 0], x[6, width - 1], x[7, width // 2] = float("nan"), float("inf"), -float("inf")
-    x[8] = torch.finfo(dtype).max
-    return x
-
-
 @pytest.mark.parametrize("copies", [1, 67])  # a thread has one token, and four
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 160, 2880, 4096])
@@ -143,12 +120,6 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, copies: int, 
     expected_words = formats.pack_row_scales(expected_scales[token])
     assert torch.equal(codes[:valid].cpu(), formats.interleave_k(expected_codes[token]))
     assert torch.equal(scales[:, :valid].cpu(), expected_words[:, :valid])
-
-
-def ordinal(codes: Tensor) -> Tensor:
-    """E4M3 codes as integers in the order of their values: neighbours differ by one."""
-    magnitude = (codes & 0x7F).int()
-    return torch.where(codes >= 0x80, -magnitude, magnitude)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
@@ -171,26 +142,6 @@ def test_permute_is_exact(width: int, swizzled: bool, dtype: torch.dtype, device
     assert torch.equal(out[:valid].cpu(), formats.interleave_k(expected[token]))
     words = formats.pack_row_scales(expected_scales[token])
     assert torch.equal(out_scales[:, :valid].cpu(), words[:, :valid])
-
-
-NUMBERS: dict[str, dict[str, Any]] = {
-    "one for all": {"limit": 7.0},
-    "no limit": {"limit": None},
-    "per expert": {
-        "alpha": [1.702, 1.0, 0.5, 2.0, 1.0],
-        "beta": [1.0, 0.0, -2.0, 1.0, 0.5],
-        "limit": [7, 1, 3, 0.5, 9],
-    },
-}
-
-
-def layer_of(
-    experts: int, inter: int, activation: str, numbers: str, *, bias: bool, device: torch.device
-) -> MoEWeights:
-    each = {
-        n: torch.tensor(v, device=device).float() if isinstance(v, list) else v for n, v in NUMBERS[numbers].items()
-    }
-    return random_weights(experts, 32, inter, device, bias=bias, activation=activation, **each)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wheelbuild import ROOT, BuildError
-from wheelbuild.plan import NVCC_FLAGS, tile_defines
+from wheelbuild.plan import NVCC_FLAGS, own_name, tile_defines
 from wheelbuild.tile_model import tiles
 from wheelbuild.toolchain import find_cutlass, find_cxx, package_dirs, resolve_cuda
 
@@ -114,22 +114,39 @@ def _renamed(operands: str, banks: Mapping[str, str]) -> str:
 
 def compile_to_ptx(tile: Tile, arch: str) -> str:
     """What nvcc makes of a tile for an arch. BuildError in its words where it refuses."""
+    defines = (f"-DMXFP4_MOE_ARCH={arch}", *tile_defines(tile))
+    return compile_source_to_ptx(Path("csrc/tile/tile.cu"), arch, defines, tile.name)
+
+
+def compile_source_to_ptx(source: Path, arch: str, defines: Sequence[str], name: str, *, root: Path = ROOT) -> str:
+    """What nvcc makes of a source for an arch: the kernels have the names that they have in the wheel.
+
+    Args:
+        source: relative to the source tree's root.
+        defines: words for the command line.
+        name: what the error speaks of.
+        root: of the source tree; tests compile changed ones.
+
+    Raises:
+        BuildError: in nvcc's words where it refuses.
+    """
     folders = package_dirs(os.environ)
     cuda = resolve_cuda(os.environ, folders, [arch])
     includes = [*find_cutlass(os.environ, folders).include_dirs, *cuda.include_dirs]
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "tile.ptx"
+        output = Path(folder) / "kernel.ptx"
         command = [
             *(str(cuda.nvcc), "-ptx", "-ccbin", str(find_cxx(os.environ))),
             *(flag for flag in NVCC_FLAGS if flag not in ("-c", "-Xptxas", "-v")),
-            *("-gencode", f"arch=compute_{arch},code=compute_{arch}", f"-DMXFP4_MOE_ARCH={arch}"),
-            *tile_defines(tile),
+            *("-gencode", f"arch=compute_{arch},code=compute_{arch}"),
+            *own_name(source),
+            *defines,
             *(word for include in includes for word in ("-isystem", str(include))),
-            *("csrc/tile/tile.cu", "-o", str(output)),
+            *(str(source), "-o", str(output)),
         ]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise BuildError(f"{tile.name} for sm_{arch} does not compile to PTX: {result.stderr.strip()}")
+            raise BuildError(f"{name} for sm_{arch} does not compile to PTX: {result.stderr.strip()}")
         return output.read_text(encoding="utf-8")
 
 

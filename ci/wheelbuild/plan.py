@@ -39,7 +39,9 @@ LINK_FLAGS = tuple("-Wl,-s -Wl,--gc-sections".split())
 # what older systems have there, and newer ones have an empty libdl.a that -ldl would find.
 LINK_LIBRARIES = tuple("-lstdc++ -Wl,--no-as-needed -ltorch -l:libdl.so.2 -Wl,--as-needed -ltorch_cpu".split())
 MOE_MODULE = "moe"
-CHECKS = tuple(f"{name}.py" for name in "check machine_code control_flow data_flow main_loop block_scaled emulation".split())
+CHECKS = tuple(
+    f"{name}.py" for name in "check machine_code control_flow data_flow main_loop block_scaled emulation".split()
+)
 EXPORTS = Path("ci/wheelbuild/exports.map")
 
 
@@ -152,7 +154,7 @@ def _dependencies(source: Path, output: Path) -> tuple[str, ...]:
     return ("-MD", "-MF", f"{output}.d", str(source), "-o", str(output))
 
 
-def _own_name(source: Path) -> tuple[str, ...]:
+def own_name(source: Path) -> tuple[str, ...]:
     """nvcc names what is internal to a file after the file's absolute path; this has it use the relative one."""
     return ("-Xcudafe", f"--orig_src_path_name={source}")
 
@@ -215,7 +217,7 @@ class _Planner:
             *NVCC_FLAGS,
             *("-ccbin", str(tools.cxx), "-Xcompiler", ",".join((*HIDDEN, *_prefix_maps(tools)))),
             *(word for arch in self.machine(archs) for word in gencode(arch)),
-            *_own_name(source),
+            *own_name(source),
             *defines,
             *self.defines,
             *_system(tools.cutlass.include_dirs),

@@ -1,0 +1,177 @@
+"""A tile's grouped GEMM, from operands in plain order to what the executed kernel wrote: launcher, tensor maps, PTX."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mxfp4_moe import formats, reference
+from mxfp4_moe.activations import Activation
+from mxfp4_moe.arithmetic import SM12X_MXF8F6F4
+from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem, offsets_of, random_problem
+from mxfp4_moe.tiles import Tile, prove
+
+from . import abi, launch
+from .machine import Machine
+
+PtxChange = Callable[[str], str] | None
+LaunchChange = Callable[[launch.Launch], launch.Launch] | None
+OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A CPU tensor's own memory as bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def under_sm12x(problem: GemmProblem) -> GemmProblem:
+    """The problem with what SM12x's tensor cores make of it as its expectation."""
+    operands = (problem.codes, problem.row_scales, problem.packed, problem.scales, problem.offsets)
+    return dataclasses.replace(problem, expected=reference.grouped_gemm(*operands, arithmetic=SM12X_MXF8F6F4))
+
+
+def any_problem(k: int, n: int, rows_per_expert: Sequence[int]) -> GemmProblem:
+    """Random bits in every operand."""
+    return under_sm12x(random_problem(k, n, torch.device("cpu"), rows_per_expert=rows_per_expert))
+
+
+def usual_problem(k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0) -> GemmProblem:
+    """Sums of a few units, as a layer has them: for activations."""
+    g = torch.Generator().manual_seed(seed)
+    offsets = offsets_of(rows_per_expert, torch.device("cpu"))
+    rows, experts = int(offsets[-1]) + ROWS_OF_NO_EXPERT, len(rows_per_expert)
+    codes, row_scales = formats.quantize_mxfp8(torch.randn(rows, k, generator=g))
+    packed = torch.randint(0, 256, (experts, n, k // 2), generator=g, dtype=torch.uint8)
+    scales = torch.randint(119, 124, (experts, n, k // 32), generator=g, dtype=torch.uint8)
+    operands = {"codes": codes, "row_scales": row_scales, "packed": packed, "scales": scales, "offsets": offsets}
+    return under_sm12x(GemmProblem(**operands, expected=torch.empty(rows, n)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """GEMM1's activation; numbers are one for all, or float32 [E]."""
+
+    activation: Activation
+    rounding: torch.dtype = torch.float32
+    bias: Tensor | None = None  # float32 [E, N]
+    alpha: float | Tensor = 1.702
+    beta: float | Tensor = 1.0
+    limit: float | Tensor = 7.0
+
+
+def junk(tile: Tile, k: int) -> list[range]:
+    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (csrc/tile/kernel.cuh)."""
+    proof = prove(tile, "120f")
+    weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
+    first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
+    blocks = proof.stages * proof.weight_bytes // 4352
+    return [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+
+
+class Gemm:
+    """One problem's operands in a machine's memory."""
+
+    def __init__(self, problem: GemmProblem, tile: Tile, machine: Machine) -> None:
+        self.problem, self.tile, self.machine = problem, tile, machine
+        rows, experts = problem.codes.shape[0], problem.packed.shape[0]
+        tiles = reference.m_tiles(problem.offsets, tile.m)
+        self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
+        junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
+        experts_weights = zip(problem.packed, problem.scales, strict=True)
+        self.operands = {
+            "act": formats.interleave_k(problem.codes),
+            "act_scale": formats.pack_row_scales(problem.row_scales),
+            "weight": torch.stack(
+                [formats.arrange_weights(p, s, formats.WordOrder.CONTAINERS) for p, s in experts_weights]
+            ),
+            "m_tiles": torch.cat([tiles, junk.expand(self.bound - len(tiles), 4)]),
+            "num_m_tiles": torch.tensor([len(tiles)], dtype=torch.int32),
+        }
+        for name, tensor in self.operands.items():
+            machine.memory.add(name, array(tensor), written=True, writable=name != "weight")
+
+    def output(self, name: str, tensor: Tensor) -> int:
+        """Registers what the kernel writes; returns its address."""
+        self.machine.memory.add(name, array(tensor), written=False, writable=True)
+        return tensor.data_ptr()
+
+    def constant(self, name: str, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self.machine.memory.add(name, array(tensor), written=True, writable=False)
+        return tensor.data_ptr()
+
+    def args(self, m_tiles_are_ready: bool) -> abi.GemmArgs:
+        rows, k = self.problem.codes.shape
+        experts, n, _ = self.problem.packed.shape
+        return abi.GemmArgs(
+            **{name: tensor.data_ptr() for name, tensor in self.operands.items()},
+            max_m_tiles=self.bound,
+            rows=rows,
+            n=n,
+            k=k,
+            experts=experts,
+            m_tiles_are_ready=int(m_tiles_are_ready),
+        )
+
+    def execute(
+        self, args: abi.GemmArgs, sms: int, change: PtxChange = None, change_launch: LaunchChange = None
+    ) -> None:
+        """What the launcher launches, while the kernel that wrote the activations may still run.
+
+        change, change_launch: make another kernel of the tile's PTX, another launch of the launcher's.
+        """
+        ptx = launch.ptx_of_tile(self.tile)
+        (one,) = launch.shared_recorder().gemm(self.tile, args, sms=sms)
+        if change_launch is not None:
+            one = change_launch(one)
+        late = ["act", "act_scale"] if args.m_tiles_are_ready else ["act", "act_scale", "m_tiles", "num_m_tiles"]
+        self.machine.pretend_kernel(late)
+        self.machine.run(ptx if change is None else change(ptx), one, junk=junk(self.tile, self.problem.codes.shape[1]))
+
+    def run(
+        self,
+        dtype: torch.dtype,
+        *,
+        sms: int = 1,
+        m_tiles_are_ready: bool = False,
+        **changes: Any,
+    ) -> Tensor:
+        """The output [R, N], poisoned with NaN before."""
+        out = torch.full(self.problem.expected.shape, float("nan"), dtype=dtype)
+        args = self.args(m_tiles_are_ready)
+        args.out, args.out_type = self.output("out", out), OUT_TYPES[dtype]
+        self.execute(args, sms, **changes)
+        return out
+
+    def run_activated(
+        self,
+        epilogue: Epilogue,
+        *,
+        sms: int = 1,
+        m_tiles_are_ready: bool = True,
+        **changes: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written."""
+        rows, n = self.problem.expected.shape
+        codes = torch.full((rows, n // 2), 0xAA, dtype=torch.uint8)
+        scales = torch.full((-(-n // 256), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
+        args = self.args(m_tiles_are_ready)
+        to = args.activate
+        to.codes, to.scales = self.output("codes", codes), self.output("scales", scales)
+        to.bias = self.constant("bias", epilogue.bias)
+        to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
+        for name in ("alpha", "beta", "limit"):
+            number = getattr(epilogue, name)
+            if isinstance(number, Tensor):
+                getattr(to, name).values = self.constant(name, number)
+            else:
+                getattr(to, name).value = math.inf if number is None else number
+        self.execute(args, sms, **changes)
+        return codes, scales

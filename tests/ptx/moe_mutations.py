@@ -1,0 +1,241 @@
+"""Mistakes in the sources of csrc/moe, one at a time, and which test must notice: for test_ptx_moe_mutations.py."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import test_ptx_moe as cases
+import torch
+
+from wheelbuild.kernel_ptx import compile_source_to_ptx
+
+from .launch import ROOT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutation:
+    name: str
+    unit: str  # csrc/moe/<unit>.cu is compiled
+    file: str  # the changed file, under csrc
+    old: str
+    new: str
+    case: Callable[[], None]  # passes on the sources as they are
+    harmless: bool = False  # a control: changes the code and no result
+
+    def ptx(self, folder: Path) -> str:
+        """The unit's PTX with the mistake in it; `folder` is an empty one."""
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        path = folder / "csrc" / self.file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(self.old) == 1, f"{self.name}: {self.file} has {text.count(self.old)} of {self.old!r}"
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+        return compile_source_to_ptx(Path(f"csrc/moe/{self.unit}.cu"), "120f", (), self.name, root=folder)
+
+
+def _few_route() -> None:
+    cases.test_route_is_exact(42, 3, 2, 16, torch.int32)
+
+
+def _route() -> None:
+    cases.test_route_is_exact(300, 4, 7, 16, torch.int32)
+
+
+def _quantize() -> None:
+    cases.test_quantize_permute_is_exact(160, torch.bfloat16, 9)
+
+
+def _finalize() -> None:
+    cases.test_finalize_is_exact(9, 9, 1056, torch.bfloat16, True)
+
+
+MUTATIONS = (
+    Mutation(
+        name="route_few: no barrier before the m-tiles are counted",
+        unit="route_few",
+        file="moe/route_few.cu",
+        old="  __syncthreads();\n\n  if (my_tiles > 0 || slot == 0) {",
+        new="  if (my_tiles > 0 || slot == 0) {",
+        case=_few_route,
+    ),
+    Mutation(
+        name="route_few: a slot counts itself",
+        unit="route_few",
+        file="moe/route_few.cu",
+        old="row += other < key;",
+        new="row += other <= key;",
+        case=_few_route,
+    ),
+    Mutation(
+        name="route: no barrier between the histograms and their scan",
+        unit="route",
+        file="moe/route.cu",
+        old="    __syncwarp();\n  });\n  __syncthreads();\n\n  // Per expert",
+        new="    __syncwarp();\n  });\n  // Per expert",
+        case=_route,
+    ),
+    Mutation(
+        name="route: lanes of a warp do not meet between two batches of slots",
+        unit="route",
+        file="moe/route.cu",
+        old="      mine[expert] += __popc(peers);\n    }\n    __syncwarp();\n  });\n  __syncthreads();",
+        new="      mine[expert] += __popc(peers);\n    }\n  });\n  __syncthreads();",
+        case=_route,
+    ),
+    Mutation(
+        name="route: peers before a lane are counted with it",
+        unit="route",
+        file="moe/route.cu",
+        old="__popc(peers & ((1u << lane) - 1))",
+        new="__popc(peers & ((2u << lane) - 1))",
+        case=_route,
+    ),
+    Mutation(
+        name="route: ids are read before the kernel that writes them is done",
+        unit="route",
+        file="moe/route.cu",
+        old="route_kernel(const RouteArgs args) {\n  wait_for_previous_kernel();",
+        new="route_kernel(const RouteArgs args) {",
+        case=_route,
+    ),
+    Mutation(
+        name="top-k: of equal logits the higher expert",
+        unit="topk_softmax",
+        file="moe/choose_experts.cuh",
+        old="for (int i = kPerLane - 1; i >= 0; --i) {",
+        new="for (int i = 0; i < kPerLane; ++i) {",
+        case=lambda: cases.test_topk_softmax(128, torch.bfloat16, True),
+    ),
+    Mutation(
+        name="top-k: sum over the chosen starts at the second",
+        unit="topk_softmax",
+        file="moe/choose_experts.cuh",
+        old="for (int j = 0; j < args.top_k; ++j) {  // in this order",
+        new="for (int j = 1; j < args.top_k; ++j) {  // in this order",
+        case=lambda: cases.test_topk_softmax(128, torch.bfloat16, True),
+    ),
+    Mutation(
+        name="quantize: scale bytes of a word exchanged",
+        unit="quantize",
+        file="moe/quantize_mx.cuh",
+        old="(8 * (threadIdx.x % kLanesPerWord / kLanesPerBlock))",
+        new="(8 * (threadIdx.x % kLanesPerWord / kLanesPerBlock ^ 1))",
+        case=_quantize,
+    ),
+    Mutation(
+        name="quantize: scale rounded down",
+        unit="quantize",
+        file="tile/mxfp8.cuh",
+        old="(mantissa > exact ? 1u : 0u)",
+        new="0u",
+        case=_quantize,
+    ),
+    Mutation(
+        name="quantize: largest value of half a block",
+        unit="quantize",
+        file="moe/quantize_mx.cuh",
+        old="  amax = max(amax, __shfl_xor_sync(kAllLanes, amax, 2));\n",
+        new="",
+        case=_quantize,
+    ),
+    Mutation(
+        name="quantize: rows are written before route is done",
+        unit="quantize",
+        file="moe/quantize.cu",
+        old="    if (token == blockIdx.y) {\n      wait_for_previous_kernel();\n",
+        new="    if (token == blockIdx.y) {\n",
+        case=cases.test_quantize_permute_reads_hidden_states_while_route_runs,
+    ),
+    Mutation(
+        name="quantize: row numbers through the read-only path",
+        unit="quantize",
+        file="moe/quantize.cu",
+        old="__ldcg(args.slot_row + of * args.top_k + j0 + j)",
+        new="__ldg(args.slot_row + of * args.top_k + j0 + j)",
+        case=_quantize,
+    ),
+    Mutation(
+        name="quantize: scale words one row apart",
+        unit="quantize",
+        file="moe/quantize_mx.cuh",
+        old="act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)",
+        new="act_scale_offset(row + 1, k_tile * kBlocksPerWord, to.rows)",
+        case=_quantize,
+    ),
+    Mutation(
+        name="permute: NaN scales pass",
+        unit="quantize",
+        file="moe/quantize.cu",
+        old="quad = scale > kMaxInputScale",
+        new="quad = scale > kMaxInputScale + 7",
+        case=lambda: cases.test_permute_is_exact(160, True, 7),
+    ),
+    Mutation(
+        name="activation: bias of the block's first expert",
+        unit="activation",
+        file="moe/activation.cu",
+        old="expert != expert_of_bias) {",
+        new="expert_of_bias < 0) {",
+        case=cases.test_activation_of_many_rows,
+    ),
+    Mutation(
+        name="activation: rounded after the bias",
+        unit="activation",
+        file="moe/activation.cu",
+        old="sums.for_each([&](float& x, int, int, int) { x = round_to(args.rounding, x); });",
+        new="",
+        case=lambda: cases.test_activation_rounds_exactly(torch.bfloat16),
+    ),
+    Mutation(
+        name="activation: neighbours exchange what they keep",
+        unit="activation",
+        file="moe/activation.cu",
+        old="__shfl_xor_sync(kAllLanes, odd ? y[0][i] : y[1][i], 1)",
+        new="__shfl_xor_sync(kAllLanes, odd ? y[1][i] : y[0][i], 1)",
+        case=lambda: cases.test_activation_rounds_exactly(torch.bfloat16),
+    ),
+    Mutation(
+        name="finalize: one choice too many",
+        unit="finalize",
+        file="moe/finalize.cu",
+        old="rows[i] = j0 + i < args.top_k ?",
+        new="rows[i] = j0 + i <= args.top_k ?",
+        case=_finalize,
+    ),
+    Mutation(
+        name="finalize: a column too many",
+        unit="finalize",
+        file="moe/finalize.cu",
+        old="if (column >= args.hidden_size) {",
+        new="if (column > args.hidden_size) {",
+        case=_finalize,
+    ),
+    Mutation(
+        name="finalize: bias of the slot's row number",
+        unit="finalize",
+        file="moe/finalize.cu",
+        old="const int64_t expert = __ldcg(args.row_expert + rows[i]);",
+        new="const int64_t expert = __ldcg(args.row_expert + slot);",
+        case=_finalize,
+    ),
+    Mutation(
+        name="control, route_few: the same comparison, the other way round",
+        unit="route_few",
+        file="moe/route_few.cu",
+        old="row += other < key;",
+        new="row += key > other;",
+        case=_few_route,
+        harmless=True,
+    ),
+    Mutation(
+        name="control, finalize: two rows in flight",
+        unit="finalize",
+        file="moe/finalize.cu",
+        old="constexpr int kLoadsAhead = 4;",
+        new="constexpr int kLoadsAhead = 2;",
+        case=_finalize,
+        harmless=True,
+    ),
+)
