@@ -275,6 +275,19 @@ def test_rows_of_an_expert_are_those_of_random_routing() -> None:
     assert cost_model.row_probabilities(7, 4, 4) == ((7, 1.0),)
 
 
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(130, 18, 9), (65, 5, 2), (3, 4, 1), (900, 7, 4)])
+def test_more_choices_than_experts_repeat_them(tokens: int, top_k: int, experts: int) -> None:
+    """A layer takes such ids, and so does the choice of its tile."""
+    probabilities = cost_model.row_probabilities(tokens, top_k, experts)
+    assert sum(p for _, p in probabilities) == pytest.approx(1)
+    assert sum(p * rows for rows, p in probabilities) == pytest.approx(tokens * top_k / experts)
+    assert min(rows for rows, _ in probabilities) >= tokens * (top_k // experts)
+    layer = Layer(experts=experts, top_k=top_k, hidden=64, intermediate=64)
+    assert cost_model.expected_active(tokens, layer) == experts
+    tiles = load_manifest().tiles
+    assert all(cost_model.choose(tokens, layer, device, tiles) in tiles for device in BLACKWELL)
+
+
 @pytest.mark.parametrize("device", BLACKWELL, ids=lambda device: device.name)
 def test_time_does_not_fall_with_tokens_nor_rise_with_a_better_gpu(device: DeviceFacts) -> None:
     better = (

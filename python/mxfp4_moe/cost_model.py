@@ -99,17 +99,19 @@ def _normal() -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def row_probabilities(tokens: int, top_k: int, experts: int) -> tuple[tuple[float, float], ...]:
-    """(rows, probability) of one expert when each token picks top_k different experts uniformly.
+    """(rows, probability) of one expert when each token picks top_k experts uniformly, as different ones as there are.
 
-    A binomial. Up to a mean of 64 rows it is written out, as far as eight standard deviations; beyond, the normal
-    distribution stands for it, at 64 values that are equally likely.
+    With more choices than experts every token has each expert at least once. The rest is a binomial. Up to a mean of 64
+    rows it is written out, as far as eight standard deviations; beyond, the normal distribution stands for it, at 64
+    values that are equally likely.
     """
-    p, mean = top_k / experts, tokens * top_k / experts
-    if top_k == experts:
-        return ((tokens, 1.0),)
+    each, rest = divmod(top_k, experts)
+    always, p, mean = tokens * each, rest / experts, tokens * rest / experts
+    if rest == 0:
+        return ((always, 1.0),)
     deviation = math.sqrt(mean * (1 - p))
     if mean > _EXACT_MEAN:
-        return tuple((mean + deviation * place, 1 / _NORMAL_VALUES) for place in _normal())
+        return tuple((always + mean + deviation * place, 1 / _NORMAL_VALUES) for place in _normal())
     high = min(tokens, math.ceil(mean + 8 * deviation) + 8)
     log_p, log_q, log_all = math.log(p), math.log1p(-p), math.lgamma(tokens + 1)
 
@@ -117,7 +119,7 @@ def row_probabilities(tokens: int, top_k: int, experts: int) -> tuple[tuple[floa
         ways = log_all - math.lgamma(rows + 1) - math.lgamma(tokens - rows + 1)
         return math.exp(ways + rows * log_p + (tokens - rows) * log_q)
 
-    return tuple((rows, probability(rows)) for rows in range(high + 1))
+    return tuple((always + rows, probability(rows)) for rows in range(high + 1))
 
 
 def expected_m_tiles(tokens: int, layer: Layer, m: int) -> float:
@@ -128,7 +130,8 @@ def expected_m_tiles(tokens: int, layer: Layer, m: int) -> float:
 
 def expected_active(tokens: int, layer: Layer) -> float:
     """Mean number of experts with a row."""
-    return layer.experts * (1.0 - float((1.0 - layer.top_k / layer.experts) ** tokens))
+    missed = max(1.0 - layer.top_k / layer.experts, 0.0)  # by one token
+    return layer.experts * (1.0 - float(missed**tokens))
 
 
 def gemm_time(
