@@ -1,17 +1,11 @@
 """Settings shared by all tests."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import settings
 
 from mxfp4_moe.probe.assemblers import Assembler, examine
 from wheelbuild.assemblers import install_all
-
-# Under --import-mode=importlib nothing else makes the helper modules beside the tests (oracles.py) importable.
-sys.path.insert(0, str(Path(__file__).parent))
 
 # The tests make many small tensor operations, where a second thread mostly waits, badly so on a busy machine.
 torch.set_num_threads(1)

@@ -12,10 +12,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ._wheel import conflict, version
+from ._install.wheel import conflict, version
 
 if TYPE_CHECKING:
-    from .fused_moe import fused_moe, get_cutlass_fused_moe_module, prewarm_moe_tiles
+    from ._call.fused_moe import fused_moe, get_cutlass_fused_moe_module, prewarm_moe_tiles
     from .routing import fused_moe_from_logits, topk_softmax
     from .tiles import select_tile_mn_for_sm120
     from .weights import Activation, GateUpOrder, MoEWeights
@@ -42,10 +42,10 @@ _MODULE_OF = {
     "Activation": "weights",
     "GateUpOrder": "weights",
     "MoEWeights": "weights",
-    "fused_moe": "fused_moe",
+    "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
-    "get_cutlass_fused_moe_module": "fused_moe",
-    "prewarm_moe_tiles": "fused_moe",
+    "get_cutlass_fused_moe_module": "_call.fused_moe",
+    "prewarm_moe_tiles": "_call.fused_moe",
     "select_tile_mn_for_sm120": "tiles",
     "topk_softmax": "routing",
 }
@@ -66,19 +66,19 @@ def __getattr__(name: str) -> Any:
 
 def _explain(error: Exception) -> None:
     """Raises an ImportError with the next step, where torch is missing, broken or too old; returns otherwise."""
-    from . import _troubles, _wheel
+    from ._install import troubles, wheel
 
     torch = sys.modules.get("torch")
-    built_with = (_wheel.read_report() or {}).get("built_with") or {}
-    here = _troubles.Versions(
+    built_with = (wheel.read_report() or {}).get("built_with") or {}
+    here = troubles.Versions(
         wheel_cuda=str(built_with.get("cuda", "")),
         torch_cuda=getattr(getattr(torch, "version", None), "cuda", None) or "",
         importing_torch=torch is None,
     )
-    if trouble := _troubles.recognize(_troubles.words(error), here):
+    if trouble := troubles.recognize(troubles.words(error), here):
         means, remedy = trouble.words(here)
         raise ImportError(
-            f"{__name__} cannot be used ({_troubles.words(error)}): {means}; {remedy}; {_troubles.DOCTOR}"
+            f"{__name__} cannot be used ({troubles.words(error)}): {means}; {remedy}; {troubles.DOCTOR}"
         ) from error
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _load, _wheel
+from ._call.fused_moe import fused_moe
+from ._install import loading, wheel
 from .activations import Activation
 from .formats import (
     BLOCK,
@@ -37,7 +38,6 @@ from .formats import (
     swizzle_scales,
     unswizzle_scales,
 )
-from .fused_moe import fused_moe
 from .weights import MoEWeights
 
 __all__ = [
@@ -307,8 +307,8 @@ def _refuse_modes(modes: dict[str, tuple[bool, str]]) -> None:
 
 
 def _refuse_quantization(argument: str, quantization: str) -> None:
-    manifest = _load.manifest()
-    profile = (_wheel.read_report() or {}).get("profile") or manifest.default_profile
+    manifest = loading.manifest()
+    profile = (wheel.read_report() or {}).get("profile") or manifest.default_profile
     refusal = manifest.refusal(profile, quantization)
     assert refusal is not None, "what the wheel has is not refused"
     raise NotImplementedError(f"{argument}: {refusal}")

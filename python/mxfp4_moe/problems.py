@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _load, _wheel, formats, reference
+from . import formats, reference
+from ._install import loading, wheel
 from .activations import Activation
 from .tiles import Kernel, Tile, kernels_of
 from .weights import MoEWeights
@@ -70,7 +71,7 @@ class GemmProblem:
             act, has_far = self.folded
         else:
             act, has_far = formats.interleave_k(self.codes), None
-        _load.load_tile(tile)(
+        loading.load_tile(tile)(
             act,
             formats.pack_row_scales(self.row_scales),
             self.weight,
@@ -117,7 +118,7 @@ class GemmProblem:
 
 def kernels_here(tile: Tile, device: torch.device) -> tuple[Kernel, ...]:
     """The kernels that a tile of this wheel has on a GPU."""
-    arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    arch = wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     return (Kernel.BY_SIZE,) if arch is None else kernels_of(tile, arch)
 
 

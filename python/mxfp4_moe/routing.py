@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _load, ops, reference
-from .formats import require_tensor
-from .fused_moe import (
+from . import reference
+from ._call import operators
+from ._call.fused_moe import (
     MAX_EXPERTS,
     check_capability,
     check_devices,
@@ -21,6 +21,8 @@ from .fused_moe import (
     run,
     tile_of_call,
 )
+from ._install import loading
+from .formats import require_tensor
 from .weights import MoEWeights
 
 MAX_TOP_K = 16  # csrc/moe/moe.h, kMaxTopK
@@ -49,7 +51,7 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
     if torch.compiler.is_compiling():
-        result: tuple[Tensor, Tensor] = ops.topk_softmax(router_logits.detach(), top_k, renormalize)
+        result: tuple[Tensor, Tensor] = operators.topk_softmax(router_logits.detach(), top_k, renormalize)
         return result
     check_topk_softmax(router_logits, top_k)
     device = router_logits.device
@@ -61,7 +63,7 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
     try:
         result = _kernel(device.index)(router_logits, top_k, renormalize)
     except RuntimeError as error:
-        _load.explain(f"topk_softmax cannot run on {device}", error)
+        loading.explain(f"topk_softmax cannot run on {device}", error)
         raise
     return result
 
@@ -182,4 +184,4 @@ def _kernel(device_index: int) -> Any:
     """The operator, once this device is known to be supported."""
     name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
     check_capability(torch.cuda.get_device_capability(device_index), name)
-    return _load.moe_ops().route_topk.default
+    return loading.moe_ops().route_topk.default

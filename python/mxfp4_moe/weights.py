@@ -19,9 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._checkpoint import TensorFiles
-from ._load import explained
-from ._prepare import (
+from ._checkpoints.prepare import (
     Source,
     ceil_div,
     cut,
@@ -34,6 +32,8 @@ from ._prepare import (
     restore,
     with_progress,
 )
+from ._checkpoints.stored import TensorFiles
+from ._install.loading import explained
 from .activations import Activation
 from .formats import BLOCK, WordOrder, describe, require_tensor, weight_bytes, word_order_of
 

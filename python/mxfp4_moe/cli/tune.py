@@ -18,8 +18,8 @@ from ..bench import shapes
 from .bench import Stopwatch, add_shape_arguments, gpu_refusal, shape_of
 
 if TYPE_CHECKING:
-    from ..facts import DeviceFacts
-    from ..tuned import TunedLayer
+    from .._choice.facts import DeviceFacts
+    from .._choice.tuned import TunedLayer
 
 HELP = "measure the tiles on this GPU and keep a table of the fastest"
 
@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _refuse(refusal)
     import torch
 
-    from .. import facts as device_facts
-    from .. import tuned
+    from .._choice import facts as device_facts
+    from .._choice import tuned
     from ..bench import tune
 
     device = torch.device("cuda", arguments.device)
@@ -70,7 +70,7 @@ def output_path(given: Path | None, facts: DeviceFacts) -> Path:
     Raises:
         ValueError: nothing was named, and the user has no home.
     """
-    from .. import tuned
+    from .._choice import tuned
 
     if given is None:
         path = tuned.user_path(facts)
@@ -82,7 +82,7 @@ def output_path(given: Path | None, facts: DeviceFacts) -> Path:
 
 def layers_before(path: Path, facts: DeviceFacts) -> list[TunedLayer]:
     """What the table has of other layers; one that cannot be used is replaced as a whole, which stderr says."""
-    from .. import tuned
+    from .._choice import tuned
 
     try:
         table = tuned.read(path, facts, same_wheel=True)
