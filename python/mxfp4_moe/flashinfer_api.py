@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import describe, require_tensor
 from ._call.fused_moe import fused_moe
 from ._install import loading, wheel
 from .activations import Activation
@@ -31,10 +32,8 @@ from .formats import (
     decode_e8m0,
     dequantize_mxfp4,
     dequantize_mxfp8,
-    describe,
     encode_e2m1,
     quantize_mxfp8,
-    require_tensor,
     swizzle_scales,
     unswizzle_scales,
 )

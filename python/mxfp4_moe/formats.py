@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import Enum
 
 import torch
 from torch import Tensor
+
+from ._arguments import describe, require_tensor
 
 BLOCK = 32  # values that share one E8M0 scale (OCP MX v1.0, table 1)
 E4M3_MAX = 448.0
@@ -38,46 +40,6 @@ _RCP_448 = float.fromhex("0x1.24924ap-9")  # 1/448 rounded to fp32: the kernel m
 # even code, so where that is the upper one (odd i) the bound is the float32 just below the midpoint.
 _MIDPOINTS = [(E2M1_VALUES[i] + E2M1_VALUES[i + 1]) / 2 for i in range(7)]
 _E2M1_BOUNDS = [m if i % 2 == 0 else m - 2.0 ** (math.frexp(m)[1] - 24) for i, m in enumerate(_MIDPOINTS)]
-
-
-def describe(tensor: Tensor) -> str:
-    """Dtype and shape for error messages: ``"uint8 [4, 5760, 90]"``."""
-    return f"{_dtype_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def require_tensor(
-    name: str,
-    value: object,
-    dtypes: torch.dtype | Sequence[torch.dtype],
-    shape: Sequence[int | str] | None = None,
-    device: torch.device | None = None,
-) -> None:
-    """Checks one argument and raises an error that names it, what was expected and what came.
-
-    Args:
-        name: argument name for the message.
-        value: what the caller passed.
-        dtypes: allowed dtype or dtypes.
-        shape: expected shape; a string stands for a dimension of any size and names it in the message.
-        device: expected device, if it matters.
-
-    Raises:
-        TypeError: not a tensor, or another dtype.
-        ValueError: another shape or device.
-    """
-    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
-    expected = " or ".join(_dtype_name(d) for d in allowed)
-    expected += " tensor" if shape is None else f" [{', '.join(str(s) for s in shape)}]"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if value.dtype not in allowed:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if shape is not None and (
-        value.dim() != len(shape) or any(isinstance(s, int) and s != d for s, d in zip(shape, value.shape, strict=True))
-    ):
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: expected {expected} on {device}, got {describe(value)} on {value.device}")
 
 
 def decode_e2m1(packed: Tensor) -> Tensor:
@@ -553,10 +515,6 @@ def unpack_row_scales(packed: Tensor, rows: int, k: int) -> Tensor:
     _require_multiple("k", k, BLOCK)
     require_tensor("packed", packed, torch.uint8, (-(-k // 128), -(-rows // 4) * 4, 4))
     return packed.transpose(0, 1).flatten(1)[:rows, : k // BLOCK].contiguous()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _require_multiple(name: str, value: int, multiple: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._arguments import require_contiguous, require_tensor
 from ._call import operators
 from ._call.fused_moe import (
     MAX_EXPERTS,
@@ -22,7 +23,6 @@ from ._call.fused_moe import (
     tile_of_call,
 )
 from ._install import loading
-from .formats import require_tensor
 from .weights import MoEWeights
 
 MAX_TOP_K = 16  # csrc/moe/moe.h, kMaxTopK
@@ -170,8 +170,7 @@ def check_topk_softmax(router_logits: Tensor, top_k: int) -> tuple[int, int]:
     tokens, experts = router_logits.shape
     if not 1 <= experts <= MAX_EXPERTS:
         raise ValueError(f"router_logits: expected 1 to {MAX_EXPERTS} experts, got {experts}")
-    if not router_logits.is_contiguous():
-        raise ValueError(f"router_logits: expected a contiguous tensor, got strides {list(router_logits.stride())}")
+    require_contiguous("router_logits", router_logits)
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         raise TypeError(f"top_k: expected an integer, got {top_k!r}")
     if not 1 <= top_k <= min(MAX_TOP_K, experts):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ._arguments import describe, require_contiguous, require_tensor
 from ._checkpoints.prepare import (
     Source,
     ceil_div,
@@ -35,7 +36,7 @@ from ._checkpoints.prepare import (
 from ._checkpoints.stored import TensorFiles
 from ._install.loading import explained
 from .activations import Activation
-from .formats import BLOCK, WordOrder, describe, require_tensor, weight_bytes, word_order_of
+from .formats import BLOCK, WordOrder, weight_bytes, word_order_of
 
 __all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors", "WordOrder"]
 
@@ -144,7 +145,7 @@ class MoEWeights:
             if tensor is None and name.endswith("_bias"):
                 continue
             require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
-            _check_contiguous(name, tensor)
+            require_contiguous(name, tensor)
         _check_number("alpha", self.alpha, experts, device)
         _check_number("beta", self.beta, experts, device)
         if self.limit is not None:
@@ -444,7 +445,7 @@ class MoEWeights:
         require_tensor(names[2], fc2_expert_weights, torch.int64, (experts, hidden, inter // 16), device)
         require_tensor(names[3], fc2_scale, torch.int32, fc2_scale_shape, device)
         for name, tensor in zip(names, (fc1_expert_weights, fc1_scale, fc2_expert_weights, fc2_scale), strict=True):
-            _check_contiguous(name, tensor)
+            require_contiguous(name, tensor)
         begin, _ = _shard("ep", ep_rank, ep_size, experts * ep_size if isinstance(ep_size, int) else 0, 1)
         _shard("tp", tp_rank, tp_size, tp_size, 1)
         weights = cls._build(
@@ -642,15 +643,10 @@ def _check_sizes(name: str, w13: Tensor, experts: int, hidden: int, inter: int, 
         raise ValueError(f"{name}: expected at least one expert and an even number of rows, got {describe(w13)}")
 
 
-def _check_contiguous(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
-
-
 def _check_number(name: str, value: object, experts: int, device: torch.device) -> None:
     if isinstance(value, Tensor):
         require_tensor(name, value, torch.float32, (experts,), device)
-        return _check_contiguous(name, value)
+        return require_contiguous(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, or float32 [{experts}], got {type(value).__name__}")
     if not math.isfinite(value):

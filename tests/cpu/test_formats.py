@@ -431,18 +431,6 @@ class TestRowScales:
             formats.unpack_row_scales(random_bytes(2, 4, 4), 5, 160)
 
 
-def test_require_tensor_names_what_is_wrong() -> None:
-    with pytest.raises(TypeError, match=r"^w13: expected uint8 \[4, K\], got list$"):
-        formats.require_tensor("w13", [1], torch.uint8, (4, "K"))
-    with pytest.raises(TypeError, match=r"^w13: expected uint8 \[4, K\], got int8 \[4, 2\]$"):
-        formats.require_tensor("w13", torch.zeros(4, 2, dtype=torch.int8), torch.uint8, (4, "K"))
-    with pytest.raises(ValueError, match=r"^w13: expected uint8 \[4, K\], got uint8 \[3, 2\]$"):
-        formats.require_tensor("w13", random_bytes(3, 2), torch.uint8, (4, "K"))
-    with pytest.raises(ValueError, match=r"^w13: expected uint8 \[4, K\] on meta, got uint8 \[4, 2\] on cpu$"):
-        formats.require_tensor("w13", random_bytes(4, 2), torch.uint8, (4, "K"), torch.device("meta"))
-    formats.require_tensor("w13", random_bytes(4, 2), torch.uint8, (4, "K"), torch.device("cpu"))
-
-
 def test_folded_activations_are_the_values_in_the_weights_order() -> None:
     """csrc/tile/folded.cuh: position by position, every value exact for every scale."""
     rows, k = 7, 32 * 8

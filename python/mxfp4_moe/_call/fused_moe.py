@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._arguments import require_tensor
 from .._choice.choice import choose_tile
 from .._choice.facts import DeviceFacts, Layer, from_properties
 from .._install import loading, wheel
 from .._install.troubles import DOCTOR
-from ..formats import BLOCK, WordOrder, require_tensor, word_order_of
+from ..formats import BLOCK, WordOrder, word_order_of
 from ..tiles import Tile, select_tile
 from ..weights import MoEWeights, split_number
 from . import operators
