@@ -122,13 +122,33 @@ def decode_e8m0(scales: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def encode_e8m0(x: Tensor) -> Tensor:
+    """E8M0 bytes of values, each rounded up to a power of two: at least 2^-127 (byte 0), at most 2^127 (byte 254).
+
+    This is ``cvt.rp.satfinite.ue8m0x2.f32`` of the PTX ISA. A NaN or an infinity becomes 254 like every other value
+    above 2^127, so callers that can meet one must look for it themselves.
+
+    Args:
+        x: float32, any shape, no value below 0.
+
+    Returns:
+        uint8, same shape.
+    """
+    require_tensor("x", x, torch.float32)
+    bits = x.view(torch.int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    # Exponent field 0 holds the subnormals: everything up to 2^-127 (mantissa 0x400000) is byte 0, the rest 2^-126.
+    round_up = torch.where(exponent == 0, mantissa > 0x400000, mantissa != 0)
+    return (exponent + round_up).clamp_(max=E8M0_MAX).to(torch.uint8)
+
+
 def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """MXFP8: E4M3 codes and one E8M0 scale per 32 values, the scale rounded up so that nothing overflows.
 
-    Per block: p = fp32(amax * fp32(1/448)), rounded up to a power of two as ``cvt.rp.satfinite.ue8m0x2.f32`` (PTX ISA)
-    does it, gives the byte; codes = E4M3(x * 2^(127-byte)), a product by an exact power of two. An all-zero block is
-    byte 0 and codes 0, whatever the signs of its zeros. A block with a NaN or an infinity is byte 127 and all codes
-    0x7F, so that the poison reaches the output instead of a finite number that looks right.
+    Per block: p = fp32(amax * fp32(1/448)), rounded up to a power of two (`encode_e8m0`), gives the byte; codes =
+    E4M3(x * 2^(127-byte)), a product by an exact power of two. An all-zero block is byte 0 and codes 0, whatever the
+    signs of its zeros. A block with a NaN or an infinity is byte 127 and all codes 0x7F, so that the poison reaches the
+    output instead of a finite number that looks right.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], K a multiple of 32.
@@ -138,11 +158,7 @@ def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = torch.unflatten(_float32("x", x, BLOCK), -1, (-1, BLOCK))
     amax = blocks.abs().amax(-1)
-    bits = (amax * _RCP_448).view(torch.int32)
-    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
-    # Exponent field 0 holds the subnormals: everything up to 2^-127 (mantissa 0x400000) is byte 0, the rest 2^-126.
-    round_up = torch.where(exponent == 0, mantissa > 0x400000, mantissa != 0)
-    scales = (exponent + round_up).clamp_(max=E8M0_MAX).to(torch.uint8)
+    scales = encode_e8m0(amax * _RCP_448)
     codes = encode_e4m3(blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1))
     codes.masked_fill_((amax == 0).unsqueeze(-1), 0)
     poison = ~amax.isfinite()

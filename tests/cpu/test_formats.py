@@ -92,6 +92,18 @@ class TestE8M0:
         )
 
 
+def test_encode_e8m0_rounds_up() -> None:
+    powers = np.exp2(np.arange(-149, 128, dtype=np.float64))
+    bits = random_float_bits(4096, seed=5)
+    x = np.abs(np.concatenate((np.zeros(1, np.float32), with_neighbours(powers), bits[np.isfinite(bits)])))
+    mantissa, exponent = np.frexp(x.astype(np.float64))  # x = mantissa * 2^exponent, mantissa in [1/2, 1)
+    smallest_power = exponent - (mantissa == 0.5)
+    expected = np.where(x == 0, 0, (smallest_power + 127).clip(0, 254)).astype(np.uint8)
+    assert np.array_equal(formats.encode_e8m0(torch.from_numpy(x)).numpy(), expected)
+    poison = torch.tensor([torch.inf, torch.nan])
+    assert formats.encode_e8m0(poison).tolist() == [254, 254]
+
+
 def mxfp8_cases() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     shape = (64, 96)
