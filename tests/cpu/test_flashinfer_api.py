@@ -19,7 +19,7 @@ import torch
 
 from mxfp4_moe import MoEWeights, formats, fused_moe
 from mxfp4_moe import flashinfer_api as fi
-from mxfp4_moe.flashinfer_api import ActivationType, SfLayout
+from mxfp4_moe.flashinfer_api import ActivationType, SfLayout, weight_cache
 
 E, T, K, H, INTER = 4, 10, 2, 128, 160
 BF16 = torch.bfloat16
@@ -208,13 +208,13 @@ class TestKeptWeights:
     def prepared(self, monkeypatch: pytest.MonkeyPatch) -> list[MoEWeights]:
         """What was prepared, in order."""
         made: list[MoEWeights] = []
-        prepare = fi._prepare
+        prepare = weight_cache._prepare
 
         def count(*args: Any) -> MoEWeights:
             made.append(prepare(*args))
             return made[-1]
 
-        monkeypatch.setattr(fi, "_prepare", count)
+        monkeypatch.setattr(weight_cache, "_prepare", count)
         return made
 
     def test_once_for_many_calls_and_views(self, prepared: list[MoEWeights]) -> None:
@@ -240,7 +240,7 @@ class TestKeptWeights:
         assert len(prepared) == 2
         assert not torch.equal(before, after)
         assert torch.equal(after, fi.cutlass_fused_moe(**{**call, **other})[0])
-        assert len(fi._entries) == 2
+        assert len(weight_cache._entries) == 2
 
     def test_again_after_writes_that_torch_does_not_count(self, prepared: list[MoEWeights]) -> None:
         call = make_call()
@@ -268,12 +268,12 @@ class TestKeptWeights:
     def test_freed_with_their_tensors(self) -> None:
         call = make_call()
         fi.cutlass_fused_moe(**call)
-        (entry,) = fi._entries.values()
+        (entry,) = weight_cache._entries.values()
         kept = weakref.ref(entry.weights)
         del entry, call["quant_scales"]
         gc.collect()
         assert kept() is None
-        assert not fi._entries
+        assert not weight_cache._entries
 
     def test_memory_that_is_used_again(self, prepared: list[MoEWeights]) -> None:
         """A new tensor at the place of a dead one is not mistaken for it."""

@@ -1,60 +1,23 @@
-"""FlashInfer's names for what this library does: change the import, and keep the calls.
-
-Names, order and meaning of arguments and the shapes of results are FlashInfer's (0.7.2). One of its modes is here,
-MXFP8 activations x MXFP4 weights (``use_mxfp8_act_scaling=True``, weights as int64 views); an argument that asks for
-another raises NotImplementedError with its name. Beyond FlashInfer, bfloat16 and float16 input is taken too and
-quantized on the way, hidden and intermediate sizes need only be multiples of 32, and all of it runs on CPU tensors.
-
-FlashInfer passes raw weights with every call; here they are prepared by the first call and kept as long as the tensors
-that they came from live, see `cutlass_fused_moe`. Code that can hold a `MoEWeights` saves the second copy: make it with
-`MoEWeights.from_flashinfer`, free the raw tensors, and call `mxfp4_moe.fused_moe`.
-"""
+"""FlashInfer's call: which of its modes is asked for, and the layer behind the one that is here."""
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import describe, require_tensor
-from ._call.fused_moe import fused_moe
-from ._install import loading, wheel
-from .activations import Activation
-from .formats import (
-    BLOCK,
-    E8M0_MAX,
-    decode_e8m0,
-    dequantize_mxfp4,
-    dequantize_mxfp8,
-    encode_e2m1,
-    quantize_mxfp8,
-    swizzle_scales,
-    unswizzle_scales,
-)
-from .weights import MoEWeights
-
-__all__ = [
-    "ActivationType",
-    "SfLayout",
-    "block_scale_interleave",
-    "cutlass_fused_moe",
-    "cutlass_fused_moe_workspace_size",
-    "forget_weights",
-    "mxfp4_dequantize",
-    "mxfp4_quantize",
-    "mxfp8_dequantize_host",
-    "mxfp8_quantize",
-]
+from .._arguments import describe, require_tensor
+from .._call.fused_moe import fused_moe
+from .._install import loading, wheel
+from ..activations import Activation
+from ..formats import BLOCK
+from ..weights import MoEWeights
+from .weight_cache import prepared_weights
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, *_HALVES)
-_RCP_6 = float.fromhex("0x1.555556p-3")  # 1/6 rounded to fp32
 
 
 class ActivationType(IntEnum):
@@ -79,14 +42,6 @@ class ActivationType(IntEnum):
         return self is ActivationType.Situ or (self in _ACTIVATIONS and _ACTIVATIONS[self].is_gated)
 
 
-class SfLayout(IntEnum):
-    """Layouts of scale factors, by FlashInfer's numbers."""
-
-    layout_128x4 = 0
-    layout_8x4 = 1  # refused
-    layout_linear = 2
-
-
 _ACTIVATIONS = {
     ActivationType.Gelu: Activation.GELU,
     ActivationType.Relu: Activation.RELU,
@@ -99,9 +54,6 @@ _ACTIVATIONS = {
     ActivationType.GegluTanh: Activation.GEGLU_TANH,
     ActivationType.Identity: Activation.IDENTITY,
 }
-
-
-# ---- the layer -------------------------------------------------------------------------------------------------------
 
 
 def cutlass_fused_moe(
@@ -208,7 +160,7 @@ def cutlass_fused_moe(
         token_final_scales = torch.ones(token_selected_experts.shape, device=token_selected_experts.device)
 
     numbers = (swiglu_alpha, swiglu_beta, swiglu_limit)
-    weights: MoEWeights = _prepared(
+    weights: MoEWeights = prepared_weights(
         (
             fc1_expert_weights,
             quant_scales[0],
@@ -366,262 +318,3 @@ def _input_scales(input: Tensor, input_sf: Tensor, scale_layout: str) -> Tensor:
     if scale_layout == "linear" and input_sf.is_contiguous() and input_sf.numel() == shape[0] * shape[1]:
         return input_sf.view(shape)
     return input_sf.reshape(-1) if scale_layout == "swizzled" else input_sf
-
-
-# ---- weights that stay prepared between calls ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    versions: tuple[int, ...]
-    weights: MoEWeights
-    finalizers: tuple[weakref.finalize[Any, Any], ...]
-
-
-_entries: dict[tuple[object, ...], _Entry] = {}
-_preparing = threading.RLock()
-
-
-def forget_weights() -> None:
-    """Frees all prepared weights; the next call with any weights prepares them again."""
-    for key in tuple(_entries):
-        _forget(key)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph must not take what it found once for constant
-def _prepared(
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[Tensor | None, ...],
-    activation: Activation,
-    ranks: tuple[int, int, int, int],
-) -> MoEWeights:
-    given = [tensor for tensor in (*tensors, *numbers) if tensor is not None]
-    for tensor in given:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"weights, scales, biases and swiglu numbers: expected tensors, got {type(tensor).__name__}"
-            )
-    # The storage stands for the memory: views of it come and go with every call. Its wrapper lives as long as it does.
-    places = tuple(
-        None if t is None else (id(t.untyped_storage()), t.data_ptr(), t.shape, t.stride(), t.dtype)
-        for t in (*tensors, *numbers)
-    )
-    key = (*places, activation, ranks)
-    versions = tuple(-1 if t.is_inference() else t._version for t in given)
-    entry = _entries.get(key)
-    if entry is not None and entry.versions == versions:
-        return entry.weights
-    with _preparing:
-        entry = _entries.get(key)
-        if entry is None or entry.versions != versions:
-            _forget(key)
-            weights = _prepare(tensors, numbers, activation, ranks)
-            storages = {id(storage): storage for storage in (t.untyped_storage() for t in given)}
-            finalizers = tuple(weakref.finalize(storage, _forget, key) for storage in storages.values())
-            for finalizer in finalizers:
-                finalizer.atexit = False
-            entry = _entries[key] = _Entry(versions, weights, finalizers)
-    return entry.weights
-
-
-def _prepare(
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[Tensor | None, ...],
-    activation: Activation,
-    ranks: tuple[int, int, int, int],
-) -> MoEWeights:
-    fc1, fc1_scale, fc2, fc2_scale, fc1_biases, fc2_biases = tensors
-    assert fc1 is not None
-    if fc1.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "fc1_expert_weights: expected weights that an earlier call has prepared, got new ones while a CUDA graph "
-            "is captured; call cutlass_fused_moe once before the capture"
-        )
-    for name, number in zip(("swiglu_alpha", "swiglu_beta", "swiglu_limit"), numbers, strict=True):
-        if number is not None:
-            require_tensor(name, number, torch.float32, (fc1.shape[0],), fc1.device)
-    alpha, beta, limit = (None if number is None else number.contiguous() for number in numbers)
-    no_limit = 7.0 if activation is Activation.SWIGLU_STEP else None
-    weights = MoEWeights.from_flashinfer(
-        fc1,
-        fc1_scale,  # type: ignore[arg-type]  # None is refused by name
-        fc2,  # type: ignore[arg-type]
-        fc2_scale,  # type: ignore[arg-type]
-        fc1_expert_biases=fc1_biases,
-        fc2_expert_biases=fc2_biases,
-        activation=activation,
-        alpha=1.0 if alpha is None else alpha,
-        beta=0.0 if beta is None else beta,
-        limit=no_limit if limit is None else limit,
-        ep_rank=ranks[0],
-        ep_size=ranks[1],
-        tp_rank=ranks[2],
-        tp_size=ranks[3],
-    )
-    if fc1.is_cuda:  # calls on other streams find them without waiting
-        torch.cuda.current_stream(fc1.device).synchronize()
-    return weights
-
-
-def _forget(key: tuple[object, ...]) -> None:
-    entry = _entries.pop(key, None)
-    if entry is not None:
-        for finalizer in entry.finalizers:
-            finalizer.detach()
-
-
-# ---- quantizers ------------------------------------------------------------------------------------------------------
-
-
-def mxfp8_quantize(
-    input: Tensor,
-    is_sf_swizzled_layout: bool = True,
-    alignment: int = 32,
-    enable_pdl: bool | None = None,
-    backend: str = "cuda",
-    sf_swizzle_layout: SfLayout | int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """MXFP8: E4M3 codes and one E8M0 scale per 32 values, as `formats.quantize_mxfp8`.
-
-    Args:
-        input: bfloat16 or float16 [..., K], K a multiple of 32.
-        is_sf_swizzled_layout: scales 128x4-swizzled, else linear.
-        alignment: K is padded to a multiple of it with zeros; a multiple of 32.
-        enable_pdl, backend: taken and not needed.
-        sf_swizzle_layout: goes before is_sf_swizzled_layout where it is given.
-
-    Returns:
-        codes float8_e4m3fn [..., padded K] (on the CPU too, where FlashInfer gives uint8), and scales uint8, flat:
-        M x padded K / 32 of them, swizzled with M = rows padded to 128 and the blocks to 4.
-    """
-    require_tensor("input", input, _HALVES)
-    if input.dim() == 0 or input.shape[-1] % BLOCK:
-        raise ValueError(f"input: expected a last dimension that is a multiple of {BLOCK}, got {describe(input)}")
-    if alignment < 1 or alignment % BLOCK:
-        raise ValueError(f"alignment: expected a multiple of {BLOCK}, got {alignment}")
-    layout = _layout("sf_swizzle_layout", _chosen(is_sf_swizzled_layout, sf_swizzle_layout))
-    padded = torch.nn.functional.pad(input, (0, -input.shape[-1] % alignment))
-    codes, scales = quantize_mxfp8(padded)
-    return codes.view(torch.float8_e4m3fn), _store_scales(scales, layout).flatten()
-
-
-def mxfp8_dequantize_host(
-    input: Tensor,
-    scale_tensor: Tensor,
-    is_sf_swizzled_layout: bool = True,
-    sf_swizzle_layout: SfLayout | int | None = None,
-) -> Tensor:
-    """Values of MXFP8 data.
-
-    Args:
-        input: float8_e4m3fn or uint8 [M, K], on any device.
-        scale_tensor: uint8 scales as `mxfp8_quantize` gives them.
-        is_sf_swizzled_layout, sf_swizzle_layout: their layout.
-
-    Returns:
-        float32 [M, K].
-    """
-    require_tensor("input", input, (torch.float8_e4m3fn, torch.uint8), ("M", "K"))
-    layout = _layout("sf_swizzle_layout", _chosen(is_sf_swizzled_layout, sf_swizzle_layout))
-    rows, k = input.shape
-    return dequantize_mxfp8(input.view(torch.uint8), _load_scales("scale_tensor", scale_tensor, rows, k, layout))
-
-
-def mxfp4_quantize(
-    a: Tensor,
-    backend: str = "cuda",
-    enable_pdl: bool | None = None,
-    sfLayout: SfLayout | int = SfLayout.layout_128x4,
-) -> tuple[Tensor, Tensor]:
-    """MXFP4 by FlashInfer's rule: the scale is amax / 6 rounded up to a power of two, so nothing saturates.
-
-    `MoEWeights.from_float` and `formats.quantize_mxfp4` follow OCP MX instead, which rounds down.
-
-    Args:
-        a: bfloat16 or float16 [M, K], K a multiple of 32; finite.
-        backend, enable_pdl: taken and not needed.
-        sfLayout: layout of the scales.
-
-    Returns:
-        packed uint8 [M, K/2] (low nibble = even k), scales uint8 [M padded to 128, K/32 padded to 4] swizzled, or
-        [M, K/32] linear; on the device of a (FlashInfer moves them to the GPU).
-    """
-    require_tensor("a", a, _HALVES, ("M", "K"))
-    if a.shape[1] % BLOCK:
-        raise ValueError(f"a: expected K a multiple of {BLOCK}, got {describe(a)}")
-    if not bool(a.isfinite().all()):
-        raise ValueError(f"a: expected finite values, got {describe(a)} with NaN or infinity")
-    layout = _layout("sfLayout", sfLayout)
-    blocks = torch.unflatten(a.to(torch.float32), -1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
-    bits = (amax * _RCP_6).view(torch.int32)
-    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
-    # Exponent field 0 holds the subnormals: everything up to 2^-127 is byte 0.
-    round_up = torch.where(exponent == 0, mantissa > 0x400000, mantissa != 0)
-    scales = (exponent + round_up).clamp_(max=E8M0_MAX).to(torch.uint8)
-    scaled = blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1)
-    packed = encode_e2m1(scaled.masked_fill_((amax == 0).unsqueeze(-1), 0.0).flatten(-2))
-    stored = _store_scales(scales, layout)
-    return packed, stored.view(-1, -(-scales.shape[1] // 4) * 4) if layout is SfLayout.layout_128x4 else stored
-
-
-def mxfp4_dequantize(a_fp4: Tensor, a_sf: Tensor, sfLayout: SfLayout | int = SfLayout.layout_128x4) -> Tensor:
-    """Values of MXFP4 data, float32 [M, K] on the CPU (as FlashInfer's).
-
-    Args:
-        a_fp4: packed uint8 [M, K/2].
-        a_sf: uint8 scales as `mxfp4_quantize` gives them, in any shape.
-        sfLayout: their layout.
-    """
-    require_tensor("a_fp4", a_fp4, torch.uint8, ("M", "K/2"))
-    packed, (rows, half_k) = a_fp4.cpu(), a_fp4.shape
-    scales = _load_scales("a_sf", a_sf.cpu(), rows, half_k * 2, _layout("sfLayout", sfLayout))
-    return dequantize_mxfp4(packed, scales)
-
-
-def block_scale_interleave(unswizzled_sf: Tensor) -> Tensor:
-    """Scales in the 128x4 order (`formats.swizzle_scales`), flat.
-
-    Args:
-        unswizzled_sf: uint8 [N, K/32] or [E, N, K/32].
-
-    Returns:
-        uint8 [E * (N padded to 128) * (K/32 padded to 4)].
-    """
-    require_tensor("unswizzled_sf", unswizzled_sf, torch.uint8)
-    if unswizzled_sf.dim() not in (2, 3):
-        raise ValueError(f"unswizzled_sf: expected uint8 [N, K/32] or [E, N, K/32], got {describe(unswizzled_sf)}")
-    return swizzle_scales(unswizzled_sf).flatten()
-
-
-def _chosen(swizzled: bool, layout: SfLayout | int | None) -> SfLayout | int:
-    if layout is not None:
-        return layout
-    return SfLayout.layout_128x4 if swizzled else SfLayout.layout_linear
-
-
-def _layout(name: str, value: SfLayout | int) -> SfLayout:
-    try:
-        layout = SfLayout(value)
-    except ValueError:
-        raise ValueError(f"{name}: expected an SfLayout, got {value!r}") from None
-    if layout is SfLayout.layout_8x4:
-        raise NotImplementedError(
-            f"{name}: layout_8x4 is not in this library, which has layout_128x4 and layout_linear"
-        )
-    return layout
-
-
-def _store_scales(scales: Tensor, layout: SfLayout) -> Tensor:
-    """[..., K/32] -> swizzled tiles of all rows, or as they are."""
-    return swizzle_scales(scales.flatten(0, -2)) if layout is SfLayout.layout_128x4 else scales
-
-
-def _load_scales(name: str, stored: Tensor, rows: int, k: int, layout: SfLayout) -> Tensor:
-    """The inverse of `_store_scales`, from any shape."""
-    require_tensor(name, stored, torch.uint8)
-    shape = [rows, k // BLOCK] if layout is SfLayout.layout_linear else [-(-rows // 128), -(-k // 128), 512]
-    if stored.numel() != shape[0] * shape[1] * (1 if len(shape) == 2 else shape[2]):
-        raise ValueError(f"{name}: expected {shape} bytes of scales for [{rows}, {k}], got {describe(stored)}")
-    tiles = stored.reshape(shape)
-    return tiles if layout is SfLayout.layout_linear else unswizzle_scales(tiles, rows, k)
