@@ -9,20 +9,20 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ._install.wheel import conflict, version
+from ._install import troubles, wheel
 
 if TYPE_CHECKING:
-    from ._call.fused_moe import fused_moe, get_cutlass_fused_moe_module, prewarm_moe_tiles
+    from ._call.fused_moe import fused_moe
+    from ._call.modules import get_cutlass_fused_moe_module, prewarm_moe_tiles
     from .routing import fused_moe_from_logits, topk_softmax
     from .tiles import select_tile_mn_for_sm120
     from .weights import Activation, GateUpOrder, MoEWeights
 
-__version__ = version()
+__version__ = wheel.version()
 
-if _conflict := conflict():
+if _conflict := wheel.conflict():
     warnings.warn(_conflict, RuntimeWarning, stacklevel=2)
 
 __all__ = [
@@ -44,8 +44,8 @@ _MODULE_OF = {
     "MoEWeights": "weights",
     "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
-    "get_cutlass_fused_moe_module": "_call.fused_moe",
-    "prewarm_moe_tiles": "_call.fused_moe",
+    "get_cutlass_fused_moe_module": "_call.modules",
+    "prewarm_moe_tiles": "_call.modules",
     "select_tile_mn_for_sm120": "tiles",
     "topk_softmax": "routing",
 }
@@ -66,8 +66,6 @@ def __getattr__(name: str) -> Any:
 
 def _explain(error: Exception) -> None:
     """Raises an ImportError with the next step, where torch is missing, broken or too old; returns otherwise."""
-    from ._install import troubles, wheel
-
     torch = sys.modules.get("torch")
     built_with = (wheel.read_report() or {}).get("built_with") or {}
     here = troubles.Versions(
@@ -84,15 +82,3 @@ def _explain(error: Exception) -> None:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`mxfp4_moe.fused_moe` is the function, also after Python has imported the submodule of that name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "fused_moe" and isinstance(value, ModuleType):
-            value = value.fused_moe
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -87,7 +87,7 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
         "print(*sorted(name for name in set(sys.modules) - before if name.startswith('mxfp4_moe')))"
     )
     result = python("-c", program)
-    names = ("", "._install", "._install.elf", "._install.wheel", ".archs", ".tiles")
+    names = ("", "._install", "._install.elf", "._install.troubles", "._install.wheel", ".archs", ".tiles")
     assert result.stdout.split() == [f"mxfp4_moe{name}" for name in names]
 
 
@@ -105,8 +105,8 @@ def test_the_public_names_come_when_asked_for() -> None:
         "import sys, mxfp4_moe\n"
         "assert 'torch' not in sys.modules\n"
         "assert set(mxfp4_moe.__all__) <= set(dir(mxfp4_moe))\n"
-        "from mxfp4_moe._call.fused_moe import manifest_tile\n"
-        "assert callable(mxfp4_moe.fused_moe), 'the function, though the submodule was imported first'\n"
+        "import mxfp4_moe._call.fused_moe\n"
+        "assert callable(mxfp4_moe.fused_moe), 'the function, whatever module was imported first'\n"
         "from mxfp4_moe import *\n"
         "for name in mxfp4_moe.__all__: assert eval(name) is getattr(mxfp4_moe, name), name\n"
         "try: mxfp4_moe.nonsense\n"

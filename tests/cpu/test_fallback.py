@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4_moe
-from mxfp4_moe._call.fused_moe import _operator
+from mxfp4_moe._call.launch import layer_operator
 from mxfp4_moe._install import blocklist, loading, wheel
 from mxfp4_moe.tiles import Tile, load_manifest, nearest_tile
 from wheelbuild import ROOT
@@ -104,16 +104,16 @@ def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     monkeypatch.setattr(loading, "load_tile", loader.load_tile)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: DEVICE)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: CAPABILITY)
-    for cached in (_operator, blocklist.blocked):
+    for cached in (layer_operator, blocklist.blocked):
         cached.cache_clear()
     yield loader
-    for cached in (_operator, blocklist.blocked):
+    for cached in (layer_operator, blocklist.blocked):
         cached.cache_clear()
 
 
 def test_a_good_tile_is_itself(loader: Loader) -> None:
     for tile in (A, B, C):
-        assert _operator(0, tile) == ("the layer's operator", tile)
+        assert layer_operator(0, tile) == ("the layer's operator", tile)
     assert loader.loaded == [A, B, C]
 
 
@@ -124,16 +124,16 @@ def test_a_blocked_tile_falls_back_with_one_warning(loader: Loader) -> None:
         "differ); m128n128 takes its place, with the same results"
     )
     with pytest.warns(RuntimeWarning) as caught:
-        assert _operator(0, A)[1] == B
+        assert layer_operator(0, A)[1] == B
     assert [str(warning.message) for warning in caught] == [expected]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
-            assert _operator(0, A)[1] == B, "decided already"
-        assert _operator(0, B)[1] == B
+            assert layer_operator(0, A)[1] == B, "decided already"
+        assert layer_operator(0, B)[1] == B
     assert A not in loader.loaded
     with pytest.warns(RuntimeWarning, match="tile m64n128 is not used"):
-        assert _operator(1, A)[1] == B, "another device, another warning"
+        assert layer_operator(1, A)[1] == B, "another device, another warning"
 
 
 def test_a_tile_that_does_not_load_falls_back_with_one_warning(loader: Loader) -> None:
@@ -141,24 +141,24 @@ def test_a_tile_that_does_not_load_falls_back_with_one_warning(loader: Loader) -
     with pytest.warns(
         RuntimeWarning, match="tile m128n128 is not used .*: m128n128 cannot be loaded: .*; m64n128 takes"
     ):
-        assert _operator(0, B)[1] == A
+        assert layer_operator(0, B)[1] == A
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _operator(0, B)[1] == A
+        assert layer_operator(0, B)[1] == A
 
 
 def test_the_fall_back_falls_back(loader: Loader) -> None:
     loader.broken = {B}
     blocklist.write(DEVICE, CAPABILITY, {A: "no answer in 60 s"})
     with pytest.warns(RuntimeWarning, match=r"tile m64n128 .* \(no answer in 60 s\); m8n128_swap takes its place"):
-        assert _operator(0, A)[1] == C
+        assert layer_operator(0, A)[1] == C
 
 
 def test_when_no_tile_is_left_the_call_fails_in_one_sentence(loader: Loader) -> None:
     loader.broken = {B, C}
     blocklist.write(DEVICE, CAPABILITY, {A: "no answer in 60 s"})
     with pytest.raises(RuntimeError, match=r"no tile can be used on NVIDIA .*; m64n128: it failed .*doctor --selftest"):
-        _operator(0, A)
+        layer_operator(0, A)
 
 
 def test_a_layer_that_does_not_load_is_not_the_tiles_fault(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_a_layer_that_does_not_load_is_not_the_tiles_fault(loader: Loader, monke
 
     monkeypatch.setattr(loading, "moe_ops", broken)
     with pytest.raises(loading.LoadError, match="^mxfp4_moe._ext.moe cannot be loaded$"):
-        _operator(0, A)
+        layer_operator(0, A)
 
 
 def test_a_foreign_list_blocks_nothing(loader: Loader) -> None:
@@ -175,7 +175,7 @@ def test_a_foreign_list_blocks_nothing(loader: Loader) -> None:
     assert path is not None
     path.write_text(json.dumps(json.loads(path.read_text()) | {"wheel": "0.0.9"}))
     with pytest.warns(RuntimeWarning, match="for another wheel .* is ignored: run `mxfp4-moe doctor --selftest`"):
-        assert _operator(0, A)[1] == A
+        assert layer_operator(0, A)[1] == A
 
 
 def test_prewarm_leaves_out_what_does_not_load(loader: Loader) -> None:
@@ -228,11 +228,11 @@ torch.version.cuda = "13.0"
 torch.cuda.get_device_name = lambda index: "Test GPU"
 torch.cuda.get_device_capability = lambda index: (9, 0)
 from mxfp4_moe._install import loading
-from mxfp4_moe._call.fused_moe import _operator
+from mxfp4_moe._call.launch import layer_operator
 for name in names:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        op, tile = _operator(0, loading.manifest().tile(name))
+        op, tile = layer_operator(0, loading.manifest().tile(name))
     print(json.dumps([tile.name, [str(warning.message) for warning in caught]]), flush=True)
 """
 

@@ -22,8 +22,10 @@ from torch import Tensor
 
 import mxfp4_moe
 from mxfp4_moe import formats, reference
-from mxfp4_moe._call import operators
-from mxfp4_moe._call.fused_moe import check_capability, check_word_order, manifest_tile
+from mxfp4_moe._call import checks, launch, operators
+from mxfp4_moe._call.checks import MAX_SLOTS, check_limits, check_word_order
+from mxfp4_moe._call.launch import check_capability
+from mxfp4_moe._call.selection import manifest_tile, select
 from mxfp4_moe._install import loading
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
@@ -347,9 +349,7 @@ def test_unsupported_gpu_is_named_with_archs_and_versions(capability: tuple[int,
 def test_a_gpu_refuses_another_word_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The words are the only thing in which devices differ, so nothing else would tell."""
     orders = {0: formats.WordOrder.HALVES, 1: formats.WordOrder.CONTAINERS}
-    monkeypatch.setattr(
-        importlib.import_module("mxfp4_moe._call.fused_moe"), "word_order_of", lambda d: orders[d.index]
-    )
+    monkeypatch.setattr(checks, "word_order_of", lambda d: orders[d.index])
     for index, order in orders.items():
         check_word_order(order, torch.device("cuda", index))
         with pytest.raises(ValueError, match=rf"^weights: expected word order '{order.value}' on cuda:{index}, got .*"):
@@ -572,8 +572,6 @@ def test_router_weight_that_is_no_number_stays_in_its_token(poison: float) -> No
 
 
 def test_limits_are_stated_before_anything_is_allocated() -> None:
-    from mxfp4_moe._call.fused_moe import MAX_SLOTS, check_limits
-
     check_limits(1024, MAX_SLOTS, 1)
     with pytest.raises(ValueError, match=r"weights: expected at most 1024 experts, got 1025"):
         check_limits(1025, 1, 1)
@@ -705,7 +703,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         operator = lambda *args, **named: self.calls.append((args, named))  # noqa: E731
-        monkeypatch.setattr(sys.modules["mxfp4_moe._call.fused_moe"], "_operator", lambda index, tile: (operator, tile))
+        monkeypatch.setattr(launch, "layer_operator", lambda index, tile: (operator, tile))
 
     def arguments(self) -> dict[str, Any]:
         """Of the one call, by the schema's names and with its defaults."""
@@ -735,7 +733,7 @@ def test_every_argument_reaches_the_operator_under_its_name(
     topk_weights, topk_ids, logits, output = torch.zeros(4, 1).unbind()
     routing = (None, None, logits, 3) if from_logits else (topk_weights, topk_ids, None, 0)
     recorder = Recorder(monkeypatch)
-    sys.modules["mxfp4_moe._call.fused_moe"].run(
+    launch.run(
         tile=Tile(m=8, n=128, swap_ab=True),
         hidden_states=hidden_states,
         hidden_states_scale=scale,
@@ -773,7 +771,7 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
     numbers = {"alpha": 1.5, "beta": 0.5, "limit": None if per_expert else 7.0}
     each = {f"{name}s": torch.full((E,), 2.0) if per_expert else None for name in numbers}
     own = {name: getattr(weights, name) for name in ("w13", "w13_bias", "w2", "w2_bias", "intermediate_size")}
-    operators._moe_layer_cuda(
+    arguments = operators.LayerCall(
         *(call[name] for name in ("hidden_states", "topk_weights", "topk_ids")),
         **own,
         **numbers,
@@ -786,10 +784,11 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
         output_dtype=torch.float16,
         intermediate_rounding=True,
     )
+    operators._moe_layer_cuda(*arguments)
     got = recorder.arguments()
     out = got.pop("out")
     assert (out.dtype, out.shape) == (torch.float16, (T, H))
-    tile = sys.modules["mxfp4_moe._call.fused_moe"].select(T, K, E, H, INTER, None)
+    tile = select(T, K, E, H, INTER, None)
     expected = {
         **{name: call[name] for name in ("hidden_states", "topk_weights", "topk_ids")},
         **{"router_logits": None, "top_k": 0, "renormalize": True, "first_expert": 0},

@@ -10,7 +10,6 @@ import ctypes
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4_moe
-from mxfp4_moe import routing, weights
-from mxfp4_moe._call import operators
+from mxfp4_moe import weights
+from mxfp4_moe._call import launch, operators
 from mxfp4_moe._install import loading, troubles
 from mxfp4_moe._install.elf import ElfError, read_elf
 from mxfp4_moe._install.troubles import DOCTOR, OWN_MESSAGES, TROUBLES, Trouble, Versions, recognize, release, words
@@ -378,9 +377,7 @@ def test_kernels_that_do_not_start(error: Exception, remedy: str, monkeypatch: p
     """The operators' CUDA paths, up to the operator; the tensors of this machine stand for a GPU's."""
     layer = random_weights(2, 32, 32, torch.device("cpu"))
     call = random_call(3, 2, layer)
-    monkeypatch.setattr(
-        sys.modules["mxfp4_moe._call.fused_moe"], "_operator", lambda index, tile: (raising(error), tile)
-    )
+    monkeypatch.setattr(launch, "layer_operator", lambda index, tile: (raising(error), tile))
     tensors = (layer.w13, layer.w13_bias, layer.w2, layer.w2_bias)
     layout = (layer.hidden_size, layer.intermediate_size, layer.word_order.value)
     numbers = (layer.activation.value, 1.0, 0.0, None, None, None, None, None, "linear", torch.bfloat16)
@@ -393,10 +390,8 @@ def test_calls_whose_kernels_do_not_start(error: Exception, remedy: str, monkeyp
     layer = random_weights(2, 32, 32, torch.device("cuda"))
     call = random_call(3, 2, layer)
     logits = torch.zeros(3, 2, device="cuda")
-    monkeypatch.setattr(
-        sys.modules["mxfp4_moe._call.fused_moe"], "_operator", lambda index, tile: (raising(error), tile)
-    )
-    monkeypatch.setattr(routing, "_kernel", lambda index: raising(error))
+    monkeypatch.setattr(launch, "layer_operator", lambda index, tile: (raising(error), tile))
+    monkeypatch.setattr(launch, "topk_kernel", lambda index: raising(error))
     check_sentence(lambda: mxfp4_moe.fused_moe(*call.args(), layer), error, remedy)
     check_sentence(lambda: mxfp4_moe.topk_softmax(logits, 2), error, remedy)
 
@@ -419,7 +414,7 @@ def test_a_gpu_of_another_arch_is_told_by_the_wheels_own_archs(tmp_path: Path, m
     """Not by the manifest's: a wheel may have been built for fewer."""
     import fake_wheel
 
-    from mxfp4_moe._call.fused_moe import check_capability
+    from mxfp4_moe._call.launch import check_capability
 
     package = fake_wheel.install(tmp_path, monkeypatch, [Tile.from_mn((64, 128))])
     report = package / "build_report.json"

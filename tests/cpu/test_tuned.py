@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import random
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mxfp4_moe._call import selection
 from mxfp4_moe._choice import choice, cost_model, facts, tuned
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe._choice.tuned import Choice, Entry, TunedError, TunedLayer
@@ -122,17 +122,16 @@ def test_a_tile_that_is_not_among_the_choices_is_not_taken() -> None:
 
 
 def test_a_call_on_a_gpu_takes_the_tables_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["mxfp4_moe._call.fused_moe"]
-    monkeypatch.setattr(module, "device_facts", lambda index: H200)
+    monkeypatch.setattr(selection, "device_facts", lambda index: H200)
     user_table(table_data())
     rule = select_tile(1, 4, 128, TILES)
     assert rule != SMALL
-    module.select.cache_clear()
-    assert module.select(1, 4, 128, 2880, 2880, 0) == SMALL
-    assert module.select(1, 4, 128, 4096, 2880, 0) == rule, "another layer"
-    assert module.select(1, 4, 128, 2880, 2880, None) == rule, "no GPU"
-    assert module.select(0, 4, 128, 2880, 2880, 0) == select_tile(0, 4, 128, TILES)
-    module.select.cache_clear()
+    selection.select.cache_clear()
+    assert selection.select(1, 4, 128, 2880, 2880, 0) == SMALL
+    assert selection.select(1, 4, 128, 4096, 2880, 0) == rule, "another layer"
+    assert selection.select(1, 4, 128, 2880, 2880, None) == rule, "no GPU"
+    assert selection.select(0, 4, 128, 2880, 2880, 0) == select_tile(0, 4, 128, TILES)
+    selection.select.cache_clear()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

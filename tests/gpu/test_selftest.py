@@ -15,7 +15,8 @@ from gpu_problems import bits, random_call, random_weights
 
 import mxfp4_moe
 from mxfp4_moe import cli
-from mxfp4_moe._call.fused_moe import _operator, select
+from mxfp4_moe._call.launch import layer_operator
+from mxfp4_moe._call.selection import select
 from mxfp4_moe._install import blocklist, wheel
 from mxfp4_moe.tiles import load_manifest, nearest_tile
 
@@ -28,10 +29,10 @@ TILES = load_manifest().tiles
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache directory, and nothing decided from another one."""
     monkeypatch.setenv("MXFP4_MOE_CACHE_DIR", str(tmp_path))
-    for cached in (_operator, blocklist.blocked):
+    for cached in (layer_operator, blocklist.blocked):
         cached.cache_clear()
     yield tmp_path
-    for cached in (_operator, blocklist.blocked):
+    for cached in (layer_operator, blocklist.blocked):
         cached.cache_clear()
 
 
@@ -77,7 +78,7 @@ def test_a_blocked_tile_gives_way_with_one_warning_and_the_same_bits() -> None:
     for blocked in dict.fromkeys((TILES[0], TILES[-1], chosen)):
         left = [tile for tile in TILES if tile != blocked]
         blocklist.write(name, capability, {blocked: "planted by a test"})
-        _operator.cache_clear()
+        layer_operator.cache_clear()
         blocklist.blocked.cache_clear()
         words = (
             rf"tile {blocked.name} is not used on {name}: .*\(planted by a test\); {nearest_tile(blocked, left).name} "
@@ -86,7 +87,7 @@ def test_a_blocked_tile_gives_way_with_one_warning_and_the_same_bits() -> None:
             out = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=blocked.mn)
         assert len(caught) == 1
         assert torch.equal(bits(out), bits(expected[blocked]))
-        assert _operator(device.index, blocked)[1] == nearest_tile(blocked, left)
+        assert layer_operator(device.index, blocked)[1] == nearest_tile(blocked, left)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             again = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=blocked.mn)

@@ -395,7 +395,7 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     """
     import torch
 
-    from .._call.fused_moe import check_capability
+    from .._call.launch import check_capability
     from .._install import loading
 
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -427,7 +427,8 @@ def tile_runner(device: torch.device) -> RunTile:
     import torch
 
     from .. import problems, reference
-    from .._call.fused_moe import _operator, fused_moe
+    from .._call.fused_moe import fused_moe
+    from .._call.launch import layer_operator
     from .._install import loading
 
     gemms = {"one-hot rows": problems.layout_problem(device)}
@@ -447,7 +448,7 @@ def tile_runner(device: torch.device) -> RunTile:
 
     def run_layers(tile: Tile) -> str:
         digest = hashlib.sha256()
-        if device.type == "cuda" and _operator(device.index, tile)[1] != tile:
+        if device.type == "cuda" and layer_operator(device.index, tile)[1] != tile:
             raise NotRunError("another tile takes its place in the layer")
         for call, wanted in zip(calls, expected, strict=True):
             output = torch.full_like(call.hidden_states, float("nan"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, fused_moe, fused_moe_from_logits, topk_softmax
-from .._call.fused_moe import manifest_tile
+from .._call.selection import manifest_tile, select
 from .._install import driver, loading
 from ..problems import relative_error
 from ..weights import MoEWeights
@@ -223,8 +223,6 @@ class _Run:
 
 def chosen_tile(shape: MoEShape, tokens: int, device: torch.device) -> str:
     """The name of the tile that `fused_moe` takes for such a call."""
-    from .._call.fused_moe import select
-
     return select(tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, device.index).name
 
 
