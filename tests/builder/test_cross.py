@@ -1,4 +1,4 @@
-"""Building for another platform (wheelbuild: platforms, target, cubins, release/cross_check), without a cross compiler.
+"""Building for another platform, without a cross compiler: platforms, target, make_target, cubins, cross_check.
 
 ci/build-aarch64.sh does it in earnest: it builds the wheel and runs it under emulation, which takes minutes.
 """
@@ -16,6 +16,7 @@ from release_tools import tool
 import mxfp4_moe
 from wheelbuild import ROOT, BuildError
 from wheelbuild.cubins import read_cubins, require_same_cubins
+from wheelbuild.make_target import CUDA_PACKAGES, apt_options, make_target, requirements
 from wheelbuild.plan import CompileJob, Plan, plan
 from wheelbuild.platforms import PLATFORMS
 from wheelbuild.release.cross_check import (
@@ -28,15 +29,7 @@ from wheelbuild.release.cross_check import (
 )
 from wheelbuild.release.repair import auditwheel_command
 from wheelbuild.settings import Settings, read_settings
-from wheelbuild.target import (
-    CUDA_PACKAGES,
-    Target,
-    apt_options,
-    find_target,
-    make_target,
-    require_tools,
-    requirements,
-)
+from wheelbuild.target import Target, find_target, require_tools
 from wheelbuild.thresholds import Thresholds
 from wheelbuild.tile_model import tiles
 from wheelbuild.toolchain import Cuda, Headers, Toolchain, Torch, package_dirs, resolve_cross_toolchain, resolve_cuda

@@ -3,7 +3,7 @@
 `python -m wheelbuild.release.cross_check WHEEL NATIVE_WHEEL` compares it with the wheel that the same source tree gives
 for the machine that builds (native): the same files, the same Python, machine code that is the same byte by byte. Every
 library must be for the platform. Then the platform's own pip installs the wheel into the environment that
-wheelbuild.target made, under qemu; there every extension is loaded against torch, a MoE layer runs on the CPU, and so
+make_target.py made, under qemu; there every extension is loaded against torch, a MoE layer runs on the CPU, and so
 do the tests of the CPU reference. A table at the end; exit status 1, and a sentence for each, when something is wrong.
 """
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from .._install import wheel
 from ..archs import mma_k
 from ..tiles import Tile, prove, select_tile
+from . import cost_model, tuned
 from .facts import DeviceFacts, Layer
 
 _SIGNIFICANT_BITS = 5
@@ -18,8 +19,6 @@ _SIGNIFICANT_BITS = 5
 
 def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[Tile]) -> Tile:
     """The tile for a call of this many tokens. `tiles` are the ones to choose among, which a table's must be in."""
-    from . import tuned  # like the model below: nobody's import of the package has to wait for it
-
     found = tuned.look_up(device, layer, tokens)
     if found is not None and found.gemm1 in tiles:
         return found.gemm1
@@ -36,8 +35,6 @@ def _rounded(tokens: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile, ...]) -> Tile:
-    from . import cost_model
-
     arch = cost_model.arch_model(device.capability).arch
     return cost_model.choose(tokens, layer, device, tiles, loop_instructions(arch))
 

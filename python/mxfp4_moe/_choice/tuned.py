@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .._install import wheel as _wheel
-from .._install.blocklist import cache_dir
+from .._install.cache import cache_dir
 from ..tiles import Tile, expected_rows_per_expert, load_manifest
 from .facts import DeviceFacts, Layer
 
