@@ -28,6 +28,7 @@ from wheelbuild.plan import MOE_MODULE  # noqa: E402
 from wheelbuild.report import REPORT_NAME  # noqa: E402
 from wheelbuild.sbom import write_sbom  # noqa: E402
 from wheelbuild.thresholds import check_wheel  # noqa: E402
+from wheelbuild.tile_model import floors  # noqa: E402
 
 VERSION = "0.1.0"
 
@@ -135,5 +136,5 @@ setup(
     version=full_version(),
     ext_modules=extensions(),
     cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles, "bdist_wheel": Wheel},
-    options={"bdist_wheel": {"py_limited_api": "cp310", **(BUILD.settings.wheel_options() if BUILD else {})}},
+    options={"bdist_wheel": {"py_limited_api": floors.PYTHON_TAG, **(BUILD.settings.wheel_options() if BUILD else {})}},
 )

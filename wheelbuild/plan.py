@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from wheelbuild import ROOT
 from wheelbuild.tile_model import archs as arch_model
+from wheelbuild.tile_model import floors
 from wheelbuild.tile_model import tiles as tile_model
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["nvcc", "cxx", "link", "check", "load"]
 
-TORCH_TARGET_VERSION = "0x020a000000000000ULL"  # torch 2.10, the oldest that the wheel promises
-PYTHON_TARGET_VERSION = "0x030A0000"  # CPython 3.10
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000ULL".format(*floors.TORCH)
+PYTHON_TARGET_VERSION = "0x{:02X}{:02X}0000".format(*floors.PYTHON)
 # -objtemp: otherwise the numbers of nvcc's processes, in the names of its temporary files, reach the objects.
 NVCC_FLAGS = tuple("-c -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v -objtemp -I csrc".split())
 HIDDEN = tuple("-fPIC -fvisibility=hidden -fno-gnu-unique".split())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wheelbuild.machine_code import parse_ptxas
+from wheelbuild.tile_model import floors
 
 if TYPE_CHECKING:
     from wheelbuild.plan import CompileJob, Plan
@@ -85,9 +86,9 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
             "cuda": ".".join(map(str, toolchain.cuda.version)),
             "cutlass": toolchain.cutlass.version,
             "torch": toolchain.torch.version,
-            "torch_target": "2.10",
+            "torch_target": floors.dotted(floors.TORCH),
             "python": toolchain.python.version,
-            "python_target": "3.10",
+            "python_target": floors.dotted(floors.PYTHON),
             "cxx": toolchain.cxx_version,
         },
         "tiles": tiles,

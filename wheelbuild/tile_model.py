@@ -1,4 +1,4 @@
-"""The package's `tiles.py` and `archs.py`, loaded by path: the package itself does not exist yet while it is built.
+"""The package's `tiles.py`, `archs.py` and `_floors.py`, loaded by path: the package does not exist while it is built.
 
 They are loaded as parts of a package of another name with the same folder, so that one can import the other, and so
 that an installed mxfp4_moe is neither used nor shadowed.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from wheelbuild import ROOT
 
 if TYPE_CHECKING:
+    from mxfp4_moe import _floors as floors
     from mxfp4_moe import archs, tiles
 else:
     import importlib
@@ -20,7 +21,8 @@ else:
     _package = ModuleType("wheelbuild_model")
     _package.__path__ = [str(ROOT / "python" / "mxfp4_moe")]
     sys.modules[_package.__name__] = _package
+    floors = importlib.import_module("wheelbuild_model._floors")
     archs = importlib.import_module("wheelbuild_model.archs")
     tiles = importlib.import_module("wheelbuild_model.tiles")
 
-__all__ = ["archs", "tiles"]
+__all__ = ["archs", "floors", "tiles"]

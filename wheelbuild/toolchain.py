@@ -22,13 +22,13 @@ from wheelbuild import BuildError
 from wheelbuild.platforms import Platform
 from wheelbuild.target import find_target, require_tools
 from wheelbuild.tile_model import archs as arch_model
-from wheelbuild.tile_model import tiles
+from wheelbuild.tile_model import floors, tiles
 from wheelbuild.versions import load_versions
 
 TOOLCHAIN_VARIABLE = "MXFP4_MOE_TOOLCHAIN"  # "pypi": use the packages whatever else is installed
 CUTLASS_VARIABLE = "MXFP4_MOE_CUTLASS_INCLUDE"
 BUILD_ENV_VARIABLE = "MXFP4_MOE_BUILD_ENV"  # prefix of another environment whose packages count as installed
-TORCH_TARGET = (2, 10)  # the oldest torch that the extensions load under
+TORCH_TARGET = floors.TORCH  # the oldest torch that the extensions load under
 
 
 @dataclass(frozen=True, kw_only=True)

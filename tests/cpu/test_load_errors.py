@@ -23,14 +23,13 @@ from hypothesis import strategies as st
 import mxfp4_moe
 from mxfp4_moe import weights
 from mxfp4_moe._call import launch, operators
-from mxfp4_moe._install import loading, troubles
+from mxfp4_moe._install import loading
 from mxfp4_moe._install.elf import ElfError, read_elf
 from mxfp4_moe._install.troubles import DOCTOR, OWN_MESSAGES, TROUBLES, Trouble, Versions, recognize, release, words
 from mxfp4_moe.problems import random_call, random_weights
 from mxfp4_moe.tiles import Tile
 from wheelbuild import ROOT
 from wheelbuild.docs.troubleshooting import DOCUMENT, document
-from wheelbuild.toolchain import TORCH_TARGET
 
 SAME = Versions(wheel_cuda="13.0.88", torch_cuda="13.0")
 OTHER = Versions(wheel_cuda="13.0.88", torch_cuda="12.8")
@@ -108,10 +107,6 @@ def test_what_is_not_about_the_install_is_left_alone(message: str) -> None:
 def test_advice_is_cut_off(text: str, line: str) -> None:
     assert words(RuntimeError(text)) == (line or "RuntimeError")
     assert words(OSError(text)) == (f"OSError: {line}" if line else "OSError")
-
-
-def test_the_torch_floor_is_the_builds() -> None:
-    assert release(troubles.TORCH_FLOOR) == TORCH_TARGET
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from wheelbuild import ROOT
 
 # Rooms of the package from the ground up: each imports its own and those before it, and nothing else of the package.
 FLOORS = (
-    ("_arguments", "_mma", "accuracy", "activations", "archs", "arithmetic", "tiles", "probe"),
+    ("_arguments", "_floors", "_mma", "accuracy", "activations", "archs", "arithmetic", "tiles", "probe"),
     ("_install",),
     ("formats",),
     ("_choice",),
@@ -94,7 +94,7 @@ def test_rooms_import_downward() -> None:
 
 
 def test_the_build_knows_neither_release_nor_documents() -> None:
-    """Nor the package, which does not exist yet, but for what tile_model.py and probe_model.py load of it by path."""
+    """Nor the package, which does not exist yet: tile_model.py and probe_model.py load what they need of it by path."""
     inner = [one for one in IMPORTS if one.importer in BUILDER and room(one.importer) not in ("release", "docs")]
     assert [one for one in inner if room(one.imported) in ("release", "docs") and one.imported in BUILDER] == []
     assert [one for one in inner if one.imported.partition(".")[0] == "mxfp4_moe"] == []

@@ -17,7 +17,7 @@ from wheelbuild import ROOT, BuildError
 from wheelbuild.release.tag import check_tag, source_version
 from wheelbuild.requirements import build_requirements, group
 from wheelbuild.settings import read_settings
-from wheelbuild.tile_model import archs, tiles
+from wheelbuild.tile_model import archs, floors, tiles
 from wheelbuild.versions import DOCUMENT, RUNNERS, CudaVersion, document, load_versions, matrix
 
 VERSIONS = load_versions()
@@ -236,6 +236,21 @@ def test_pyproject_is_valid_cibuildwheels_table_too(tmp_path: Path) -> None:
     wrong.write_text(text.replace("repair-wheel-command =", "repair-wheel-comand ="), encoding="utf-8")
     with pytest.raises(AssertionError, match=r"tool\.cibuildwheel\.linux.* must not contain"):
         tool("validate-pyproject", wrong)
+
+
+def test_the_floors_of_python_and_torch_are_the_packages() -> None:
+    """Where a file cannot import mxfp4_moe._floors, it says the same."""
+    python, torch, dotted = floors.PYTHON, floors.dotted(floors.TORCH), floors.dotted(floors.PYTHON)
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-python = ">={dotted}"' in text
+    assert f'dependencies = ["torch>={torch}", ' in text
+    assert f'build = "{floors.PYTHON_TAG}-manylinux_*"' in text
+    assert f'target-version = "py{python[0]}{python[1]}"' in text
+    versions = re.findall(r"Programming Language :: Python :: (3\.\d+)", text)
+    assert versions[0] == dotted
+    common = (ROOT / "ci" / "common.sh").read_text(encoding="utf-8")
+    assert f"sys.version_info < ({python[0]}, {python[1]})" in common
+    assert f"is not Python {dotted} or newer" in common
 
 
 def test_what_the_container_needs_installs_under_its_python() -> None:

@@ -12,19 +12,14 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wheelbuild import ROOT
+from wheelbuild import ROOT, tile_model
 
 if TYPE_CHECKING:
     from mxfp4_moe._install import troubles
-else:  # by path, as in tile_model.py: the package need not be installed
-    import importlib.util
+else:  # by path, as tile_model.py loads `tiles`: the package need not be installed
+    import importlib
 
-    _spec = importlib.util.spec_from_file_location(
-        "wheelbuild_troubles", ROOT / "python" / "mxfp4_moe" / "_install" / "troubles.py"
-    )
-    troubles = importlib.util.module_from_spec(_spec)
-    sys.modules[_spec.name] = troubles
-    _spec.loader.exec_module(troubles)
+    troubles = importlib.import_module(f"{tile_model.archs.__package__}._install.troubles")
 
 DOCUMENT = Path("docs/troubleshooting.md")
 EXAMPLE = troubles.Versions(wheel_cuda="13.0", torch_cuda="12.8")

@@ -23,12 +23,12 @@ from wheelbuild.report import REPORT_NAME
 from wheelbuild.sbom import SBOM_NAME
 from wheelbuild.settings import NAME
 from wheelbuild.thresholds import check_wheel, load_thresholds
-from wheelbuild.tile_model import tiles
+from wheelbuild.tile_model import floors, tiles
 from wheelbuild.versions import load_versions
 
-TORCH_FLOOR = "2.10"
+TORCH_FLOOR = floors.dotted(floors.TORCH)
 _NAME = re.compile(
-    r"mxfp4_moe(?P<suffix>_cu\d{2,3})?-(?P<version>[^-]+)-cp310-abi3-(?P<platform>(many)?linux_\w+)\.whl"
+    rf"mxfp4_moe(?P<suffix>_cu\d{{2,3}})?-(?P<version>[^-]+)-{floors.PYTHON_TAG}-abi3-(?P<platform>(many)?linux_\w+)\.whl"
 )
 
 
@@ -43,7 +43,7 @@ class Wheel:
 
     @property
     def dist_info(self) -> str:
-        return self.path.name.split("-cp310")[0] + ".dist-info"
+        return self.path.name.split(f"-{floors.PYTHON_TAG}")[0] + ".dist-info"
 
     def text(self, name: str) -> str:
         return self.archive.read(name).decode()
@@ -96,7 +96,7 @@ def check_metadata(wheel: Wheel) -> None:
         ("Name", name),
         ("Version", wheel.version),
         ("License-Expression", "Apache-2.0"),
-        ("Requires-Python", ">=3.10"),
+        ("Requires-Python", f">={floors.dotted(floors.PYTHON)}"),
         ("Description-Content-Type", "text/markdown"),
     ):
         expect(data[key] == value, f"{key} is {data[key]!r}, expected {value!r}")
@@ -110,7 +110,10 @@ def check_metadata(wheel: Wheel) -> None:
         inside = wheel.archive.read(f"{wheel.dist_info}/licenses/{licence}")
         expect(inside == (ROOT / licence).read_bytes(), f"{licence} in the wheel is not the source tree's")
     tags = wheel.metadata("WHEEL").get_all("Tag")
-    expect(tags == [f"cp310-abi3-{wheel.platform}"], f"WHEEL has the tags {tags}, the file's name {wheel.platform}")
+    expect(
+        tags == [f"{floors.PYTHON_TAG}-abi3-{wheel.platform}"],
+        f"WHEEL has the tags {tags}, the file's name {wheel.platform}",
+    )
 
 
 def check_contents(wheel: Wheel) -> None:

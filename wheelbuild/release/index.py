@@ -29,8 +29,11 @@ from urllib.parse import quote
 
 from wheelbuild import BuildError
 from wheelbuild.settings import NAME
+from wheelbuild.tile_model import floors
 
-_WHEEL = re.compile(r"mxfp4_moe-(?P<version>[^-+]+)\+(?P<label>cu\d+)(?P<variant>\.[^-]+)?-cp310-abi3-\w+\.whl")
+_WHEEL = re.compile(
+    rf"mxfp4_moe-(?P<version>[^-+]+)\+(?P<label>cu\d+)(?P<variant>\.[^-]+)?-{floors.PYTHON_TAG}-abi3-\w+\.whl"
+)
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -135,7 +138,7 @@ def project_json(files: Sequence[File]) -> str:
 def write_index(files: Sequence[File], output: Path) -> None:
     """The site for these files, into an empty or missing folder."""
     if not files:
-        raise BuildError("no wheels for an index: expected mxfp4_moe-*+cuXXX-cp310-abi3-manylinux_*.whl")
+        raise BuildError(f"no wheels for an index: expected mxfp4_moe-*+cuXXX-{floors.PYTHON_TAG}-abi3-manylinux_*.whl")
     if output.exists() and any(output.iterdir()):
         raise BuildError(f"{output} is not empty; the index is written afresh, so that nothing old stays in it")
     labels = sorted({file.label for file in files})

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from .._floors import PYTHON, dotted
 from .._install.blocklist import REMEDY
 from .._install.cache import CACHE_DIR_VARIABLE
 from .._install.troubles import REINSTALL, TORCH_FLOOR, Versions, major, recognize, release
@@ -83,7 +84,7 @@ def check_python(env: Environment) -> Iterator[Finding]:
         return
     text = f"{python.implementation} {python.version}, {python.executable}"
     floor = env.wheel.python_floor if env.wheel else ""
-    remedy = f"use an ordinary build of CPython {floor or '3.10'} or newer"
+    remedy = f"use an ordinary build of CPython {floor or dotted(PYTHON)} or newer"
     if python.implementation != "CPython" or python.free_threaded:
         kind = "free-threaded, " if python.free_threaded else ""
         yield error("Python", f"{text}: {kind}does not load libraries of the stable ABI, which the wheel's are", remedy)

@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .._floors import PYTHON, TORCH, dotted
+
 DOCTOR = "`mxfp4-moe doctor` says more"
 REINSTALL = "reinstall the wheel: pip install --force-reinstall --no-deps mxfp4-moe"
-TORCH_FLOOR = "2.10"  # what the extensions are built for (wheelbuild/toolchain.py, TORCH_TARGET)
+TORCH_FLOOR = dotted(TORCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ TROUBLES = (
         examples=("ModuleNotFoundError: No module named 'mxfp4_moe._ext.moe'",),
         means="the library is there, and this Python does not load libraries of the stable ABI: it is a free-threaded "
         "build, or not CPython",
-        remedy="use an ordinary build of CPython 3.10 or newer",
+        remedy=f"use an ordinary build of CPython {dotted(PYTHON)} or newer",
     ),
     Trouble(
         name="a glibc that is too old",
