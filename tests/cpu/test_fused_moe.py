@@ -26,7 +26,7 @@ from mxfp4_moe._call import checks, launch, operators
 from mxfp4_moe._call.checks import MAX_SLOTS, check_limits, check_word_order
 from mxfp4_moe._call.launch import check_capability
 from mxfp4_moe._call.selection import manifest_tile, select
-from mxfp4_moe._install import loading
+from mxfp4_moe._install import errors, loading
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
 
@@ -671,7 +671,7 @@ def test_extension_that_does_not_load_quotes_what_it_was_built_for(
     def refuse(name: str) -> Any:
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
-    fresh_loader.setattr(loading, "_REPORT", report)
+    fresh_loader.setattr(errors, "_REPORT", report)
     fresh_loader.setattr(torch.version, "cuda", "12.6")
     fresh_loader.setattr(importlib, "import_module", refuse)
     with pytest.raises(RuntimeError, match=r"mxfp4_moe\._ext\.moe cannot be loaded \(libcudart") as caught:

@@ -115,6 +115,10 @@ def test_the_ground_floor_runs_without_torch() -> None:
     assert not brings("mxfp4_moe.cli", at_once) & MAY_BE_MISSING
 
 
+def test_weights_know_no_loader() -> None:
+    assert "mxfp4_moe._install.loading" not in brings("mxfp4_moe.weights", edges(IMPORTS, lazy=True))
+
+
 # ---- the reader ------------------------------------------------------------------------------------------------------
 
 

@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp4_moe import formats
-from mxfp4_moe import weights as weights_module
-from mxfp4_moe._checkpoints import prepare
+from mxfp4_moe._checkpoints import layers, prepare
 from mxfp4_moe.weights import Activation, GateUpOrder, MoEWeights
 
 ORDERS = ["interleaved", "gate_up", "up_gate"]
@@ -163,7 +162,7 @@ class TestRoundTrip:
     ) -> None:
         """CPU plays an SM90: the words are made in its order at once, and are those that `to` would have made."""
         expected = as_halves(MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order))
-        monkeypatch.setattr(weights_module, "word_order_of", lambda device: formats.WordOrder.HALVES)
+        monkeypatch.setattr(layers, "word_order_of", lambda device: formats.WordOrder.HALVES)
         weights = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order)
         assert same(weights, expected)
         for name, tensor in weights.to_mxfp4()._asdict().items():
@@ -631,7 +630,7 @@ class TestMemory:
 
     @pytest.fixture(autouse=True, params=formats.WordOrder, ids=lambda order: order.value)
     def word_order(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(weights_module, "word_order_of", lambda device: request.param)
+        monkeypatch.setattr(layers, "word_order_of", lambda device: request.param)
 
     @staticmethod
     def result_bytes(weights: MoEWeights) -> int:

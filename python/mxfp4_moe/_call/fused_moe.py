@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..weights import MoEWeights, split_number
+from .._checkpoints.options import split_number
+from ..weights import MoEWeights
 from . import operators
 from .checks import check_layer, check_output
 from .launch import run

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._install import loading, wheel
+from .._install import errors, loading, wheel
 from .._install.troubles import DOCTOR
 from ..tiles import Tile
 from ..weights import MoEWeights
@@ -40,7 +40,7 @@ def run(
     try:
         op(hidden_states, *routing, *arguments, tile.m, tile.n, output, **rare)
     except RuntimeError as error:
-        loading.explain(f"fused_moe cannot run on {hidden_states.device}", error)
+        errors.explain(f"fused_moe cannot run on {hidden_states.device}", error)
         raise
 
 
@@ -50,7 +50,7 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[
     try:
         result: tuple[Tensor, Tensor] = topk_kernel(device.index)(router_logits, top_k, renormalize)
     except RuntimeError as error:
-        loading.explain(f"topk_softmax cannot run on {device}", error)
+        errors.explain(f"topk_softmax cannot run on {device}", error)
         raise
     return result
 
@@ -84,8 +84,8 @@ def check_capability(capability: tuple[int, int], name: str) -> None:
     """
     if wheel.arch_for(capability) is None:
         having = ", ".join(f"sm_{arch}" for arch in wheel.built_archs())
-        raise loading.LoadError(
+        raise errors.LoadError(
             f"hidden_states: expected a tensor on a GPU that this wheel has machine code for ({having}), got one on "
-            f"{name}, which is sm_{capability[0]}{capability[1]}; the wheel was built for {loading.built_for()}, "
-            f"you have {loading.environment()}; {DOCTOR}"
+            f"{name}, which is sm_{capability[0]}{capability[1]}; the wheel was built for {errors.built_for()}, "
+            f"you have {errors.environment()}; {DOCTOR}"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._install import loading
+from .._install import errors
 from ..formats import WordOrder
 from ..weights import Activation, MoEWeights
 from . import launch
@@ -149,7 +149,7 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
             call.intermediate_rounding,
         )
     except RuntimeError as error:
-        loading.explain(f"mxfp4_moe::moe_layer cannot run on {device}", error)
+        errors.explain(f"mxfp4_moe::moe_layer cannot run on {device}", error)
         raise
     return output
 

@@ -6,12 +6,9 @@ may be called from several threads: Python imports a module once, and registerin
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import platform
 import warnings
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,15 +16,12 @@ import torch
 
 from ..tiles import Manifest, Tile, load_manifest, nearest_tile
 from . import blocklist
-from .troubles import DOCTOR, TORCH_FLOOR, Versions, recognize, words
-from .wheel import REPORT as _REPORT
-from .wheel import conflict, library_fault, read_report
+from .errors import LoadError as LoadError  # what loading raises
+from .errors import built_for, environment, sentence
+from .troubles import DOCTOR
+from .wheel import conflict, library_fault
 
 _EXTENSIONS = "mxfp4_moe._ext"
-
-
-class LoadError(RuntimeError):
-    """The wheel cannot be used with the torch, driver or GPU that is here; one sentence says why and what to do."""
 
 
 @functools.cache
@@ -92,61 +86,6 @@ def load_nearest(wanted: Tile, device: str, capability: tuple[int, int]) -> Tile
     )
 
 
-def environment() -> str:
-    """torch and Python as they are here, for error messages."""
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    return f"torch {torch.__version__} with {cuda} and Python {platform.python_version()}"
-
-
-def built_for() -> str:
-    """What the wheel was built for, for error messages: its build report's words."""
-    try:
-        built_with = (read_report(_REPORT) or {})["built_with"]
-        return f"CUDA {built_with['cuda']} with torch {built_with['torch']}"
-    except (KeyError, TypeError):
-        return "an unknown CUDA (it has no build report)"
-
-
-def versions() -> Versions:
-    """What the words about an error depend on."""
-    built_with = (read_report(_REPORT) or {}).get("built_with") or {}
-    return Versions(wheel_cuda=str(built_with.get("cuda", "")), torch_cuda=torch.version.cuda or "")
-
-
-def explain(what: str, error: Exception) -> None:
-    """Raises a `LoadError` from an error of torch or CUDA that is known to be about the install; returns otherwise.
-
-    Args:
-        what: what could not be done, the beginning of the sentence.
-        error: what was raised.
-    """
-    message = words(error)
-    if not isinstance(error, LoadError) and recognize(message, versions()):
-        raise LoadError(_sentence(what, message)) from error
-
-
-@contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """`explain` for whatever is raised inside."""
-    try:
-        yield
-    except (AssertionError, ImportError, OSError, RuntimeError) as error:
-        explain(what, error)
-        raise
-
-
-def _sentence(what: str, message: str) -> str:
-    """What could not be done, the original's words, what they mean, what to do, and what is here."""
-    here = versions()
-    trouble = recognize(message, here)
-    if trouble:
-        means, remedy = trouble.words(here)
-        advice = f"{means}; {remedy}"
-    else:
-        advice = f"install the wheel of your CUDA version with torch {TORCH_FLOOR} or newer"
-    return f"{what} ({message}): {advice}; the wheel was built for {built_for()}, you have {environment()}; {DOCTOR}"
-
-
 def _import(module: str) -> ModuleType:
     name = f"{_EXTENSIONS}.{module}"
     if torch.version.cuda is None:
@@ -157,8 +96,8 @@ def _import(module: str) -> ModuleType:
     if two := conflict():
         raise LoadError(f"{name} is not loaded: {two}")
     if fault := library_fault(module):
-        raise LoadError(_sentence(f"{name} cannot be loaded", fault))
+        raise LoadError(sentence(f"{name} cannot be loaded", fault))
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise LoadError(_sentence(f"{name} cannot be loaded", str(error))) from error
+        raise LoadError(sentence(f"{name} cannot be loaded", str(error))) from error
