@@ -373,7 +373,7 @@ def test_a_library_that_is_as_expected_passes() -> None:
         ({"facts": {"90a": {"stages": 3}}}, r"has facts for archs \['90a'\], expected \['120f', '90a'\]"),
         (
             {"facts": {"90a": {"stages": 3}, "120f": {"stages": 2}}},
-            r"on sm_120f: stages is 2 in the compiled tile and 3 in the proof of tiles\.py",
+            r"on sm_120f: stages is 2 in the compiled tile and 3 in the proof of tiles/proof\.py",
         ),
         ({"facts": {"90a": {}, "120f": {}}}, "on sm_90a: stages is None in the compiled tile and 3"),
     ],

@@ -1,4 +1,4 @@
-"""tiles.py: the manifest's model and its errors, the proof against the kernel's own constants, and tile selection."""
+"""tiles: the manifest's model and its errors, the proof against the kernel's own constants, and tile selection."""
 
 from __future__ import annotations
 
