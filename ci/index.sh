@@ -10,4 +10,4 @@ if [[ $# -ne 2 ]]; then
   exit 1
 fi
 
-PYTHONPATH=$root/ci "$(find_python)" -m wheelbuild.index "$1" "$2"
+PYTHONPATH=$root "$(find_python)" -m wheelbuild.release.index "$1" "$2"

@@ -9,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 wheel=$(the_wheel "${1:-}")
 folder=${2:-$dist/repaired}
 
-tool python -m wheelbuild.repair "$wheel" "$folder"
+tool python -m wheelbuild.release.repair "$wheel" "$folder"

@@ -8,4 +8,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 folder=${1:-$dist}
 
-tool python -m wheelbuild.sdist "$folder"
+tool python -m wheelbuild.release.sdist "$folder"

@@ -33,10 +33,10 @@ find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' | 
   xargs "$run_env/bin/clang-format" --dry-run -Werror
 
 say "Types"
-"$run_env/bin/mypy" --strict python ci/wheelbuild
+"$run_env/bin/mypy" --strict python wheelbuild
 
 say "Assemblers"
-PYTHONPATH=$root/ci "$run_env/bin/python" -m wheelbuild.assemblers
+PYTHONPATH=$root "$run_env/bin/python" -m wheelbuild.assemblers
 
 say "Tests"
 "$run_env/bin/pytest" "$@"

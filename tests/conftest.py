@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +14,6 @@ from hypothesis import settings
 from mxfp4_moe.probe.assemblers import Assembler, examine
 from wheelbuild import ROOT, toolchain
 from wheelbuild.assemblers import install_all
-
-# Under --import-mode=importlib nothing else makes the helper modules beside the tests (oracles.py) importable.
-sys.path.insert(0, str(Path(__file__).parent))
 
 # The tests make many small tensor operations, where a second thread mostly waits, badly so on a busy machine.
 torch.set_num_threads(1)

@@ -37,13 +37,8 @@ class Activation(str, Enum):
 
     @property
     def code(self) -> int:
-        """The number of csrc/moe/moe.h's enum Activation."""
+        """The number by which the kernels know it: enum Activation in csrc, in this order."""
         return _CODES[self]
-
-    @property
-    def uses_limit(self) -> bool:
-        """Whether `limit` means something; the others ignore it, as all but swiglu_oai ignore alpha and beta."""
-        return self in (Activation.SWIGLU_OAI, Activation.SWIGLU_STEP)
 
 
 _CODES = {activation: code for code, activation in enumerate(Activation)}

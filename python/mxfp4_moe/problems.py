@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _load, _wheel, formats, reference
+from . import formats, reference
+from ._install import loading, wheel
 from .activations import Activation
 from .arithmetic import FP32_CHAIN, Arithmetic, of_arch
 from .tiles import Kernel, Tile, kernels_of
@@ -90,7 +91,7 @@ class GemmProblem:
             act, has_far = self.folded
         else:
             act, has_far = formats.interleave_k(self.codes), None
-        _load.load_tile(tile)(
+        loading.load_tile(tile)(
             act,
             formats.pack_row_scales(self.row_scales),
             self.weight,
@@ -159,7 +160,7 @@ def arithmetic_here(device: torch.device) -> Arithmetic:
 
 def kernels_here(tile: Tile, device: torch.device) -> tuple[Kernel, ...]:
     """The kernels that a tile of this wheel has on a GPU."""
-    arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    arch = wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     return (Kernel.BY_SIZE,) if arch is None else kernels_of(tile, arch)
 
 

@@ -21,6 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ._arguments import require_tensor
 from .activations import Activation
 from .arithmetic import FP32_CHAIN, Arithmetic, gemm
 from .formats import (
@@ -31,7 +32,6 @@ from .formats import (
     decode_e4m3,
     decode_e8m0,
     quantize_mxfp8,
-    require_tensor,
     restore_weights,
     unswizzle_scales,
 )

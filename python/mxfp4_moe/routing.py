@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _load, ops, reference
-from .formats import require_tensor
-from .fused_moe import (
-    MAX_EXPERTS,
-    check_capability,
-    check_devices,
-    check_hidden_states,
-    check_limits,
-    check_output,
-    fused_moe,
-    run,
-    tile_of_call,
-)
+from . import reference
+from ._call import launch, operators
+from ._call.checks import check_devices, check_hidden_states, check_limits, check_output, check_topk_softmax
+from ._call.fused_moe import fused_moe
+from ._call.selection import tile_of_call
 from .weights import MoEWeights
-
-MAX_TOP_K = 16  # csrc/moe/moe.h, kMaxTopK
-
-_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
@@ -49,7 +34,7 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
     if torch.compiler.is_compiling():
-        result: tuple[Tensor, Tensor] = ops.topk_softmax(router_logits.detach(), top_k, renormalize)
+        result: tuple[Tensor, Tensor] = operators.topk_softmax(router_logits.detach(), top_k, renormalize)
         return result
     check_topk_softmax(router_logits, top_k)
     device = router_logits.device
@@ -58,12 +43,7 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
             return reference.topk_softmax(router_logits, top_k, renormalize)
     if not router_logits.is_cuda:
         raise ValueError(f"router_logits: expected a CUDA or CPU tensor, got one on {device}")
-    try:
-        result = _kernel(device.index)(router_logits, top_k, renormalize)
-    except RuntimeError as error:
-        _load.explain(f"topk_softmax cannot run on {device}", error)
-        raise
-    return result
+    return launch.topk_softmax(router_logits, top_k, renormalize)
 
 
 def fused_moe_from_logits(
@@ -140,7 +120,7 @@ def fused_moe_from_logits(
     tile = tile_of_call(tile_mn, auto_tile_select, rows, top_k, weights, device)
     if output is None:
         output = torch.empty_like(hidden_states, dtype=dtype)
-    run(
+    launch.run(
         tile,
         hidden_states,
         hidden_states_scale,
@@ -152,34 +132,3 @@ def fused_moe_from_logits(
         renormalize,
     )
     return output
-
-
-def check_topk_softmax(router_logits: Tensor, top_k: int) -> tuple[int, int]:
-    """Checks the arguments of `topk_softmax`; also fake tensors, while a graph is traced.
-
-    Returns:
-        The shape of the logits, T and E.
-
-    Raises:
-        TypeError, ValueError: as `topk_softmax`.
-    """
-    if not isinstance(router_logits, Tensor) or router_logits.dtype not in _LOGITS or router_logits.dim() != 2:
-        require_tensor("router_logits", router_logits, _LOGITS, ("T", "E"))  # finds the words
-    tokens, experts = router_logits.shape
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise ValueError(f"router_logits: expected 1 to {MAX_EXPERTS} experts, got {experts}")
-    if not router_logits.is_contiguous():
-        raise ValueError(f"router_logits: expected a contiguous tensor, got strides {list(router_logits.stride())}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k: expected an integer, got {top_k!r}")
-    if not 1 <= top_k <= min(MAX_TOP_K, experts):
-        raise ValueError(f"top_k: expected 1 to {min(MAX_TOP_K, experts)} of {experts} experts, got {top_k}")
-    return tokens, experts
-
-
-@functools.cache
-def _kernel(device_index: int) -> Any:
-    """The operator, once this device is known to be supported."""
-    name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
-    check_capability(torch.cuda.get_device_capability(device_index), name)
-    return _load.moe_ops().route_topk.default

@@ -12,53 +12,31 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checkpoint import TensorFiles
-from ._load import explained
-from ._prepare import (
-    Source,
-    ceil_div,
-    cut,
-    empty,
-    flashinfer_source,
-    float_source,
-    move,
-    mxfp4_source,
-    prepare,
-    restore,
-    with_progress,
+from ._arguments import describe, require_contiguous, require_tensor
+from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields, stored_layer
+from ._checkpoints.options import (
+    GateUpOrder,
+    Number,
+    check_int,
+    check_number,
+    member,
+    shard_of,
+    source_rows,
+    split_number,
 )
+from ._checkpoints.prepare import cut, move, restore
+from ._checkpoints.stored import TensorFiles
+from ._install.errors import explained
 from .activations import Activation
-from .formats import BLOCK, WordOrder, describe, require_tensor, weight_bytes, word_order_of
+from .formats import BLOCK, WordOrder, weight_bytes, word_order_of
 
 __all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors", "WordOrder"]
-
-Number = float | Tensor  # one for all experts, or float32 [E]
-
-_EnumT = TypeVar("_EnumT", bound=Enum)
-_Otherwise = TypeVar("_Otherwise", float, None)
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_WEIGHTS = {  # argument of from_mxfp4 -> name in a gpt-oss checkpoint
-    "w13": "gate_up_proj_blocks",
-    "w13_scale": "gate_up_proj_scales",
-    "w2": "down_proj_blocks",
-    "w2_scale": "down_proj_scales",
-}
-_BIASES = {"w13_bias": "gate_up_proj_bias", "w2_bias": "down_proj_bias"}
-
-
-class GateUpOrder(str, Enum):
-    """Order of a checkpoint's w13 rows; means nothing for activations that are not gated."""
-
-    INTERLEAVED = "interleaved"  # g0, u0, g1, u1, ... (gpt-oss)
-    GATE_UP = "gate_up"  # all gates, then all ups
-    UP_GATE = "up_gate"  # all ups, then all gates (FlashInfer)
 
 
 class Mxfp4Tensors(NamedTuple):
@@ -126,7 +104,7 @@ class MoEWeights:
             raise TypeError(f"word_order: expected a WordOrder, got {self.word_order!r}")
         hidden, inter, rows = self.hidden_size, self.intermediate_size, self.w13_rows
         for name, size in (("hidden_size", hidden), ("intermediate_size", inter)):
-            _check_int(name, size)
+            check_int(name, size)
             if size <= 0 or size % BLOCK:
                 raise ValueError(f"{name}: expected a multiple of {BLOCK}, got {size}")
         require_tensor("w13", self.w13, torch.uint8, ("E", weight_bytes(rows, hidden)))
@@ -144,15 +122,15 @@ class MoEWeights:
             if tensor is None and name.endswith("_bias"):
                 continue
             require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
-            _check_contiguous(name, tensor)
-        _check_number("alpha", self.alpha, experts, device)
-        _check_number("beta", self.beta, experts, device)
+            require_contiguous(name, tensor)
+        check_number("alpha", self.alpha, experts, device)
+        check_number("beta", self.beta, experts, device)
         if self.limit is not None:
-            _check_number("limit", self.limit, experts, device)
+            check_number("limit", self.limit, experts, device)
             if not isinstance(self.limit, Tensor) and self.limit <= 0:
                 raise ValueError(f"limit: expected a number above 0, or None, got {self.limit}")
-        _check_int("first_expert", self.first_expert)
-        _check_int("num_global_experts", self.num_global_experts)
+        check_int("first_expert", self.first_expert)
+        check_int("num_global_experts", self.num_global_experts)
         if self.num_global_experts == 0:
             object.__setattr__(self, "num_global_experts", self.first_expert + experts)
         if not 0 <= self.first_expert <= self.num_global_experts - experts:
@@ -236,7 +214,7 @@ class MoEWeights:
         Raises:
             ValueError: ep_size does not divide E, or ep_rank is not one of its ranks.
         """
-        begin, end = _shard("ep", ep_rank, ep_size, self.num_experts, 1)
+        begin, end = shard_of("ep", ep_rank, ep_size, self.num_experts, 1)
         part = self._map(lambda tensor: tensor[begin:end])
         return replace(part, first_expert=self.first_expert + begin, num_global_experts=self.num_global_experts)
 
@@ -249,7 +227,7 @@ class MoEWeights:
         Raises:
             ValueError: I / tp_size is not a multiple of 32, or tp_rank is not one of its ranks.
         """
-        begin, end = _shard("tp", tp_rank, tp_size, self.intermediate_size, BLOCK)
+        begin, end = shard_of("tp", tp_rank, tp_size, self.intermediate_size, BLOCK)
         if tp_size == 1:
             return self
         per_output = 2 if self.activation.is_gated else 1
@@ -271,7 +249,7 @@ class MoEWeights:
         `from_flashinfer` after ``w13.view(torch.int64)`` and `flashinfer_api.block_scale_interleave`.
         """
         gated = self.activation.is_gated
-        rows = _source_rows(self.gate_up_order, self.intermediate_size, gated, self.device)
+        rows = source_rows(self.gate_up_order, self.intermediate_size, gated, self.device)
         w13, w13_scale = restore(self.w13, rows, self.hidden_size, self.word_order)
         w2_rows = torch.arange(self.hidden_size, device=self.device)
         w2, w2_scale = restore(self.w2, w2_rows, self.intermediate_size, self.word_order)
@@ -329,20 +307,10 @@ class MoEWeights:
             ValueError: a shape or device that does not fit, H or I not a multiple of 32, a scale byte above 253
                 (2^126; 255 is NaN), an unknown gate_up_order or activation, ranks that do not fit.
         """
-        between = _member("activation", Activation, activation)
-        sizes = _mxfp4_sizes(w13, w13_scale, w2, w2_scale, between.is_gated)
-        return cls._build(
-            mxfp4_source("w13_scale", w13.__getitem__, w13_scale.__getitem__),
-            mxfp4_source("w2_scale", w2.__getitem__, w2_scale.__getitem__),
-            sizes,
-            w13.device,
-            w13_bias=w13_bias,
-            w2_bias=w2_bias,
-            gate_up_order=_member("gate_up_order", GateUpOrder, gate_up_order),
-            activation=between,
-            numbers=(alpha, beta, limit),
-            ranks=(ep_rank, ep_size, tp_rank, tp_size),
-        )
+        between = member("activation", Activation, activation)
+        raw = mxfp4_layer(w13, w13_scale, w2, w2_scale, w13_bias, w2_bias, between.is_gated)
+        numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
+        return cls(**prepared_fields(raw, member("gate_up_order", GateUpOrder, gate_up_order), between, numbers, ranks))
 
     @classmethod
     def from_float(
@@ -375,25 +343,10 @@ class MoEWeights:
         Raises:
             TypeError, ValueError: as `from_mxfp4`; a weight that is not finite.
         """
-        between = _member("activation", Activation, activation)
-        gated = between.is_gated
-        require_tensor("w13", w13, _FLOATS, ("E", _rows_name(gated), "H"))
-        experts, rows, hidden = w13.shape
-        inter = rows // 2 if gated else rows
-        _check_sizes("w13", w13, experts, hidden, inter, gated)
-        require_tensor("w2", w2, _FLOATS, (experts, hidden, inter), w13.device)
-        return cls._build(
-            float_source("w13", w13),
-            float_source("w2", w2),
-            (experts, hidden, inter),
-            w13.device,
-            w13_bias=w13_bias,
-            w2_bias=w2_bias,
-            gate_up_order=_member("gate_up_order", GateUpOrder, gate_up_order),
-            activation=between,
-            numbers=(alpha, beta, limit),
-            ranks=(ep_rank, ep_size, tp_rank, tp_size),
-        )
+        between = member("activation", Activation, activation)
+        raw = float_layer(w13, w2, w13_bias, w2_bias, between.is_gated)
+        numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
+        return cls(**prepared_fields(raw, member("gate_up_order", GateUpOrder, gate_up_order), between, numbers, ranks))
 
     @classmethod
     def from_flashinfer(
@@ -431,36 +384,15 @@ class MoEWeights:
         Raises:
             TypeError, ValueError: as `from_mxfp4`.
         """
-        between = _member("activation", Activation, activation)
-        gated = between.is_gated
-        names = ("fc1_expert_weights", "fc1_scale", "fc2_expert_weights", "fc2_scale")
-        require_tensor(names[0], fc1_expert_weights, torch.int64, ("E", _rows_name(gated), "H/16"))
-        experts, rows, words = fc1_expert_weights.shape
-        hidden, inter, device = words * 16, rows // 2 if gated else rows, fc1_expert_weights.device
-        _check_sizes(names[0], fc1_expert_weights, experts, hidden, inter, gated)
-        fc1_scale_shape = (experts, ceil_div(rows, 128) * 128, ceil_div(hidden, 128))
-        fc2_scale_shape = (experts, ceil_div(hidden, 128) * 128, ceil_div(inter, 128))
-        require_tensor(names[1], fc1_scale, torch.int32, fc1_scale_shape, device)
-        require_tensor(names[2], fc2_expert_weights, torch.int64, (experts, hidden, inter // 16), device)
-        require_tensor(names[3], fc2_scale, torch.int32, fc2_scale_shape, device)
-        for name, tensor in zip(names, (fc1_expert_weights, fc1_scale, fc2_expert_weights, fc2_scale), strict=True):
-            _check_contiguous(name, tensor)
-        begin, _ = _shard("ep", ep_rank, ep_size, experts * ep_size if isinstance(ep_size, int) else 0, 1)
-        _shard("tp", tp_rank, tp_size, tp_size, 1)
-        weights = cls._build(
-            flashinfer_source(names[1], fc1_expert_weights, fc1_scale, rows, hidden),
-            flashinfer_source(names[3], fc2_expert_weights, fc2_scale, hidden, inter),
-            (experts, hidden, inter),
-            device,
-            w13_bias=fc1_expert_biases,
-            w2_bias=fc2_expert_biases if tp_rank == 0 else None,
-            bias_names=("fc1_expert_biases", "fc2_expert_biases"),
-            gate_up_order=GateUpOrder.UP_GATE,
-            activation=between,
-            numbers=(alpha, beta, limit),
-            ranks=(0, 1, 0, 1),
-        )
-        return replace(weights, first_expert=begin, num_global_experts=experts * ep_size)
+        between = member("activation", Activation, activation)
+        biases = fc1_expert_biases, fc2_expert_biases if tp_rank == 0 else None
+        raw = flashinfer_layer(fc1_expert_weights, fc1_scale, fc2_expert_weights, fc2_scale, *biases, between.is_gated)
+        all_experts = raw.experts * ep_size if isinstance(ep_size, int) else 0
+        begin, _ = shard_of("ep", ep_rank, ep_size, all_experts, 1)
+        shard_of("tp", tp_rank, tp_size, tp_size, 1)
+        numbers, whole = (alpha, beta, limit), (0, 1, 0, 1)
+        fields = prepared_fields(raw, GateUpOrder.UP_GATE, between, numbers, whole)
+        return cls(**fields | {"first_expert": begin, "num_global_experts": all_experts})
 
     @classmethod
     def from_safetensors(
@@ -500,183 +432,14 @@ class MoEWeights:
         """
         if layer < 0:
             raise ValueError(f"layer: expected 0 or more, got {layer}")
-        between = _member("activation", Activation, activation)
-        prefix = f"model.layers.{layer}.mlp.experts."
+        between = member("activation", Activation, activation)
+        numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
         with explained(f"layer {layer} cannot be read to {device}"), TensorFiles(Path(path), device) as files:
-            stored = {argument: files.open(prefix + suffix) for argument, suffix in _WEIGHTS.items()}
-            biases = {argument: files.open(prefix + suffix).whole() for argument, suffix in _BIASES.items()}
-            sizes = _mxfp4_sizes(**{name: tensor.spec for name, tensor in stored.items()}, gated=between.is_gated)
-            return cls._build(
-                mxfp4_source("w13_scale", stored["w13"].expert, stored["w13_scale"].expert),
-                mxfp4_source("w2_scale", stored["w2"].expert, stored["w2_scale"].expert),
-                sizes,
-                biases["w2_bias"].device,
-                w13_bias=biases["w13_bias"],
-                w2_bias=biases["w2_bias"],
-                gate_up_order=_member("gate_up_order", GateUpOrder, gate_up_order),
-                activation=between,
-                numbers=(alpha, beta, limit),
-                ranks=(ep_rank, ep_size, tp_rank, tp_size),
-            )
-
-    @classmethod
-    @torch.no_grad()
-    def _build(
-        cls,
-        w13: Source,
-        w2: Source,
-        sizes: tuple[int, int, int],
-        device: torch.device,
-        *,
-        w13_bias: Tensor | None,
-        w2_bias: Tensor | None,
-        gate_up_order: GateUpOrder,
-        activation: Activation,
-        numbers: tuple[Number, Number, Number | None],
-        ranks: tuple[int, int, int, int],
-        bias_names: tuple[str, str] = ("w13_bias", "w2_bias"),
-    ) -> MoEWeights:
-        """All ways in meet here: sizes are the whole layer's (E, H, I), ranks says which part of it to prepare."""
-        experts, hidden, inter = sizes
-        per_output = 2 if activation.is_gated else 1
-        if w13_bias is not None:
-            require_tensor(bias_names[0], w13_bias, _FLOATS, (experts, per_output * inter), device)
-        if w2_bias is not None:
-            require_tensor(bias_names[1], w2_bias, _FLOATS, (experts, hidden), device)
-        for name, number in zip(("alpha", "beta", "limit"), numbers, strict=True):
-            if number is not None:
-                _check_number(name, number, experts, device)
-        first, last = _shard("ep", ranks[0], ranks[1], experts, 1)
-        begin, end = _shard("tp", ranks[2], ranks[3], inter, BLOCK)
-
-        w13_rows = _source_rows(gate_up_order, inter, activation.is_gated, device)
-        w13_rows = w13_rows[per_output * begin : per_output * end]
-        w2_rows = torch.arange(hidden, device=device)
-        local, shard = last - first, end - begin
-        w13_out = empty(local, per_output * shard, hidden, device)
-        w2_out = empty(local, hidden, shard, device)
-        order = word_order_of(w13_out.device)
-        for e in with_progress(local):
-            prepare(w13(first + e, 0, hidden), w13_rows, hidden, order, w13_out[e])
-            prepare(w2(first + e, begin, end), w2_rows, shard, order, w2_out[e])
-
-        own = slice(first, last)
-        alpha, beta, limit = (number[own].clone() if isinstance(number, Tensor) else number for number in numbers)
-        assert alpha is not None
-        assert beta is not None
-        return cls(
-            w13=w13_out,
-            w2=w2_out,
-            hidden_size=hidden,
-            intermediate_size=shard,
-            word_order=order,
-            w13_bias=None if w13_bias is None else w13_bias[own][:, w13_rows].to(torch.float32).contiguous(),
-            w2_bias=None if w2_bias is None or ranks[2] else w2_bias[own].to(torch.float32, copy=True).contiguous(),
-            activation=activation,
-            alpha=alpha,
-            beta=beta,
-            limit=limit,
-            gate_up_order=gate_up_order,
-            first_expert=first,
-            num_global_experts=experts,
-        )
+            raw = stored_layer(files, f"model.layers.{layer}.mlp.experts.", between.is_gated)
+            order = member("gate_up_order", GateUpOrder, gate_up_order)
+            return cls(**prepared_fields(raw, order, between, numbers, ranks))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MoEWeights:
         """The same weights with every tensor replaced."""
         fields: dict[str, Any] = {n: function(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **fields)
-
-
-def split_number(value: Number | None, otherwise: _Otherwise) -> tuple[float | _Otherwise, Tensor | None]:
-    """A number of the activation as the operators take it: the one for all experts, the tensor with one for each."""
-    if isinstance(value, Tensor):
-        return otherwise, value
-    return (otherwise if value is None else value), None
-
-
-def _source_rows(order: GateUpOrder, intermediate_size: int, gated: bool, device: torch.device) -> Tensor:
-    """int64 [W]: the checkpoint row that stands at each prepared row."""
-    if not gated:
-        return torch.arange(intermediate_size, device=device)
-    row = torch.arange(2 * intermediate_size, device=device)
-    j, up = row // 16 * 8 + row % 8, row % 16 // 8
-    if order is GateUpOrder.INTERLEAVED:
-        return 2 * j + up
-    return j + intermediate_size * (up if order is GateUpOrder.GATE_UP else 1 - up)
-
-
-def _rows_name(gated: bool) -> str:
-    return "2I" if gated else "I"
-
-
-def _mxfp4_sizes(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, gated: bool) -> tuple[int, int, int]:
-    """(E, H, I) of checkpoint tensors, once all four are known to fit each other."""
-    hidden = _check_blocks("w13", w13, _rows_name(gated), "H")
-    _check_blocks("w2", w2, "H", "I")
-    experts, rows = w13.shape[:2]
-    inter = rows // 2 if gated else rows
-    _check_sizes("w13", w13, experts, hidden, inter, gated)
-    device = w13.device
-    require_tensor("w13_scale", w13_scale, torch.uint8, (experts, rows, hidden // BLOCK), device)
-    w2_shape = (experts, hidden, inter // 2) if w2.dim() == 3 else (experts, hidden, inter // BLOCK, 16)
-    require_tensor("w2", w2, torch.uint8, w2_shape, device)
-    require_tensor("w2_scale", w2_scale, torch.uint8, (experts, hidden, inter // BLOCK), device)
-    return experts, hidden, inter
-
-
-def _check_blocks(name: str, blocks: Tensor, rows: str, k: str) -> int:
-    """[E, N, K/2] or [E, N, K/32, 16] -> K."""
-    shape: tuple[int | str, ...] = ("E", rows, f"{k}/2")
-    if isinstance(blocks, Tensor) and blocks.dim() == 4:
-        shape = ("E", rows, f"{k}/32", 16)
-    require_tensor(name, blocks, torch.uint8, shape)
-    return 2 * math.prod(blocks.shape[2:])
-
-
-def _check_sizes(name: str, w13: Tensor, experts: int, hidden: int, inter: int, gated: bool) -> None:
-    rows = "half the rows" if gated else "the rows"
-    for size, what in ((hidden, "H (the last dimension, in values)"), (inter, f"I ({rows})")):
-        if size == 0 or size % BLOCK:
-            raise ValueError(f"{name}: expected {what} a multiple of {BLOCK}, got {size} from {describe(w13)}")
-    if experts == 0 or (gated and w13.shape[1] % 2):
-        raise ValueError(f"{name}: expected at least one expert and an even number of rows, got {describe(w13)}")
-
-
-def _check_contiguous(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
-
-
-def _check_number(name: str, value: object, experts: int, device: torch.device) -> None:
-    if isinstance(value, Tensor):
-        require_tensor(name, value, torch.float32, (experts,), device)
-        return _check_contiguous(name, value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, or float32 [{experts}], got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def _check_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-
-
-def _shard(kind: str, rank: int, size: int, total: int, multiple: int) -> tuple[int, int]:
-    """[begin, end) of one rank's share of total, a multiple of `multiple`."""
-    _check_int(f"{kind}_rank", rank)
-    _check_int(f"{kind}_size", size)
-    if size < 1 or total % size or total // size % multiple:
-        what = f"the {total} experts" if kind == "ep" else f"an intermediate size of {total} in multiples of {multiple}"
-        raise ValueError(f"{kind}_size: expected a number of ranks that divides {what}, got {size}")
-    if not 0 <= rank < size:
-        raise ValueError(f"{kind}_rank: expected 0 to {size - 1}, got {rank}")
-    return rank * (total // size), (rank + 1) * (total // size)
-
-
-def _member(name: str, kind: type[_EnumT], value: object) -> _EnumT:
-    try:
-        return kind(value)
-    except ValueError:
-        choices = ", ".join(repr(m.value) for m in kind)
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}") from None

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__, _driver, _load, fused_moe, fused_moe_from_logits, topk_softmax
-from ..fused_moe import manifest_tile
+from .. import __version__, fused_moe, fused_moe_from_logits, topk_softmax
+from .._call.selection import manifest_tile, select
+from .._install import driver, loading
 from ..problems import relative_error
 from ..weights import MoEWeights
 from .ceilings import Ceilings, measure_ceilings
@@ -136,7 +137,7 @@ class _Run:
             if not m.ours:
                 continue
             self.progress(f"kernels: {m.tile}, {m.tokens} tokens")
-            tile_mn = None if m.automatic else _load.manifest().tile(m.tile).mn
+            tile_mn = None if m.automatic else loading.manifest().tile(m.tile).mn
             make_call = our_call(weights, self.plan.shape.top_k, tile_mn, self.plan.include_routing)
             try:
                 kernels = self.timer.kernels(make_call(self.calls[m.tokens][0]))
@@ -222,8 +223,6 @@ class _Run:
 
 def chosen_tile(shape: MoEShape, tokens: int, device: torch.device) -> str:
     """The name of the tile that `fused_moe` takes for such a call."""
-    from ..fused_moe import select
-
     return select(tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, device.index).name
 
 
@@ -235,7 +234,7 @@ def environment(device: torch.device, plan: Plan, flush_bytes: int) -> dict[str,
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "sms": properties.multi_processor_count,
-        "driver": _driver.driver_version(),
+        "driver": driver.driver_version(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "mxfp4_moe": __version__,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import _load, blocklist, cost_model
-from ..choice import served_device
-from ..facts import DeviceFacts, Layer
+from .._choice import cost_model
+from .._choice.choice import served_device
+from .._choice.facts import DeviceFacts, Layer
+from .._choice.tuned import Choice, Entry, TunedLayer
+from .._install import blocklist, loading
 from ..tiles import Tile, select_tile
-from ..tuned import Choice, Entry, TunedLayer
 from .inputs import CallInputs, call_inputs, layer_tensors
 from .report import aligned
 from .run import our_call
@@ -60,13 +61,13 @@ def usable_tiles(device: DeviceFacts, progress: Progress) -> list[Tile]:
     """
     blocked = blocklist.blocked(device.name, device.capability)
     tiles = []
-    for tile in _load.manifest().tiles:
+    for tile in loading.manifest().tiles:
         if tile.name in blocked:
             progress(f"{tile.name}: left out, it failed the self-test on this GPU")
             continue
         try:
-            _load.load_tile(tile)
-        except _load.LoadError as error:
+            loading.load_tile(tile)
+        except loading.LoadError as error:
             progress(f"{tile.name}: left out, {error}")
             continue
         tiles.append(tile)

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bench import shapes
+from ..bench import picture, report, shapes
+from ..bench.rivals import choose
+from ..tiles import load_manifest
 
 if TYPE_CHECKING:
     from ..bench.run import Plan, TileMN
@@ -70,7 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     import torch
 
-    from ..bench import picture, report
     from ..bench import run as bench_run
 
     def save(results: report.Results) -> None:
@@ -138,8 +139,6 @@ def tiles_of(text: str) -> list[TileMN | None]:
     Raises:
         ValueError: no tile, or one that is not in the manifest.
     """
-    from ..tiles import load_manifest
-
     manifest = [tile.mn for tile in load_manifest().tiles]
     if text == "auto":
         return [None]
@@ -165,7 +164,6 @@ def shape_of(arguments: argparse.Namespace) -> shapes.MoEShape:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    from ..bench.rivals import choose
     from ..bench.run import Plan
 
     rivals = choose(arguments.rivals)

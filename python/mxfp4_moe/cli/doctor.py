@@ -11,11 +11,13 @@ import argparse
 import json
 import sys
 
-from .. import __version__, _cache, _wheel, selftest
-from .._troubles import REINSTALL, words
-from ..diagnosis.checks import arithmetic_finding, error, examine, ok, warning
-from ..diagnosis.environment import gather
-from ..diagnosis.findings import Finding, as_text, worst
+from .. import __version__
+from .._health import selftest
+from .._health.checks import arithmetic_finding, error, examine, ok, warning
+from .._health.environment import gather
+from .._health.findings import Finding, as_text, worst
+from .._install import cache, wheel
+from .._install.troubles import REINSTALL, words
 
 HELP = "what works here, what does not, and the self-test"
 
@@ -69,7 +71,7 @@ def run_selftest(device: int) -> tuple[selftest.Report, list[Finding]]:
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    tiles = _wheel.built_tiles()
+    tiles = wheel.built_tiles()
     progress(f"self-test of {len(tiles)} tiles on GPU {device}: starting torch, computing what must come out")
     report = selftest.run(tiles, selftest.worker_command(device), progress=progress)
     findings = [_selftest_finding(report)]
@@ -78,7 +80,7 @@ def run_selftest(device: int) -> tuple[selftest.Report, list[Finding]]:
     try:
         selftest.record(report)
     except OSError as reason:
-        step = f"set {_cache.CACHE_DIR_VARIABLE} to a folder that can"
+        step = f"set {cache.CACHE_DIR_VARIABLE} to a folder that can"
         findings.append(warning("blocklist", f"cannot be written: {reason}", step))
     return report, findings
 

@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from .. import __version__, _wheel
+from .. import __version__
+from .._install import wheel
 
 HELP = "the installed wheel's version, archs and the versions it was built with"
 
@@ -24,14 +25,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def info_data() -> dict[str, Any]:
-    report = _wheel.read_report() or {}
+    report = wheel.read_report() or {}
     return {
         "schema": _SCHEMA,
         "version": __version__,
-        "path": str(_wheel.PACKAGE),
+        "path": str(wheel.PACKAGE),
         "profile": report.get("profile"),
-        "archs": list(_wheel.built_archs()),
-        "tiles": len(_wheel.built_tiles()),
+        "archs": list(wheel.built_archs()),
+        "tiles": len(wheel.built_tiles()),
         **({"emulates": report["emulates"]} if "emulates" in report else {}),
         "built_with": report.get("built_with"),
     }

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from .. import __version__, _wheel
+from .. import __version__
+from .._install import wheel
 from ..tiles import MAX_ACCUMULATORS, Tile, TileProof, max_smem_per_block, prove
 
 HELP = "the table of tiles, or one tile's proof"
@@ -55,12 +56,12 @@ def _mode(tile: Tile) -> str:
 
 def table_data() -> dict[str, Any]:
     """The wheel's tiles: what its build report measured, and the proof's numbers where the report has none."""
-    report = _wheel.read_report() or {}
-    archs = _wheel.built_archs()
+    report = wheel.read_report() or {}
+    archs = wheel.built_archs()
     tiles = []
-    for tile in _wheel.built_tiles():
+    for tile in wheel.built_tiles():
         entry = report.get("tiles", {}).get(tile.name, {})
-        path = _wheel.library(tile.module)
+        path = wheel.library(tile.module)
         tiles.append(
             {
                 "name": tile.name,
@@ -139,7 +140,7 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 
 def explain_data(tile: Tile) -> dict[str, Any]:
     proofs = {}
-    for arch in _wheel.built_archs():
+    for arch in wheel.built_archs():
         proof = prove(tile, arch)
         proofs[arch] = {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch")}
         limits = {"max_smem_bytes": max_smem_per_block(arch), "max_accumulator_registers": MAX_ACCUMULATORS}
@@ -150,7 +151,7 @@ def explain_data(tile: Tile) -> dict[str, Any]:
         "m": tile.m,
         "n": tile.n,
         "mode": _mode(tile),
-        "in_wheel": tile in _wheel.built_tiles(),
+        "in_wheel": tile in wheel.built_tiles(),
         "archs": proofs,
     }
 
@@ -158,7 +159,7 @@ def explain_data(tile: Tile) -> dict[str, Any]:
 def explain_text(tile: Tile) -> str:
     """One proof where all archs have the same numbers, else one for each."""
     groups: dict[TileProof, list[TileProof]] = {}
-    for arch in _wheel.built_archs():
+    for arch in wheel.built_archs():
         proof = prove(tile, arch)
         groups.setdefault(replace(proof, arch=""), []).append(proof)
     return "\n\n".join(_proof_text(alike[0], ", ".join(f"sm_{p.arch}" for p in alike)) for alike in groups.values())
@@ -189,12 +190,12 @@ def _proof_text(proof: TileProof, archs: str) -> str:
         f"  accumulators: {proof.accumulator_registers} fp32 registers per thread, of at most {MAX_ACCUMULATORS}",
     ]
     if proof.legal:
-        lines.append("  verdict: legal, " + ("in this wheel" if tile in _wheel.built_tiles() else "not in this wheel"))
+        lines.append("  verdict: legal, " + ("in this wheel" if tile in wheel.built_tiles() else "not in this wheel"))
     else:
         lines.append("  verdict: refused")
         lines += [f"    - {refusal}" for refusal in proof.refusals]
         other = replace(tile, swap_ab=not tile.swap_ab)
-        if all(prove(other, arch).legal for arch in _wheel.built_archs()):
+        if all(prove(other, arch).legal for arch in wheel.built_archs()):
             option = f"{tile.m},{tile.n}" + (",swap" if other.swap_ab else "")
             lines.append(f"  the {_mode(other)} tile of this shape is legal: --explain {option}")
     return "\n".join(lines)

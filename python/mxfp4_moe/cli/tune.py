@@ -12,14 +12,12 @@ import argparse
 import datetime
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .._choice import tuned
+from .._choice.facts import DeviceFacts, from_properties
+from .._choice.tuned import TunedLayer
 from ..bench import shapes
 from .bench import Stopwatch, add_shape_arguments, gpu_refusal, shape_of
-
-if TYPE_CHECKING:
-    from ..facts import DeviceFacts
-    from ..tuned import TunedLayer
 
 HELP = "measure the tiles on this GPU and keep a table of the fastest"
 
@@ -38,12 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _refuse(refusal)
     import torch
 
-    from .. import facts as device_facts
-    from .. import tuned
     from ..bench import tune
 
     device = torch.device("cuda", arguments.device)
-    facts = device_facts.from_properties(torch.cuda.get_device_properties(device))
+    facts = from_properties(torch.cuda.get_device_properties(device))
     try:
         shape, tokens = shape_of(arguments), shapes.parse_tokens(arguments.tokens)
         if arguments.replays < 1:
@@ -70,8 +66,6 @@ def output_path(given: Path | None, facts: DeviceFacts) -> Path:
     Raises:
         ValueError: nothing was named, and the user has no home.
     """
-    from .. import tuned
-
     if given is None:
         path = tuned.user_path(facts)
         if path is None:
@@ -82,8 +76,6 @@ def output_path(given: Path | None, facts: DeviceFacts) -> Path:
 
 def layers_before(path: Path, facts: DeviceFacts) -> list[TunedLayer]:
     """What the table has of other layers; one that cannot be used is replaced as a whole, which stderr says."""
-    from .. import tuned
-
     try:
         table = tuned.read(path, facts, same_wheel=True)
     except tuned.TunedError as error:

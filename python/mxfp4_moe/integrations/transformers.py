@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._prepare import move
+from .._call.fused_moe import fused_moe
+from .._checkpoints.prepare import move
 from ..formats import WordOrder, word_order_of
-from ..fused_moe import fused_moe
 from ..weights import MoEWeights
 
 _TENSORS = ("w13", "w2", "w13_bias", "w2_bias")

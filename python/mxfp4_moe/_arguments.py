@@ -1,0 +1,70 @@
+"""Checks of arguments, and how an error names a tensor. Everything above may use them; they know no format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape for error messages: ``"uint8 [4, 5760, 90]"``."""
+    return f"{_dtype_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def require_tensor(
+    name: str,
+    value: object,
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    shape: Sequence[int | str] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Checks one argument and raises an error that names it, what was expected and what came.
+
+    Args:
+        name: argument name for the message.
+        value: what the caller passed.
+        dtypes: allowed dtype or dtypes.
+        shape: expected shape; a string stands for a dimension of any size and names it in the message.
+        device: expected device, if it matters.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device.
+    """
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    expected = " or ".join(_dtype_name(d) for d in allowed)
+    expected += " tensor" if shape is None else f" [{', '.join(str(s) for s in shape)}]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if value.dtype not in allowed:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if shape is not None and (
+        value.dim() != len(shape) or any(isinstance(s, int) and s != d for s, d in zip(shape, value.shape, strict=True))
+    ):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected {expected} on {device}, got {describe(value)} on {value.device}")
+
+
+def require_contiguous(name: str, tensor: Tensor) -> None:
+    """Raises a ValueError that names the argument and its strides."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
+
+
+def require_multiple(name: str, value: int, multiple: int) -> None:
+    """Raises a ValueError that names the argument, unless it is a multiple, and not negative."""
+    if value < 0 or value % multiple:
+        raise ValueError(f"{name}: expected a multiple of {multiple}, got {value}")
+
+
+def require_blocks(name: str, tensor: Tensor, multiple: int) -> None:
+    """Raises a ValueError that names the tensor, unless its last dimension is a multiple."""
+    if tensor.dim() == 0 or tensor.shape[-1] % multiple:
+        raise ValueError(f"{name}: expected a last dimension that is a multiple of {multiple}, got {describe(tensor)}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

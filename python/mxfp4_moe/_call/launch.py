@@ -1,0 +1,91 @@
+"""Checked calls on their way to the GPU: the operators, loaded once, and what reaches them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._install import errors, loading, wheel
+from .._install.troubles import DOCTOR
+from ..tiles import Tile
+from ..weights import MoEWeights
+
+
+def run(
+    tile: Tile,
+    hidden_states: Tensor,
+    hidden_states_scale: Tensor | None,
+    scale_layout: str,
+    routing: tuple[Tensor | None, Tensor | None, Tensor | None, int],
+    weights: MoEWeights,
+    output: Tensor,
+    intermediate_rounding: bool,
+    renormalize: bool = True,
+) -> None:
+    """Launches a checked call on the GPU; routing: topk_weights and topk_ids, or router_logits and top_k.
+
+    What an argument costs on its way through torch's dispatcher is most of the operator's time, and one that is left
+    to its default costs little: so the rare ones are named only where they say something.
+    """
+    op, tile = layer_operator(hidden_states.device.index, tile)
+    arguments, rare = weights.operator_arguments
+    if hidden_states_scale is not None:
+        hidden_states = hidden_states.view(torch.uint8)
+        rare = {**rare, "hidden_states_scale": hidden_states_scale, "scale_is_swizzled": scale_layout == "swizzled"}
+    if intermediate_rounding or not renormalize:
+        rare = {**rare, "intermediate_rounding": intermediate_rounding, "renormalize": renormalize}
+    try:
+        op(hidden_states, *routing, *arguments, tile.m, tile.n, output, **rare)
+    except RuntimeError as error:
+        errors.explain(f"fused_moe cannot run on {hidden_states.device}", error)
+        raise
+
+
+def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Launches a checked `topk_softmax` on the GPU."""
+    device = router_logits.device
+    try:
+        result: tuple[Tensor, Tensor] = topk_kernel(device.index)(router_logits, top_k, renormalize)
+    except RuntimeError as error:
+        errors.explain(f"topk_softmax cannot run on {device}", error)
+        raise
+    return result
+
+
+@functools.cache
+def layer_operator(device_index: int, tile: Tile) -> tuple[Any, Tile]:
+    """The layer's operator and the tile to call it with: loaded, on a supported device, and not blocked there."""
+    name, capability = torch.cuda.get_device_name(device_index), torch.cuda.get_device_capability(device_index)
+    check_capability(capability, f"{name} (cuda:{device_index})")
+    tile = loading.load_nearest(tile, name, capability)
+    return loading.moe_ops().fused_moe.default, tile
+
+
+@functools.cache
+def topk_kernel(device_index: int) -> Any:
+    """The operator behind `topk_softmax`, once this device is known to be supported."""
+    name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
+    check_capability(torch.cuda.get_device_capability(device_index), name)
+    return loading.moe_ops().route_topk.default
+
+
+def check_capability(capability: tuple[int, int], name: str) -> None:
+    """Refuses a GPU that the wheel has no machine code for.
+
+    Args:
+        capability: the GPU's compute capability.
+        name: the GPU in words, for the message.
+
+    Raises:
+        LoadError: one sentence with the GPU's arch, the wheel's archs, and CUDA and torch versions.
+    """
+    if wheel.arch_for(capability) is None:
+        having = ", ".join(f"sm_{arch}" for arch in wheel.built_archs())
+        raise errors.LoadError(
+            f"hidden_states: expected a tensor on a GPU that this wheel has machine code for ({having}), got one on "
+            f"{name}, which is sm_{capability[0]}{capability[1]}; the wheel was built for {errors.built_for()}, "
+            f"you have {errors.environment()}; {DOCTOR}"
+        )

@@ -1,0 +1,196 @@
+"""The operators that torch.compile and torch.export see: functional, with fake implementations, and without a tile.
+
+`mxfp4_moe::moe_layer` and `mxfp4_moe::topk_softmax` stand in a graph for `fused_moe` and `topk_softmax`, whose modules
+import this one so that the operators are there before anything is traced. Their implementations take the shapes of each
+call as they come, so a graph holds for every number of tokens; on the GPU they end in the same C++ operators as the
+eager calls, which do not pass through here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._install import errors
+from ..formats import WordOrder
+from ..weights import Activation, MoEWeights
+from . import launch
+from .checks import check_call, check_layer, check_limits, check_topk_softmax, check_word_order
+from .selection import select
+
+
+class LayerCall(NamedTuple):
+    """The arguments of `mxfp4_moe::moe_layer`, in the order of its schema, which is made from them."""
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor  # counted from the first expert that is here
+    w13: Tensor
+    w13_bias: Tensor | None
+    w2: Tensor
+    w2_bias: Tensor | None
+    hidden_size: int
+    intermediate_size: int
+    word_order: str
+    activation: str
+    alpha: float
+    beta: float
+    limit: float | None
+    alphas: Tensor | None  # in place of alpha, one for each expert; so are betas and limits
+    betas: Tensor | None
+    limits: Tensor | None
+    hidden_states_scale: Tensor | None
+    scale_layout: str
+    output_dtype: torch.dtype
+    intermediate_rounding: bool = False
+
+    def check(self, device: torch.device) -> None:
+        """Checks the tensors that come with each call; also fake ones."""
+        check_call(
+            self.hidden_states,
+            self.topk_weights,
+            self.topk_ids,
+            self.hidden_states_scale,
+            self.scale_layout,
+            self.output_dtype,
+            self.hidden_size,
+            device,
+        )
+
+    def weights(self) -> MoEWeights:
+        return MoEWeights(
+            w13=self.w13,
+            w2=self.w2,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            word_order=WordOrder(self.word_order),
+            w13_bias=self.w13_bias,
+            w2_bias=self.w2_bias,
+            activation=Activation(self.activation),
+            alpha=self.alpha if self.alphas is None else self.alphas,
+            beta=self.beta if self.betas is None else self.betas,
+            limit=self.limit if self.limits is None else self.limits,
+        )
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    str: "str",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    torch.dtype: "ScalarType",
+}
+
+
+def _layer_schema() -> str:
+    defaults = {name: f"={value}" for name, value in LayerCall._field_defaults.items()}
+    types = get_type_hints(LayerCall)
+    return ", ".join(f"{_SCHEMA_TYPES[types[name]]} {name}{defaults.get(name, '')}" for name in LayerCall._fields)
+
+
+def _moe_layer_cpu(*arguments: object) -> Tensor:
+    call = LayerCall(*arguments)  # type: ignore[arg-type]  # by the schema
+    rows, weights = (call.hidden_states, call.topk_weights, call.topk_ids), call.weights()
+    check_layer(*rows, weights, call.hidden_states_scale, call.scale_layout, call.output_dtype)
+    with torch.no_grad():
+        return reference.fused_moe(
+            *rows,
+            weights,
+            hidden_states_scale=call.hidden_states_scale,
+            scale_layout=call.scale_layout,
+            output_dtype=call.output_dtype,
+            intermediate_rounding=call.intermediate_rounding,
+        )
+
+
+def _moe_layer_cuda(*arguments: object) -> Tensor:
+    call = LayerCall(*arguments)  # type: ignore[arg-type]  # by the schema
+    hidden_states, device = call.hidden_states, call.hidden_states.device
+    check_word_order(WordOrder(call.word_order), device)
+    call.check(device)
+    experts, (tokens, top_k) = call.w13.shape[0], call.topk_ids.shape
+    check_limits(experts, tokens, top_k)
+    chosen = select(tokens, top_k, experts, call.hidden_size, call.intermediate_size, device.index)
+    op, tile = launch.layer_operator(device.index, chosen)
+    output = torch.empty_like(hidden_states, dtype=call.output_dtype)
+    try:
+        op(
+            hidden_states if call.hidden_states_scale is None else hidden_states.view(torch.uint8),
+            call.topk_weights,
+            call.topk_ids,
+            None,
+            0,
+            call.w13,
+            call.w13_bias,
+            call.w2,
+            call.w2_bias,
+            call.intermediate_size,
+            Activation(call.activation).code,
+            call.alpha,
+            call.beta,
+            math.inf if call.limit is None else call.limit,
+            tile.m,
+            tile.n,
+            output,
+            True,  # renormalize, of router_logits alone
+            0,  # first_expert: topk_ids count from it already
+            call.alphas,
+            call.betas,
+            call.limits,
+            call.hidden_states_scale,
+            call.scale_layout == "swizzled",
+            call.intermediate_rounding,
+        )
+    except RuntimeError as error:
+        errors.explain(f"mxfp4_moe::moe_layer cannot run on {device}", error)
+        raise
+    return output
+
+
+def _moe_layer_fake(*arguments: object) -> Tensor:
+    call = LayerCall(*arguments)  # type: ignore[arg-type]  # by the schema
+    call.check(call.w13.device)
+    return torch.empty_like(call.hidden_states, dtype=call.output_dtype)
+
+
+def _topk_softmax_cpu(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    check_topk_softmax(router_logits, top_k)
+    with torch.no_grad():
+        return reference.topk_softmax(router_logits, top_k, renormalize)
+
+
+def _topk_softmax_cuda(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    check_topk_softmax(router_logits, top_k)
+    return launch.topk_softmax(router_logits, top_k, renormalize)
+
+
+def _topk_softmax_fake(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    check_topk_softmax(router_logits, top_k)
+    shape = (router_logits.shape[0], top_k)
+    return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int32)
+
+
+_LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-untyped-call]
+# The kernels read contiguous tensors: a compiler must not choose other strides.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+for _schema, _cpu, _cuda, _fake in (
+    (f"moe_layer({_layer_schema()}) -> Tensor", _moe_layer_cpu, _moe_layer_cuda, _moe_layer_fake),
+    (
+        "topk_softmax(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)",
+        *(_topk_softmax_cpu, _topk_softmax_cuda, _topk_softmax_fake),
+    ),
+):
+    _name = _LIBRARY.define(_schema, tags=_TAGS)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _cpu, "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _cuda, "CUDA")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"mxfp4_moe::{_name}", _fake, lib=_LIBRARY)
+
+moe_layer = torch.ops.mxfp4_moe.moe_layer.default
+topk_softmax = torch.ops.mxfp4_moe.topk_softmax.default

@@ -1,0 +1,78 @@
+"""The tile of a call: the one that was named, or the automatic choice for its sizes and GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .._choice.choice import choose_tile
+from .._choice.facts import DeviceFacts, Layer, from_properties
+from .._install import loading
+from ..tiles import Tile, select_tile
+from ..weights import MoEWeights
+
+DEFAULT_TILE_MN = (128, 128)  # for callers that turn the automatic choice off and name no tile
+
+
+def tile_of_call(
+    tile_mn: tuple[int, int] | None,
+    auto_tile_select: bool,
+    tokens: int,
+    top_k: int,
+    weights: MoEWeights,
+    device: torch.device,
+) -> Tile:
+    """The tile that was named, or the automatic choice.
+
+    Raises:
+        TypeError, ValueError: as `manifest_tile`.
+    """
+    if tile_mn is not None:
+        return manifest_tile(tile_mn)
+    if not auto_tile_select:
+        return manifest_tile(DEFAULT_TILE_MN)
+    sizes = weights.hidden_size, weights.intermediate_size
+    return select(tokens, top_k, weights.num_global_experts, *sizes, device.index)  # a slice: its share of rows
+
+
+def manifest_tile(tile_mn: tuple[int, int]) -> Tile:
+    """The manifest's tile of this shape.
+
+    Raises:
+        TypeError: no pair of integers.
+        ValueError: not in the manifest; the message lists what is.
+    """
+    tile = Tile.from_mn(pair(tile_mn))
+    tiles = loading.manifest().tiles
+    if tile not in tiles:
+        having = ", ".join(str(t.mn) for t in tiles)
+        raise ValueError(f"tile_mn: expected a tile of the manifest ({having}), got {tile.mn}")
+    return tile
+
+
+@functools.lru_cache(maxsize=4096)
+def select(tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, device_index: int | None) -> Tile:
+    """The tile of an automatic choice; without a GPU the simple rule's."""
+    tiles = loading.manifest().tiles
+    if device_index is None or tokens == 0:
+        return select_tile(tokens, top_k, experts, tiles)
+    layer = Layer(experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate)
+    return choose_tile(tokens, layer, device_facts(device_index), tiles)
+
+
+@functools.cache
+def device_facts(device_index: int) -> DeviceFacts:
+    """What the choice of a tile knows of this GPU."""
+    return from_properties(torch.cuda.get_device_properties(device_index))
+
+
+def pair(tile_mn: object) -> tuple[int, int]:
+    """The argument as (M, N), or a TypeError."""
+    if (
+        not isinstance(tile_mn, (tuple, list))
+        or len(tile_mn) != 2
+        or not all(isinstance(v, int) and not isinstance(v, bool) for v in tile_mn)
+    ):
+        raise TypeError(f"tile_mn: expected a pair of integers (M, N), got {tile_mn!r}")
+    return (tile_mn[0], tile_mn[1])

@@ -1,0 +1,63 @@
+"""Where an expert's rows come from: a `Source` gives the rows of one expert as MXFP4, whatever they are stored as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..formats import BLOCK, quantize_mxfp4, unswizzle_scales
+
+Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n, K/2], scales [n, K/32]
+Source = Callable[[int, int, int], Rows]  # (expert, first k, past the last k) -> the rows of that expert
+
+WEIGHT_SCALE_MAX = 253  # csrc/tile/mma_mx.cuh doubles weight scales on their way
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def mxfp4_source(name: str, packed: Callable[[int], Tensor], scales: Callable[[int], Tensor]) -> Source:
+    """Of packed [N, K/2] or [N, K/32, 16] and scales [N, K/32] per expert; name is that of the scales."""
+
+    def expert(e: int, begin: int, end: int) -> Rows:
+        expert_scales = scales(e)
+        _refuse_scales(name, expert_scales, e)
+        blocks = packed(e).flatten(1)[:, begin // 2 : end // 2]
+        expert_scales = expert_scales[:, begin // BLOCK : end // BLOCK]
+        return lambda rows: (blocks[rows], expert_scales[rows])
+
+    return expert
+
+
+def float_source(name: str, weight: Tensor) -> Source:
+    def expert(e: int, begin: int, end: int) -> Rows:
+        values = weight[e][:, begin:end]
+
+        def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+            try:
+                return quantize_mxfp4(values[rows])
+            except ValueError as error:  # dtype and shape are known to be right
+                raise ValueError(f"{name}: expected finite values, got NaN or infinity in expert {e}") from error
+
+        return quantize
+
+    return expert
+
+
+def flashinfer_source(name: str, words: Tensor, swizzled: Tensor, n: int, k: int) -> Source:
+    packed = words.view(torch.uint8)
+    tiles = swizzled.view(torch.uint8).view(len(swizzled), ceil_div(n, 128), ceil_div(k, 128), 512)
+    return mxfp4_source(name, packed.__getitem__, lambda e: unswizzle_scales(tiles[e], n, k))
+
+
+def _refuse_scales(name: str, scales: Tensor, expert: int) -> None:
+    """255 is no number; a weight under 2^127 (254) is infinite in bfloat16, and SM90's kernels have no room for it."""
+    if bool((scales > WEIGHT_SCALE_MAX).any()):
+        row, block = (scales > WEIGHT_SCALE_MAX).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected E8M0 bytes 0..{WEIGHT_SCALE_MAX} (2^126), got {int(scales[row, block])} at "
+            f"[{expert}, {row}, {block}]"
+        )

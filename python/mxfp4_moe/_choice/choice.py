@@ -1,0 +1,62 @@
+"""The automatic choice of a tile: a tuned table, else on SM12x the cost model, else the rule by expected rows.
+
+Standard library alone. Every tile gives the same bits, so the choice is about time and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .._install import wheel
+from ..archs import mma_k
+from ..tiles import Tile, prove, select_tile
+from . import cost_model, tuned
+from .facts import DeviceFacts, Layer
+
+_SIGNIFICANT_BITS = 5
+
+
+def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[Tile]) -> Tile:
+    """The tile for a call of this many tokens. `tiles` are the ones to choose among, which a table's must be in."""
+    found = tuned.look_up(device, layer, tokens)
+    if found is not None and found.gemm1 in tiles:
+        return found.gemm1
+    served = served_device(device)
+    if served.capability[0] == 12:
+        return _modelled(_rounded(tokens), layer, served, tuple(tiles))
+    return select_tile(tokens, layer.top_k, layer.experts, tiles)
+
+
+@functools.cache
+def served_device(device: DeviceFacts) -> DeviceFacts:
+    """The GPU with the compute capability whose kernels it runs: what the model has to go by."""
+    return replace(device, capability=_wheel.served_as(device.capability))
+
+
+def _rounded(tokens: int) -> int:
+    """With five significant bits: the model takes half a millisecond, and need not be asked for each number anew."""
+    shift = max(tokens.bit_length() - _SIGNIFICANT_BITS, 0)
+    return tokens >> shift << shift
+
+
+@functools.lru_cache(maxsize=1024)
+def _modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile, ...]) -> Tile:
+    arch = cost_model.arch_model(device.capability).arch
+    return cost_model.choose(tokens, layer, device, tiles, loop_instructions(arch))
+
+
+@functools.cache
+def loop_instructions(arch: str) -> dict[str, float]:
+    """Tile name -> instructions of one warp in one K tile, as the wheel's build report has them; without it, none."""
+    report = wheel.read_report() or {}
+    known = {}
+    for tile in wheel.built_tiles():
+        try:
+            per_mma = report["tiles"][tile.name]["archs"][arch]["main_loop"]["instructions_per_mma"]
+        except (KeyError, TypeError):
+            continue
+        proof = prove(tile, arch)
+        known[tile.name] = per_mma * (proof.warp_m // 16) * (proof.warp_n // 8) * (128 // mma_k(arch))
+    return known

@@ -1,0 +1,241 @@
+"""How long a tile should take on a GPU: a model for GPUs that nobody has measured. Pure; standard library alone.
+
+Modelled, not measured: docs/performance.md says what is in it and what is not. It chooses tiles on SM120 and SM121
+where there is no tuned table. A wrong choice costs time, never a bit of the result.
+
+For each of the two grouped GEMMs it counts output tiles, padding included, gives the busiest SM its whole number of
+them, and asks four questions of it: how long do its tensor cores take, how long its issue slots, how long do its bytes
+take through its port to the L2 cache, and how long until bytes in flight have covered the memory's latency. A fifth is
+asked of the memory: how long do all weights take. The slowest answer rules; since nothing overlaps perfectly, the
+others count a little (a norm with exponent 4).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..tiles import TILE_K, Tile, TileProof, nearest_tile, prove, select_tile
+from .facts import DeviceFacts, Layer
+
+_LATENCY_US = 1.0  # from a load's issue to its bytes, memory under load
+_TILE_US = 0.6  # what a tile costs beside its main loop: epilogue and the first stage's way through
+_LAUNCH_US = 2.0  # from one kernel to the next
+_MEMORY_EFFICIENCY = 0.9  # of the published bandwidth
+_L2_BYTES_PER_CLOCK = 64.0  # of one SM
+_SCHEDULERS = 4
+_ISSUE_EFFICIENCY = 0.8
+_OVERLAP = 4.0
+_EXACT_MEAN = 64.0
+_NORMAL_VALUES = 64
+_WEIGHT_BYTES = 0.5 + 1 / 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchModel:
+    """What the model knows of an arch.
+
+    `mma_flops_per_clock`: of one SM. SM12x: the block-scaled FP8 rate, twice the one of plain FP8 MMAs that accumulate
+    in float32. Measured by others from registers alone: 737 TFLOP/s against 370 on an RTX 5090
+    (main-horse.github.io/posts/5090-mm-perf), 202 against 102 on an RTX 5060 Ti (flashinfer-ai/flashinfer, issue 3628).
+    Both are E4M3 with E4M3; docs/performance.md says what is known of E4M3 with E2M1. SM90: measured for mma.sync with
+    separate scaling.
+    `loop_instructions`: of one warp and K tile, a line through the build report's figures: a constant, and so many for
+    8 rows of weights, for 8 rows of activations, and for a fragment of 16 x 8.
+    """
+
+    arch: str
+    mma_flops_per_clock: float
+    loop_instructions: tuple[float, float, float, float]
+
+
+ARCH_MODELS = {
+    12: ArchModel(arch="120f", mma_flops_per_clock=2048.0, loop_instructions=(51.5, 8.4, 0.0, 8.8)),
+    9: ArchModel(arch="90a", mma_flops_per_clock=1500.0, loop_instructions=(67.7, 60.9, 36.1, 39.8)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmTime:
+    """Microseconds of one grouped GEMM, by cause."""
+
+    memory_us: float
+    mma_us: float
+    issue_us: float
+    l2_us: float
+    latency_us: float
+    fixed_us: float
+
+    @property
+    def us(self) -> float:
+        """The slowest cause with a little of the others, and what comes on top of all."""
+        parts = (self.memory_us, self.mma_us, self.issue_us, self.l2_us, self.latency_us)
+        return float(sum(part**_OVERLAP for part in parts) ** (1 / _OVERLAP) + self.fixed_us)
+
+    @property
+    def bound_by(self) -> str:
+        """The slowest cause's name."""
+        parts = {name: value for name, value in vars(self).items() if name != "fixed_us"}
+        return max(parts, key=lambda name: parts[name]).removesuffix("_us")
+
+
+def loop_instructions(proof: TileProof, model: ArchModel) -> float:
+    """Instructions that one warp issues for one K tile."""
+    weights, acts = (proof.warp_m, proof.warp_n) if proof.tile.swap_ab else (proof.warp_n, proof.warp_m)
+    fragments = (proof.warp_m / 16) * (proof.warp_n / 8)
+    constant, per_weights, per_acts, per_fragment = model.loop_instructions
+    return constant + per_weights * weights / 8 + per_acts * acts / 8 + per_fragment * fragments
+
+
+@functools.cache
+def _normal() -> tuple[float, ...]:
+    """Equally likely values of the standard normal distribution."""
+    from statistics import NormalDist  # it imports much, and few calls come here
+
+    return tuple(NormalDist().inv_cdf((place + 0.5) / _NORMAL_VALUES) for place in range(_NORMAL_VALUES))
+
+
+@functools.lru_cache(maxsize=1024)
+def row_probabilities(tokens: int, top_k: int, experts: int) -> tuple[tuple[float, float], ...]:
+    """(rows, probability) of one expert when each token picks top_k experts uniformly, as different ones as there are.
+
+    With more choices than experts every token has each expert at least once. The rest is a binomial. Up to a mean of 64
+    rows it is written out, as far as eight standard deviations; beyond, the normal distribution stands for it, at 64
+    values that are equally likely.
+    """
+    each, rest = divmod(top_k, experts)
+    always, p, mean = tokens * each, rest / experts, tokens * rest / experts
+    if rest == 0:
+        return ((always, 1.0),)
+    deviation = math.sqrt(mean * (1 - p))
+    if mean > _EXACT_MEAN:
+        return tuple((always + mean + deviation * place, 1 / _NORMAL_VALUES) for place in _normal())
+    high = min(tokens, math.ceil(mean + 8 * deviation) + 8)
+    log_p, log_q, log_all = math.log(p), math.log1p(-p), math.lgamma(tokens + 1)
+
+    def probability(rows: int) -> float:
+        ways = log_all - math.lgamma(rows + 1) - math.lgamma(tokens - rows + 1)
+        return math.exp(ways + rows * log_p + (tokens - rows) * log_q)
+
+    return tuple((always + rows, probability(rows)) for rows in range(high + 1))
+
+
+def expected_m_tiles(tokens: int, layer: Layer, m: int) -> float:
+    """Mean number of m-tiles over all experts: each expert's rows round up to whole tiles."""
+    rows = row_probabilities(tokens, layer.top_k, layer.experts)
+    return layer.experts * sum(probability * math.ceil(count / m) for count, probability in rows)
+
+
+def expected_active(tokens: int, layer: Layer) -> float:
+    """Mean number of experts with a row."""
+    missed = max(1.0 - layer.top_k / layer.experts, 0.0)  # by one token
+    return layer.experts * (1.0 - float(missed**tokens))
+
+
+def gemm_time(
+    proof: TileProof,
+    device: DeviceFacts,
+    layer: Layer,
+    tokens: int,
+    n: int,
+    k: int,
+    instructions: float | None = None,
+) -> GemmTime:
+    """One grouped GEMM of `tokens` tokens' rows with [n, k] weights for each expert.
+
+    Args:
+        instructions: of a warp in a K tile, where the build report says it; else the model's line.
+
+    Raises:
+        ValueError: an arch that the model does not know.
+    """
+    model = arch_model(device.capability)
+    tile = proof.tile
+    m_tiles = expected_m_tiles(tokens, layer, tile.m)
+    tiles = max(round(m_tiles * -(-n // tile.n)), 1)
+    k_tiles = -(-k // TILE_K)
+    mine = -(-tiles // device.sms)  # of the busiest SM
+    resident = min(mine, proof.blocks_per_sm)
+    clocks = device.ghz * 1e3  # per microsecond
+
+    expert_bytes = n * k * _WEIGHT_BYTES
+    active = expected_active(tokens, layer)
+    # The m-tiles of an expert follow each other, so its weights are read once if L2 keeps them that long.
+    reads = active if expert_bytes * 2 <= device.l2_bytes else max(m_tiles, active)
+    rows = tokens * layer.top_k
+    memory_bytes = reads * expert_bytes + rows * (k + 2 * n)
+    memory = memory_bytes / (device.gb_per_s * _MEMORY_EFFICIENCY * 1e3)
+
+    mma = mine * k_tiles * 2 * tile.m * tile.n * TILE_K / model.mma_flops_per_clock / clocks
+    per_warp = loop_instructions(proof, model) if instructions is None else instructions
+    issued = mine * k_tiles * proof.warps_m * proof.warps_n * per_warp
+    issue = issued / (_SCHEDULERS * _ISSUE_EFFICIENCY) / clocks
+    moved = mine * k_tiles * proof.stage_bytes
+    l2 = moved / _L2_BYTES_PER_CLOCK / clocks
+    latency = moved / (resident * proof.stages * proof.stage_bytes) * _LATENCY_US
+    rounds = -(-mine // proof.blocks_per_sm)
+    return GemmTime(
+        memory_us=memory,
+        mma_us=mma,
+        issue_us=issue,
+        l2_us=l2,
+        latency_us=latency,
+        fixed_us=_LAUNCH_US + rounds * _TILE_US,
+    )
+
+
+@functools.cache
+def _proof(tile: Tile, arch: str) -> TileProof:
+    return prove(tile, arch)
+
+
+def layer_us(
+    tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, instructions: Mapping[str, float] | None = None
+) -> float:
+    """Microseconds of both GEMMs with one tile; what is around them is the same for all tiles and left out.
+
+    Args:
+        instructions: tile name -> instructions of a warp in a K tile, from the build report.
+
+    Raises:
+        ValueError: an arch that the model does not know.
+    """
+    proof = _proof(tile, arch_model(device.capability).arch)
+    known = instructions.get(tile.name) if instructions else None
+    gemm1 = gemm_time(proof, device, layer, tokens, 2 * layer.intermediate, layer.hidden, known)
+    gemm2 = gemm_time(proof, device, layer, tokens, layer.hidden, layer.intermediate, known)
+    return gemm1.us + gemm2.us
+
+
+def arch_model(capability: tuple[int, int]) -> ArchModel:
+    """The model of this compute capability's family.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if capability[0] not in ARCH_MODELS:
+        raise ValueError(f"capability: expected one of {sorted(ARCH_MODELS)}.x, got {capability[0]}.{capability[1]}")
+    return ARCH_MODELS[capability[0]]
+
+
+def choose(
+    tokens: int,
+    layer: Layer,
+    device: DeviceFacts,
+    tiles: Iterable[Tile],
+    instructions: Mapping[str, float] | None = None,
+) -> Tile:
+    """The tile that the model thinks fastest; among equals within a hundredth, the nearest to the simple rule's.
+
+    Raises:
+        ValueError: no tiles, or an arch that the model does not know.
+    """
+    choices = list(tiles)
+    rule = select_tile(tokens, layer.top_k, layer.experts, choices)
+    if tokens == 0:
+        return rule
+    times = {tile: layer_us(tile, device, layer, tokens, instructions) for tile in choices}
+    fastest = min(times.values())
+    return nearest_tile(rule, [tile for tile in choices if times[tile] <= 1.01 * fastest])

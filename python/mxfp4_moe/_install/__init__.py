@@ -1,0 +1,1 @@
+"""The installed wheel: its files, libraries, loading, errors in words, and what is remembered about a GPU."""

@@ -1,0 +1,246 @@
+"""What the build reads in machine code and what it refuses, from listings and figures: no compiler, no library.
+
+tests/release/test_wheel.py runs the same checks on the libraries of the wheel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machine_code_cases import GOOD, MANIFEST, PTXAS, code_of
+
+from wheelbuild import ROOT, BuildError
+from wheelbuild.check import (
+    check_archs,
+    check_compiling,
+    check_kernel_names,
+    check_main_loop,
+    check_memory,
+    check_paths,
+)
+from wheelbuild.load import check_load
+from wheelbuild.machine_code import Code, Resources
+from wheelbuild.tile_model import tiles
+
+LOOP = {
+    **{"opcode": "HMMA", "mma_per_step": 1, "matrices_per_step": 2},
+    **{"words_per_step": 1, "words_per_load": 2, "limit": 2.5},
+}
+RESOURCES = [
+    Resources(kernel=name, arch=arch, registers=168, stack_bytes=0, spill_store_bytes=0, spill_load_bytes=0)
+    for name, arch in (("a", "90a"), ("b", "120f"))
+]
+
+
+def test_a_good_loop_passes_and_is_reported() -> None:
+    assert check_main_loop("x.so", "90a", code_of(*GOOD), LOOP).report()["instructions_per_mma"] == 2.5
+    check_main_loop("x.so", "90a", code_of(*GOOD, "NOP"), LOOP | {"limit": None})
+
+
+@pytest.mark.parametrize(
+    ("lines", "expect", "message"),
+    [
+        (GOOD, {"opcode": "QMMA.SF"}, r"no QMMA\.SF among 6 instructions$"),
+        (
+            ("R2UR UR4, R5", *GOOD[:3], "@P0 BRA.U.ANY {0}", *GOOD[3:]),
+            {},
+            r"1 loops over the lanes of a warp around HMMA; an operand .* \(the scale selector\) is not a constant$",
+        ),
+        ((*GOOD[:-1], GOOD[2], "EXIT"), {}, r"1 of 3 HMMA are in no loop, expected one around all$"),
+        (
+            ("LDSM.16.M88.2 R4, [R2]", *GOOD[1:]),
+            {},
+            r"LDSM loads 2 matrices for 2 HMMA in the main loop, which need 4 of activations; another instruction",
+        ),
+        (
+            (GOOD[0], "LDS R4, [R2]", *GOOD[2:]),
+            {},
+            r"LDS of 64 bits load 0 words for 2 HMMA in the main loop, which need 2 of weights; narrower loads bring",
+        ),
+        (
+            GOOD,
+            {"words_per_step": 2},
+            r"LDS of 64 bits load 2 words for 2 HMMA in the main loop, which need 4 of weights; narrower loads bring",
+        ),
+        (
+            ("NOP", *GOOD),
+            {},
+            r"3\.0 instructions per HMMA in the main loop \(6 for 2\), at most 2\.5 allowed \(ci/thresholds\.toml\)$",
+        ),
+    ],
+)
+def test_a_bad_loop_is_refused(lines: tuple[str, ...], expect: dict[str, Any], message: str) -> None:
+    with pytest.raises(BuildError, match=f"^x.so on sm_90a: {message}"):
+        check_main_loop("x.so", "90a", code_of(*lines), LOOP | expect)
+
+
+def test_machine_code_is_for_the_archs_that_were_asked_for() -> None:
+    check_archs("x.so", {"90a": Code(), "120f": Code()}, ["120f", "90a"])
+    with pytest.raises(BuildError, match="x.so has machine code for sm_90a, expected sm_120f, sm_90a"):
+        check_archs("x.so", {"90a": Code()}, ["90a", "120f"])
+    with pytest.raises(BuildError, match="x.so has machine code for no arch, expected"):
+        check_archs("x.so", {}, ["90a", "120f"])
+
+
+def test_a_kernel_name_that_two_archs_share_is_refused() -> None:
+    check_kernel_names("x.so", {"90a": code_of(*GOOD, kernel="a"), "120f": code_of(*GOOD, kernel="b")})
+    with pytest.raises(BuildError, match="x.so: sm_90a and sm_120f share the kernel name a; the linker would keep one"):
+        check_kernel_names("x.so", {"90a": code_of(*GOOD, kernel="a"), "120f": code_of(*GOOD, kernel="a")})
+
+
+@pytest.mark.parametrize("arch", MANIFEST.archs)
+def test_no_arch_may_spill(arch: str) -> None:
+    code = {"90a": code_of(*GOOD), "120f": code_of(*GOOD)}
+    check_memory("x.so", code, RESOURCES)
+    for store, load in ((8, 4), (0, 4), (4, 0)):
+        spilling = [
+            dataclasses.replace(used, spill_store_bytes=store, spill_load_bytes=load) if used.arch == arch else used
+            for used in RESOURCES
+        ]
+        sentence = f"x.so on sm_{arch}: 168 registers are not enough, {store} bytes of spill stores and {load} of loads"
+        with pytest.raises(BuildError, match=sentence):
+            check_memory("x.so", code, spilling)
+    with pytest.raises(BuildError, match=f"x.so on sm_{arch}: ptxas gave no account of registers and spills"):
+        check_memory("x.so", code, [used for used in RESOURCES if used.arch != arch])
+
+
+def test_a_second_kernel_is_checked_too() -> None:
+    """A tile may have two: neither may spill or have MMAs outside of loops, and the worse loop is what counts."""
+    first, second = code_of(*GOOD, kernel="a"), code_of(*GOOD[:4], "NOP", *GOOD[4:], kernel="b")
+    for one, other in ((first, second), (second, first)):
+        code = Code(kernels=one.kernels | other.kernels)
+        assert check_main_loop("x.so", "90a", code, LOOP | {"limit": 3.0}).instructions_per_mma == 3.0
+        with pytest.raises(BuildError, match="3.0 instructions per HMMA in the main loop"):
+            check_main_loop("x.so", "90a", code, LOOP)
+        beside = Code(kernels=one.kernels | {"_ZN9mxfp4_moe12grouped_gemmI4TileEE": next(iter(other.kernels.values()))})
+        of_shared = check_main_loop("x.so", "90a", beside, LOOP | {"limit": 3.0}).instructions_per_mma
+        assert of_shared == check_main_loop("x.so", "90a", other, LOOP | {"limit": 3.0}).instructions_per_mma
+    bare = Code(kernels=first.kernels | code_of("HMMA.16816.F32 R4, R8, R12, R4", "EXIT", kernel="b").kernels)
+    with pytest.raises(BuildError, match="1 of 3 HMMA are in no loop"):
+        check_main_loop("x.so", "90a", bare, LOOP)
+    used = [dataclasses.replace(RESOURCES[0], kernel=kernel) for kernel in "ab"]
+    check_memory("x.so", {"90a": bare}, used)
+    with pytest.raises(BuildError, match="8 bytes of spill stores"):
+        check_memory("x.so", {"90a": bare}, [used[0], dataclasses.replace(used[1], spill_store_bytes=8)])
+
+
+@pytest.mark.parametrize("opcode", ["LDL", "STL.64"])
+def test_local_memory_is_refused_even_where_ptxas_speaks_of_no_spill(opcode: str) -> None:
+    code = {"90a": code_of(*GOOD, f"{opcode} [R1], R2"), "120f": code_of(*GOOD)}
+    with pytest.raises(BuildError, match=rf"x.so on sm_90a: 1 {opcode[:3]}, which is local memory, none allowed;"):
+        check_memory("x.so", code, RESOURCES)
+
+
+def record(**changes: object) -> dict[str, Any]:
+    return {"cpu_seconds": 4.0, "wall_seconds": 4.0, "peak_mb": 400, "output": PTXAS.replace("(C7508)", "")} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peak_mb": 2001}, r"compiling tile_x\.120f took 2001 MB, at most 2000 allowed \(ci/thresholds\.toml"),
+        ({"output": PTXAS}, r"ptxas gave something up when compiling tile_x\.120f: \(C7508\) .* 'setmaxnreg' ignored"),
+        (
+            {"output": PTXAS.replace("C7508", "C7506")},
+            r"ptxas gave something up when compiling tile_x\.120f: \(C7506\) Potential Performance Loss",
+        ),
+    ],
+)
+def test_a_compilation_that_costs_too_much_or_gave_up_is_refused(changes: dict[str, Any], message: str) -> None:
+    limits = {"peak_mb": 2000}
+    check_compiling("x.so", {"tile_x.120f": record(cpu_seconds=4000.0)}, limits)  # a slow machine is no fault
+    with pytest.raises(BuildError, match=f"^x.so: {message}"):
+        check_compiling("x.so", {"tile_x.90a": record(), "tile_x.120f": record(**changes)}, limits)
+
+
+def test_a_path_of_the_build_machine_is_refused(tmp_path: Path) -> None:
+    library = tmp_path / "x.so"
+    library.write_bytes(b"\0csrc/tile/tile.cu\0")
+    check_paths(library, [Path("/home/me")])
+    library.write_bytes(b"\0/home/me/src/tile.cu\0more")
+    with pytest.raises(BuildError, match=r"x\.so contains a path of the build machine: /home/me/src/tile\.cu$"):
+        check_paths(library, [Path("/home/me")])
+
+
+EXPECT = {"ops": ["mxfp4_moe::grouped_gemm_x"], "facts": {"90a": {"stages": 3}, "120f": {"stages": 3}}}
+LOADED = {
+    "ops": ["mxfp4_moe::grouped_gemm_x"],
+    "facts": {"90a": {"stages": 3}, "120f": {"stages": 3}},
+    "entry": 1,
+    "error": None,
+}
+
+
+def test_a_library_that_is_as_expected_passes() -> None:
+    check_load("x.so", LOADED, EXPECT)
+    check_load("moe.so", {**LOADED, "facts": None, "entry": None}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ops": ["mxfp4_moe::other"]}, "registers mxfp4_moe::other, expected exactly mxfp4_moe::grouped_gemm_x"),
+        ({"ops": ["mxfp4_moe::grouped_gemm_x", "mxfp4_moe::other"]}, "registers .*other, expected exactly"),
+        ({"ops": []}, "registers no operator of mxfp4_moe"),
+        ({"error": "file too short"}, "cannot be loaded: file too short"),
+        ({"entry": 0}, "has no address in its attribute 'entry'"),
+        ({"folded_major": 9}, r"for folded activations on compute capability 9, expected None \(0 for none\)"),
+        ({"facts": None}, r"has facts for archs None, expected \['120f', '90a'\]"),
+        ({"facts": {"90a": {"stages": 3}}}, r"has facts for archs \['90a'\], expected \['120f', '90a'\]"),
+        (
+            {"facts": {"90a": {"stages": 3}, "120f": {"stages": 2}}},
+            r"on sm_120f: stages is 2 in the compiled tile and 3 in the proof of tiles/proof\.py",
+        ),
+        ({"facts": {"90a": {}, "120f": {}}}, "on sm_90a: stages is None in the compiled tile and 3"),
+    ],
+)
+def test_a_library_that_is_not_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(BuildError, match=rf"^x\.so .*{message}"):
+        check_load("x.so", {**LOADED, **change}, EXPECT)
+
+
+@pytest.mark.parametrize("key", tiles.prove(MANIFEST.tiles[0], "120f").facts())
+@pytest.mark.parametrize("arch", MANIFEST.archs)
+def test_every_single_fact_is_compared_with_the_proof(arch: str, key: str) -> None:
+    tile = MANIFEST.tiles[0]
+    facts = {each: tiles.prove(tile, each).facts() for each in MANIFEST.archs}
+    expect = {"ops": ["mxfp4_moe::x"], "facts": facts}
+    loaded = {"ops": ["mxfp4_moe::x"], "entry": 1, "error": None}
+    check_load("x.so", {**loaded, "facts": facts}, expect)
+    other = {**facts, arch: facts[arch] | {key: facts[arch][key] + 1}}
+    sentence = f"x.so on sm_{arch}: {key} is {facts[arch][key] + 1} in the compiled tile and {facts[arch][key]} in the"
+    with pytest.raises(BuildError, match=sentence):
+        check_load("x.so", {**loaded, "facts": other}, expect)
+
+
+def run_load(library: Path, module: str, expect: dict[str, Any], output: Path) -> subprocess.CompletedProcess[str]:
+    named = library.with_name(f"{module}.abi3.so")
+    shutil.copy(library, named)
+    words = ["--expect", json.dumps({module: expect}), "--cudart", "libm.so.6", "--output", str(output), str(named)]
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "wheelbuild.load", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_a_library_that_takes_its_process_with_it_is_one_sentence(tmp_path: Path) -> None:
+    source = tmp_path / "x.c"
+    source.write_text("__attribute__((constructor)) void f(void) { __builtin_trap(); }\n", encoding="utf-8")
+    library = tmp_path / "x.so"
+    subprocess.run(["g++", "-xc", "-shared", "-fPIC", source, "-o", library], check=True)
+    result = run_load(library, "tile_x", EXPECT, tmp_path / "load.json")
+    assert result.returncode == 1
+    sentence = r"refused: tile_x\.abi3\.so cannot be loaded: loading it ended the process with SIG(ILL|TRAP|ABRT)\n"
+    assert re.fullmatch(sentence, result.stdout), result
+    assert not (tmp_path / "load.json").exists()

@@ -1,0 +1,165 @@
+"""The plan: a pure function of settings, toolchain and limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from build_cases import MANIFEST, MOE_SOURCES, THRESHOLDS, TOOLCHAIN, make_plan, settings
+
+from wheelbuild import ROOT
+from wheelbuild.graph import graph_text
+from wheelbuild.plan import CompileJob, Plan, plan
+from wheelbuild.tile_model import tiles
+
+
+def by_name(made: Plan) -> dict[str, CompileJob]:
+    return {job.name: job for job in made.jobs}
+
+
+def test_the_plan_has_every_tile_for_every_arch() -> None:
+    made = make_plan()
+    jobs = by_name(made)
+    assert len(jobs) == len(made.jobs), "names are unique"
+    assert len({job.output for job in made.jobs}) == len(made.jobs), "no two jobs write one file"
+    assert made.modules == (*(tile.module for tile in MANIFEST.tiles), "moe")
+    for tile in MANIFEST.tiles:
+        nvcc = made.jobs_of(tile.module, "nvcc")
+        assert [job.archs for job in nvcc] == [(arch,) for arch in MANIFEST.archs]
+        for job in nvcc:
+            assert f"-DLOGICAL_TILE_M={tile.m}" in job.command
+            assert f"-DLOGICAL_TILE_N={tile.n}" in job.command
+            assert f"-DSWAP_AB={int(tile.swap_ab)}" in job.command
+            assert f"-DMXFP4_MOE_ARCH={job.archs[0]}" in job.command
+        (op,) = made.jobs_of(tile.module, "cxx")
+        assert f"-DTILE_NAME={tile.name}" in op.command
+        assert "-DMXFP4_MOE_FOR_EACH_ARCH(X)=X(90a) X(120f)" in op.command
+        (link,) = made.jobs_of(tile.module, "link")
+        assert link.output == made.library(tile.module)
+        assert set(link.inputs) == {job.output for job in (*nvcc, op)}
+        (check,) = made.jobs_of(tile.module, "check")
+        assert check.inputs == (link.output,)
+    (load,) = made.jobs_of("extensions", "load")
+    assert load.inputs == tuple(made.library(module) for module in made.modules)
+    assert len(made.jobs) == len(MANIFEST.tiles) * (len(MANIFEST.archs) + 3) + len(MOE_SOURCES) + 3
+
+
+def test_machine_code_only_and_each_arch_once() -> None:
+    for job in make_plan().jobs:
+        if job.kind == "nvcc":
+            generated = [word for word in job.command if word.startswith("arch=")]
+            assert generated == [f"arch=compute_{arch},code=sm_{arch}" for arch in job.archs]
+            assert not [word for word in job.command if "code=compute" in word]
+
+
+def test_jobs_come_after_what_they_need() -> None:
+    made = make_plan()
+    outputs = {job.output for job in made.jobs}
+    done: set[Path] = set()
+    for job in made.jobs:
+        assert all(path in done for path in job.inputs if path in outputs)
+        done.add(job.output)
+
+
+def test_the_plan_is_a_pure_function_of_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = make_plan()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MXFP4_MOE_TILES", "m128n128")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert make_plan() == first
+    assert graph_text(make_plan(), 2) == graph_text(first, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_order_of_sources_does_not_matter() -> None:
+    assert plan(settings(), TOOLCHAIN, THRESHOLDS, MOE_SOURCES[::-1], Path("build/x/ninja")) == make_plan()
+
+
+def test_a_filter_leaves_the_other_tiles_out_and_these_jobs_alike() -> None:
+    everything = by_name(make_plan())
+    filtered = make_plan(settings(MXFP4_MOE_TILES="m128n128"))
+    assert filtered.modules == ("tile_m128n128", "moe")
+    for job in filtered.jobs:
+        assert job == everything[job.name] or job.kind == "load"
+    one_arch = make_plan(settings(MXFP4_MOE_ARCHS="120f"))
+    assert not [word for job in one_arch.jobs for word in job.command if "90a" in word]
+
+
+def test_changing_one_tiles_row_changes_that_tiles_commands_and_the_common_load_only() -> None:
+    removed, *rest = MANIFEST.tiles
+    fewer = dataclasses.replace(settings(), tiles=tuple(rest))
+    before = {job.output: job.command for job in make_plan().jobs}
+    after = {job.output: job.command for job in make_plan(fewer).jobs}
+    differing = {path.name for path in before if before[path] != after.get(path)}
+    assert after.keys() < before.keys()
+    assert differing == {job.output.name for job in make_plan().jobs if job.module == removed.module} | {"load.json"}
+
+
+def expected(made: Plan, module: str, kind: str) -> dict[str, Any]:
+    (job,) = made.jobs_of(module, kind)
+    data: dict[str, Any] = json.loads(job.command[job.command.index("--expect") + 1])
+    return data
+
+
+def test_loading_is_compared_with_the_proof() -> None:
+    expect = expected(make_plan(), "extensions", "load")
+    assert set(expect) == {*(tile.module for tile in MANIFEST.tiles), "moe"}
+    for tile in MANIFEST.tiles:
+        assert expect[tile.module]["ops"] == [f"mxfp4_moe::grouped_gemm_{tile.name}"]
+        assert expect[tile.module]["facts"] == {arch: tiles.prove(tile, arch).facts() for arch in MANIFEST.archs}
+    assert expect["moe"] == {}
+
+
+def test_the_check_knows_what_the_main_loop_must_hold() -> None:
+    made = make_plan()
+    # A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16 bytes, and
+    # 32 rows of weights, of which a lane has a word of every eighth.
+    loads = {"matrices_per_step": 16, "words_per_step": 4, "words_per_load": 4}
+    check = expected(made, "tile_m128n128", "check")
+    assert set(check) == {"compile", "main_loop", "block_scaled"}
+    assert check["compile"] == {"peak_mb": 2000}
+    assert check["main_loop"] == {
+        "90a": {"opcode": "HMMA", "mma_per_step": 32, "limit": None} | loads,
+        "120f": {"opcode": "QMMA.SF", "mma_per_step": 16, "limit": 3.5} | loads,
+    }
+    # Swapped (8, 128): 8 rows of activations; 32 of weights on SM90, in 2 x 1 MMAs of two HMMA, on SM12x 64, in 4 x 1.
+    swapped = expected(made, "tile_m8n128_swap", "check")["main_loop"]
+    loads = {"matrices_per_step": 2, "words_per_step": 4, "words_per_load": 4}
+    assert swapped["90a"] == {"opcode": "HMMA", "mma_per_step": 4, "limit": None} | loads
+    loads = {"matrices_per_step": 2, "words_per_step": 8, "words_per_load": 4}
+    assert swapped["120f"] == {"opcode": "QMMA.SF", "mma_per_step": 4, "limit": None} | loads
+    # 16 rows of weights per warp of swapped (8, 64), 8 of (64, 8): two words side by side, and one.
+    narrow = [expected(made, name, "check")["main_loop"]["120f"] for name in ("tile_m8n64_swap", "tile_m64n8")]
+    assert [(loop["words_per_step"], loop["words_per_load"]) for loop in narrow] == [(2, 2), (1, 1)]
+    assert "main_loop" not in expected(made, "moe", "check")
+
+
+def test_the_check_knows_where_block_scaled_mmas_read() -> None:
+    made = make_plan()
+    # On sm_120f (128, 128) has three stages, each of 2 blocks of 64 weights' rows.
+    stages = {"stages": 3, "act_bytes": 128 * 128, "weight_bytes": 2 * 4352, "act_scale_bytes": 640}
+    memory = stages | {"block_bytes": 64 * (64 + 4), "block_scale_bytes": 64 * 4}
+    check = expected(made, "tile_m128n128", "check")
+    assert check["block_scaled"] == {"120f": {"fp4": "B", "shared_memory": memory}}, "SM90 has no such MMA"
+    assert expected(made, "tile_m8n128_swap", "check")["block_scaled"]["120f"]["fp4"] == "A"
+    assert "block_scaled" not in expected(made, "moe", "check")
+
+
+def test_a_threshold_of_one_tile_reruns_that_tiles_check_only() -> None:
+    before = {job.output: job.command for job in make_plan().jobs}
+    tighter = dataclasses.replace(THRESHOLDS, instructions_per_mma={"120f": {"m128n128": 3.0}})
+    after = plan(settings(), TOOLCHAIN, tighter, MOE_SOURCES, Path("build/x/ninja"))
+    assert [job.name for job in after.jobs if before[job.output] != job.command] == ["tile_m128n128.check"]
+
+
+def test_no_folder_of_this_machine_reaches_the_libraries() -> None:
+    for job in make_plan().jobs:
+        if job.kind in ("nvcc", "cxx"):
+            maps = [word for word in ",".join(job.command).split(",") if word.startswith("-ffile-prefix-map=")]
+            assert f"-ffile-prefix-map={ROOT}=." in maps
+            assert "-ffile-prefix-map=/cutlass/include=cutlass" in maps
+        if job.kind == "link":
+            assert not [word for word in job.command if "rpath" in word]

@@ -1,0 +1,320 @@
+"""Number formats against ml_dtypes, layouts against loops over their formulas. All comparisons are bitwise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from format_cases import random_bytes, random_float_bits, with_neighbours
+
+from mxfp4_moe import formats
+
+ALL_BYTES = torch.arange(256).to(torch.uint8)
+
+
+class TestE2M1:
+    def test_values(self) -> None:
+        assert formats.E2M1_VALUES[:8] == (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+        assert [math.copysign(1, v) for v in formats.E2M1_VALUES] == [1] * 8 + [-1] * 8
+
+    def test_decode_every_byte(self) -> None:
+        assert oracles.same_bits(formats.decode_e2m1(ALL_BYTES).numpy(), oracles.e2m1_values(ALL_BYTES.numpy()))
+
+    def test_decode_keeps_leading_dimensions_and_order(self) -> None:
+        packed = random_bytes(3, 5, 16)
+        assert oracles.same_bits(formats.decode_e2m1(packed).numpy(), oracles.e2m1_values(packed.numpy()))
+
+    def test_encode_against_ml_dtypes(self) -> None:
+        magnitudes = np.array(formats.E2M1_VALUES[:8])
+        edges = with_neighbours(np.concatenate((magnitudes, (magnitudes[1:] + magnitudes[:-1]) / 2, [5, 7, 8, 1e30])))
+        bits = random_float_bits(20000)
+        x = np.concatenate((edges, np.random.default_rng(1).uniform(-8, 8, 20000), bits[~np.isnan(bits)]))
+        x = np.concatenate((x, [np.inf, -np.inf])).astype(np.float32)
+        x = x[: len(x) // 2 * 2]
+        expected = np.clip(x, -6, 6).astype(oracles.E2M1).view(np.uint8)
+        packed = formats.encode_e2m1(torch.from_numpy(x)).numpy()
+        assert np.array_equal(packed, expected[0::2] | expected[1::2] << 4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_decode_then_encode_is_the_identity(self, dtype: torch.dtype) -> None:
+        assert torch.equal(formats.encode_e2m1(formats.decode_e2m1(ALL_BYTES).to(dtype)), ALL_BYTES)
+
+    def test_encode_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"x: expected no NaN .*, got float32 \[2\] with NaN"):
+            formats.encode_e2m1(torch.tensor([0.0, math.nan]))
+        with pytest.raises(ValueError, match=r"x: expected .* a multiple of 2, got float32 \[3\]"):
+            formats.encode_e2m1(torch.zeros(3))
+
+
+class TestE4M3:
+    def test_decode_every_byte(self) -> None:
+        assert oracles.same_bits(formats.decode_e4m3(ALL_BYTES).numpy(), oracles.e4m3_values(ALL_BYTES.numpy()))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_encode_every_half(self, dtype: torch.dtype) -> None:
+        x = torch.arange(65536).to(torch.int16).view(dtype)
+        assert np.array_equal(formats.encode_e4m3(x).numpy(), oracles.e4m3_codes(x.float().numpy()))
+
+    def test_encode_float32(self) -> None:
+        values = oracles.e4m3_values(np.arange(127, dtype=np.uint8))
+        ties = (values[1:] + values[:-1]) / 2
+        edges = with_neighbours(np.concatenate((values, ties, [448, 464, 480, 1e30, 2.0**-149, 2.0**-126, 2.0**-10])))
+        specials = np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0], dtype=np.float32)
+        for x in (edges, specials, random_float_bits(1 << 20), np.random.default_rng(2).normal(0, 100, 1 << 20)):
+            x = x.astype(np.float32)
+            assert np.array_equal(formats.encode_e4m3(torch.from_numpy(x)).numpy(), oracles.e4m3_codes(x))
+
+    def test_ties_go_to_the_even_code(self) -> None:
+        assert formats.encode_e4m3(torch.tensor([17.0, 19.0, -17.0])).tolist() == [0x58, 0x5A, 0xD8]
+
+
+class TestE8M0:
+    def test_decode_every_byte(self) -> None:
+        assert oracles.same_bits(
+            formats.decode_e8m0(ALL_BYTES).numpy(), ALL_BYTES.numpy().view(oracles.E8M0).astype(np.float32)
+        )
+
+
+class TestScaleSwizzle:
+    @pytest.mark.parametrize("n", [1, 16, 31, 80, 128, 129, 300, 384])
+    @pytest.mark.parametrize("k", [32, 96, 128, 160, 2880])
+    def test_against_the_formula(self, n: int, k: int) -> None:
+        scales = random_bytes(n, k // 32)
+        expected = np.zeros(-(-n // 128) * -(-k // 128) * 512, dtype=np.uint8)
+        for row in range(n):
+            for block in range(k // 32):
+                expected[oracles.scale_offset(row, block, k)] = scales[row, block]
+        swizzled = formats.swizzle_scales(scales)
+        assert swizzled.shape == (-(-n // 128), -(-k // 128), 512)
+        assert swizzled.is_contiguous()
+        assert np.array_equal(swizzled.flatten().numpy(), expected)
+        assert torch.equal(formats.unswizzle_scales(swizzled, n, k), scales)
+
+    def test_leading_dimensions(self) -> None:
+        scales = random_bytes(2, 3, 130, 5)
+        swizzled = formats.swizzle_scales(scales)
+        assert swizzled.shape == (2, 3, 2, 2, 512)
+        assert torch.equal(swizzled[1, 2], formats.swizzle_scales(scales[1, 2]))
+        assert torch.equal(formats.unswizzle_scales(swizzled, 130, 160), scales)
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[\.\.\., N, K/32\], got uint8 \[4\]"):
+            formats.swizzle_scales(random_bytes(4))
+        with pytest.raises(TypeError, match=r"scales: expected uint8 tensor, got float32 \[4, 4\]"):
+            formats.swizzle_scales(torch.zeros(4, 4))
+        with pytest.raises(ValueError, match="k: expected a multiple of 32, got 100"):
+            formats.unswizzle_scales(random_bytes(1, 1, 512), 128, 100)
+        with pytest.raises(ValueError, match=r"swizzled: expected uint8 \[\.\.\., 2, 1, 512\], got .*\[1, 1, 512\]"):
+            formats.unswizzle_scales(random_bytes(1, 1, 512), 129, 128)
+
+
+ORDERS = list(formats.WordOrder)
+
+
+def codes_of(packed: torch.Tensor) -> np.ndarray:
+    """[..., K/2] -> the K codes of 4 bits."""
+    return np.stack((packed.numpy() & 15, packed.numpy() >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+class TestWordOrder:
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_against_integers(self, order: formats.WordOrder) -> None:
+        packed = random_bytes(2, 3, 64)
+        words = [oracles.weight_word(eight, order.value) for eight in codes_of(packed).reshape(-1, 8).tolist()]
+        made = formats.pack_words(packed, order)
+        assert made.shape == packed.shape
+        assert made.numpy().tobytes() == b"".join(word.to_bytes(4, "little") for word in words)
+        assert torch.equal(formats.unpack_words(made, order), packed)
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_every_pair_of_neighbours_survives(self, order: formats.WordOrder) -> None:
+        pairs = torch.cartesian_prod(ALL_BYTES, ALL_BYTES)
+        packed = torch.cat((pairs, pairs.flip(0)), dim=1)
+        made = formats.pack_words(packed, order)
+        assert torch.equal(formats.unpack_words(made, order), packed)
+        assert len(made.view(torch.int32).unique()) == len(made)
+
+    def test_containers_expand_as_the_kernel_expands_them(self) -> None:
+        """SM12x: one mask for the even k, a rotation by 4 and the mask for the odd; codes in bits 5..2 of bytes."""
+        packed = random_bytes(8, 16)
+        words = formats.pack_words(packed, formats.WordOrder.CONTAINERS).numpy().view("<u4")
+        even = (words & np.uint32(0x3C3C3C3C)) >> 2
+        odd = ((words >> np.uint32(4) | words << np.uint32(28)) & np.uint32(0x3C3C3C3C)) >> 2
+        assert np.array_equal(even.view(np.uint8), packed.numpy() & 15)
+        assert np.array_equal(odd.view(np.uint8), packed.numpy() >> 4)
+
+    def test_halves_expand_as_the_kernel_expands_them(self) -> None:
+        """SM90: four pairs of float16 or bfloat16, the value times 2^-14 or 2^-126, by shifts and two masks."""
+        packed = torch.cat((random_bytes(64, 16), ALL_BYTES.view(16, 16)))
+        words = formats.pack_words(packed, formats.WordOrder.HALVES).numpy().view("<u4")
+        values = oracles.e2m1_values(packed.numpy()).reshape(len(packed), -1, 8)
+        sign, f16, bf16 = np.uint32(0x80008000), np.uint32(0x0E000E00), np.uint32(0x01C001C0)
+        for pair, sign_shift, shift in (((0, 2), 1, 0), ((4, 6), 0, 3), ((1, 3), 3, 6), ((5, 7), 2, 9)):
+            expected = values[..., list(pair)].astype(np.float32)
+            halves = (words << np.uint32(sign_shift) & sign) | (words << np.uint32(shift) & f16)
+            expanded = halves.view(np.float16).reshape(*words.shape, 2).astype(np.float32) * np.float32(2**14)
+            assert oracles.same_bits(expanded, expected)
+            at_bf16 = words >> np.uint32(3) if shift == 0 else words << np.uint32(shift - 3)
+            brain = torch.from_numpy(((words << np.uint32(sign_shift) & sign) | (at_bf16 & bf16)).view(np.int16).copy())
+            wide = brain.view(torch.bfloat16).float().numpy().reshape(*words.shape, 2).astype(np.float64)
+            assert oracles.same_bits((wide * 2.0**126).astype(np.float32), expected)
+
+    def test_of_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        capability = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
+        formats.word_order_of.cache_clear()
+        orders = [formats.word_order_of(torch.device("cuda", index)) for index in capability]
+        formats.word_order_of.cache_clear()
+        assert [order.value for order in orders] == ["halves", "containers", "containers", "containers"]
+        for name in ("cpu", "meta"):
+            assert formats.word_order_of(torch.device(name)) is formats.WordOrder.CONTAINERS
+
+    def test_refuses_half_words(self) -> None:
+        for order in ORDERS:
+            with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 4, got uint8 \[2, 6\]"):
+                formats.pack_words(random_bytes(2, 6), order)
+
+
+class TestWeightBlocks:
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("n", [1, 16, 64, 96, 129, 320])
+    @pytest.mark.parametrize("k", [32, 96, 128, 160, 448])
+    def test_against_the_formula(self, n: int, k: int, order: formats.WordOrder) -> None:
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
+        weight = formats.arrange_weights(packed, scales, order)
+        assert weight.shape == (formats.weight_bytes(n, k),)
+        expected = np.zeros(len(weight), dtype=np.uint8)  # padding rows and scales are zero
+        codes = codes_of(packed)
+        for row in range(n):
+            for block in range(k // 32):
+                expected[oracles.weight_scale_offset(row, block, n, k)] = scales[row, block]
+                for t in range(4):
+                    at = oracles.weight_word_offset(row, block, t, n, k)
+                    eight = codes[row, 32 * block + 8 * t :][:8].tolist()
+                    expected[at : at + 4] = list(oracles.weight_word(eight, order.value).to_bytes(4, "little"))
+        assert np.array_equal(weight.numpy(), expected)
+        back, back_scales = formats.restore_weights(weight, n, k, order)
+        assert torch.equal(back, packed)
+        assert torch.equal(back_scales, scales)
+        assert back.is_contiguous()
+        assert back_scales.is_contiguous()
+        for new in ORDERS:
+            reordered = formats.reorder_words(weight, n, k, order, new)
+            assert torch.equal(reordered, formats.arrange_weights(packed, scales, new))
+            assert reordered.data_ptr() != weight.data_ptr()
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize(("n", "k"), [(16, 32), (129, 448), (5760, 2880)])
+    def test_on_the_gpu(self, n: int, k: int, order: formats.WordOrder) -> None:
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
+        expected = formats.arrange_weights(packed, scales, order)
+        weight = formats.arrange_weights(packed.cuda(), scales.cuda(), order)
+        assert torch.equal(weight.cpu(), expected)
+        back, back_scales = formats.restore_weights(weight, n, k, order)
+        assert torch.equal(back.cpu(), packed)
+        assert torch.equal(back_scales.cpu(), scales)
+        for new in ORDERS:
+            reordered = formats.reorder_words(weight, n, k, order, new)
+            assert torch.equal(reordered.cpu(), formats.reorder_words(expected, n, k, order, new))
+
+    def test_rows_in_pieces(self) -> None:
+        n, k, order = 210, 288, formats.WordOrder.HALVES
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
+        whole = formats.arrange_weights(packed, scales, order)
+        weight = torch.full_like(whole, 0xEE)
+        for begin, end in ((128, 210), (0, 64), (64, 128)):
+            formats.write_rows(weight, n, k, begin, packed[begin:end], scales[begin:end], order)
+            some, some_scales = formats.read_rows(whole, n, k, slice(begin, end), order)
+            assert torch.equal(some, packed[begin:end])
+            assert torch.equal(some_scales, scales[begin:end])
+        assert torch.equal(weight, whole)
+
+    def test_sizes(self) -> None:
+        assert formats.weight_bytes(64, 128) == 4352
+        assert formats.weight_bytes(65, 160) == 2 * (4352 + 256 + 1024)
+        assert formats.weight_bytes(5760, 2880) == 5760 * 2880 // 2 + 5760 * 4 * 23
+
+    def test_refuses(self) -> None:
+        order = formats.WordOrder.CONTAINERS
+        with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 16, got uint8 \[4, 24\]"):
+            formats.arrange_weights(random_bytes(4, 24), random_bytes(4, 1), order)
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[4, 2\], got uint8 \[4, 1\]"):
+            formats.arrange_weights(random_bytes(4, 32), random_bytes(4, 1), order)
+        with pytest.raises(ValueError, match=r"weight: expected uint8 \[4352\], got uint8 \[4351\]"):
+            formats.restore_weights(random_bytes(4351), 64, 128, order)
+        with pytest.raises(ValueError, match="first: expected a multiple of 64, got 32"):
+            formats.write_rows(random_bytes(4352), 64, 128, 32, random_bytes(32, 64), random_bytes(32, 4), order)
+        with pytest.raises(ValueError, match="rows: expected a multiple of 64, got 32"):
+            formats.write_rows(random_bytes(4352), 64, 128, 0, random_bytes(32, 64), random_bytes(32, 4), order)
+
+
+class TestInterleave:
+    def test_positions(self) -> None:
+        codes = random_bytes(3, 2, 96)
+        stored = formats.interleave_k(codes)
+        for block in range(3):
+            for s in range(16):
+                assert torch.equal(stored[..., 32 * block + s], codes[..., 32 * block + 2 * s])
+                assert torch.equal(stored[..., 32 * block + 16 + s], codes[..., 32 * block + 2 * s + 1])
+        assert torch.equal(formats.deinterleave_k(stored), codes)
+
+    def test_refuses_partial_blocks(self) -> None:
+        for function in (formats.interleave_k, formats.deinterleave_k):
+            with pytest.raises(ValueError, match="codes: expected a last dimension that is a multiple of 32"):
+                function(random_bytes(2, 48))
+
+
+class TestRowScales:
+    @pytest.mark.parametrize("rows", [0, 1, 4, 6, 33])
+    @pytest.mark.parametrize("k", [32, 128, 160, 2880])
+    def test_positions(self, rows: int, k: int) -> None:
+        scales = random_bytes(rows, k // 32)
+        expected = np.zeros((-(-k // 128), -(-rows // 4) * 4, 4), dtype=np.uint8)
+        for row in range(rows):
+            for block in range(k // 32):
+                expected[block // 4, row, block % 4] = scales[row, block]
+        packed = formats.pack_row_scales(scales)
+        assert packed.is_contiguous()
+        assert np.array_equal(packed.numpy(), expected)
+        assert torch.equal(formats.unpack_row_scales(packed, rows, k), scales)
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[R, K/32\], got uint8 \[2, 2, 2\]"):
+            formats.pack_row_scales(random_bytes(2, 2, 2))
+        with pytest.raises(ValueError, match=r"packed: expected uint8 \[2, 8, 4\], got uint8 \[2, 4, 4\]"):
+            formats.unpack_row_scales(random_bytes(2, 4, 4), 5, 160)
+
+
+def test_folded_activations_are_the_values_in_the_weights_order() -> None:
+    """csrc/tile/folded.cuh: position by position, every value exact for every scale."""
+    rows, k = 7, 32 * 8
+    codes = torch.randint(0, 256, (rows, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codes[(codes & 0x7F) == formats.E4M3_NAN] = 0x08
+    scales = torch.tensor([0, 5, 46, 47, 127, 156, 157, 248], dtype=torch.uint8).expand(rows, -1)
+    folded, has_far = formats.fold_activations(codes, scales)
+    assert folded.dtype is torch.bfloat16
+    assert folded.isfinite().all()
+    assert has_far.tolist() == [1]
+    position = [i // 32 * 32 + i % 2 * 16 + i % 8 // 4 * 8 + i % 32 // 8 * 2 + i % 4 // 2 for i in range(k)]
+    assert sorted(position) == list(range(k))
+    values = formats.decode_e4m3(codes).double() * torch.repeat_interleave(scales.double() - 127, 32, -1).exp2()
+    shifts = torch.tensor([190] * 3 + [90] * 3 + [-10] * 2).repeat_interleave(32).double()
+    assert torch.equal(folded[:, position].double(), values * shifts.exp2())
+
+
+def test_a_folded_block_is_far_by_its_scale_and_only_with_a_value_in_it() -> None:
+    one = torch.zeros(1, 32, dtype=torch.uint8)
+    one[0, 17] = 0x81
+    for byte in (0, 46, 47, 156, 157, 248):
+        scale = torch.tensor([[byte]], dtype=torch.uint8)
+        assert formats.fold_activations(one, scale)[1].tolist() == [int(byte in (0, 46, 157, 248))]
+        assert formats.fold_activations(one & 0x80, scale)[1].tolist() == [0]
+    poisoned = formats.fold_activations(
+        torch.full((1, 32), formats.E4M3_NAN, dtype=torch.uint8), scale.new_full((1, 1), 127)
+    )
+    assert poisoned[0].isnan().all()
+    assert poisoned[1].tolist() == [0]

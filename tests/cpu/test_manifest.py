@@ -1,0 +1,124 @@
+"""The manifest: what it has, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tile_cases import ARCHS, CANDIDATES, ROOT
+
+from mxfp4_moe import tiles
+from mxfp4_moe.tiles import ManifestError, Tile
+
+MANIFEST_TEXT = (ROOT / "tile_manifest.toml").read_text(encoding="utf-8")
+HEAD = """
+archs = ["90a", "120f"]
+default_profile = "plain"
+[profile.plain]
+quantization = ["mxfp8_mxfp4"]
+out_dtypes = ["bfloat16"]
+"""
+
+
+def row(m: object = 128, n: object = 128, swap_ab: object = "false", more: str = "") -> str:
+    return f"[[tile]]\nm = {m}\nn = {n}\nswap_ab = {swap_ab}\n{more}\n"
+
+
+def test_the_wheels_manifest_has_the_tiles_that_are_promised() -> None:
+    manifest = tiles.load_manifest()
+    assert {(64, 128), (128, 128), (256, 64), (8, 128), (16, 128), (32, 128)} <= {tile.mn for tile in manifest.tiles}
+    assert manifest.archs == ARCHS
+    assert manifest.default_profile == "mxfp4_minimal"
+    assert [profile.name for profile in manifest.profiles] == ["mxfp4_minimal", "full"]
+    assert manifest.profile("mxfp4_minimal").out_dtypes == ("bfloat16", "float16")
+
+
+def test_the_packages_manifest_is_the_source_trees() -> None:
+    assert tiles.manifest_path().read_text(encoding="utf-8") == MANIFEST_TEXT
+
+
+def test_names_tell_shape_and_mode() -> None:
+    assert Tile(m=128, n=64, swap_ab=False).name == "m128n64"
+    assert Tile(m=8, n=128, swap_ab=True).name == "m8n128_swap"
+    assert Tile(m=8, n=128, swap_ab=True).module == "tile_m8n128_swap"
+    assert Tile.from_mn((32, 64)) == Tile(m=32, n=64, swap_ab=True)
+    assert Tile.from_mn((64, 64)) == Tile(m=64, n=64, swap_ab=False)
+    assert len({tile.name for tile in CANDIDATES}) == 27
+    assert sorted(tiles.CANDIDATES) == sorted(CANDIDATES)
+
+
+def test_lookup_by_name_lists_what_there_is() -> None:
+    manifest = tiles.parse_manifest(HEAD + row())
+    assert manifest.tile("m128n128") == Tile(m=128, n=128, swap_ab=False)
+    with pytest.raises(ManifestError, match=r"tile 'm1n1': expected one of m128n128$"):
+        manifest.tile("m1n1")
+    with pytest.raises(ManifestError, match=r"profile 'other': expected one of plain$"):
+        manifest.profile("other")
+
+
+def test_a_profile_says_in_one_sentence_what_it_lacks() -> None:
+    more = '[profile.big]\nquantization = ["mxfp8_mxfp4", "bf16_mxfp4"]\nout_dtypes = ["bfloat16"]\n'
+    manifest = tiles.parse_manifest(HEAD + more + row())
+    assert manifest.refusal("plain", "mxfp8_mxfp4") is None
+    assert manifest.refusal("big", "bf16_mxfp4") is None
+    assert manifest.refusal("plain", "bf16_mxfp4") == (
+        "quantization 'bf16_mxfp4' is not in this wheel's profile 'plain' (it has mxfp8_mxfp4): install a wheel built "
+        "with MXFP4_MOE_BUILD_PROFILE=big"
+    )
+    assert str(manifest.refusal("plain", "int4")).endswith("no profile has it")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("archs = [", "not valid TOML"),
+        (HEAD, "key 'tile' is missing"),
+        (HEAD + row() + "[[tiles]]\nm = 8\n", "unknown key 'tiles'"),
+        (HEAD.replace("[profile", "tile = 3\n[profile"), r"one or more \[\[tile\]\] tables, got 3"),
+        (HEAD.replace("[profile", "tile = []\n[profile"), r"one or more \[\[tile\]\] tables, got \[\]"),
+        (HEAD.replace('"90a", ', '"90", ') + row(), r"arch '90': the kernel has an MMA for 90a, 120f"),
+        (HEAD.replace('"120f"', '"120"') + row(), r"arch '120': .* does not exist under the plain suffix"),
+        (HEAD.replace('"120f"', '"sm120f"') + row(), r"arch 'sm120f': expected digits and a suffix"),
+        (HEAD.replace('["90a", "120f"]', '["90a", "90a"]') + row(), r"archs: duplicates in \['90a', '90a'\]"),
+        (HEAD.replace('["90a", "120f"]', '"90a"') + row(), r"archs: expected a list of one or more strings, got '90a'"),
+        (HEAD.replace('["90a", "120f"]', "[]") + row(), r"archs: expected a list of one or more strings, got \[\]"),
+        (HEAD.replace('= "plain"', '= "fancy"') + row(), "default_profile: expected one of plain, got 'fancy'"),
+        (HEAD.replace("out_dtypes", "outputs") + row(), "profile 'plain': unknown key 'outputs'"),
+        (HEAD.replace('["bfloat16"]', '"bfloat16"') + row(), "profile 'plain': out_dtypes: expected a list"),
+        (HEAD + row() + row(m=64, more="k = 128"), r"tile 2 .*: unknown key 'k', expected only m, n, swap_ab"),
+        (HEAD + "[[tile]]\nm = 64\nn = 128\n", r"tile 1 .*: key 'swap_ab' is missing"),
+        (HEAD + row(m='"128"'), r"tile 1 .*: m must be an integer, got '128'"),
+        (HEAD + row(m="true"), r"tile 1 .*: m must be an integer, got True"),
+        (HEAD + row(n="128.0"), r"tile 1 .*: n must be an integer, got 128.0"),
+        (HEAD + row(swap_ab="0"), r"tile 1 .*: swap_ab must be true or false, got 0"),
+        (HEAD + row() + row(m=64) + row(), r"tile 3 \(m128n128\): duplicate of tile 1$"),
+        (HEAD + row(m=100), r"tile 1 \(m100n128\): impossible on sm_90a: .* m divisible by 64, not 100"),
+        (HEAD + row() + row(m=256, n=256), r"tile 2 \(m256n256\): impossible on sm_90a: registers: 256 accumulators"),
+        (
+            HEAD.replace('"90a", ', "") + row(m=256, n=256),
+            r"tile 1 \(m256n256\): impossible on sm_120f: .*102,688 bytes.*101,376",
+        ),
+        (HEAD + row(m=192, n=256), r"tile 1 \(m192n256\): impossible on sm_90a: registers: 192 accumulators"),
+        (HEAD + row(m=8), r"tile 1 \(m8n128\): impossible on sm_90a: a native tile has m divisible by 64, not 8"),
+        (HEAD + row(m=64, swap_ab="true"), r"a swapped tile has m in 8, 16, 32, not 64"),
+        (HEAD + row(m=8, n=32, swap_ab="true"), r"a swapped tile has n of at least 64, not 32"),
+        (HEAD + row(n=512), r"n must be from 8 to 256 .*, not 512"),
+        (HEAD + row(m=512), r"m must be at most 256 .*, not 512"),
+        (HEAD + row(n=12), r"n must be divisible by 8, the MMA's granule, not 12"),
+        (HEAD + row(n=48), r"n must divide 64, the rows of a weight block, or be a multiple: 48"),
+        (
+            HEAD + row(n=192),
+            r"8 MMA warps as a 1 x 6 grid of 128 x 32 warp tiles do not cover 128 x 192 in whole 16 x 8",
+        ),
+        (HEAD + row(m=-64, n=0), r"m divisible by 64, not -64"),
+    ],
+)
+def test_a_manifest_that_cannot_work_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=f"^tile_manifest.toml: .*{message}") as error:
+        tiles.parse_manifest(text)
+    assert "\n" not in str(error.value) or "TOML" in message
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"nothing\.toml: cannot be read .*: reinstall mxfp4-moe"):
+        tiles.load_manifest(tmp_path / "nothing.toml")

@@ -1,0 +1,91 @@
+"""Every kernel of the wheel once on small problems, to be run under compute-sanitizer:
+
+    PYTHONPATH=tests/helpers compute-sanitizer --tool memcheck python tests/gpu/sanitizer.py
+
+Then with racecheck, synccheck and initcheck.
+
+Results are compared too, so that a clean report of a kernel that did nothing counts for nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from gpu_layers import exact_layer, same
+from gpu_problems import bits, gpu, random_call, random_problem, random_weights, relative_error
+
+import mxfp4_moe
+from mxfp4_moe import formats, reference
+from mxfp4_moe.activations import Activation
+from mxfp4_moe.tiles import load_manifest
+
+# Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
+GEMMS = [(32, 16), (160, 80), (672, 144)]
+ROWS_PER_EXPERT = (0, 1, 9, 65, 130)  # with (8, 64): m-tiles of one, two and eight rows
+LAYERS = [(1, 1), (33, 3)]  # tokens, top_k
+
+
+def other_kernels(device: torch.device) -> list[str]:
+    """Every activation, MXFP8 input in both scale layouts, and the router, in sizes that leave tails."""
+    failures = []
+    for number, activation in enumerate(Activation):
+        layout = reference.SCALE_LAYOUTS[number % 2]
+        weights = random_weights(5, 160, 96, device, activation=activation, alpha=torch.rand(5, device=device))
+        call = random_call(33, 3, weights)
+        codes, scale = formats.quantize_mxfp8(call.hidden_states)
+        call = replace(call, hidden_states=codes)
+        scale = formats.swizzle_scales(scale).flatten() if layout == "swizzled" else scale
+        out = mxfp4_moe.fused_moe(*call.args(), weights, hidden_states_scale=scale, scale_layout=layout)
+        expected = exact_layer(call, weights, hidden_states_scale=scale, scale_layout=layout)
+        if not same(out, expected):
+            failures.append(f"{activation.value}, MXFP8 input with {layout} scales: other bits than expected")
+    weights = random_weights(40, 160, 96, device)
+    for tokens in (9, 60, 520, 1030):  # one kernel for few slots, of a block, of a cluster; two
+        x, logits = random_call(tokens, 3, weights).hidden_states, torch.randn(tokens, 40, device=device)
+        out = mxfp4_moe.fused_moe_from_logits(x, logits, 3, weights)
+        if not torch.equal(bits(out), bits(mxfp4_moe.fused_moe(x, *mxfp4_moe.topk_softmax(logits, 3), weights))):
+            failures.append(f"fused_moe_from_logits of {tokens} tokens: other bits than topk_softmax and fused_moe")
+    for experts, top_k in ((1, 1), (40, 16), (1000, 7)):
+        logits = torch.randn(9, experts, device=device)
+        for renormalize in (True, False):
+            _, ids = mxfp4_moe.topk_softmax(logits, top_k, renormalize)
+            if not torch.equal(ids, reference.topk_softmax(logits, top_k, renormalize)[1]):
+                failures.append(f"topk_softmax of {experts} experts, top_k {top_k}: other experts than expected")
+    return failures
+
+
+def main() -> int:
+    device, start = gpu(), time.monotonic()
+    tiles = load_manifest().tiles
+    mxfp4_moe.prewarm_moe_tiles()
+    failures = []
+    problems = {(k, n): random_problem(k, n, device, rows_per_expert=ROWS_PER_EXPERT) for k, n in GEMMS}
+    far = (128, 96)  # with activations that folded ones cannot hold near each other
+    problems[far] = random_problem(*far, device, rows_per_expert=ROWS_PER_EXPERT, wide_scales=True)
+    weights = random_weights(5, 160, 96, device)
+    calls = [random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
+    calls[1].topk_ids[::5, 1] = -1
+    expected = [reference.fused_moe(*call.args(), weights) for call in calls]
+    for number, tile in enumerate(tiles, start=1):
+        for (k, n), problem in problems.items():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                mismatch = problem.check(tile, dtype)
+                failures += [f"{tile.name}, K={k}, N={n}, {dtype}: {mismatch}"] if mismatch else []
+        for call, wanted in zip(calls, expected, strict=True):
+            out = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn)
+            again = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn)
+            error = relative_error(out, wanted)
+            if not torch.equal(bits(out), bits(again)) or error > 5e-3:
+                failures.append(f"{tile.name}, layer of {len(out)} tokens: relative error {error:.2e}")
+        torch.cuda.synchronize()
+        print(f"tile {number} of {len(tiles)}: {tile.name}, {time.monotonic() - start:.0f} s", flush=True)
+    failures += other_kernels(device)
+    print("\n".join(failures) or "all results as expected")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

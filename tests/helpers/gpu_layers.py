@@ -1,0 +1,71 @@
+"""What a layer on the GPU must give bit by bit, and memory that forgives nothing. For tests/gpu."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from gpu_problems import Call, bits
+from torch import Tensor
+
+from mxfp4_moe import formats, reference
+from mxfp4_moe._install import loading
+from mxfp4_moe.problems import arithmetic_here
+from mxfp4_moe.weights import MoEWeights
+
+ROUNDINGS = (None, torch.bfloat16, torch.float16)  # by the operator's number
+
+
+def kernel_activation(
+    gemm1: Tensor, row_expert: Tensor, weights: MoEWeights, rounding: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The kernel between the GEMMs: codes uint8 [R, I] in plain order, scales uint8 [R, I/32], of all rows."""
+    rows = gemm1.shape[0]
+    offsets = torch.full((weights.num_experts + 1,), rows, dtype=torch.int32, device=gemm1.device)
+    each = [n if isinstance(n, Tensor) else None for n in (weights.alpha, weights.beta, weights.limit)]
+    alpha, beta, limit = (0.0 if isinstance(n, Tensor) else n for n in (weights.alpha, weights.beta, weights.limit))
+    codes, scales = loading.moe_ops().activation(
+        gemm1.contiguous(),
+        row_expert.to(torch.int32),
+        offsets,
+        weights.w13_bias,
+        weights.activation.code,
+        alpha,
+        beta,
+        math.inf if limit is None else limit,
+        *each,
+        rounding=ROUNDINGS.index(rounding),
+    )
+    inter = codes.shape[1]
+    padding = scales.transpose(0, 1)[:rows].flatten(1)[:, inter // 32 :]
+    assert not padding.any(), "scale bytes past the row must be zero"
+    return formats.deinterleave_k(codes), formats.unpack_row_scales(scales, rows, inter)
+
+
+def exact_layer(call: Call, weights: MoEWeights, *, intermediate_rounding: bool = False, **options: Any) -> Tensor:
+    """The reference with the kernel's own activation, whose exp is not torch's: the layer's bits, no tolerance."""
+    dtype = options.get("output_dtype")
+    if dtype is None:
+        dtype = reference.default_output_dtype(call.hidden_states, options.get("hidden_states_scale"))
+    rounding = dtype if intermediate_rounding else None
+    return reference.layer(
+        *call.args(),
+        weights,
+        lambda gemm1, row_expert: kernel_activation(gemm1, row_expert, weights, rounding),
+        arithmetic=arithmetic_here(weights.device),
+        **options,
+    )
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """Equal bits; any NaN equals any other, because an MMA makes its own."""
+    nan = actual.isnan() & expected.isnan()
+    return actual.dtype == expected.dtype and bool(((bits(actual) == bits(expected)) | nan).all())
+
+
+def poison_memory(device: torch.device, byte: int) -> None:
+    """Fills what torch's allocator will hand out next on this stream: 64 MiB at once, and its small blocks."""
+    blocks = [torch.full((64 << 20,), byte, dtype=torch.uint8, device=device)]
+    blocks += [torch.full((256 << 10,), byte, dtype=torch.uint8, device=device) for _ in range(24)]
+    del blocks

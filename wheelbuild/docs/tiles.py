@@ -1,0 +1,141 @@
+"""docs/tiles.md: every tile that was considered for the wheel, with its proof and the verdict.
+
+`python -m wheelbuild.docs.tiles` writes it, from tiles.prove and the manifest alone; `--check` says whether it is
+current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wheelbuild import ROOT
+from wheelbuild.tile_model import tiles
+
+if TYPE_CHECKING:
+    from mxfp4_moe.tiles import Manifest, TileProof
+
+DOCUMENT = Path("docs/tiles.md")
+
+INTRODUCTION = """# Tiles
+
+Written by `python -m wheelbuild.docs.tiles` from `tiles.prove` and `tile_manifest.toml`; a test keeps it current.
+
+A tile computes M activation rows (tokens of one expert) by N weight rows (output features). The {count} candidates are
+native M in 64, 128, 256 by N in 8 to 256, and swapped M in 8, 16, 32 by N in 64 to 256. A swapped tile feeds weights to
+the MMA's A operand, which takes 16 rows at a time, and activations to B, which takes 8, so a small M wastes little.
+{verdict}
+
+Each K tile of 128 is one pipeline stage in shared memory: M x 128 bytes of E4M3 activations; 4,352 bytes of weights for
+each 64 rows of N or part of them, 64 of packed E2M1 and 4 of scales per row; 4 bytes of activation scales per row of M
+and 4 rows more, since an expert's rows start anywhere (in whole 128 bytes); and 16 bytes of barriers. A tile that
+applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for each row of M and warp
+along N. Those are the tiles with N of at least 64 and at most {activating} accumulators; with more, ptxas spills.
+
+A pipeline needs two stages, and is as deep as fits, up to {max_stages}. Up to {max_blocks} blocks share an SM, as many
+as leave each three stages, and its threads the registers that their accumulators ask for.
+
+A thread holds at most {accumulators} fp32 accumulators; more leave too few of 255 registers for operands. Its warp
+computes "warp tile" rows of A by columns of B, in whole MMAs of 16 x 8. One more warp fetches; where eight warps hold
+64 accumulators or more, it brings a whole warpgroup, whose registers go to the others.
+
+SM90 has more shared memory than SM12x, so its pipelines are deeper or more blocks run; what a stage holds is the same.
+{warps} The build compares this proof with the constants of every compiled tile, for each arch.
+The proof is of the kernel that all archs have.
+
+On SM90 these tiles have a second one, `csrc/tile/folded_shape.cuh` or `wgmma_shape.cuh`:
+{folded}.
+Of these, (8, 64) has a third, which splits K: `split_shape.cuh`.
+
+`mxfp4-moe tiles` shows the tiles of an installed wheel with registers and instructions per MMA as compiled, and
+`mxfp4-moe tiles --explain M,N` this proof for any tile.
+"""
+
+COLUMNS = (
+    *("M", "N", "mode", "MMA warps", "warp tile", "threads", "accumulators"),
+    *("activations", "weights and scales", "activation scales", "barriers", "bytes per stage"),
+    *("stages", "activation table", "shared memory", "blocks per SM", "verdict"),
+)
+
+
+def _cells(proof: TileProof, manifest: Manifest) -> list[str]:
+    tile = proof.tile
+    verdict = "in the wheel" if tile in manifest.tiles else "fits; not in the manifest"
+    return [
+        *(f"{tile.m}", f"{tile.n}", "swapped" if tile.swap_ab else "native"),
+        *(f"{proof.warps_m} x {proof.warps_n}", f"{proof.warp_m} x {proof.warp_n}"),
+        *(f"{proof.threads}", f"{proof.accumulator_registers}"),
+        *(f"{proof.act_bytes:,}", f"{proof.weight_bytes:,}", f"{proof.act_scale_bytes:,}", f"{proof.barrier_bytes}"),
+        *(f"{proof.stage_bytes + proof.barrier_bytes:,}", f"{proof.stages}", f"{proof.amax_bytes:,}"),
+        *(f"{proof.smem_bytes:,}", f"{proof.blocks_per_sm}" if proof.legal else "-"),
+        verdict if proof.legal else "impossible: " + "; ".join(proof.refusals),
+    ]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; numbers to the right."""
+    rule = [":--" if name in ("mode", "verdict") else "--:" for name in COLUMNS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, rule, *rows)) + "\n"
+
+
+def _listed(proofs: Sequence[TileProof]) -> str:
+    return ", ".join(f"({proof.tile.m}, {proof.tile.n})" for proof in proofs)
+
+
+def _section(arch: str, proofs: Sequence[TileProof], manifest: Manifest) -> str:
+    """One arch: what its blocks have, which tiles have the shallowest pipeline, and the table."""
+    few = [proof for proof in proofs if proof.legal and proof.stages == 2]
+    fit = f"Only two stages fit in {_listed(few)}." if few else "Every tile that fits has three stages or more."
+    memory = f"A block has at most {tiles.max_smem_per_block(arch):,} bytes of shared memory. {fit}"
+    return f"\n## sm_{arch}\n\n{memory}\n\n" + _table([_cells(proof, manifest) for proof in proofs])
+
+
+def _warps(proof: TileProof) -> tuple[int, ...]:
+    return (proof.warps_m, proof.warps_n, proof.warp_m, proof.warp_n)
+
+
+def _filled(names: Sequence[str]) -> str:
+    """All of them in lines, none broken."""
+    return textwrap.fill(", ".join(name.replace(" ", "~") for name in names), 119).replace("~", " ")
+
+
+def document(manifest: Manifest) -> str:
+    """The text of docs/tiles.md for this manifest."""
+    proofs = {arch: [tiles.prove(tile, arch) for tile in tiles.CANDIDATES] for arch in manifest.archs}
+    each = list(zip(*proofs.values(), strict=True))  # per tile, the archs' proofs
+    legal = [alike[0].tile for alike in each if all(proof.legal for proof in alike)]
+    refused = [alike[0] for alike in each if alike[0].tile not in legal]
+    shipped = sum(tile in manifest.tiles for tile in legal)
+    other_warps = [alike[0] for alike in each if len(set(map(_warps, alike))) > 1]
+    introduction = INTRODUCTION.format(
+        count=len(each),
+        verdict=f"{len(legal)} fit, {shipped} of them are in the wheel; {_listed(refused)} cannot be.",
+        activating=tiles.MAX_ACTIVATING_ACCUMULATORS,
+        max_stages=tiles.MAX_STAGES,
+        max_blocks=tiles.MAX_BLOCKS_PER_SM,
+        accumulators=tiles.MAX_ACCUMULATORS,
+        folded=_filled([str(tile.mn) for tile in legal if tile.folded_major]),
+        warps=f"Warps differ in {_listed(other_warps)} alone." if other_warps else "Warps are the same.",
+    )
+    return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help=f"only say whether {DOCUMENT} is current")
+    path = ROOT / DOCUMENT
+    text = document(tiles.load_manifest(ROOT / tiles.MANIFEST_NAME))
+    if not parser.parse_args().check:
+        path.write_text(text, encoding="utf-8")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        print(f"{DOCUMENT} is not current: python -m wheelbuild.docs.tiles", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
