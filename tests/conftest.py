@@ -1,13 +1,20 @@
 """Settings shared by all tests."""
 
+import importlib.util
+import os
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 
+import pybind11
 import pytest
 import torch
 from hypothesis import settings
 
 from mxfp4_moe.probe.assemblers import Assembler, examine
+from wheelbuild import ROOT, toolchain
 from wheelbuild.assemblers import install_all
 
 # Under --import-mode=importlib nothing else makes the helper modules beside the tests (oracles.py) importable.
@@ -32,3 +39,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def assemblers() -> dict[str, Assembler]:
     """ptxas of every release in ci/cuda-versions.json, by release, oldest first; fetched where it is not there yet."""
     return {release: examine(path, "ci/cuda-versions.json") for release, path in install_all().items()}
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """tests/host/bindings.cpp, compiled with g++ and the headers that the wheel is built with."""
+    folders = toolchain.package_dirs(os.environ)
+    cuda = toolchain.resolve_cuda({**os.environ, "MXFP4_MOE_TOOLCHAIN": "pypi"}, folders, ["120f"])
+    cutlass = toolchain.find_cutlass(os.environ, folders)
+    library = tmp_path_factory.mktemp("host") / ("mxfp4_moe_host" + sysconfig.get_config_var("EXT_SUFFIX"))
+    system = [*cutlass.include_dirs, *cuda.include_dirs, pybind11.get_include(), sysconfig.get_path("include")]
+    command = [
+        str(toolchain.find_cxx(os.environ)),
+        *("-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"),
+        *(word for folder in system for word in ("-isystem", str(folder))),
+        *(str(ROOT / "tests" / "host" / "bindings.cpp"), "-o", str(library)),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    spec = importlib.util.spec_from_file_location("mxfp4_moe_host", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

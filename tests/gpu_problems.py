@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mxfp4_moe import _wheel
 from mxfp4_moe.problems import (
     ROWS_PER_EXPERT,
     Call,
@@ -18,10 +19,12 @@ from mxfp4_moe.problems import (
 )
 
 __all__ = [
+    "EMULATED",
     "ROWS_PER_EXPERT",
     "Call",
     "GemmProblem",
     "bits",
+    "fewer",
     "gpu",
     "layout_problem",
     "offsets_of",
@@ -30,6 +33,15 @@ __all__ = [
     "random_weights",
     "relative_error",
 ]
+
+
+# A wheel whose MMA takes some thousand instructions (ci/build-emulated.sh): what takes seconds otherwise takes minutes.
+EMULATED = _wheel.emulated_on() is not None
+
+
+def fewer(count: int) -> int:
+    """How many of something a long test has: a quarter where the MMA is emulated, at least one."""
+    return max(1, count // 4) if EMULATED else count
 
 
 def gpu() -> torch.device:

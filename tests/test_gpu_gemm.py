@@ -63,12 +63,15 @@ def test_all_tiles_give_the_same_bits(k: int, n: int) -> None:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_random_problems(seed: int) -> None:
-    """Experts up to 128, rows per expert up to 2000 (few have many), K and N up to 6144: every tile is the oracle."""
+    """Experts up to 128, rows per expert up to 2000 (few have many), K and N up to 6144: every tile is the oracle.
+
+    Of rows there are a quarter where the MMA is emulated.
+    """
     draw = random.Random(seed)
     k, n, experts = 32 * draw.randint(1, 192), 16 * draw.randint(1, 384), draw.randint(1, 128)
     experts = max(1, min(experts, 2**31 // (k * n)))  # a gigabyte of weights
     rows = [draw.choice((0, draw.randint(0, 12), draw.randint(0, 150), draw.randint(0, 2000))) for _ in range(experts)]
-    while sum(rows) > 6000:
+    while sum(rows) > gpu_problems.fewer(6000):
         rows[rows.index(max(rows))] //= 2
     given = gpu_problems.random_problem(k, n, gpu_problems.gpu(), rows_per_expert=rows)
     for tile in TILES:

@@ -1,6 +1,6 @@
 """SM90's second kernel of tile (8, 64), which multiplies several K tiles at once, bit for bit.
 
-Elsewhere there is no such kernel, and asking for it is refused.
+SM12x's kernels have none, emulated or not, and asking for it is refused.
 """
 
 from __future__ import annotations

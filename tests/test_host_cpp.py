@@ -1,18 +1,16 @@
 """The C++ arithmetic that kernel, launcher and layer share, run on the host: against CuTe, formats.py and tiles.py.
 
-The bindings (tests/host/bindings.cpp) include the kernel's own headers, so what is tested here is what the GPU runs.
+The bindings (tests/host/bindings.cpp, fixture `host`) include the kernel's own headers, so what is tested here is what
+the GPU runs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
-import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import pytest
 import torch
 from hypothesis import given
@@ -23,30 +21,6 @@ from wheelbuild import toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(16, 32), (32, 96), (80, 128), (128, 128), (129, 64), (256, 1024), (300, 2880), (2880, 160)]
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """tests/host/bindings.cpp, compiled with g++ and the headers that the wheel is built with."""
-    folders = toolchain.package_dirs(os.environ)
-    cuda = toolchain.resolve_cuda({**os.environ, "MXFP4_MOE_TOOLCHAIN": "pypi"}, folders, ["120f"])
-    cutlass = toolchain.find_cutlass(os.environ, folders)
-    library = tmp_path_factory.mktemp("host") / ("mxfp4_moe_host" + sysconfig.get_config_var("EXT_SUFFIX"))
-    system = [*cutlass.include_dirs, *cuda.include_dirs, pybind11.get_include(), sysconfig.get_path("include")]
-    command = [
-        str(toolchain.find_cxx(os.environ)),
-        *("-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"),
-        *(word for folder in system for word in ("-isystem", str(folder))),
-        *(str(ROOT / "tests" / "host" / "bindings.cpp"), "-o", str(library)),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    spec = importlib.util.spec_from_file_location("mxfp4_moe_host", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- the MMA's operand, scale and selector mapping -------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wheelbuild import ROOT, BuildError
+from wheelbuild.emulation import refuse_emulated
 from wheelbuild.plan import MOE_MODULE
 from wheelbuild.report import REPORT_NAME
 from wheelbuild.sbom import SBOM_NAME
@@ -155,6 +156,7 @@ def check_sbom(wheel: Wheel) -> None:
 
 def audit(path: Path) -> str:
     """Every check; BuildError for the first that fails. Returns what was seen, as a line."""
+    refuse_emulated(path)
     with zipfile.ZipFile(path) as archive:
         wheel = open_wheel(path, archive)
         for check in (check_version, check_metadata, check_contents, check_sbom):

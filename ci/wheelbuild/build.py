@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wheelbuild import ROOT, BuildError
+from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.graph import run_plan
 from wheelbuild.plan import Plan, plan
 from wheelbuild.report import COSTS_NAME, REPORT_NAME, make_costs, make_report, summary
@@ -83,6 +83,7 @@ def run_build(build: Build, version: str) -> tuple[Plan, dict[str, Any]]:
         f"CUDA {'.'.join(map(str, cuda.version))} ({cuda.origin}), CUTLASS {build.toolchain.cutlass.version}, torch "
         f"{build.toolchain.torch.version}, {build.toolchain.cxx_version}; profile {build.settings.profile}, "
         + ", ".join(f"sm_{arch}" for arch in build.settings.archs)
+        + (f", EMULATED on sm_{emulation.ON}, for tests alone" if build.settings.emulates else "")
         + (f"; for {build.settings.platform.name}" if build.settings.cross else ""),
         flush=True,
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wheelbuild import REFUSED, ROOT, BuildError
+from wheelbuild.emulation import check_emulated_tile
 from wheelbuild.machine_code import (
     Code,
     Resources,
@@ -157,7 +158,8 @@ def check_library(
 ) -> dict[str, Any]:
     """Every check of one library's code, and what they saw, for the report; BuildError for the first failure.
 
-    `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop`.
+    `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop`, or
+    `emulated` in its place.
     """
     name = library.name
     check_compiling(name, records, expect["compile"])
@@ -166,7 +168,9 @@ def check_library(
     if "main_loop" in expect:
         check_kernel_names(name, code)
     resources = [kernel for record in records.values() for kernel in parse_ptxas(record["output"])]
-    check_memory(name, code, resources)
+    emulated = check_emulated_tile(name, code, expect["emulated"]) if "emulated" in expect else None
+    if emulated is None:
+        check_memory(name, code, resources)
     loops = {arch: check_main_loop(name, arch, code[arch], want) for arch, want in expect.get("main_loop", {}).items()}
     if called := undefined_symbols(cuobjdump, library):
         raise BuildError(
@@ -184,6 +188,7 @@ def check_library(
         "sha256": hashlib.sha256(data).hexdigest(),
         "instructions": {arch: code[arch].counts() for arch in archs},
         "main_loop": {arch: loop.report() for arch, loop in loops.items()},
+        **({"emulated": emulated} if emulated else {}),
         "kernels": {
             arch: [
                 {

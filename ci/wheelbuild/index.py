@@ -28,6 +28,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from wheelbuild import BuildError
+from wheelbuild.emulation import refuse_emulated
 from wheelbuild.settings import NAME
 
 _WHEEL = re.compile(r"mxfp4_moe-(?P<version>[^-+]+)\+(?P<label>cu\d+)(?P<variant>\.[^-]+)?-cp310-abi3-\w+\.whl")
@@ -67,6 +68,7 @@ def read_file(path: Path) -> File | None:
     match = _WHEEL.fullmatch(path.name)
     if match is None:
         return None
+    refuse_emulated(path)
     if match["variant"]:
         raise BuildError(f"{path.name}: {match['variant'][1:]} marks a build that is not for release")
     if "-linux_" in path.name:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from wheelbuild import ROOT
+from wheelbuild import ROOT, emulation
 from wheelbuild.tile_model import archs as arch_model
 from wheelbuild.tile_model import tiles as tile_model
 
@@ -55,12 +55,13 @@ class CompileJob:
     record: Path | None  # where the wrapper writes time, memory and the compiler's words
     depfile: Path | None
     command: tuple[str, ...]
+    machine_archs: tuple[str, ...] = ()  # whose machine code it makes: `archs`, but in a build that emulates
 
     @property
     def description(self) -> str:
         what = "compile" if self.kind in ("nvcc", "cxx") else self.kind
         source = f" {self.inputs[0].name}" if what == "compile" else ""
-        archs = " for " + ", ".join(f"sm_{arch}" for arch in self.archs) if self.kind == "nvcc" else ""
+        archs = " for " + ", ".join(f"sm_{arch}" for arch in self.machine_archs) if self.kind == "nvcc" else ""
         return f"{self.module}: {what}{source}{archs}"
 
 
@@ -118,6 +119,19 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
     }
 
 
+def _emulated(tile: Tile) -> dict[str, int | bool]:
+    """What wheelbuild.emulation.check_emulated_tile expects of a tile: its MMAs in a K tile, four steps, of one warp.
+
+    A fifth warp and more beside four, or a ninth beside eight, are the producer's; three more bring registers along.
+    """
+    proof = tile_model.prove(tile, emulation.ARCH)
+    spare_warps = proof.threads // 32 - proof.warps_m * proof.warps_n
+    return {
+        "mma_per_k_tile": proof.warp_m // 16 * (proof.warp_n // 8) * 4,
+        "moves_registers": spare_warps > 1,
+    }
+
+
 def _system(folders: Sequence[Path]) -> tuple[str, ...]:
     return tuple(word for folder in folders for word in ("-isystem", str(folder)))
 
@@ -148,6 +162,11 @@ class _Planner:
         self.thresholds = thresholds
         self.folder = folder
         self.archs = settings.archs
+        self.machine_archs = self.machine(settings.archs)
+        self.defines = (emulation.DEFINE,) if settings.emulates else ()
+
+    def machine(self, archs: Sequence[str]) -> tuple[str, ...]:
+        return tuple(self.settings.compiled_for(arch) for arch in archs)
 
     def _job(
         self,
@@ -167,6 +186,7 @@ class _Planner:
             kind=kind,
             module=module,
             archs=archs,
+            machine_archs=self.machine(archs),
             inputs=tuple(inputs),
             implicit=tuple(implicit),
             output=output,
@@ -183,9 +203,10 @@ class _Planner:
             tools.cuda.nvcc,
             *NVCC_FLAGS,
             *("-ccbin", str(tools.cxx), "-Xcompiler", ",".join((*HIDDEN, *_prefix_maps(tools)))),
-            *(word for arch in archs for word in gencode(arch)),
+            *(word for arch in self.machine(archs) for word in gencode(arch)),
             *own_name(source),
             *defines,
+            *self.defines,
             *_system(tools.cutlass.include_dirs),
             # Before nvcc's own, which are of the platform that builds.
             *(("-I", str(tools.cuda.include_dirs[0])) if self.settings.cross else ()),
@@ -204,6 +225,7 @@ class _Planner:
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"-DPy_LIMITED_API={PYTHON_TARGET_VERSION}",
             *defines,
+            *self.defines,
             *_system((*tools.torch.include_dirs, *tools.python.include_dirs, *tools.cuda.include_dirs)),
             *_dependencies(source, output),
         ]
@@ -231,14 +253,16 @@ class _Planner:
         limits = {"peak_mb": self.thresholds.peak_mb}
         options: list[tuple[str, str | Path]] = [
             ("--library", library),
-            ("--archs", ",".join(self.archs)),
+            ("--archs", ",".join(self.machine_archs)),
             ("--expect", json.dumps({"compile": limits, **expect}, sort_keys=True)),
             ("--cuobjdump", self.toolchain.cuda.cuobjdump),
             ("--output", output),
             *(("--record", job.record) for job in compiled if job.kind == "nvcc" and job.record is not None),
         ]
         command = [sys.executable, "-m", "wheelbuild.check", *(word for option in options for word in option)]
-        code = [Path("ci/wheelbuild") / name for name in ("check.py", "machine_code.py", "main_loop.py")]
+        code = [
+            Path("ci/wheelbuild") / name for name in ("check.py", "emulation.py", "machine_code.py", "main_loop.py")
+        ]
         return self._job("check", f"{module}.check", module, [library], output, command, implicit=code)
 
     def load(self, libraries: Sequence[Path], output: Path) -> CompileJob:
@@ -285,7 +309,11 @@ class _Planner:
             )
         )
         library = folder / f"{module}.abi3.so"
-        expect = {"main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs}}
+        expect: dict[str, object]
+        if self.settings.emulates:
+            expect = {"emulated": _emulated(tile)}
+        else:
+            expect = {"main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs}}
         return [*objects, self.link(module, objects, library), self.check(module, library, objects, expect)]
 
     def moe(self, sources: Sequence[Path]) -> list[CompileJob]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from wheelbuild import BuildError
+from wheelbuild.emulation import refuse_emulated
 
 GOAL = (2, 28)
 EXCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so.*", "libcuda.so.*")
@@ -94,6 +95,7 @@ def _auditwheel(machine: str, *words: str | Path) -> str:
 
 def repair(wheel: Path, folder: Path) -> Path:
     """Writes the tagged wheel into `folder`, tells what its tag rests on, and returns its path."""
+    refuse_emulated(wheel)
     lowest, machine = policy(_auditwheel(platform.machine(), "show", wheel))
     goal = max(lowest, GOAL)
     tag = f"manylinux_{goal[0]}_{goal[1]}_{machine}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wheelbuild import emulation
 from wheelbuild.machine_code import parse_ptxas
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _cost(root: Path, jobs: Sequence[CompileJob]) -> dict[str, float]:
 
 
 def _worst(root: Path, job: CompileJob, arch: str) -> dict[str, int]:
-    """Registers and memory of the greediest kernel that this job compiled for this arch."""
+    """Registers and memory of the greediest kernel that this job compiled into this arch's machine code."""
     output = _read(root / job.record if job.record else None)["output"]
     kernels = [kernel for kernel in parse_ptxas(output) if kernel.arch == arch]
     return {
@@ -57,14 +58,18 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
         checked = _read(root / plan.check(tile.module))
         archs: dict[str, Any] = {}
         for job in plan.jobs_of(tile.module, "nvcc"):
-            (arch,) = job.archs
+            (arch,), (machine,) = job.archs, job.machine_archs
             facts = loaded[tile.module]["facts"][arch]
             facts = {key: value for key, value in facts.items() if isinstance(value, int)}
             archs[arch] = {
                 **facts,
-                **_worst(root, job, arch),
-                "instructions": checked["instructions"][arch],
-                "main_loop": checked["main_loop"][arch],
+                **_worst(root, job, machine),
+                "instructions": checked["instructions"][machine],
+                **(
+                    {"emulated": checked["emulated"]}
+                    if settings.emulates
+                    else {"main_loop": checked["main_loop"][arch]}
+                ),
             }
         tiles[tile.name] = {
             "m": tile.m,
@@ -81,6 +86,7 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
         "version": version,
         "profile": settings.profile,
         "archs": list(plan.archs),
+        **({"emulates": {"arch": emulation.ARCH, "on": emulation.ON}} if settings.emulates else {}),
         "built_with": {
             "cuda": ".".join(map(str, toolchain.cuda.version)),
             "cutlass": toolchain.cutlass.version,
@@ -117,10 +123,15 @@ def summary(report: dict[str, Any], costs: dict[str, Any]) -> str:
     rows = ["tile arch stages smem regs total loop NOP MMA LDSM per-MMA CPU-s MB".split()]
     for name, tile in report["tiles"].items():
         for arch, data in tile["archs"].items():
-            loop, cost = data["main_loop"], costs["tiles"][name]["archs"][arch]
+            cost = costs["tiles"][name]["archs"][arch]
             row = [name, f"sm_{arch}", data["stages"], data["smem_bytes"], data["registers"]]
-            row += [data["instructions"]["total"], loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
-            row += [f"{loop['instructions_per_mma']:.2f}", f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
+            row += [data["instructions"]["total"]]
+            if loop := data.get("main_loop"):
+                row += [loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
+                row += [f"{loop['instructions_per_mma']:.2f}"]
+            else:  # emulated: calls take the MMA's place
+                row += ["-", "-", data["emulated"]["calls"], "-", "-"]
+            row += [f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
             rows.append([str(cell) for cell in row])
     return "\n".join(aligned(rows, left=2))
 

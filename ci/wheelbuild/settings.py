@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wheelbuild import BuildError
+from wheelbuild import BuildError, emulation
 from wheelbuild.platforms import PLATFORMS, Platform, host_platform
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class Settings:
     local_version: str | None  # None: derived from the toolkit
     name_suffix: str  # cu13 for PyPI, which has no local versions; empty elsewhere
     max_jobs: int | None
+    emulates: bool = False  # SM12x's kernels as SM90's machine code, for tests (wheelbuild.emulation)
+
+    def compiled_for(self, arch: str) -> str:
+        """Whose machine code an arch's kernels become: its own, but in a build that emulates."""
+        return emulation.ON if self.emulates else arch
 
     def variant(self) -> str:
         """Empty for the wheel that is released; else what tells this build's artifacts from it."""
@@ -43,6 +48,8 @@ class Settings:
         if self.filtered:
             chosen = "|".join([*sorted(tile.name for tile in self.tiles), *sorted(self.archs)])
             parts.append("dev" + hashlib.sha256(chosen.encode()).hexdigest()[:8])
+        if self.emulates:
+            parts.append(emulation.VARIANT)
         return ".".join(parts)
 
     @property
@@ -93,6 +100,23 @@ def _platform(env: Mapping[str, str], host: str) -> Platform:
     return platform
 
 
+def _emulates(env: Mapping[str, str], manifest: Manifest) -> bool:
+    """Whether this is the build that emulates; BuildError beside a variable that would hide it or contradict it."""
+    asked = env.get(emulation.VARIABLE, "")
+    if asked not in ("", "0", "1"):
+        raise BuildError(f"{emulation.VARIABLE}: expected 1 or nothing, got {asked!r}")
+    if asked != "1":
+        return False
+    for variable in (ARCHS_VARIABLE, LOCAL_VERSION_VARIABLE, NAME_SUFFIX_VARIABLE, PLATFORM_VARIABLE):
+        if env.get(variable):
+            raise BuildError(
+                f"{variable}: expected nothing beside {emulation.VARIABLE}, which decides it, got {env[variable]!r}"
+            )
+    if emulation.ARCH not in manifest.archs:
+        raise BuildError(f"{emulation.VARIABLE}: sm_{emulation.ARCH} is not in the manifest, so nothing is emulated")
+    return True
+
+
 def read_settings(env: Mapping[str, str], manifest: Manifest, host: str | None = None) -> Settings:
     """Settings from the environment; BuildError with the list of known values for an unknown one.
 
@@ -105,7 +129,9 @@ def read_settings(env: Mapping[str, str], manifest: Manifest, host: str | None =
         raise BuildError(f"{PROFILE_VARIABLE}: {profile!r} is not in the manifest, which has {', '.join(known)}")
     names = tuple(tile.name for tile in manifest.tiles)
     tiles = _chosen(env, TILES_VARIABLE, names)
-    archs = _chosen(env, ARCHS_VARIABLE, manifest.archs)
+    emulates = _emulates(env, manifest)
+    all_archs = (emulation.ARCH,) if emulates else manifest.archs
+    archs = all_archs if emulates else _chosen(env, ARCHS_VARIABLE, manifest.archs)
     jobs = env.get(JOBS_VARIABLE, "").strip()
     if jobs and not (jobs.isdigit() and int(jobs) > 0):
         raise BuildError(f"{JOBS_VARIABLE}: expected a positive integer, got {jobs!r}")
@@ -120,8 +146,9 @@ def read_settings(env: Mapping[str, str], manifest: Manifest, host: str | None =
         cross=platform.name != host,
         tiles=tuple(manifest.tile(name) for name in tiles),
         archs=archs,
-        filtered=tiles != names or archs != manifest.archs,
+        filtered=tiles != names or archs != all_archs,
         local_version=env.get(LOCAL_VERSION_VARIABLE),
         name_suffix=suffix,
         max_jobs=int(jobs) if jobs else None,
+        emulates=emulates,
     )

@@ -20,6 +20,7 @@
 #include <string>
 #include <tuple>
 
+#include "../emulation.h"
 #include "../tile/schedule.cuh"
 #include "../tile/weight_layout.cuh"
 #include "../torch_args.h"
@@ -184,7 +185,7 @@ int32_t compute_capability_major(int32_t device) {
 
 // Clusters are for GPUs on which they have run; elsewhere one block routes, as it does everywhere for few slots.
 int32_t most_cluster_blocks(int32_t device) {
-  return compute_capability_major(device) == 9 ? kPortableClusterBlocks : 1;
+  return compute_capability_major(device) == 9 && !kEmulatesSm12x ? kPortableClusterBlocks : 1;
 }
 
 Routing check_routing(const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& topk_ids,

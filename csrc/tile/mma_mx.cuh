@@ -9,6 +9,9 @@
 // every MMA there. A Fragment is what the instruction takes of 8 rows: eight k per lane, in the same order for both
 // operands.
 //
+// A development build for tests (MXFP4_MOE_EMULATES_SM12X) compiles SM12x's side for SM90, where the one instruction is
+// done in integers (emulated_mma.cuh).
+//
 // The lane maps below are what the kernel assumes; tests compare them, element by element, with CuTe's MMA_Traits of
 // SM120_16x8x32_TN_VS.
 #pragma once
@@ -16,6 +19,15 @@
 #include <stdint.h>
 
 #include "scale_layout.cuh"
+
+#ifdef MXFP4_MOE_EMULATES_SM12X
+#include "emulated_mma.cuh"
+#endif
+
+// Whether this is compiled for a GPU whose MMA takes scales. (The host pass of nvcc compiles no device code.)
+#if defined(MXFP4_MOE_EMULATES_SM12X) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
+#define MXFP4_MOE_MMA_TAKES_SCALES
+#endif
 
 namespace mxfp4_moe {
 
@@ -34,7 +46,7 @@ MXFP4_MOE_HOST_DEVICE constexpr int scale_b_col(int lane) { return lane / 4; }
 
 enum class Fp4Operand { kA, kB };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#ifdef MXFP4_MOE_MMA_TAKES_SCALES
 
 constexpr bool kSelectorIsImmediate = true;
 constexpr float kAccumulatorUnit = 1.f;  // what an accumulator counts
@@ -62,6 +74,15 @@ __device__ __forceinline__ ScaleB share_scale_b(uint32_t word) { return {word}; 
 template <Fp4Operand kFp4, class Selector>
 __device__ __forceinline__ void mx_mma(float (&d)[4], const Fragment& a_lo, const Fragment& a_hi, const Fragment& b,
                                        ScaleA sa, ScaleB sb, Selector) {
+#ifdef MXFP4_MOE_EMULATES_SM12X
+  constexpr bool kFp4A = kFp4 == Fp4Operand::kA;
+  constexpr auto kFp4Code = emulated::Code::kE2m1, kFp8Code = emulated::Code::kE4m3;
+  const uint4 sums = emulated::mma<kFp4A ? kFp4Code : kFp8Code, kFp4A ? kFp8Code : kFp4Code>(
+      make_uint4(__float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]), __float_as_uint(d[3])),
+      make_uint4(a_lo.even, a_hi.even, a_lo.odd, a_hi.odd), b.even, b.odd, sa.word, sb.word, Selector::value);
+  d[0] = __uint_as_float(sums.x), d[1] = __uint_as_float(sums.y);
+  d[2] = __uint_as_float(sums.z), d[3] = __uint_as_float(sums.w);
+#else
 #define MXFP4_MOE_MX_MMA(TYPES)                                                                                       \
   asm volatile("mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32." TYPES                \
                ".f32.ue8m0 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {%12,%13}, %11, {%12,%13};"     \
@@ -74,6 +95,7 @@ __device__ __forceinline__ void mx_mma(float (&d)[4], const Fragment& a_lo, cons
     MXFP4_MOE_MX_MMA("e4m3.e2m1");
   }
 #undef MXFP4_MOE_MX_MMA
+#endif
 }
 
 #else

@@ -64,7 +64,7 @@ struct BlockTiles {
   __device__ __forceinline__ int rows() const { return uniform(m_tile.row_end - m_tile.row_begin); }
 };
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1200  // where mma_mx.cuh applies scales in instructions of their own
+#ifndef MXFP4_MOE_MMA_TAKES_SCALES  // where mma_mx.cuh applies scales in instructions of their own
 
 // One lane for all: what the warp's others did before is ordered before the arrival.
 template <class Barrier>
@@ -234,7 +234,7 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_split_k(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1200
+#ifndef MXFP4_MOE_MMA_TAKES_SCALES
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SplitStorage<Shape> smem{{dynamic_smem}};
   const int warp = uniform(threadIdx.x / 32);

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <climits>
 
+#include "../emulation.h"
 #include "../tile_abi.h"
 #include "../torch_args.h"
 #include "schedule.cuh"
@@ -41,10 +42,11 @@ constexpr int major_of(const char* arch) {  // "90a" -> 9, "120f" -> 12
   for (; *arch >= '0' && *arch <= '9'; ++arch) number = number * 10 + (*arch - '0');
   return number / 10;
 }
+constexpr int major_of_gpus(const char* arch) { return kEmulatesSm12x ? 9 : major_of(arch); }
 
 const Arch kArchs[] = {
 #define ENTRY(arch) \
-  {&MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch), &MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, arch), major_of(#arch)},
+  {&MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch), &MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, arch), major_of_gpus(#arch)},
     MXFP4_MOE_FOR_EACH_ARCH(ENTRY)
 #undef ENTRY
 };

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ._wheel import conflict, version
+from ._wheel import built_archs, conflict, emulated_on, emulation_words, version
 
 if TYPE_CHECKING:
     from .fused_moe import fused_moe, get_cutlass_fused_moe_module, prewarm_moe_tiles
@@ -24,6 +24,9 @@ __version__ = version()
 
 if _conflict := conflict():
     warnings.warn(_conflict, RuntimeWarning, stacklevel=2)
+
+if _emulation := emulation_words(built_archs(), emulated_on()):
+    print(f"mxfp4_moe {__version__}: {_emulation}", file=sys.stderr)  # not a warning, which could be ignored
 
 __all__ = [
     "Activation",

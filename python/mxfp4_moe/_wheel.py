@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ._elf import ElfError, read_elf
-from .archs import arch_runs_on
+from .archs import arch_runs_on, check_arch
 from .tiles import Tile, load_manifest
 
 PACKAGE = Path(__file__).resolve().parent
@@ -83,15 +83,43 @@ def built_archs() -> tuple[str, ...]:
     return tuple(archs) if isinstance(archs, list) else load_manifest().archs
 
 
-def arch_for(capability: tuple[int, int], archs: Sequence[str] | None = None) -> str | None:
-    """The arch whose machine code runs on a GPU of this compute capability; None when there is none for it.
+def emulated_on() -> str | None:
+    """The arch as whose machine code this wheel has its archs' kernels, such as '90a'; None unless it emulates.
+
+    A development build does (ci/wheelbuild/emulation.py); a wheel that is released never.
+    """
+    emulates = (read_report() or {}).get("emulates")
+    return str(emulates["on"]) if isinstance(emulates, dict) and "on" in emulates else None
+
+
+def emulation_words(archs: Sequence[str], on: str | None) -> str:
+    """What must be known about a build that emulates, in one line; empty about any other."""
+    if not on:
+        return ""
+    listed = ", ".join(f"sm_{arch}" for arch in archs)
+    return f"development build, for tests alone: kernels of {listed}, whose MMA is emulated on sm_{on}"
+
+
+def arch_for(
+    capability: tuple[int, int], archs: Sequence[str] | None = None, compiled_for: str | None = None
+) -> str | None:
+    """The arch whose kernels run on a GPU of this compute capability; None when there are none for it.
 
     Args:
         capability: the GPU's.
         archs: to choose from; by default those that this wheel has.
+        compiled_for: whose machine code the archs' kernels are, as `emulated_on`; by default their own, and this
+            wheel's with its archs.
     """
-    available = built_archs() if archs is None else archs
-    return next((arch for arch in available if arch_runs_on(arch, capability)), None)
+    if archs is None:
+        archs, compiled_for = built_archs(), emulated_on()
+    return next((arch for arch in archs if arch_runs_on(compiled_for or arch, capability)), None)
+
+
+def served_as(capability: tuple[int, int]) -> tuple[int, int]:
+    """The compute capability whose kernels a GPU is given: its own; in a build that emulates, the emulated arch's."""
+    arch = arch_for(capability) if emulated_on() else None
+    return capability if arch is None else check_arch(arch)[:2]
 
 
 def library(module: str) -> Path:

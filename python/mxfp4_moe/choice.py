@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from . import _wheel
 from .archs import mma_k
@@ -23,9 +24,16 @@ def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[
     found = tuned.look_up(device, layer, tokens)
     if found is not None and found.gemm1 in tiles:
         return found.gemm1
-    if device.capability[0] == 12:
-        return _modelled(_rounded(tokens), layer, device, tuple(tiles))
+    served = served_device(device)
+    if served.capability[0] == 12:
+        return _modelled(_rounded(tokens), layer, served, tuple(tiles))
     return select_tile(tokens, layer.top_k, layer.experts, tiles)
+
+
+@functools.cache
+def served_device(device: DeviceFacts) -> DeviceFacts:
+    """The GPU with the compute capability whose kernels it runs: what the model has to go by."""
+    return replace(device, capability=_wheel.served_as(device.capability))
 
 
 def _rounded(tokens: int) -> int:

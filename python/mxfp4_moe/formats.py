@@ -17,6 +17,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from . import _wheel
+
 BLOCK = 32  # values that share one E8M0 scale (OCP MX v1.0, table 1)
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
@@ -299,7 +301,7 @@ def word_order_of(device: torch.device) -> WordOrder:
     Args:
         device: with its index, as tensors have it.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+    if device.type == "cuda" and _wheel.served_as(torch.cuda.get_device_capability(device))[0] == 9:
         return WordOrder.HALVES
     return WordOrder.CONTAINERS
 

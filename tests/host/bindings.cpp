@@ -1,4 +1,5 @@
 // The host arithmetic of the tiles, and CuTe's word on the same things, for pytest. Test-only: never in the wheel.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "tile/emulated_mma.cuh"
 #include "tile/mma_mx.cuh"
 #include "tile/scale_layout.cuh"
 #include "tile/schedule.cuh"
@@ -118,12 +120,50 @@ void add_swapped(py::list& shapes) {
   add_shapes<M, 256, true>(shapes);
 }
 
+// A warp's registers, all lanes of one register side by side: a0 .. a3, b0, b1, the scale words of A and of B, c0 ..
+// c3.
+constexpr int kWarpRegisters = 12;
+
+template <emulated::Code kA, emulated::Code kB>
+struct Warp {
+  const uint32_t* word;
+  uint32_t at(int reg, int lane) const { return word[reg * 32 + lane]; }
+  uint32_t a(int reg, int lane) const { return at(reg, lane); }
+  uint32_t b(int reg, int lane) const { return at(4 + reg, lane); }
+  uint32_t scale_a(int lane) const { return at(6, lane); }
+  uint32_t scale_b(int lane) const { return at(7, lane); }
+  uint32_t bit_a(int reg, int k, int lane) const { return emulated::exponent_bit<kA>(a(reg, lane), k); }
+  uint32_t bit_b(int reg, int k, int lane) const { return emulated::exponent_bit<kB>(b(reg, lane), k); }
+  int32_t value_a(int reg, int k, int lane) const { return emulated::fixed_point<kA>(a(reg, lane), k); }
+  int32_t value_b(int reg, int k, int lane) const { return emulated::fixed_point<kB>(b(reg, lane), k); }
+  emulated::Sums mma(int lane, int byte) const {
+    return emulated::mma_of_lane<kA, kB>(*this, lane, byte, {{at(8, lane), at(9, lane), at(10, lane), at(11, lane)}});
+  }
+};
+
+// d0 .. d3 of all lanes of many warps' emulated MMAs: uint32 [warps, 12, 32] -> [warps, 4, 32].
+py::array_t<uint32_t> emulated_mma(py::array_t<uint32_t, py::array::c_style> registers, bool fp4_is_a, int byte) {
+  using emulated::Code;
+  const py::ssize_t warps = registers.size() / (kWarpRegisters * 32);
+  py::array_t<uint32_t> out({warps, py::ssize_t{4}, py::ssize_t{32}});
+  for (py::ssize_t warp = 0; warp < warps; ++warp) {
+    const uint32_t* word = registers.data() + warp * kWarpRegisters * 32;
+    for (int lane = 0; lane < 32; ++lane) {
+      const emulated::Sums d = fp4_is_a ? Warp<Code::kE2m1, Code::kE4m3>{word}.mma(lane, byte)
+                                        : Warp<Code::kE4m3, Code::kE2m1>{word}.mma(lane, byte);
+      for (int reg = 0; reg < 4; ++reg) out.mutable_at(warp, reg, lane) = d.bits[reg];
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(mxfp4_moe_host, m) {
   m.def("cute_tables", &cute_tables<cute::MMA_Traits<Atom>>);
   m.def("cute_tables_swapped", &cute_tables<cute::MMA_Traits<SwappedAtom>>);
   m.def("our_tables", &our_tables);
+  m.def("emulated_mma", &emulated_mma);
 
   m.def("swizzled_scale_bytes", &swizzled_scale_bytes);
   m.def("swizzled_scale_offsets", [](int64_t n, int64_t k) {

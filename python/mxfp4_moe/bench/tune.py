@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _load, blocklist, cost_model
+from ..choice import served_device
 from ..facts import DeviceFacts, Layer
 from ..tiles import Tile, select_tile
 from ..tuned import Choice, Entry, TunedLayer
@@ -95,8 +96,9 @@ def run(
             us = {tile: time(tile, _FIRST_REPLAYS) for tile in tiles}
             rule = select_tile(count, layer.top_k, layer.experts, tiles)
             model = None
-            if facts.capability[0] in cost_model.ARCH_MODELS:
-                model = cost_model.choose(count, layer, facts, tiles)
+            served = served_device(facts)
+            if served.capability[0] in cost_model.ARCH_MODELS:
+                model = cost_model.choose(count, layer, served, tiles)
             again = {*sorted(us, key=lambda tile: us[tile])[:_SECOND_ROUND], rule, *([model] if model else [])}
             us |= {tile: time(tile, replays) for tile in again}
             chosen = pick({tile: us[tile] for tile in again}, rule)

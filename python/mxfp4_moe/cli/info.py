@@ -32,6 +32,7 @@ def info_data() -> dict[str, Any]:
         "profile": report.get("profile"),
         "archs": list(_wheel.built_archs()),
         "tiles": len(_wheel.built_tiles()),
+        **({"emulates": report["emulates"]} if "emulates" in report else {}),
         "built_with": report.get("built_with"),
     }
 
@@ -44,6 +45,8 @@ def info_text(data: dict[str, Any]) -> str:
         "archs": ", ".join(f"sm_{arch}" for arch in data["archs"]),
         "tiles": str(data["tiles"]),
     }
+    if "emulates" in data:
+        rows["emulates"] = _wheel.emulation_words(data["archs"], data["emulates"]["on"])
     rows |= {f"built with {name}": str(version) for name, version in (data["built_with"] or {}).items()}
     width = max(map(len, rows))
     return "\n".join(["mxfp4-moe", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from .._cache import CACHE_DIR_VARIABLE
 from .._troubles import REINSTALL, TORCH_FLOOR, Versions, major, recognize, release
-from .._wheel import arch_for
+from .._wheel import arch_for, emulation_words
 from ..blocklist import REMEDY
 from .environment import Environment, Library, Remembered, WheelFacts
 from .findings import Finding, Level
@@ -140,18 +140,21 @@ def check_gpus(env: Environment) -> Iterator[Finding]:
         step = f"{_SLOWLY}; check nvidia-smi and CUDA_VISIBLE_DEVICES"
         yield warning("GPU", "the driver shows this process none", step)
         return
-    archs = wheel.archs if wheel else ()
-    usable = [gpu for gpu in driver.gpus if arch_for(gpu.capability, archs)]
+    archs, on = (wheel.archs, wheel.emulated_on) if wheel else ((), "")
+    usable = [gpu for gpu in driver.gpus if arch_for(gpu.capability, archs, on)]
     for gpu in driver.gpus:
         text = f"cuda:{gpu.index}, {gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
         if wheel is None:
             yield ok("GPU", text)
             continue
-        if arch := arch_for(gpu.capability, archs):
-            yield ok("GPU", f"{text}: runs the cubin for sm_{arch}")
+        if arch := arch_for(gpu.capability, archs, on):
+            cubin = f"sm_{arch}, emulated on sm_{on}" if on else f"sm_{arch}"
+            yield ok("GPU", f"{text}: runs the cubin for {cubin}")
             continue
         make = warning if usable else error
-        step = f"this wheel runs on {', '.join(f'sm_{arch}' for arch in archs)}" + ("" if usable else f"; {_SLOWLY}")
+        step = f"this wheel runs on {f'sm_{on}' if on else ', '.join(f'sm_{arch}' for arch in archs)}" + (
+            "" if usable else f"; {_SLOWLY}"
+        )
         yield make("GPU", f"{text}: no cubin in the wheel is for it", step)
     if torch and torch.cuda and not _too_old(env) and len(torch.gpus) < len(driver.gpus):
         words, step = explained(env, torch.gpu_error or "torch gives no reason", "check CUDA_VISIBLE_DEVICES")
@@ -177,7 +180,8 @@ def check_wheel(env: Environment) -> Iterator[Finding]:
     yield ok(
         "wheel",
         f"{wheel.version}, profile {wheel.profile}, {wheel.tiles} tiles for {archs}, built with CUDA "
-        f"{wheel.cuda or 'unknown'} and torch {wheel.torch or 'unknown'}",
+        f"{wheel.cuda or 'unknown'} and torch {wheel.torch or 'unknown'}"
+        + (f"; {words}" if (words := emulation_words(wheel.archs, wheel.emulated_on)) else ""),
     )
 
 

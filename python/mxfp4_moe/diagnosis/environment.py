@@ -64,6 +64,7 @@ class WheelFacts:
     libraries: tuple[Library, ...]
     cudart: str  # the soname that the libraries need, such as libcudart.so.13
     glibc_floor: str  # the newest GLIBC version that they need, such as 2.34
+    emulated_on: str = ""  # the arch whose machine code stands for `archs`, in a development build that emulates them
     conflict: str = ""  # what is wrong, with the remedy, when another distribution owns these files too
 
 
@@ -215,6 +216,7 @@ def read_wheel(*, verify: bool) -> WheelFacts:
         libraries=tuple(libraries),
         cudart=max(needed, default=""),
         glibc_floor=".".join(map(str, max(glibc, default=()))),
+        emulated_on=_wheel.emulated_on() or "",
         conflict=_wheel.conflict() or "",
     )
 

@@ -114,6 +114,8 @@ class Report:
         """The report to paste into an issue."""
         device = collections.defaultdict(lambda: "unknown", self.device)
         lines = ["mxfp4-moe self-test", f"  wheel    {_wheel.version()}, machine code for {_sm(_wheel.built_archs())}"]
+        if words := _wheel.emulation_words(_wheel.built_archs(), _wheel.emulated_on()):
+            lines.append(f"  EMULATES {words}")
         if self.device:
             major, minor = device["capability"]
             lines += [

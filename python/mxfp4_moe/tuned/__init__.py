@@ -112,7 +112,9 @@ def user_path(device: DeviceFacts) -> Path | None:
 def tables(device: DeviceFacts) -> tuple[Table, ...]:
     """The device's tables that can be used, the user's first; read once per process."""
     found = []
-    for path, mine in ((user_path(device), True), (SHIPPED / file_name(device), False)):
+    # A build that emulates runs other kernels than those that were measured for the wheel.
+    shipped = ((SHIPPED / file_name(device), False),) if _wheel.emulated_on() is None else ()
+    for path, mine in ((user_path(device), True), *shipped):
         try:
             table = None if path is None else read(path, device, same_wheel=mine)
         except TunedError as error:
