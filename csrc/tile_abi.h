@@ -21,9 +21,9 @@ enum Mxfp4MoeOutType {
 // Which kernel of a tile runs. All give the same bits.
 enum Mxfp4MoeKernel {
   MXFP4_MOE_KERNEL_BY_SIZE = 0,  // the rule in tile/launcher.cuh
-  MXFP4_MOE_KERNEL_PLAIN = 1,    // tile/kernel.cuh, which every tile has
-  MXFP4_MOE_KERNEL_SPLIT_K = 2,  // tile/split_k.cuh; a tile without it refuses
-  MXFP4_MOE_KERNEL_FOLDED = 3,   // tile/folded_kernel.cuh or wgmma_kernel.cuh, for folded activations (tile/folded.cuh)
+  MXFP4_MOE_KERNEL_PLAIN = 1,    // tile/plain_kernel.cuh, which every tile has
+  MXFP4_MOE_KERNEL_SPLIT_K = 2,  // tile/sm90/parallel_k_kernel.cuh; a tile without it refuses
+  MXFP4_MOE_KERNEL_FOLDED = 3,   // tile/sm90/, for folded activations (shared/folded.cuh)
 };
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
@@ -48,7 +48,7 @@ enum Mxfp4MoeFusedActivation {
 };
 
 // GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
-// of `out`, the activation (tile/activation.cuh) is written, as the MXFP8 rows that GEMM2 reads.
+// of `out`, the activation (shared/nonlinearities.cuh) is written, as the MXFP8 rows that GEMM2 reads.
 typedef struct {
   uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded bf16 (folds_output); null: no activation
   uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0
@@ -64,7 +64,7 @@ typedef struct {
   const void* act;         // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or folded
   const void* act_scale;   // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
   const int32_t* has_far;  // device memory, one value: whether any row has a far block; read where the kernel is FOLDED
-  const void* weight;      // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in tile/weight_layout.cuh
+  const void* weight;      // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in shared/weight_layout.cuh
   void* out;               // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value

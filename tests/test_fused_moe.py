@@ -686,11 +686,11 @@ def test_extension_that_does_not_load_quotes_what_it_was_built_for(
 
 # ---- what reaches the operator ---------------------------------------------------------------------------------------
 
-OPERATORS = Path(__file__).parents[1] / "csrc" / "moe" / "ops.cpp"
+OPERATORS = Path(__file__).parents[1] / "csrc" / "moe" / "operators.cpp"
 
 
 def layer_schema() -> torch._C.FunctionSchema:
-    """The operator's schema as ops.cpp has it; the extension itself does not load without CUDA."""
+    """The operator's schema as operators.cpp has it; the extension itself does not load without CUDA."""
     (text,) = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)*"fused_moe\((?:[^"]*"\s*")*[^"]*")\)', OPERATORS.read_text())
     return torch._C.parse_schema("mxfp4_moe::" + "".join(re.findall(r'"([^"]*)"', text)))
 

@@ -419,7 +419,7 @@ def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
 
 SPLIT = r"""
 #include <cstdio>
-#include "tile/split_shape.cuh"
+#include "tile/sm90/parallel_k_shape.cuh"
 using namespace mxfp4_moe;
 using S = SplitShape<TileShape<8, 64, true, Sm90>>;
 int main() {

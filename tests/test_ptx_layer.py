@@ -1,6 +1,6 @@
 """A whole layer of SM12x, from logits or ids to output, kernel by kernel, as PTX on the CPU.
 
-The wheel's own fused_moe makes the launches (csrc/moe/ops.cpp), into one workspace; the kernels run on it in their
+The wheel's own fused_moe makes the launches (csrc/moe/operators.cpp), into one workspace; the kernels run on it in their
 order, each of those that start early before the one before it is known to be done. Everything is exact but the two
 places where an exp stands, router weights and activation: what comes after them is exact given the kernels' own values.
 """

@@ -1,7 +1,7 @@
 // What the layer's small kernels share: sizes, and how they are launched.
 #pragma once
 
-#include "../tile/dependent_launch.cuh"
+#include "shared/launch.cuh"
 
 namespace mxfp4_moe {
 
@@ -9,7 +9,7 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxGridY = 65535;
 
-// Not early, as tile/dependent_launch.cuh does: when the kernels before this one are done.
+// Not early, as shared/launch.cuh does: when the kernels before this one are done.
 template <typename Kernel, typename... Args>
 cudaError_t launch_in_order(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Args&... args) {
   cudaLaunchConfig_t config = {};
@@ -28,7 +28,7 @@ inline bool driver_takes_carveout() {
   return it_does;
 }
 
-// As early as tile/dependent_launch.cuh does, but on SMs that have given their shared memory back to L1: loads in
+// As early as shared/launch.cuh does, but on SMs that have given their shared memory back to L1: loads in
 // flight need lines there, and behind a GEMM's block there are few. An SM changes over when nothing runs on it.
 template <typename Kernel, typename... Args>
 cudaError_t launch_with_most_l1(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Args&... args) {

@@ -4,14 +4,14 @@
 //      or hidden [T, H] E4M3 with scales E8M0, linear [T, H/32] or 128x4-swizzled (T padded to 128). A scale byte above
 //      kMaxInputScale, NaN among them, becomes a poisoned block, as a NaN in bf16 does
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
-//      or, instead of codes, folded bf16 [R, H] (tile/folded.cuh)
-// Called by ops.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
-// Rows past the valid count are not touched.
+//      or, instead of codes, folded bf16 [R, H] (shared/folded.cuh)
+// Called by operators.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes
+// to. Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
 // one 16-byte load and, folded, one 16-byte store per row, a quad finds amax with two shuffles, and a half-warp writes
 // one scale word. Four choices' row numbers are asked for at once.
-#include "halves.cuh"
-#include "quantize_mx.cuh"
+#include "moe/halves.cuh"
+#include "moe/quantize_mx.cuh"
 
 namespace mxfp4_moe {
 namespace {

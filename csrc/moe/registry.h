@@ -7,7 +7,7 @@
 #include <mutex>
 #include <string>
 
-#include "../tile_abi.h"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 

@@ -7,8 +7,8 @@
 //      into pieces of at most tile_m, experts and rows ascending; if wanted expert_offsets [E + 1] and row_slot [R]
 //      (row
 //      -> slot, -1 past the valid rows)
-// Called by ops.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
-// the result is the same on every run, for any number of warps and blocks. Few slots go another way: route_few.cu.
+// Called by operators.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so
+// that the result is the same on every run, for any number of warps and blocks. Few slots go another way: route_few.cu.
 // Why it is fast: one launch of one block or, where the GPU is known to have them and there are slots enough, of one
 // cluster. Every warp owns a contiguous range of slots and its own histogram in shared memory; __match_any_sync counts
 // 32 ids at once. A column scan over the warps, sums over the blocks, which read each other's counts, and one scan over
@@ -17,10 +17,10 @@
 #include <cooperative_groups.h>
 #include <limits.h>
 
-#include "../tile/schedule.cuh"
-#include "choose_experts.cuh"
-#include "launch.cuh"
-#include "moe.h"
+#include "moe/choose_experts.cuh"
+#include "moe/kernels.h"
+#include "moe/launch.cuh"
+#include "shared/schedule.cuh"
 
 namespace mxfp4_moe {
 namespace {

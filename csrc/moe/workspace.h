@@ -7,7 +7,7 @@
 //       + 4 R N1, only where GEMM1 does not apply the activation        GEMM1's output, fp32
 //       + 8 R, only where the layer starts from logits                  topk_ids and topk_weights
 //       + 8, only where rows are folded                                 whether any is far, of each GEMM
-// Folded rows (tile/folded.cuh) have 2 R H and 2 R I bytes instead of R H and R I.
+// Folded rows (shared/folded.cuh) have 2 R H and 2 R I bytes instead of R H and R I.
 // where R4 is R padded to 4 and N1 is GEMM1's width, 2I when the activation is gated and I when it is not, each term
 // rounded up to 256 (slot_row and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2
 // writes, so the two share their bytes: nothing but the live intermediates is paid for.
@@ -17,8 +17,8 @@
 
 #include <algorithm>
 
-#include "../tile/scale_layout.cuh"
-#include "../tile_abi.h"
+#include "shared/scale_layout.cuh"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 

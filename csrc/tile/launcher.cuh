@@ -7,10 +7,10 @@
 
 #include <atomic>
 
-#include "folded_kernel.cuh"
-#include "kernel.cuh"
-#include "split_k.cuh"
-#include "wgmma_kernel.cuh"
+#include "tile/plain_kernel.cuh"
+#include "tile/sm90/mma_sync_kernel.cuh"
+#include "tile/sm90/parallel_k_kernel.cuh"
+#include "tile/sm90/wgmma_kernel.cuh"
 
 namespace mxfp4_moe {
 

@@ -10,7 +10,7 @@
 // operands.
 //
 // A development build for tests (MXFP4_MOE_EMULATES_SM12X) compiles SM12x's side for SM90, where the one instruction is
-// done in integers (emulated_mma.cuh).
+// done in integers (tile/sm12x/emulated_mma.cuh).
 //
 // The lane maps below are what the kernel assumes; tests compare them, element by element, with CuTe's MMA_Traits of
 // SM120_16x8x32_TN_VS.
@@ -18,10 +18,10 @@
 
 #include <stdint.h>
 
-#include "scale_layout.cuh"
+#include "shared/scale_layout.cuh"
 
 #ifdef MXFP4_MOE_EMULATES_SM12X
-#include "emulated_mma.cuh"
+#include "tile/sm12x/emulated_mma.cuh"
 #endif
 
 // Whether this is compiled for a GPU whose MMA takes scales. (The host pass of nvcc compiles no device code.)
@@ -123,8 +123,8 @@ __device__ __forceinline__ Fragment expand_act(uint32_t even, uint32_t odd) {
 }
 
 // Word order `halves`: in each half of the word magnitudes in bits 11..9, 8..6, 5..3 and 2..0 and their signs in 14,
-// 15, 12 and 13. It is made for bf16 (folded_operands.cuh), which the kernels of SM90's layers take; f16 has sign, low
-// exponent and mantissa in bits 15 and 11..9.
+// 15, 12 and 13. It is made for bf16 (tile/sm90/bf16_operands.cuh), which the kernels of SM90's layers take; f16 has
+// sign, low exponent and mantissa in bits 15 and 11..9.
 __device__ __forceinline__ Fragment expand_weight(uint32_t w) {
   constexpr uint32_t kSign = 0x80008000u, kValue = 0x0E000E00u;
   return {{(w & kValue) | ((w << 1) & kSign), ((w << 3) & kValue) | (w & kSign),

@@ -8,12 +8,12 @@
 #include <atomic>
 #include <climits>
 
-#include "../emulation.h"
-#include "../tile_abi.h"
-#include "../torch_args.h"
-#include "schedule.cuh"
-#include "tile_shape.cuh"
-#include "wgmma_shape.cuh"
+#include "emulation.h"
+#include "shared/schedule.cuh"
+#include "tile/sm90/wgmma_shape.cuh"
+#include "tile/tile_shape.cuh"
+#include "tile_abi.h"
+#include "torch_args.h"
 
 #define MXFP4_MOE_JOIN_(a, b) a##b
 #define MXFP4_MOE_JOIN(a, b) MXFP4_MOE_JOIN_(a, b)

@@ -6,7 +6,7 @@
 // proof in tiles.py all read it from here. tiles.py mirrors this file, statement by statement.
 #pragma once
 
-#include "weight_layout.cuh"
+#include "shared/weight_layout.cuh"
 
 namespace mxfp4_moe {
 
@@ -28,9 +28,10 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
 // fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
 // over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a
-// second kernel for grids that leave the device idle (split_k.cuh). kFolds: the MMA takes no scales, so there are
-// kernels for activations with their scales in them (folded_shape.cuh, wgmma_shape.cuh). kFewWeightBytes: GEMMs that
-// may read more than this load weights at L2's normal priority (launcher.cuh).
+// second kernel for grids that leave the device idle (tile/sm90/parallel_k_kernel.cuh). kFolds: the MMA takes no
+// scales, so there are kernels for activations with their scales in them (tile/sm90/mma_sync_shape.cuh,
+// tile/sm90/wgmma_shape.cuh). kFewWeightBytes: GEMMs that may read more than this load weights at L2's normal priority
+// (launcher.cuh).
 struct Sm90 {
   static constexpr int64_t kFewWeightBytes = 320 << 20;
   static constexpr bool kFolds = true;

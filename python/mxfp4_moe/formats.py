@@ -29,7 +29,7 @@ E8M0_MAX = 254  # the byte of 2^127; 255 is NaN
 _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_VALUES: tuple[float, ...] = (*_E2M1_MAGNITUDES, *(-m for m in _E2M1_MAGNITUDES))
 
-WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/tile/weight_layout.cuh
+WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/shared/weight_layout.cuh
 _BLOCK_SCALE_BYTES = WEIGHT_BLOCK_ROWS * 4
 _STEP_BYTES = WEIGHT_BLOCK_ROWS * 16
 
@@ -347,7 +347,7 @@ def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
 
 
 def weight_bytes(n: int, k: int) -> int:
-    """Bytes of one expert's prepared weight [n, k], scales included (csrc/tile/weight_layout.cuh).
+    """Bytes of one expert's prepared weight [n, k], scales included (csrc/shared/weight_layout.cuh).
 
     Args:
         n: rows; they pad to 64.
@@ -503,7 +503,7 @@ def deinterleave_k(codes: Tensor) -> Tensor:
 
 
 def fold_activations(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/tile/folded.cuh.
+    """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/shared/folded.cuh.
 
     Args:
         codes: uint8 [R, K] E4M3 in plain order.

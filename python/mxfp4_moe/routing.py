@@ -23,7 +23,7 @@ from .fused_moe import (
 )
 from .weights import MoEWeights
 
-MAX_TOP_K = 16  # csrc/moe/moe.h, kMaxTopK
+MAX_TOP_K = 16  # csrc/moe/kernels.h, kMaxTopK
 
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 

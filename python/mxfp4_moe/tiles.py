@@ -52,7 +52,7 @@ class Tile:
     def folded_major(self) -> int:
         """Compute capability (major) of the GPUs on which a layer gives it folded activations, or 0.
 
-        There the extension has a second kernel (kExists of csrc/tile/folded_shape.cuh and wgmma_shape.cuh).
+        There the extension has a second kernel (kExists of csrc/tile/sm90/mma_sync_shape.cuh and wgmma_shape.cuh).
         """
         has_few_rows = self.m <= 64 and self.n >= 64
         return 9 if has_few_rows or self.mn in ((128, 64), (128, 128), (256, 128)) else 0
@@ -70,7 +70,7 @@ class Kernel(IntEnum):
     BY_SIZE = 0  # csrc/tile/launcher.cuh decides, for every call of the layer
     PLAIN = 1
     SPLIT_K = 2
-    FOLDED = 3  # reads folded activations (csrc/tile/folded.cuh)
+    FOLDED = 3  # reads folded activations (csrc/shared/folded.cuh)
 
 
 # Every tile that was considered for the wheel; the proof below says which of them can be.
@@ -428,8 +428,8 @@ def prove(tile: Tile, arch: str) -> TileProof:
 
 
 def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
-    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit, and the kExists of folded_shape.cuh
-    and wgmma_shape.cuh.
+    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit, and the kExists of
+    mma_sync_shape.cuh and wgmma_shape.cuh.
 
     Raises:
         ArchError: the kernel has no code for the arch.

@@ -126,7 +126,7 @@ MUTATIONS = (
     Mutation(
         name="quantize: scale rounded down",
         unit="quantize",
-        file="tile/mxfp8.cuh",
+        file="shared/mxfp8.cuh",
         old="(mantissa > exact ? 1u : 0u)",
         new="0u",
         case=_quantize,

@@ -12,7 +12,7 @@ from .mutants import Mutation, box, once
 
 MMA = r"mma\.sync[^;]*?"
 WAIT = r"\{ \.reg \.pred done; again: mbarrier\.try_wait[^}]*\}"
-KERNEL, ACTIVATE, MX = "tile/kernel.cuh", "tile/activate.cuh", "tile/mma_mx.cuh"
+KERNEL, ACTIVATE, MX = "tile/plain_kernel.cuh", "tile/swiglu_epilogue.cuh", "tile/mma_mx.cuh"
 
 OPERANDS = [
     Mutation("E2M1 mask a bit too wide", ptx=once(r"1010580540;", "1010580541;")),
@@ -274,7 +274,7 @@ ACTIVATION = [
     Mutation(
         "scale not rounded up",
         activates=True,
-        source=("tile/mxfp8.cuh", "mantissa > exact ? 1u : 0u", "mantissa > exact ? 0u : 0u"),
+        source=("shared/mxfp8.cuh", "mantissa > exact ? 1u : 0u", "mantissa > exact ? 0u : 0u"),
     ),
     Mutation(
         "a padding scale byte left as it was",

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "folded_layout.cuh"
-#include "folded_shape.cuh"
+#include "tile/sm90/bf16_shape.cuh"
+#include "tile/sm90/mma_sync_shape.cuh"
 
 namespace mxfp4_moe {
 
@@ -22,8 +22,8 @@ template <int M, int N>
 struct WgmmaTile : FoldedTile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)> {
   using Tile = FoldedTile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)>;
 
-  // Which tiles have it: below 32 rows mma.sync needs fewer instructions (folded_kernel.cuh); two warpgroups' registers
-  // hold the sums of 256 x 128, and one that had a multiprocessor to itself would be alone.
+  // Which tiles have it: below 32 rows mma.sync needs fewer instructions (mma_sync_kernel.cuh); two warpgroups'
+  // registers hold the sums of 256 x 128, and one that had a multiprocessor to itself would be alone.
   static constexpr bool kExists = M >= 32 && (N == 128 || (N == 64 && M <= 128) || (N == 256 && M <= 64));
   static constexpr bool kIsWgmma = true;
   static constexpr bool kFoldsOutput = true;

@@ -1,7 +1,7 @@
-// The grouped GEMM of kernel.cuh for SM90 and tiles of 8 and 16 activation rows: same function, same bits.
+// The grouped GEMM of tile/plain_kernel.cuh for SM90 and tiles of 8 and 16 activation rows: same function, same bits.
 //
-// Shapes: act [rows, k] bf16, E4M3 values with their scales multiplied in (folded.cuh); weight and out as in
-// kernel.cuh.
+// Shapes: act [rows, k] bf16, E4M3 values with their scales multiplied in (shared/folded.cuh); weight and out as in
+// tile/plain_kernel.cuh.
 //
 // SM90 has no block-scaled MMA. With the activations' scales in their values, a K block's sum is two bf16 MMAs of K =
 // 16 into zeros and one fp32 fma for each element, by the weights' scale. Fast because: the weights' codes are bf16
@@ -10,8 +10,8 @@
 // blocks hide each other's waits.
 #pragma once
 
-#include "folded_operands.cuh"
-#include "folded_shape.cuh"
+#include "tile/sm90/bf16_operands.cuh"
+#include "tile/sm90/mma_sync_shape.cuh"
 
 namespace mxfp4_moe {
 

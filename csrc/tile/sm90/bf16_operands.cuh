@@ -1,9 +1,9 @@
-// What the two kernels for folded activations share (folded_kernel.cuh, wgmma_kernel.cuh): loads, weights as bf16
+// What the two kernels for folded activations share (mma_sync_kernel.cuh, wgmma_kernel.cuh): loads, weights as bf16
 // operands, and how a K block's sums are added.
 #pragma once
 
-#include "folded.cuh"
-#include "kernel.cuh"
+#include "shared/folded.cuh"
+#include "tile/plain_kernel.cuh"
 
 namespace mxfp4_moe {
 
@@ -116,7 +116,8 @@ __device__ __forceinline__ void for_each_output_tile(const GemmParams& p, const 
                                                      const Sum& sum) {
   Ring<Shape::kStages> ring;
   const bool has_far = uniform(__ldcg(p.has_far)) != 0;
-  // What the main loop does not need is had again behind it (kernel.cuh): registers are what limits the blocks per SM.
+  // What the main loop does not need is had again behind it (tile/plain_kernel.cuh): registers are what limits the
+  // blocks per SM.
   const auto is_tile = [&](int tile) { return tile < uniform(load_num_m_tiles(p)) * ceil_div(p.n, Shape::N); };
   for (int tile = blockIdx.x; is_tile(tile); tile += gridDim.x) {
     const int row = warp_id() * Shape::kWarpM + lane_id() / 4;  // the first of this lane's in the tile

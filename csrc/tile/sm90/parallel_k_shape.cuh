@@ -1,8 +1,8 @@
-// What the split-K kernel (split_k.cuh) makes of a tile: warps, stages, shared memory. Written for the smallest swapped
-// tile, 8 activation rows by the 64 weight rows of one weight block.
+// What the split-K kernel (parallel_k_kernel.cuh) makes of a tile: warps, stages, shared memory. Written for the
+// smallest swapped tile, 8 activation rows by the 64 weight rows of one weight block.
 #pragma once
 
-#include "tile_shape.cuh"
+#include "tile/tile_shape.cuh"
 
 namespace mxfp4_moe {
 

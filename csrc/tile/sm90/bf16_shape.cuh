@@ -1,9 +1,9 @@
-// What the shapes of SM90's kernels for folded activations have in common (folded_shape.cuh, wgmma_shape.cuh): a
+// What the shapes of SM90's kernels for folded activations have in common (mma_sync_shape.cuh, wgmma_shape.cuh): a
 // pipeline stage, how many fit, and where everything lies in shared memory. The names are those of TileShape, so that
 // the producer, the schedule and the epilogues are the same code.
 #pragma once
 
-#include "tile_shape.cuh"
+#include "tile/tile_shape.cuh"
 
 namespace mxfp4_moe {
 

@@ -1,7 +1,7 @@
-// What a tile of up to 16 activation rows becomes on SM90 for folded activations (folded_kernel.cuh).
+// What a tile of up to 16 activation rows becomes on SM90 for folded activations (mma_sync_kernel.cuh).
 #pragma once
 
-#include "folded_layout.cuh"
+#include "tile/sm90/bf16_shape.cuh"
 
 namespace mxfp4_moe {
 
@@ -11,7 +11,7 @@ struct FoldedMmaTile : FoldedTile<M, N, N / 4, 5 * 32> {
   using Tile = FoldedTile<M, N, N / 4, 5 * 32>;
   static constexpr bool kExists = M <= 16 && N >= 64;
   static constexpr bool kIsWgmma = false;
-  // The tile for the fewest tokens has a kernel for GEMM2 that reads MXFP8 (split_k.cuh).
+  // The tile for the fewest tokens has a kernel for GEMM2 that reads MXFP8 (parallel_k_kernel.cuh).
   static constexpr bool kFoldsOutput = !(M == 8 && N == 64);
   static constexpr int kBoxRows = 8;  // a tile with few rows loads few
 

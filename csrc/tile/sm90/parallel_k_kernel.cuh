@@ -1,14 +1,15 @@
-// The grouped GEMM of kernel.cuh, same operands and same bits, for calls with so few output tiles that the time of one
-// tile is the time of the call: inside a block, K tiles are multiplied several at once. Called by launcher.cuh, SM90.
+// The grouped GEMM of tile/plain_kernel.cuh, same operands and same bits, for calls with so few output tiles that the
+// time of one tile is the time of the call: inside a block, K tiles are multiplied several at once. Called by
+// launcher.cuh, SM90.
 //
 // Three kinds of warps pass every K tile on, one stage of shared memory each, so nothing waits for the whole block:
-//   producer      loads it, as in kernel.cuh; full[stage]
+//   producer      loads it, as in tile/plain_kernel.cuh; full[stage]
 //   multipliers   part q of kParts takes K tiles q, q + kParts, ...: all MMAs of the tile, each into zeros, and stores
 //                 these block sums, unscaled, beside the stage; summed[stage]
 //   adders        four warps, take all K tiles in order: multiply each block sum by its two scales and add it to the
 //                 one fp32 accumulator of its output; empty[stage]. After the last they run the epilogue.
 // So the sums themselves are not split: every output is the chain fma(block, scale, acc) over the K blocks in order
-// that kernel.cuh has, operation by operation.
+// that tile/plain_kernel.cuh has, operation by operation.
 //
 // Fast because: what is serial, one fma per block, is all that is left in sequence; expanding FP4, most of the
 // instructions, is spread over the parts and free of dependencies among the four steps of a K tile; scales are applied
@@ -20,8 +21,8 @@
 // the same warps, which pass its phases one by one. Adders that sit out a tile meet the others after it (kColumn).
 #pragma once
 
-#include "kernel.cuh"
-#include "split_shape.cuh"
+#include "tile/plain_kernel.cuh"
+#include "tile/sm90/parallel_k_shape.cuh"
 
 namespace mxfp4_moe {
 
@@ -95,7 +96,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
       const int s = ring.stage;
       wait_for(smem.full(s), ring.phase);
       // All of it first, because the compiler cannot know that the sums lie elsewhere. The steps that a last K tile
-      // lacks hold any weights, but activations and scales of zero, as in kernel.cuh.
+      // lacks hold any weights, but activations and scales of zero, as in tile/plain_kernel.cuh.
       uint32_t act[8], weight[4][kGroups];
       ldmatrix<4>(act, smem.act(s) + act_lane);
       ldmatrix<4>(act + 4, smem.act(s) + (act_lane ^ 64));

@@ -6,7 +6,7 @@
 // route_topk is the router's kernel, topk_softmax.cu. register_tile takes the address of a loaded tile (tile_abi.h);
 // fused_moe finds its GEMM there.
 // Every argument is checked before anything is launched; a failed check names argument, expected and actual. Nothing
-// here synchronizes or reads device memory. Shapes and layouts: moe.h.
+// here synchronizes or reads device memory. Shapes and layouts: kernels.h.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,13 +20,13 @@
 #include <string>
 #include <tuple>
 
-#include "../emulation.h"
-#include "../tile/schedule.cuh"
-#include "../tile/weight_layout.cuh"
-#include "../torch_args.h"
-#include "moe.h"
-#include "registry.h"
-#include "workspace.h"
+#include "emulation.h"
+#include "moe/kernels.h"
+#include "moe/registry.h"
+#include "moe/workspace.h"
+#include "shared/schedule.cuh"
+#include "shared/weight_layout.cuh"
+#include "torch_args.h"
 
 namespace mxfp4_moe {
 namespace {

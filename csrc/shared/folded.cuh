@@ -7,8 +7,8 @@
 // flag, upon which the GEMM asks the scales, which are written beside the values as for MXFP8 rows. Infinities and NaN
 // do not occur but as a poisoned block's NaN.
 //
-// Accumulators count 2^35, so that a weight scale of any byte is one factor (wgmma_kernel.cuh): sums below 2^-91 lose
-// bits there.
+// Accumulators count 2^35, so that a weight scale of any byte is one factor (tile/sm90/wgmma_kernel.cuh): sums below
+// 2^-91 lose bits there.
 //
 // Layout: [rows, k] bf16, in each block of 32 the k in the order of the words that weights come in (weight_layout.cuh,
 // halves): value k = 8 t + c stands at 16 (c % 2) + 8 (c / 4) + 2 t + c / 2 % 2.
@@ -16,8 +16,8 @@
 
 #include <cuda_fp16.h>
 
-#include "mxfp8.cuh"
-#include "scale_layout.cuh"
+#include "shared/mxfp8.cuh"
+#include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe {
 

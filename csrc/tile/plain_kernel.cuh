@@ -1,9 +1,9 @@
 // Grouped GEMM, MXFP8 activations x MXFP4 weights: out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
-// Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k) with scales as in scale_layout.cuh; weight
-// [experts, weight_bytes(n, k)] packed E2M1 and scales as in weight_layout.cuh; out [rows, n] in fp32, bf16 or fp16, or
-// the activation of it (activate.cuh). Rows come in m-tiles of one expert each (schedule.cuh). Called by launcher.cuh;
-// one instance per tile extension.
+// Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k) with scales as in shared/scale_layout.cuh;
+// weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in shared/weight_layout.cuh; out [rows, n] in fp32,
+// bf16 or fp16, or the activation of it (swiglu_epilogue.cuh). Rows come in m-tiles of one expert each
+// (shared/schedule.cuh). Called by launcher.cuh; one instance per tile extension.
 //
 // Fast because: weights stay packed until they are in registers (half the shared memory and its traffic), come in whole
 // blocks as the lanes want them, one 16-byte load for four fragments, and their codes are ordered for the instructions
@@ -23,13 +23,13 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm75.hpp>
 
-#include "../tile_abi.h"
-#include "activate.cuh"
-#include "dependent_launch.cuh"
-#include "mma_mx.cuh"
-#include "schedule.cuh"
-#include "tile_shape.cuh"
-#include "tma.cuh"
+#include "shared/launch.cuh"
+#include "shared/schedule.cuh"
+#include "tile/mma_mx.cuh"
+#include "tile/swiglu_epilogue.cuh"
+#include "tile/tile_shape.cuh"
+#include "tile/tma.cuh"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 
@@ -88,7 +88,7 @@ __device__ __forceinline__ int warp_id() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread / 32;
 }
-// relaxed.gpu: past L1 (dependent_launch.cuh).
+// relaxed.gpu: past L1 (shared/launch.cuh).
 __device__ __forceinline__ Mxfp4MoeMTile load_m_tile(const Mxfp4MoeMTile* at) {
   Mxfp4MoeMTile m;
   asm volatile("ld.relaxed.gpu.global.v4.s32 {%0, %1, %2, %3}, [%4];"

@@ -1,6 +1,6 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
-// memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in scale_layout.cuh;
-// or, where the tile's kernel reads them so, folded values (folded.cuh).
+// memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in
+// shared/scale_layout.cuh; or, where the tile's kernel reads them so, folded values (shared/folded.cuh).
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -9,12 +9,12 @@
 // Same arithmetic, operation by operation, as csrc/moe/activation.cu on stored sums.
 #pragma once
 
-#include "../tile_abi.h"
-#include "activation.cuh"
-#include "folded.cuh"
-#include "mma_mx.cuh"
-#include "mxfp8.cuh"
-#include "scale_layout.cuh"
+#include "shared/folded.cuh"
+#include "shared/mxfp8.cuh"
+#include "shared/nonlinearities.cuh"
+#include "shared/scale_layout.cuh"
+#include "tile/mma_mx.cuh"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 
