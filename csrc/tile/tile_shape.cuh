@@ -7,22 +7,14 @@
 #pragma once
 
 #include "shared/weight_layout.cuh"
+#include "tile/stages.cuh"
 
 namespace mxfp4_moe {
 
-constexpr int kTileK = 128;                     // one 32-bit scale word per row: four K = 32 blocks
-constexpr int kBlockK = 32;                     // OCP MX block, and the MMA's K
-constexpr int kActRowBytes = kTileK;            // E4M3: TMA 128-byte swizzle
-constexpr int kSmemReservedPerBlock = 1024;     // taken by the system from every block
-constexpr int kRegistersPerSubpartition = 512;  // of 32 lanes each; a multiprocessor's warps share four of these
-constexpr int kMaxStages = 8;
-constexpr int kMaxBlocksPerSm = 4;
-constexpr int kBarrierBytesPerStage = 16;  // one full and one empty mbarrier
-constexpr int kMaxAccumulators = 128;      // fp32 registers per thread; beyond it ptxas spills
-
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
+constexpr int kTileK = 128;            // one 32-bit scale word per row: four K = 32 blocks
+constexpr int kBlockK = 32;            // OCP MX block, and the MMA's K
+constexpr int kActRowBytes = kTileK;   // E4M3: TMA 128-byte swizzle
+constexpr int kMaxAccumulators = 128;  // fp32 registers per thread; beyond it ptxas spills
 
 // What a multiprocessor has; a block may opt in to 1 KB of shared memory less. One type per arch of the manifest.
 // kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
@@ -85,6 +77,8 @@ struct TileShape {
   static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAccumulators >= 64;
   static constexpr int kMmaRegisters = 232;
   static constexpr int kProducerRegisters = 40;
+  static constexpr int kProducer = kMmaWarps;                // the warp that loads
+  static constexpr bool kKeepsNothing = kAccumulators > 64;  // beside accumulators, through the main loop
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
   // Bytes of one pipeline stage, and of each of its three parts.
@@ -104,35 +98,17 @@ struct TileShape {
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;
 
-  static constexpr int stages_for(int blocks) {
-    const int budget = Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kAmaxBytes;
-    return min_of(kMaxStages, budget / (kStageBytes + kBarrierBytesPerStage));
-  }
-  // Several blocks hide each other's latencies and epilogues, as long as each still has a pipeline three deep and its
-  // threads the registers that their accumulators ask for. (More accumulators are moved between warps, not shared.)
+  // More accumulators than a block can share its registers for are moved between warps instead.
   static constexpr int kRegistersWanted = kAccumulators <= 8    ? 96
                                           : kAccumulators <= 16 ? 112
                                           : kAccumulators <= 32 ? 168
                                                                 : 176;
-  static constexpr int registers_for(int blocks) {
-    return kRegistersPerSubpartition / ceil_div(blocks * kThreads / 32, 4) / 8 * 8;
-  }
-  static constexpr int blocks_that_fit() {
-    for (int blocks = kMaxBlocksPerSm; blocks > 1; --blocks)
-      if (stages_for(blocks) >= 3 && registers_for(blocks) >= kRegistersWanted) return blocks;
-    return 1;
-  }
-  static constexpr int kBlocksPerSm = blocks_that_fit();
-  static constexpr int kStages = stages_for(kBlocksPerSm);
+  using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
+  static constexpr int kBlocksPerSm = Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
+  static constexpr int kStages = Fits::stages_for(kBlocksPerSm);
   static constexpr bool kUnrollsStages = kFragM * kFragN <= Arch::kUnrolledFragments;
-  static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage) + kAmaxBytes;
-
-  // Offsets in dynamic shared memory: each part is an array over the stages, strictest alignment first.
-  static constexpr int kActOffset = 0;
-  static constexpr int kWeightOffset = kActOffset + kStages * kActBytes;
-  static constexpr int kActScaleOffset = kWeightOffset + kStages * kWeightBytes;
-  static constexpr int kBarrierOffset = kActScaleOffset + kStages * kActScaleBytes;
-  static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
+  using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, 0, kBarrierBytesPerStage, kAmaxBytes>;
+  static constexpr int kSmemBytes = Smem::kBytes;
 
   static_assert(kSwap ? (M == 8 || M == 16 || M == 32) && N % 64 == 0 : M % 64 == 0,
                 "native tiles need M % 64 == 0, swapped ones M in 8/16/32 and N % 64 == 0");

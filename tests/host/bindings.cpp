@@ -93,7 +93,7 @@ void add_shape(py::list& shapes, const char* arch) {
   d["smem_bytes"] = S::kSmemBytes;
   d["blocks_per_sm"] = S::kBlocksPerSm;
   d["accumulator_registers"] = S::kAccumulators;
-  d["barrier_offset"] = S::kBarrierOffset;
+  d["barrier_offset"] = S::Smem::kBarrier;
   shapes.append(d);
 }
 

@@ -61,13 +61,6 @@ struct BlockOperands {
   }
 };
 
-template <class Shape>
-__device__ __forceinline__ void release(const SharedStorage<Shape>& smem, int stage) {
-  asm volatile("" ::: "memory");  // no load may move behind the arrival
-  __syncwarp();
-  if (cute::elect_one_sync()) smem.empty(stage)->arrive();
-}
-
 // One output tile's sums of a warp, of its first 8 kFragments activation rows. Afterwards every stage is released. The
 // operands of each K block are loaded before the one before it is multiplied, across stages too.
 template <class Shape, int kFragments>
@@ -145,11 +138,20 @@ __device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][S
 }
 
 template <class Shape>
-struct FoldedSum {
+struct MmaSyncSum {
+  static constexpr float kUnit = kFoldedUnit;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
+  bool has_far;
+
+  __device__ __forceinline__ MmaSyncSum(const GemmParams& params, const SharedStorage<Shape>& storage, int, int)
+      : p(params), smem(storage), has_far(uniform(__ldcg(p.has_far)) != 0) {}
+
   __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
-                                             const Places& at, const Mxfp4MoeMTile& rows, bool has_far) const {
+                                             const TileCoord& coord) const {
+    const int row = first_row<Shape>();
+    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
+    const Places at = places(row);
     const uint32_t act_at = act_chunk(lane_id() % 8, lane_id() / 8);  // what this lane names for ldmatrix in step 0
     if (has_far)
       sum_far_tile<Shape>(acc, p, smem, ring, at, act_at, rows);
@@ -163,13 +165,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_folded(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  start_block(p, smem);
-  if (uniform(threadIdx.x / 32) >= Shape::kMmaWarps) {
-    produce<Shape, FoldedActLoads<Shape>>(maps, p, smem);
-  } else {
-    wait_for_previous_kernel();
-    for_each_output_tile<Shape>(p, smem, FoldedSum<Shape>{p, smem});
-  }
+  run_block<Shape, FoldedActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});
 }
 
 }  // namespace mxfp4_moe

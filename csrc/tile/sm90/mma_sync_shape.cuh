@@ -10,7 +10,7 @@ template <int M, int N>
 struct FoldedMmaTile : FoldedTile<M, N, N / 4, 5 * 32> {
   using Tile = FoldedTile<M, N, N / 4, 5 * 32>;
   static constexpr bool kExists = M <= 16 && N >= 64;
-  static constexpr bool kIsWgmma = false;
+  static constexpr bool kIsWgmma = false, kMovesRegisters = false;
   // The tile for the fewest tokens has a kernel for GEMM2 that reads MXFP8 (parallel_k_kernel.cuh).
   static constexpr bool kFoldsOutput = !(M == 8 && N == 64);
   static constexpr int kBoxRows = 8;  // a tile with few rows loads few
@@ -18,7 +18,7 @@ struct FoldedMmaTile : FoldedTile<M, N, N / 4, 5 * 32> {
   // Accumulators; operands of two K blocks; scales; an expanded row, sums, addresses.
   static constexpr int kRegistersWanted =
       Tile::kAccumulators + 8 * Tile::kFragN + 4 * Tile::kRowSets + 2 * Tile::kRowSets + 48;
-  static constexpr int kBlocksPerSm = Tile::blocks_that_fit(6, kRegistersWanted);
+  static constexpr int kBlocksPerSm = Tile::Fits::blocks_that_fit(6, kRegistersWanted);
 };
 
 template <int M, int N>

@@ -21,7 +21,10 @@
 // the same warps, which pass its phases one by one. Adders that sit out a tile meet the others after it (kColumn).
 #pragma once
 
-#include "tile/plain_kernel.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/fragments.cuh"
+#include "tile/mma_mx.cuh"
+#include "tile/pipeline.cuh"
 #include "tile/sm90/parallel_k_shape.cuh"
 
 namespace mxfp4_moe {
@@ -30,10 +33,15 @@ template <class Shape>
 struct SplitStorage : SharedStorage<Shape> {
   // Where a fragment's sums of step 0 begin.
   __device__ uint8_t* sums(int stage, int fragment) const {
-    return this->base + Shape::kSumOffset + stage * Shape::kSumBytes + fragment * Shape::kSumFragmentBytes;
+    return this->base + Shape::Smem::kSum + stage * Shape::kSumBytes + fragment * Shape::kSumFragmentBytes;
   }
   __device__ EmptyBarrier* summed(int stage) const {
-    return reinterpret_cast<EmptyBarrier*>(this->base + Shape::kBarrierOffset + Shape::kStages * 16) + stage;
+    return reinterpret_cast<EmptyBarrier*>(this->base + Shape::Smem::kBarrier + Shape::kStages * 16) + stage;
+  }
+  __device__ __forceinline__ void init_barriers(int stage) const {
+    this->full(stage)->init(1);
+    this->empty(stage)->init(Shape::kAddWarps);
+    summed(stage)->init(Shape::kRowWarps);
   }
   __device__ float* column() const { return reinterpret_cast<float*>(this->base + Shape::kColumnOffset); }
 };
@@ -67,14 +75,6 @@ struct BlockTiles {
 
 #ifndef MXFP4_MOE_MMA_TAKES_SCALES  // where mma_mx.cuh applies scales in instructions of their own
 
-// One lane for all: what the warp's others did before is ordered before the arrival.
-template <class Barrier>
-__device__ __forceinline__ void arrive_for_warp(const Barrier* barrier, int lane, int times) {
-  asm volatile("" ::: "memory");  // no access may move behind the arrival
-  __syncwarp();
-  if (lane < times) barrier->arrive();
-}
-
 // --- multipliers ------------------------------------------------------------------------------------------------
 
 template <class Shape>
@@ -83,7 +83,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
   const int num_k_tiles = ceil_div(p.k, kTileK);
   const int part = warp / Shape::kRowWarps, row0 = warp % Shape::kRowWarps * Shape::kWarpRows;
   const uint32_t act_lane = act_chunk(lane % 8, lane / 8);  // one ldmatrix brings two steps
-  const uint32_t weight_lane = Operands<typename Shape::Tile>::weight_lane(row0, lane);
+  const uint32_t weight_lane = weight_word_in_block(row0 + lane / 4, 0, lane % 4);
   const uint32_t sum_lane = sum_slot(lane / 4, lane % 4) * 16;
 
   Ring<Shape::kStages> ring;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
           }
         }
       }
-      arrive_for_warp(smem.summed(s), lane, 1);
+      arrive_for_warp(smem.summed(s), [&] { return lane < 1; });
       ring.skip(Shape::kParts);
     }
     kt -= num_k_tiles;
@@ -152,7 +152,7 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
 
   Ring<Shape::kStages> ring;
   for (BlockTiles tiles(p, Shape::N); tiles.begin(); tiles.advance()) {
-    const int tile_n0 = tile_coord(tiles.tile, tiles.num_n_tiles).n * Shape::N;
+    const int n_tile = tile_coord(tiles.tile, tiles.num_n_tiles).n;
     const int first_act_word = uniform(tiles.m_tile.row_begin) % 4;
     // take(stage): what one K tile adds.
     const auto each_k_tile = [&](int arrivals, auto&& take) {
@@ -161,7 +161,7 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
         wait_for(smem.summed(ring.stage), ring.phase);
         wait_for(smem.full(ring.stage), ring.phase);  // long complete; this shows the copied scales to this warp too
         take(ring.stage);
-        arrive_for_warp(smem.empty(ring.stage), lane, arrivals);
+        arrive_for_warp(smem.empty(ring.stage), [&] { return lane < arrivals; });
         ring.advance();
       }
     };
@@ -221,14 +221,22 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
         }
       });
     }
-#pragma unroll
-    for (int x = 0; x < 4; ++x) acc[0][0][x] *= kAccumulatorUnit;
-    if (p.activate.codes != nullptr)
-      store_activated<Tile>(acc, p.activate, tiles.m_tile, p.rows, p.n, tile_n0, row0, 0, lane, smem.amax());
-    else
-      store<Tile>(acc, p, tiles.m_tile, tile_n0, row0, 0, lane);
+    multiply_accumulators<Tile>(acc, kAccumulatorUnit);
+    store_tile<Tile>(acc, p, tiles.m_tile, n_tile, row0, 0, [&] { return lane; }, smem.amax());
   }
 }
+
+template <class Shape>
+struct Compute {
+  const GemmParams& p;
+  const SplitStorage<Shape>& smem;
+  __device__ __forceinline__ void operator()(int warp, int lane) const {
+    if (warp < Shape::kAddWarps)
+      add<Shape>(p, smem, warp, lane);
+    else
+      multiply<Shape>(p, smem, warp - Shape::kAddWarps, lane);
+  }
+};
 
 #endif
 
@@ -238,32 +246,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 #ifndef MXFP4_MOE_MMA_TAKES_SCALES
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SplitStorage<Shape> smem{{dynamic_smem}};
-  const int warp = uniform(threadIdx.x / 32);
-  const int lane = threadIdx.x % 32;
-
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < Shape::kStages; ++s) {
-      smem.full(s)->init(1);
-      smem.empty(s)->init(Shape::kAddWarps);
-      smem.summed(s)->init(Shape::kRowWarps);
-    }
-    cutlass::arch::fence_barrier_init();
-  }
-  if (!p.m_tiles_are_ready) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-  }
-  __syncthreads();
-
-  if (warp == Shape::kAddWarps + Shape::kMultiplyWarps) {
-    produce<Shape>(maps, p, smem);
-  } else {
-    wait_for_previous_kernel();
-    if (warp < Shape::kAddWarps)
-      add<Shape>(p, smem, warp, lane);
-    else
-      multiply<Shape>(p, smem, warp - Shape::kAddWarps, lane);
-  }
+  run_block<Shape, ScaledActLoads<Shape>>(maps, p, smem, Compute<Shape>{p, smem});
 #endif
 }
 

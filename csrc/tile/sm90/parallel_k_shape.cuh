@@ -22,7 +22,8 @@ struct SplitShape : Tile_ {
   static constexpr int kFragments = kWarpRows / 16;      // of one of them
   static constexpr int kAddWarps = Tile::kMmaWarps;      // as many as the tile's epilogue has warps
   static constexpr int kMultiplyWarps = kParts * kRowWarps;
-  static constexpr int kThreads = (kAddWarps + kMultiplyWarps + 1) * 32;
+  static constexpr int kProducer = kAddWarps + kMultiplyWarps;
+  static constexpr int kThreads = (kProducer + 1) * 32;
 
   // A stage's block sums: [step][fragment of 16 weight rows][slot] of a lane's four (sum_slot).
   static constexpr int kSumFragmentBytes = 32 * 16;
@@ -32,25 +33,19 @@ struct SplitShape : Tile_ {
   static constexpr int kColumnBytes = Tile::N * 4;  // the sums of a lone activation row, on their way to the epilogue
   static constexpr int kFixedBytes = Tile::kAmaxBytes + kColumnBytes;
 
-  static constexpr int kStagesThatFit = (Tile::kSmemPerSm / kBlocksPerSm - kSmemReservedPerBlock - kFixedBytes) /
-                                        (Tile::kStageBytes + kSumBytes + kBarrierBytesPerStage);
-  static constexpr int kStages = min_of(kStagesThatFit, 16) / kParts * kParts;
-
-  // Strictest alignment first, as in TileShape.
-  static constexpr int kActOffset = 0;
-  static constexpr int kWeightOffset = kActOffset + kStages * Tile::kActBytes;
-  static constexpr int kActScaleOffset = kWeightOffset + kStages * Tile::kWeightBytes;
-  static constexpr int kSumOffset = kActScaleOffset + kStages * Tile::kActScaleBytes;
-  static constexpr int kBarrierOffset = kSumOffset + kStages * kSumBytes;
-  static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
-  static constexpr int kColumnOffset = kAmaxOffset + Tile::kAmaxBytes;
-  static constexpr int kSmemBytes = kColumnOffset + kColumnBytes;
+  using Fits =
+      Occupancy<typename Tile::Arch, kThreads, Tile::kStageBytes + kSumBytes + kBarrierBytesPerStage, kFixedBytes, 16>;
+  static constexpr int kStages = Fits::stages_for(kBlocksPerSm) / kParts * kParts;
+  using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, Tile::kActScaleBytes, kSumBytes,
+                          kBarrierBytesPerStage, kFixedBytes>;
+  static constexpr int kColumnOffset = Smem::kAmax + Tile::kAmaxBytes;
+  static constexpr int kSmemBytes = Smem::kBytes;
 
   static_assert(Tile::kSwap && Tile::M == 8 && Tile::N == kWeightBlockRows && Tile::kFragM == 1,
                 "the split kernel is written for 8 rows and one weight block");
   static_assert(kWarpRows == 16 || kWarpRows == 32 || kWarpRows == 64, "a warp has 1, 2 or 4 fragments");
   static_assert(kStages >= kParts && kStages % kParts == 0, "a stage always belongs to the same part");
-  static_assert(kBlocksPerSm * (kSmemBytes + kSmemReservedPerBlock) <= Tile::kSmemPerSm, "the blocks fit one SM");
+  static_assert(kBlocksPerSm * (kSmemBytes + kSmemReservedPerBlock) <= Tile::Arch::kSmemPerSm, "the blocks fit one SM");
 };
 
 // Where a lane (g = lane / 4, t = lane % 4) leaves its four sums in a fragment's 32 slots. Lanes of one t stand side by

@@ -37,13 +37,14 @@ struct WgmmaTile : FoldedTile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, 
   // Beside the accumulators: operands, addresses, and a K block's sums of 16 columns, twice.
   static constexpr int kOtherRegisters = 52;
   static constexpr int kRegistersWanted = Tile::kAccumulators + kOtherRegisters + 16;
-  static constexpr int kBlocksPerSm = kMovesRegisters ? 1 : Tile::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
+  static constexpr int kBlocksPerSm =
+      kMovesRegisters ? 1 : Tile::Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
   // How many columns an MMA has when a tile is taken as `cols` wide: as many as their sums, twice, leave registers for.
   static constexpr int chunk_of(int cols) {
 #if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ > 1300
     if (Tile::kRowSets == 2 && cols == 64) return 8;  // with 32, ptxas 13.5 spills where 13.0 does not
 #endif
-    const int registers = kMovesRegisters ? kMmaRegisters : Tile::registers_for(kBlocksPerSm);
+    const int registers = kMovesRegisters ? kMmaRegisters : Tile::Fits::registers_for(kBlocksPerSm);
     for (int chunks = 1; chunks < cols / 8; ++chunks)
       if (cols % (8 * chunks) == 0 &&
           cols / chunks <= min_of(80, registers - kOtherRegisters - Tile::kRowSets * cols / 2))
@@ -53,7 +54,7 @@ struct WgmmaTile : FoldedTile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, 
 
   // More than a block is started with is never there, and setmaxnreg would wait for it for ever.
   static_assert(!kMovesRegisters || Tile::kMmaWarps * kMmaRegisters + 4 * kProducerRegisters <=
-                                        Tile::kThreads / 32 * Tile::registers_for(kBlocksPerSm),
+                                        Tile::kThreads / 32 * Tile::Fits::registers_for(kBlocksPerSm),
                 "registers move only inside a block");
 };
 
