@@ -7,6 +7,7 @@
 #pragma once
 
 #include "shared/weight_layout.cuh"
+#include "tile/archs.cuh"
 #include "tile/stages.cuh"
 
 namespace mxfp4_moe {
@@ -15,36 +16,6 @@ constexpr int kTileK = 128;            // one 32-bit scale word per row: four K 
 constexpr int kBlockK = 32;            // OCP MX block, and the MMA's K
 constexpr int kActRowBytes = kTileK;   // E4M3: TMA 128-byte swizzle
 constexpr int kMaxAccumulators = 128;  // fp32 registers per thread; beyond it ptxas spills
-
-// What a multiprocessor has; a block may opt in to 1 KB of shared memory less. One type per arch of the manifest.
-// kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
-// fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
-// over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a
-// second kernel for grids that leave the device idle (tile/sm90/parallel_k_kernel.cuh). kFolds: the MMA takes no
-// scales, so there are kernels for activations with their scales in them (tile/sm90/mma_sync_shape.cuh,
-// tile/sm90/wgmma_shape.cuh). kFewWeightBytes: GEMMs that may read more than this load weights at L2's normal priority
-// (launcher.cuh).
-struct Sm90 {
-  static constexpr int64_t kFewWeightBytes = 320 << 20;
-  static constexpr bool kFolds = true;
-  static constexpr int kSmemPerSm = 228 * 1024;
-  static constexpr bool kLongWarps = false;
-  static constexpr int kUnrolledFragments = 1;
-  static constexpr bool kSplitsK = true;
-};
-struct Sm12x {
-  static constexpr int64_t kFewWeightBytes = INT64_MAX;
-  static constexpr bool kFolds = false;
-  static constexpr int kSmemPerSm = 100 * 1024;
-  static constexpr bool kLongWarps = true;
-  static constexpr int kUnrolledFragments = 8;
-  static constexpr bool kSplitsK = false;
-};
-using Arch_90a = Sm90;
-using Arch_120a = Sm12x;
-using Arch_120f = Sm12x;
-using Arch_121a = Sm12x;
-using Arch_121f = Sm12x;
 
 template <int M_, int N_, bool kSwap_, class Arch_>
 struct TileShape {
