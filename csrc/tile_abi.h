@@ -22,7 +22,7 @@ enum Mxfp4MoeOutType {
 enum Mxfp4MoeKernel {
   MXFP4_MOE_KERNEL_BY_SIZE = 0,  // the rule in tile/launcher.cuh
   MXFP4_MOE_KERNEL_PLAIN = 1,    // tile/plain_kernel.cuh, which every tile has
-  MXFP4_MOE_KERNEL_SPLIT_K = 2,  // tile/sm90/parallel_k_kernel.cuh; a tile without it refuses
+  MXFP4_MOE_KERNEL_PARALLEL_K = 2,  // tile/sm90/parallel_k_kernel.cuh; a tile without it refuses
   MXFP4_MOE_KERNEL_FOLDED = 3,   // tile/sm90/, for folded activations (shared/folded.cuh)
 };
 

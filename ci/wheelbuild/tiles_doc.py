@@ -49,7 +49,7 @@ The proof is of the kernel that all archs have.
 
 On SM90 these tiles have a second one, `csrc/tile/sm90/mma_sync_shape.cuh` or `wgmma_shape.cuh`:
 {folded}.
-Of these, (8, 64) has a third, which splits K: `parallel_k_shape.cuh`.
+Of these, (8, 64) has a third, which multiplies several K tiles at once: `parallel_k_shape.cuh`.
 
 `mxfp4-moe tiles` shows the tiles of an installed wheel with registers and instructions per MMA as compiled, and
 `mxfp4-moe tiles --explain M,N` this proof for any tile.

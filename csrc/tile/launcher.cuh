@@ -143,9 +143,9 @@ constexpr auto kernel_of() {
   if constexpr (Shape::kFolded && Shape::kIsWgmma) {
     return grouped_gemm_wgmma<Shape>;
   } else if constexpr (Shape::kFolded) {
-    return grouped_gemm_folded<Shape>;
-  } else if constexpr (Shape::kIsSplit) {
-    return grouped_gemm_split_k<Shape>;
+    return grouped_gemm_mma_sync<Shape>;
+  } else if constexpr (Shape::kIsParallelK) {
+    return grouped_gemm_parallel_k<Shape>;
   } else {
     return grouped_gemm<Shape>;
   }
@@ -211,11 +211,11 @@ constexpr bool takes_folded() {
   return Shape::Arch::kFolds && FoldedOrWgmmaShape<Shape::M, Shape::N>::kExists;
 }
 
-// The rule: the split kernel, where the tile has one, takes calls of at most so many output tiles per block that the
+// The rule: the kernel of parallel K tiles, where the tile has it, takes calls of at most so many output tiles per block that the
 // device holds at once. Then each tile's own time counts, which it shortens; beyond, there are tiles enough to keep
 // every SM busy. With 1 instead of 2, one and two tokens of gpt-oss-120b took 2 and 3 us longer on the H200. The host
 // knows only an upper bound of the tiles, which with few tokens is nearly what there is.
-constexpr int kSplitTilesPerBlock = 2;
+constexpr int kParallelKTilesPerBlock = 2;
 
 template <class Shape>
 const char* launch_folded(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
@@ -236,18 +236,18 @@ const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   if (const char* why = check_arguments<Shape>(a, refuse)) return why;
   if (a.kernel == MXFP4_MOE_KERNEL_FOLDED)
     return refuse("kernel: tile (%d, %d) has no kernel for folded activations on this GPU", Shape::M, Shape::N);
-  if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K && !Shape::kHasSplit)
+  if (a.kernel == MXFP4_MOE_KERNEL_PARALLEL_K && !Shape::kHasParallelK)
     return refuse("kernel: tile (%d, %d) has no split-K kernel for this GPU", Shape::M, Shape::N);
   if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
 
   int device = 0, blocks = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
   const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
-  if constexpr (Shape::kHasSplit) {
-    using Split = SplitShape<Shape>;
+  if constexpr (Shape::kHasParallelK) {
+    using Split = ParallelKShape<Shape>;
     if (a.kernel != MXFP4_MOE_KERNEL_PLAIN) {
       if (const char* why = resident_blocks<Split>(device, blocks, refuse)) return why;
-      if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K || tiles <= static_cast<int64_t>(blocks) * kSplitTilesPerBlock)
+      if (a.kernel == MXFP4_MOE_KERNEL_PARALLEL_K || tiles <= static_cast<int64_t>(blocks) * kParallelKTilesPerBlock)
         return launch_kernel<Split>(a, tiles, blocks, refuse);
     }
   }

@@ -23,8 +23,8 @@ struct TileShape {
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_;
   static constexpr int kSmemPerSm = Arch::kSmemPerSm;
-  static constexpr bool kHasSplit = Arch::kSplitsK && kSwap && M == 8 && N == 64;  // the second kernel
-  static constexpr bool kIsSplit = false, kIsWgmma = false;                        // other shapes say true
+  static constexpr bool kHasParallelK = Arch::kHasParallelK && kSwap && M == 8 && N == 64;  // the second kernel
+  static constexpr bool kIsParallelK = false, kIsWgmma = false;                             // other shapes say true
 
   // Physical extents: rows of the MMA's A operand, columns of its B operand.
   static constexpr int kPhysM = kSwap ? N : M;

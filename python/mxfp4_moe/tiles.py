@@ -69,7 +69,7 @@ class Kernel(IntEnum):
 
     BY_SIZE = 0  # csrc/tile/launcher.cuh decides, for every call of the layer
     PLAIN = 1
-    SPLIT_K = 2
+    PARALLEL_K = 2
     FOLDED = 3  # reads folded activations (csrc/shared/folded.cuh)
 
 
@@ -428,7 +428,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
 
 
 def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
-    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit, and the kExists of
+    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasParallelK, and the kExists of
     mma_sync_shape.cuh and wgmma_shape.cuh.
 
     Raises:
@@ -437,7 +437,7 @@ def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
     major = check_arch(arch)[0]
     splits = major == 9 and tile == Tile(m=8, n=64, swap_ab=True)
     folds = major == tile.folded_major
-    return (Kernel.PLAIN, *((Kernel.SPLIT_K,) if splits else ()), *((Kernel.FOLDED,) if folds else ()))
+    return (Kernel.PLAIN, *((Kernel.PARALLEL_K,) if splits else ()), *((Kernel.FOLDED,) if folds else ()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ namespace mxfp4_moe {
 
 // A tile of M activation rows by N weight rows, kWarpM of them to a warp; always swapped.
 template <int M_, int N_, int kWarpM_, int kThreads_>
-struct FoldedTile {
+struct Bf16Tile {
   using Arch = Sm90;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = true, kActivates = true, kFolded = true, kUnrollsStages = false;
@@ -37,7 +37,7 @@ struct FoldedTile {
 
 // The same with kBlocksPerSm decided.
 template <class Tile>
-struct FoldedLayout : Tile {
+struct Bf16Layout : Tile {
   static constexpr int kStages = Tile::Fits::stages_for(Tile::kBlocksPerSm);
   static constexpr int kActScaleBytes = 0;  // the scales are in the activations
   using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, kActScaleBytes, 0, kBarrierBytesPerStage,

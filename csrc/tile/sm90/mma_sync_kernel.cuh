@@ -162,7 +162,7 @@ struct MmaSyncSum {
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    grouped_gemm_folded(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
+    grouped_gemm_mma_sync(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
   run_block<Shape, FoldedActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});

@@ -7,8 +7,8 @@ namespace mxfp4_moe {
 
 // Four warps, whose weight rows share what a warp loads and converts of the activations, and one that produces.
 template <int M, int N>
-struct FoldedMmaTile : FoldedTile<M, N, N / 4, 5 * 32> {
-  using Tile = FoldedTile<M, N, N / 4, 5 * 32>;
+struct MmaSyncTile : Bf16Tile<M, N, N / 4, 5 * 32> {
+  using Tile = Bf16Tile<M, N, N / 4, 5 * 32>;
   static constexpr bool kExists = M <= 16 && N >= 64;
   static constexpr bool kIsWgmma = false, kMovesRegisters = false;
   // The tile for the fewest tokens has a kernel for GEMM2 that reads MXFP8 (parallel_k_kernel.cuh).
@@ -22,6 +22,6 @@ struct FoldedMmaTile : FoldedTile<M, N, N / 4, 5 * 32> {
 };
 
 template <int M, int N>
-struct FoldedShape : FoldedLayout<FoldedMmaTile<M, N>> {};
+struct MmaSyncShape : Bf16Layout<MmaSyncTile<M, N>> {};
 
 }  // namespace mxfp4_moe

@@ -30,7 +30,7 @@
 namespace mxfp4_moe {
 
 template <class Shape>
-struct SplitStorage : SharedStorage<Shape> {
+struct ParallelKStorage : SharedStorage<Shape> {
   // Where a fragment's sums of step 0 begin.
   __device__ uint8_t* sums(int stage, int fragment) const {
     return this->base + Shape::Smem::kSum + stage * Shape::kSumBytes + fragment * Shape::kSumFragmentBytes;
@@ -78,7 +78,7 @@ struct BlockTiles {
 // --- multipliers ------------------------------------------------------------------------------------------------
 
 template <class Shape>
-__device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage<Shape>& smem, int warp, int lane) {
+__device__ __forceinline__ void multiply(const GemmParams& p, const ParallelKStorage<Shape>& smem, int warp, int lane) {
   constexpr int kGroups = Shape::kWarpRows / 8, kGroupsPerLoad = min_of(kGroups, 4);
   const int num_k_tiles = ceil_div(p.k, kTileK);
   const int part = warp / Shape::kRowWarps, row0 = warp % Shape::kRowWarps * Shape::kWarpRows;
@@ -143,7 +143,7 @@ __device__ __forceinline__ void add_block(float& acc, float block, uint32_t weig
 }
 
 template <class Shape>
-__device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shape>& smem, int warp, int lane) {
+__device__ __forceinline__ void add(const GemmParams& p, const ParallelKStorage<Shape>& smem, int warp, int lane) {
   using Tile = typename Shape::Tile;
   const int num_k_tiles = ceil_div(p.k, kTileK);
   const int g = lane / 4, t = lane % 4,
@@ -229,7 +229,7 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
 template <class Shape>
 struct Compute {
   const GemmParams& p;
-  const SplitStorage<Shape>& smem;
+  const ParallelKStorage<Shape>& smem;
   __device__ __forceinline__ void operator()(int warp, int lane) const {
     if (warp < Shape::kAddWarps)
       add<Shape>(p, smem, warp, lane);
@@ -242,10 +242,10 @@ struct Compute {
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    grouped_gemm_split_k(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
+    grouped_gemm_parallel_k(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
 #ifndef MXFP4_MOE_MMA_TAKES_SCALES
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
-  const SplitStorage<Shape> smem{{dynamic_smem}};
+  const ParallelKStorage<Shape> smem{{dynamic_smem}};
   run_block<Shape, ScaledActLoads<Shape>>(maps, p, smem, Compute<Shape>{p, smem});
 #endif
 }

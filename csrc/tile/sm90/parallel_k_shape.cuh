@@ -1,4 +1,4 @@
-// What the split-K kernel (parallel_k_kernel.cuh) makes of a tile: warps, stages, shared memory. Written for the
+// What the kernel of parallel K tiles (parallel_k_kernel.cuh) makes of a tile: warps, stages, shared memory. Written for the
 // smallest swapped tile, 8 activation rows by the 64 weight rows of one weight block.
 #pragma once
 
@@ -10,9 +10,9 @@ namespace mxfp4_moe {
 // fewer times; more parts shorten a tile's own time but hold more stages. Two blocks of 8 multiplying warps take 13
 // warps each, 72 registers a thread, and eight stages. Three blocks per SM would leave four stages and 48 registers.
 template <class Tile_, int kParts_ = 4, int kWarpRows_ = 32, int kBlocks_ = 2>
-struct SplitShape : Tile_ {
+struct ParallelKShape : Tile_ {
   using Tile = Tile_;
-  static constexpr bool kIsSplit = true;
+  static constexpr bool kIsParallelK = true;
   static constexpr bool kUnrollsStages = false;  // for produce(): tiles begin at any stage
   static constexpr int kParts = kParts_;
   static constexpr int kWarpRows = kWarpRows_;
@@ -42,7 +42,7 @@ struct SplitShape : Tile_ {
   static constexpr int kSmemBytes = Smem::kBytes;
 
   static_assert(Tile::kSwap && Tile::M == 8 && Tile::N == kWeightBlockRows && Tile::kFragM == 1,
-                "the split kernel is written for 8 rows and one weight block");
+                "this kernel is written for 8 rows and one weight block");
   static_assert(kWarpRows == 16 || kWarpRows == 32 || kWarpRows == 64, "a warp has 1, 2 or 4 fragments");
   static_assert(kStages >= kParts && kStages % kParts == 0, "a stage always belongs to the same part");
   static_assert(kBlocksPerSm * (kSmemBytes + kSmemReservedPerBlock) <= Tile::Arch::kSmemPerSm, "the blocks fit one SM");

@@ -19,8 +19,8 @@ constexpr bool wgmma_moves_registers(int m, int n) { return m >= 128 && wgmma_wa
 constexpr int wgmma_threads(int m, int n) { return wgmma_warps(m, n) * 32 + (wgmma_moves_registers(m, n) ? 128 : 32); }
 
 template <int M, int N>
-struct WgmmaTile : FoldedTile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)> {
-  using Tile = FoldedTile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)>;
+struct WgmmaTile : Bf16Tile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)> {
+  using Tile = Bf16Tile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)>;
 
   // Which tiles have it: below 32 rows mma.sync needs fewer instructions (mma_sync_kernel.cuh); two warpgroups'
   // registers hold the sums of 256 x 128, and one that had a multiprocessor to itself would be alone.
@@ -59,10 +59,10 @@ struct WgmmaTile : FoldedTile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, 
 };
 
 template <int M, int N>
-struct WgmmaShape : FoldedLayout<WgmmaTile<M, N>> {};
+struct WgmmaShape : Bf16Layout<WgmmaTile<M, N>> {};
 
 // The shape of a tile's kernel for folded activations, if that exists.
 template <int M, int N>
-using FoldedOrWgmmaShape = std::conditional_t<M <= 16, FoldedShape<M, N>, WgmmaShape<M, N>>;
+using FoldedOrWgmmaShape = std::conditional_t<M <= 16, MmaSyncShape<M, N>, WgmmaShape<M, N>>;
 
 }  // namespace mxfp4_moe
