@@ -362,7 +362,7 @@ def test_proof_refuses_an_arch_it_does_not_know() -> None:
 
 
 def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Builds a program that prints what csrc/tile/tile_shape.cuh makes of these tiles on these archs, as JSON lines."""
+    """Builds a program that prints what csrc/tile/shapes.cuh makes of these tiles on these archs, as JSON lines."""
     prints = "\n".join(
         f"  show<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();" for arch in archs for t in shapes
     )
@@ -382,14 +382,13 @@ def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> su
         "weight_bytes": "kWeightBytes",
         "act_scale_bytes": "kActScaleBytes",
         "amax_bytes": "kAmaxBytes",
-        "has_parallel_k": "kHasParallelK",
     }
-    names = ", ".join(f'\\"{name}\\": %d' for name in fields)
-    values = ", ".join(f"int(S::{member})" for member in fields.values())
+    names = ", ".join(f'\\"{name}\\": %d' for name in (*fields, "kernels"))
+    values = ", ".join(f"int({member})" for member in (*(f"S::{field}" for field in fields.values()), "Kernels<S>::kMask"))
     source = folder / "shapes.cpp"
     source.write_text(
         f"""#include <cstdio>
-#include "tile/tile_shape.cuh"
+#include "tile/shapes.cuh"
 using namespace mxfp4_moe;
 template <class S> void show() {{ std::printf("{{{names}}}\\n", {values}); }}
 int main() {{
@@ -413,10 +412,7 @@ def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
     for (arch, tile), line in zip(product(ALL_ARCHS, LEGAL), lines, strict=True):
         proof = tiles.prove(tile, arch)
         more = ("warp_m", "warp_n", "act_bytes", "weight_bytes", "act_scale_bytes", "amax_bytes")
-        split = int(tiles.Kernel.PARALLEL_K in tiles.kernels_of(tile, arch))
-        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more} | {
-            "has_parallel_k": split
-        }
+        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more}
 
 
 PARALLEL_K = r"""
@@ -459,7 +455,6 @@ def test_kernels_of_a_tile() -> None:
         if arch == "90a" and tile.mn in folded:
             more.append(tiles.Kernel.FOLDED)
         assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN, *more), f"{tile.name} on {arch}"
-        assert tile.folded_major == (9 if tile.mn in folded else 0)
     with pytest.raises(ArchError, match="arch '100a'"):
         tiles.kernels_of(LEGAL[0], "100a")
     numbers = {"BY_SIZE": 0, "PLAIN": 1, "PARALLEL_K": 2, "FOLDED": 3}

@@ -270,9 +270,6 @@ class _Planner:
             tile.module: {
                 "ops": [f"mxfp4_moe::grouped_gemm_{tile.name}"],
                 "facts": _facts(tile, self.archs),
-                "folded_major": tile.folded_major
-                if any(a.startswith(str(tile.folded_major)) for a in self.archs)
-                else 0,
             }
             for tile in self.settings.tiles
         }

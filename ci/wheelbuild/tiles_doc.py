@@ -118,7 +118,7 @@ def document(manifest: Manifest) -> str:
         max_stages=tiles.MAX_STAGES,
         max_blocks=tiles.MAX_BLOCKS_PER_SM,
         accumulators=tiles.MAX_ACCUMULATORS,
-        folded=_filled([str(tile.mn) for tile in legal if tile.folded_major]),
+        folded=_filled([str(tile.mn) for tile in legal if tiles.Kernel.FOLDED in tiles.kernels_of(tile, "90a")]),
         warps=f"Warps differ in {_listed(other_warps)} alone." if other_warps else "Warps are the same.",
     )
     return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)

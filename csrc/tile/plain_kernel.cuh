@@ -231,4 +231,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, ScaledActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, PlainSum<Shape>>{p, smem});
 }
 
+// The function of a shape's kernel, for the launcher; the other kernels say it of theirs.
+template <class Shape>
+constexpr auto kernel_of(Shape*) {
+  return grouped_gemm<Shape>;
+}
+
 }  // namespace mxfp4_moe

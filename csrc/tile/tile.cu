@@ -30,6 +30,10 @@ extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, MXFP4_MOE_A
     Tile::kSmemBytes,
     Tile::kBlocksPerSm,
     Tile::kAccumulators,
+    mxfp4_moe::Kernels<Tile>::kMask,
+    mxfp4_moe::Kernels<Tile>::kActivates,
+    mxfp4_moe::Kernels<Tile>::kGemm1Format,
+    mxfp4_moe::Kernels<Tile>::gemm2_format(),
 };
 
 const char* MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, MXFP4_MOE_ARCH)(const Mxfp4MoeGemmArgs* args) {

@@ -23,8 +23,6 @@ struct TileShape {
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_;
   static constexpr int kSmemPerSm = Arch::kSmemPerSm;
-  static constexpr bool kHasParallelK = Arch::kHasParallelK && kSwap && M == 8 && N == 64;  // the second kernel
-  static constexpr bool kIsParallelK = false, kIsWgmma = false;                             // other shapes say true
 
   // Physical extents: rows of the MMA's A operand, columns of its B operand.
   static constexpr int kPhysM = kSwap ? N : M;
@@ -93,5 +91,10 @@ struct TileShape {
   static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
   static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");
 };
+
+// The kernels that a tile has on an arch beside the plain one, as their shapes, or void: Folded reads folded activations,
+// ParallelK is for few output tiles. In sm12x/shapes.cuh and sm90/shapes.cuh.
+template <class Tile, class Arch = typename Tile::Arch>
+struct ShapesOf;
 
 }  // namespace mxfp4_moe

@@ -48,15 +48,6 @@ class Tile:
     def mn(self) -> tuple[int, int]:
         return (self.m, self.n)
 
-    @property
-    def folded_major(self) -> int:
-        """Compute capability (major) of the GPUs on which a layer gives it folded activations, or 0.
-
-        There the extension has a second kernel (kExists of csrc/tile/sm90/mma_sync_shape.cuh and wgmma_shape.cuh).
-        """
-        has_few_rows = self.m <= 64 and self.n >= 64
-        return 9 if has_few_rows or self.mn in ((128, 64), (128, 128), (256, 128)) else 0
-
     @classmethod
     def from_mn(cls, tile_mn: tuple[int, int]) -> Tile:
         """The tile of this shape; fewer than 64 rows means swapped operands."""
@@ -302,6 +293,7 @@ class TileProof:
             "smem_bytes": self.smem_bytes,
             "blocks_per_sm": self.blocks_per_sm,
             "accumulator_registers": self.accumulator_registers,
+            "kernels": sum(1 << kernel for kernel in kernels_of(self.tile, self.arch)),
         }
 
 
@@ -428,16 +420,18 @@ def prove(tile: Tile, arch: str) -> TileProof:
 
 
 def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
-    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasParallelK, and the kExists of
-    mma_sync_shape.cuh and wgmma_shape.cuh.
+    """The kernels that a tile has on an arch: csrc/tile/shapes.cuh; the build compares the two.
 
     Raises:
         ArchError: the kernel has no code for the arch.
     """
-    major = check_arch(arch)[0]
-    splits = major == 9 and tile == Tile(m=8, n=64, swap_ab=True)
-    folds = major == tile.folded_major
-    return (Kernel.PLAIN, *((Kernel.PARALLEL_K,) if splits else ()), *((Kernel.FOLDED,) if folds else ()))
+    if check_arch(arch)[0] != 9:
+        return (Kernel.PLAIN,)
+    has_few_rows = tile.m <= 64 and tile.n >= 64
+    reads_folded = has_few_rows or tile.mn in ((128, 64), (128, 128), (256, 128))
+    parallel_k = (Kernel.PARALLEL_K,) if tile.mn == (8, 64) else ()
+    return (Kernel.PLAIN, *parallel_k, *((Kernel.FOLDED,) if reads_folded else ()))
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------

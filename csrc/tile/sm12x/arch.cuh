@@ -10,7 +10,6 @@ struct Sm12x {
   static constexpr bool kLongWarps = true;
   static constexpr int kUnrolledFragments = 8;
   static constexpr int64_t kFewWeightBytes = INT64_MAX;
-  static constexpr bool kHasParallelK = false, kFolds = false;
 };
 
 }  // namespace mxfp4_moe

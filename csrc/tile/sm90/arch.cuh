@@ -10,7 +10,6 @@ struct Sm90 {
   static constexpr bool kLongWarps = false;
   static constexpr int kUnrolledFragments = 1;  // FP4 is expanded in too many instructions for more
   static constexpr int64_t kFewWeightBytes = 320 << 20;
-  static constexpr bool kHasParallelK = true, kFolds = true;
 };
 
 }  // namespace mxfp4_moe

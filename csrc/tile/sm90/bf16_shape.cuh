@@ -43,7 +43,7 @@ struct Bf16Layout : Tile {
   using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, kActScaleBytes, 0, kBarrierBytesPerStage,
                           Tile::kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
-  static_assert(!Tile::kExists || kStages >= 2, "shared memory does not hold two pipeline stages");
+  static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
 };
 
 }  // namespace mxfp4_moe

@@ -168,4 +168,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, FoldedActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});
 }
 
+template <int M, int N>
+constexpr auto kernel_of(MmaSyncShape<M, N>*) {
+  return grouped_gemm_mma_sync<MmaSyncShape<M, N>>;
+}
+
 }  // namespace mxfp4_moe

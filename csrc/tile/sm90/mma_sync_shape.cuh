@@ -2,17 +2,20 @@
 #pragma once
 
 #include "tile/sm90/bf16_shape.cuh"
+#include "tile/sm90/parallel_k_shape.cuh"
 
 namespace mxfp4_moe {
+
+// Which tiles have it.
+constexpr bool has_mma_sync(int m, int n) { return m <= 16 && n >= 64; }
 
 // Four warps, whose weight rows share what a warp loads and converts of the activations, and one that produces.
 template <int M, int N>
 struct MmaSyncTile : Bf16Tile<M, N, N / 4, 5 * 32> {
   using Tile = Bf16Tile<M, N, N / 4, 5 * 32>;
-  static constexpr bool kExists = M <= 16 && N >= 64;
-  static constexpr bool kIsWgmma = false, kMovesRegisters = false;
-  // The tile for the fewest tokens has a kernel for GEMM2 that reads MXFP8 (parallel_k_kernel.cuh).
-  static constexpr bool kFoldsOutput = !(M == 8 && N == 64);
+  static constexpr bool kMovesRegisters = false;
+  // The kernel of parallel K tiles, for the fewest tokens' GEMM2, reads MXFP8.
+  static constexpr bool kFoldsOutput = !has_parallel_k(M, N);
   static constexpr int kBoxRows = 8;  // a tile with few rows loads few
 
   // Accumulators; operands of two K blocks; scales; an expanded row, sums, addresses.

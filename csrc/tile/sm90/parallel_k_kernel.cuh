@@ -250,4 +250,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 #endif
 }
 
+template <class Tile>
+constexpr auto kernel_of(ParallelKShape<Tile>*) {
+  return grouped_gemm_parallel_k<ParallelKShape<Tile>>;
+}
+
 }  // namespace mxfp4_moe

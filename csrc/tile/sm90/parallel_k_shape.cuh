@@ -6,13 +6,15 @@
 
 namespace mxfp4_moe {
 
+// Which tiles have it.
+constexpr bool has_parallel_k(int m, int n) { return m == 8 && n == 64; }
+
 // kParts_ K tiles are multiplied at once, each by 64 / kWarpRows_ warps. More rows per warp expand the activations
 // fewer times; more parts shorten a tile's own time but hold more stages. Two blocks of 8 multiplying warps take 13
 // warps each, 72 registers a thread, and eight stages. Three blocks per SM would leave four stages and 48 registers.
 template <class Tile_, int kParts_ = 4, int kWarpRows_ = 32, int kBlocks_ = 2>
 struct ParallelKShape : Tile_ {
   using Tile = Tile_;
-  static constexpr bool kIsParallelK = true;
   static constexpr bool kUnrollsStages = false;  // for produce(): tiles begin at any stage
   static constexpr int kParts = kParts_;
   static constexpr int kWarpRows = kWarpRows_;
@@ -41,7 +43,7 @@ struct ParallelKShape : Tile_ {
   static constexpr int kColumnOffset = Smem::kAmax + Tile::kAmaxBytes;
   static constexpr int kSmemBytes = Smem::kBytes;
 
-  static_assert(Tile::kSwap && Tile::M == 8 && Tile::N == kWeightBlockRows && Tile::kFragM == 1,
+  static_assert(Tile::kSwap && has_parallel_k(Tile::M, Tile::N) && Tile::N == kWeightBlockRows && Tile::kFragM == 1,
                 "this kernel is written for 8 rows and one weight block");
   static_assert(kWarpRows == 16 || kWarpRows == 32 || kWarpRows == 64, "a warp has 1, 2 or 4 fragments");
   static_assert(kStages >= kParts && kStages % kParts == 0, "a stage always belongs to the same part");

@@ -271,4 +271,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, FoldedActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
 }
 
+template <int M, int N>
+constexpr auto kernel_of(WgmmaShape<M, N>*) {
+  return grouped_gemm_wgmma<WgmmaShape<M, N>>;
+}
+
 }  // namespace mxfp4_moe

@@ -2,12 +2,15 @@
 // and set, and activation rows its N.
 #pragma once
 
-#include <type_traits>
-
 #include "tile/sm90/bf16_shape.cuh"
-#include "tile/sm90/mma_sync_shape.cuh"
 
 namespace mxfp4_moe {
+
+// Which tiles have it: below 32 rows mma.sync needs fewer instructions (mma_sync_kernel.cuh); two warpgroups' registers
+// hold the sums of 256 x 128, and one that had a multiprocessor to itself would be alone.
+constexpr bool has_wgmma(int m, int n) {
+  return m >= 32 && (n == 128 || (n == 64 && m <= 128) || (n == 256 && m <= 64));
+}
 
 // With few activation rows a warpgroup has two sets of 64 weight rows, which share what it costs to pass barriers and
 // to describe operands; with more, two sets' sums would leave registers for too few warps.
@@ -22,10 +25,6 @@ template <int M, int N>
 struct WgmmaTile : Bf16Tile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)> {
   using Tile = Bf16Tile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)>;
 
-  // Which tiles have it: below 32 rows mma.sync needs fewer instructions (mma_sync_kernel.cuh); two warpgroups'
-  // registers hold the sums of 256 x 128, and one that had a multiprocessor to itself would be alone.
-  static constexpr bool kExists = M >= 32 && (N == 128 || (N == 64 && M <= 128) || (N == 256 && M <= 64));
-  static constexpr bool kIsWgmma = true;
   static constexpr bool kFoldsOutput = true;
   static constexpr int kBoxRows = 16;  // a tile with few rows loads few
   // Tiles of few rows are taken as narrow as their rows are, those of many no narrower than this.
@@ -60,9 +59,5 @@ struct WgmmaTile : Bf16Tile<M, N, 16 * wgmma_row_sets(M, N), wgmma_threads(M, N)
 
 template <int M, int N>
 struct WgmmaShape : Bf16Layout<WgmmaTile<M, N>> {};
-
-// The shape of a tile's kernel for folded activations, if that exists.
-template <int M, int N>
-using FoldedOrWgmmaShape = std::conditional_t<M <= 16, MmaSyncShape<M, N>, WgmmaShape<M, N>>;
 
 }  // namespace mxfp4_moe
