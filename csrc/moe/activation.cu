@@ -180,8 +180,9 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
   const int rows_of_block = args.rows < kManyRows ? 1 : kRowsOfBlock;
   const int blocks = (args.rows + rows_of_block - 1) / rows_of_block;
   const dim3 grid((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, blocks < kMaxGridY ? blocks : kMaxGridY);
-  return args.rows < kManyRows ? launch(kernel, grid, kThreads, 0, stream, args, rows_of_block)
-                               : launch_with_most_l1(kernel, grid, kThreads, stream, args, rows_of_block);
+  LaunchOptions options;
+  options.most_l1 = args.rows >= kManyRows;
+  return launch_with(options, kernel, grid, kThreads, stream, args, rows_of_block);
 }
 
 }  // namespace mxfp4_moe

@@ -7,7 +7,8 @@
 #include <cuda_fp16.h>
 
 #include "moe/kernels.h"
-#include "moe/launch.cuh"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
 
 namespace mxfp4_moe {
 

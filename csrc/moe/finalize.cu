@@ -10,7 +10,8 @@
 #include <type_traits>
 
 #include "moe/halves.cuh"
-#include "moe/launch.cuh"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
 
 namespace mxfp4_moe {
 namespace {
@@ -101,7 +102,9 @@ template <HalfType kType, int kColumns>
 cudaError_t launch_columns(const FinalizeArgs& args, cudaStream_t stream) {
   const int lanes = args.hidden_size / kColumns;
   const dim3 grid((lanes + kThreads - 1) / kThreads, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
-  return launch_in_order(finalize_kernel<kType, kColumns>, grid, kThreads, stream, args);
+  LaunchOptions in_order;
+  in_order.early = false;
+  return launch_with(in_order, finalize_kernel<kType, kColumns>, grid, kThreads, stream, args);
 }
 
 template <HalfType kType>

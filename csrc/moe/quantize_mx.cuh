@@ -7,8 +7,9 @@
 #pragma once
 
 #include "moe/kernels.h"
-#include "moe/launch.cuh"
+#include "moe/warps.cuh"
 #include "shared/folded.cuh"
+#include "shared/launch.cuh"
 #include "shared/mxfp8.cuh"
 #include "shared/scale_layout.cuh"
 

@@ -19,7 +19,8 @@
 
 #include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
-#include "moe/launch.cuh"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
 #include "shared/schedule.cuh"
 
 namespace mxfp4_moe {
@@ -303,16 +304,17 @@ cudaError_t launch_one_cluster(Kernel kernel, int64_t work, int chosen_slots, co
     warps /= 2;
   }
   const size_t most_chosen = chosen_slots == 0 ? 0 : chosen_slots / blocks + kMaxTopK;
-  const size_t smem_bytes =
-      (static_cast<size_t>(warps) * experts + kTables * (experts + 1) + most_chosen) * sizeof(int);
-  if (smem_bytes > 48 * 1024) {
+  LaunchOptions options;
+  options.smem_bytes = (static_cast<size_t>(warps) * experts + kTables * (experts + 1) + most_chosen) * sizeof(int);
+  options.cluster_blocks = blocks;
+  if (options.smem_bytes > 48 * 1024) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(options.smem_bytes));
     if (error != cudaSuccess) {
       return error;
     }
   }
-  return launch(kernel, dim3(blocks), warps * kWarpSize, smem_bytes, stream, ClusterOf{blocks}, args...);
+  return launch_with(options, kernel, dim3(blocks), warps * kWarpSize, stream, args...);
 }
 
 template <typename Logit>

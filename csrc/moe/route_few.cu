@@ -10,7 +10,8 @@
 // kernel of one block (docs/decisions.md).
 #include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
-#include "moe/launch.cuh"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
 #include "shared/schedule.cuh"
 
 namespace mxfp4_moe {

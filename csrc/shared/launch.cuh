@@ -18,31 +18,58 @@ namespace mxfp4_moe {
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-// Blocks that run at once and see each other's shared memory; 1: no cluster.
-struct ClusterOf {
-  int blocks;
+// What a launch asks for beside grid, threads and stream.
+struct LaunchOptions {
+  size_t smem_bytes = 0;   // dynamic
+  int cluster_blocks = 1;  // that run at once and see each other's shared memory; 1: no cluster
+  bool early = true;       // by the rule above; else when the kernels before this one are done
+  // On SMs that have given their shared memory back to L1: loads in flight need lines there, and behind a GEMM's block
+  // there are few. An SM changes over when nothing runs on it.
+  bool most_l1 = false;
 };
 
+// Whether launches may say how L1 and shared memory are split: since CUDA 12.5, and older drivers serve CUDA 12 wheels.
+inline bool driver_takes_carveout() {
+  static const bool it_does = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12050;
+  }();
+  return it_does;
+}
+
 template <typename Kernel, typename... Args>
-cudaError_t launch(Kernel kernel, dim3 grid, int threads, size_t smem_bytes, cudaStream_t stream, ClusterOf cluster,
-                   const Args&... args) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster.blocks), 1, 1};
+cudaError_t launch_with(const LaunchOptions& options, Kernel kernel, dim3 grid, int threads, cudaStream_t stream,
+                        const Args&... args) {
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem_bytes;
+  config.dynamicSmemBytes = options.smem_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster.blocks > 1 ? 2 : 1;
+  const auto ask = [&](cudaLaunchAttributeID id) -> cudaLaunchAttributeValue& {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = id;
+    return attribute.val;
+  };
+  if (options.early) {
+    ask(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.cluster_blocks > 1) {
+    ask(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(options.cluster_blocks), 1, 1};
+  }
+  if (options.most_l1 && driver_takes_carveout()) {
+    ask(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = cudaSharedmemCarveoutMaxL1;
+  }
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
+
+// The usual launch: early.
 template <typename Kernel, typename... Args>
 cudaError_t launch(Kernel kernel, dim3 grid, int threads, size_t smem_bytes, cudaStream_t stream, const Args&... args) {
-  return launch(kernel, grid, threads, smem_bytes, stream, ClusterOf{1}, args...);
+  LaunchOptions options;
+  options.smem_bytes = smem_bytes;
+  return launch_with(options, kernel, grid, threads, stream, args...);
 }
 
 #endif  // __CUDACC__
