@@ -8,7 +8,9 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
+#include "emulation.h"
 #include "shared/nonlinearities.cuh"
+#include "shared/per_device.h"
 #include "shared/scale_layout.cuh"
 #include "tile_abi.h"
 
@@ -55,6 +57,10 @@ struct RouteArgs {
 };
 // How many blocks every GPU that has clusters can run as one.
 constexpr int kPortableClusterBlocks = 8;
+// Clusters are for GPUs on which they have run; elsewhere one block routes, as it does everywhere for few slots.
+inline int32_t most_cluster_blocks(int32_t device) {
+  return compute_capability_major(device) == 9 && !kEmulatesSm12x ? kPortableClusterBlocks : 1;
+}
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
 // The same for at most kFewSlots, faster; launch_route calls it.
 constexpr int kFewSlots = 128;

@@ -58,4 +58,10 @@ class TileRegistry {
   std::mutex mutex_;
 };
 
+// Those of this process.
+inline TileRegistry& tiles() {
+  static TileRegistry registry;
+  return registry;
+}
+
 }  // namespace mxfp4_moe

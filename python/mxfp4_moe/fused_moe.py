@@ -23,7 +23,7 @@ from .tiles import Tile, select_tile
 from .weights import MoEWeights, split_number
 
 MAX_EXPERTS = 1024  # csrc/moe/kernels.h, kMaxExperts
-MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/operators.cpp, kMaxSlots
+MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/checks.h, kMaxSlots
 DEFAULT_TILE_MN = (128, 128)  # for callers that turn the automatic choice off and name no tile
 
 _HALVES = (torch.bfloat16, torch.float16)
