@@ -1,5 +1,5 @@
-// What the operators check before anything is launched, each saying argument, expected and actual; and how they allocate.
-// Letters as in kernels.h.
+// What the operators check before anything is launched, each saying argument, expected and actual; and how they
+// allocate. Letters as in kernels.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -3,7 +3,7 @@
 // in   gemm2 [R, H] bf16 or fp16 in expert order; bias [E, H] fp32 or none; topk_weights [T, k] fp32; slot_row [T * k]
 // out  out [T, H] of gemm2's dtype:  acc = 0; for j in 0 .. k-1: acc = fma(weight_j, row_j + bias_j, acc)
 // in fp32 and rounded once. Slots without a row (id < 0 or >= E) contribute nothing; a token with none is zero.
-// Called by operators.cpp after GEMM2.
+// Called by layer.cpp after GEMM2.
 // Why it is fast, and the same every time: each lane owns 8 columns of one token (of few tokens 2) and gathers the k
 // rows itself, four loads in flight, in the fixed order of j. One pass, no atomics, every byte read once. It is
 // the one kernel of a layer that does not start before the one before it is done (docs/decisions.md).

@@ -1,8 +1,8 @@
 // The kernels around the two grouped GEMMs, and the router's, as host functions: arguments in, launch error out.
 //
 // Everything here is asynchronous on the given stream, reads no device memory from the host and sizes its grids from
-// shapes alone, so that a CUDA graph captures it. Callers (operators.cpp) have checked shapes, dtypes and alignment.
-// Letters: T tokens, k experts per token, R = T * k slots and rows, E experts, H hidden, I intermediate.
+// shapes alone, so that a CUDA graph captures it. Callers (layer.cpp, operators.cpp) have checked shapes, dtypes and
+// alignment. Letters: T tokens, k experts per token, R = T * k slots and rows, E experts, H hidden, I intermediate.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -5,8 +5,8 @@
 //      kMaxInputScale, NaN among them, becomes a poisoned block, as a NaN in bf16 does
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
 //      or, instead of codes, folded bf16 [R, H] (shared/folded.cuh)
-// Called by operators.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes
-// to. Rows past the valid count are not touched.
+// Called by layer.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
+// Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
 // one 16-byte load and, folded, one 16-byte store per row, a quad finds amax with two shuffles, and a half-warp writes
 // one scale word. Four choices' row numbers are asked for at once.
@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
-// 2^121, twice what a quantizer that rounds up makes of the largest bf16: above it, what the tiles multiply a scale by
-// for their own ends (2^6 on SM90) leaves fp32. reference.MXFP8_INPUT_SCALE_MAX is the same number.
+// The byte of 2^121, twice the largest scale that a quantizer that rounds up makes of bf16 values. SM90's kernels
+// multiply scales by 2^6, which overflows fp32 beyond it. reference.MXFP8_INPUT_SCALE_MAX is the same number.
 constexpr uint32_t kMaxInputScale = 248;
 
 // With more tokens than this, a thread has several at once: then all of them are read and quantized while route runs.

@@ -1,5 +1,5 @@
-// What follows the main loop: accumulators to memory, as sums (here) or as GEMM1's activation (swiglu_epilogue.cuh), and
-// the walk over a block's output tiles around both.
+// What follows the main loop: accumulators to memory, as sums (here) or as GEMM1's activation (swiglu_epilogue.cuh),
+// and the walk over a block's output tiles around both.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -170,8 +170,8 @@ uint64_t weight_hint(const Mxfp4MoeGemmArgs& a) {
   return experts * weight_bytes(a.n, a.k) > Shape::Arch::kFewWeightBytes ? kEvictNormal : kEvictFirst;
 }
 
-// m-tiles times tiles along n, at most: the host knows only a bound of the m-tiles, which with few tokens is nearly what
-// there is.
+// m-tiles times tiles along n, at most: the host knows only a bound of the m-tiles, which with few tokens is nearly
+// what there is.
 template <class Shape>
 int64_t max_output_tiles(const Mxfp4MoeGemmArgs& a) {
   return static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);

@@ -4,13 +4,14 @@
 // activations as ldmatrix brings them, one 32-bit word of eight FP4 codes per lane, row and step, and per K tile one
 // 32-bit word of four E8M0 scales in the lanes from which SM12x reads them with thread selector 0: A's row g from lane
 // 4g, row g+8 from lane 4g+1, B's column g from lane 4g. The selector picks the word's scale, 0 to 3. A side has
-//   Fragment               what the instruction takes of 8 rows: eight k per lane, in the same order for both operands;
-//   expand_act, expand_weight        make it of those registers
-//   ScaleA, ScaleB         what it takes of the scales;
-//   share_scale_a, share_scale_b     make it of those words
-//   mx_mma                 D += A . B, scaled
-//   kSelectorIsImmediate   whether the selector must be a constant
-//   kAccumulatorUnit       what an accumulator counts
+//   Fragment                       what the instruction takes of 8 rows: eight k per lane, in the same order for both
+//                                  operands
+//   expand_act, expand_weight      those registers to a Fragment
+//   ScaleA, ScaleB                 what the instruction takes of the scales
+//   share_scale_a, share_scale_b   those words to a ScaleA, a ScaleB
+//   mx_mma                         D += A . B, scaled
+//   kSelectorIsImmediate           whether the selector must be a constant
+//   kAccumulatorUnit               what an accumulator counts
 #pragma once
 
 #include "tile/lane_maps.cuh"

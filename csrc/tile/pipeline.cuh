@@ -2,8 +2,8 @@
 // that multiply, and the life of a block. A kernel brings a shape (stages, shared memory, warps), the loads of its
 // activations and what it does with a stage.
 //
-// One producer warp keeps kStages TMA loads in flight while the other warps compute, and runs ahead into the next output
-// tile while they store. Blocks are persistent (shared/schedule.cuh).
+// One producer warp keeps kStages TMA loads in flight while the other warps compute, and runs ahead into the next
+// output tile while they store. Blocks are persistent (shared/schedule.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -70,8 +70,8 @@ struct SharedStorage {
   }
 };
 
-// volatile, here and below: what a tile needs before and after its main loop is had twice rather than held in
-// registers through the loop.
+// volatile, here and below, so that what is needed before and after a main loop is read twice, instead of being held in
+// a register through the loop.
 __device__ __forceinline__ int lane_id() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
@@ -99,8 +99,8 @@ __device__ __forceinline__ int32_t load_num_m_tiles(const GemmParams& p) {
 // The same in all lanes of a warp, so that the compiler keeps it, and what follows from it, in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-// The same number, but unknown to the compiler: what is computed from it after the main loop is computed anew, instead of
-// held in registers through it.
+// The same number, but unknown to the compiler: what is computed from it after the main loop is computed anew, instead
+// of held in registers through it.
 __device__ __forceinline__ int computed_anew(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -124,8 +124,8 @@ struct Ring {
   }
 };
 
-// The warp's arrival at a barrier, after all that its lanes have read or written. `arrives()` is true in one lane, or in
-// as many as shall arrive.
+// The warp's arrival at a barrier, after all that its lanes have read or written. `arrives()` is true in one lane, or
+// in as many as shall arrive.
 template <class Barrier, class Arrives>
 __device__ __forceinline__ void arrive_for_warp(const Barrier* barrier, const Arrives& arrives) {
   asm volatile("" ::: "memory");  // no access may move behind the arrival
@@ -251,9 +251,9 @@ __device__ __forceinline__ void start_block(const GemmParams& p, const Storage& 
   __syncthreads();
 }
 
-// The roles of a block's warps: the first kProducer call compute(warp, lane), the next one loads. Where accumulators want more
-// registers than each thread was started with, the producer brings a whole warpgroup, because registers move between
-// roles only by warpgroups (setmaxnreg).
+// The roles of a block's warps: those before kProducer call compute(warp, lane), kProducer loads. Where accumulators
+// want more registers than each thread starts with, the producer is one warp of a whole warpgroup that gives its own
+// away, because registers move between warpgroups only (setmaxnreg).
 template <class Shape, class ActLoads, class Storage, class Compute>
 __device__ __forceinline__ void run_block(const TensorMaps& maps, const GemmParams& p, const Storage& smem,
                                           const Compute& compute) {

@@ -1,15 +1,15 @@
-// Grouped GEMM, MXFP8 activations x MXFP4 weights: out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
+// The kernel that every tile has on every architecture. Grouped GEMM, MXFP8 activations x MXFP4 weights:
+// out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
 // Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k) with scales as in shared/scale_layout.cuh;
 // weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in shared/weight_layout.cuh; out [rows, n] in fp32,
 // bf16 or fp16, or the activation of it (swiglu_epilogue.cuh). Rows come in m-tiles of one expert each
-// (shared/schedule.cuh). Called by launcher.cuh; one instance per tile extension.
+// (shared/schedule.cuh). Launched by launcher.cuh; one instance per tile and architecture.
 //
-// Fast because: weights stay packed until they are in registers (half the shared memory and its traffic), come in whole
-// blocks as the lanes want them, one 16-byte load for four fragments, and their codes are ordered for the instructions
-// that expand them; one producer warp keeps kStages TMA loads in flight while the other warps compute, and runs ahead
-// into the next output tile while they store; blocks are persistent; and the even/odd order of the activations spares
-// all shuffles: a dot product may visit a block's k in any order as long as both operands agree.
+// Fast because: weights stay packed until they are in registers, which halves the shared memory and its traffic; they
+// come in whole blocks, laid out for the lanes, one 16-byte load for four fragments; their codes are ordered for the
+// instructions that expand them; loads run ahead of the MMAs (pipeline.cuh); and the even/odd order of the activations
+// spares all shuffles: a dot product may visit a block's k in any order as long as both operands agree.
 //
 // Every output element is one fp32 chain over the K blocks in order, whatever the tile: no split along K, no reduction
 // across threads. That is why all tiles give the same bits.
@@ -108,8 +108,8 @@ struct WeightScales {
 
 // One K tile: four steps. Where the MMA takes scale selectors they are constants, so the steps are unrolled; elsewhere
 // the largest warp tiles loop, which keeps the scheduler from hoisting more operands than there are registers. word_a
-// and word_b hold this lane's scale words (scale_a_row, scale_b_col). Sharing them among lanes is free on SM12x;
-// elsewhere it doubles their registers, so the largest warp tiles share A's in every step anew.
+// and word_b hold this lane's scale words (scale_a_row, scale_b_col). On SM12x share_scale_a and _b do nothing; on SM90
+// they double the registers, so the largest warp tiles call share_scale_a in every step.
 template <class Shape>
 __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const uint8_t* act_stage,
                                            uint32_t act_at, const uint8_t* weight_stage, uint32_t weight_at,

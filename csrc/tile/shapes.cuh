@@ -1,5 +1,5 @@
-// Which kernels a tile has on its arch, and what that means to a layer. Host code: tests compile it alone, and tiles.py's
-// kernels_of mirrors it.
+// Which kernels a tile has on its arch, and what that means to a layer. Host code: tests compile it alone, and
+// tiles.py's kernels_of mirrors it.
 #pragma once
 
 #include <type_traits>

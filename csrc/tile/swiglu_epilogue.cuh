@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
     numbers = {of_expert(a.alpha, m_tile.expert), of_expert(a.beta, m_tile.expert), of_expert(a.limit, m_tile.expert)};
   const int col0 = tile_n0 + weight_row0;
   const int valid = m_tile.row_end - m_tile.row_begin;
-  // Fragments without a row; only the widest tiles gain by asking.
+  // Fragments without a row are skipped where tiles are wide; elsewhere asking costs more than it saves.
   const auto is_empty = [&](int f) { return Shape::kFolded && f * 8 >= valid; };
   const auto round_all = [&] {
 #pragma unroll
@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
 
   const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(Shape::kMmaWarps * 32) : "memory"); };
   const auto act_row = [&](int f, int r) { return act_row0 + (kSwap ? f * 8 + 2 * t + r : f * 16 + 8 * r + g); };
-  sync();  // nobody reads the table of the tile before any more
+  sync();  // all have read the table of the output tile before
 #pragma unroll
   for (int f = 0; f < kActFrags; ++f) {
     if (is_empty(f)) continue;

@@ -41,8 +41,8 @@ struct TileShape {
   static constexpr int kFragM = kWarpM / 16;
   static constexpr int kFragN = kWarpN / 8;
   static constexpr int kAccumulators = kFragM * kFragN * 4;
-  // One warp produces. Where eight warps hold large accumulators it brings a whole warpgroup, because registers move
-  // between roles only by warpgroups (setmaxnreg): 12 x 168 = 8 x 232 + 4 x 40.
+  // One warp produces. Where eight warps hold large accumulators it is one of a whole warpgroup, which gives registers
+  // away (setmaxnreg): 12 x 168 = 8 x 232 + 4 x 40.
   static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAccumulators >= 64;
   static constexpr int kMmaRegisters = 232;
   static constexpr int kProducerRegisters = 40;
@@ -92,8 +92,8 @@ struct TileShape {
   static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");
 };
 
-// The kernels that a tile has on an arch beside the plain one, as their shapes, or void: Folded reads folded activations,
-// ParallelK is for few output tiles. In sm12x/shapes.cuh and sm90/shapes.cuh.
+// The kernels that a tile has on an arch beside the plain one, as their shapes, or void: Folded reads folded
+// activations, ParallelK is for few output tiles. In sm12x/shapes.cuh and sm90/shapes.cuh.
 template <class Tile, class Arch = typename Tile::Arch>
 struct ShapesOf;
 

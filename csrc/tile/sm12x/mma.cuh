@@ -1,6 +1,6 @@
-// SM12x's side of mma_mx.cuh: one instruction, mma.sync.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32 (PTX ISA, "Warp
-// level block scaling"), on 8-bit containers (E2M1 in bits 5..2). It fetches the scales from their lanes itself; the
-// selector must be a constant (cute::C): one known only at run time costs a loop around every MMA.
+// SM12x's side of mma_mx.cuh: one instruction, mma.sync.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32 (PTX ISA,
+// "Warp level block scaling"), on 8-bit containers (E2M1 in bits 5..2). It fetches the scales from their lanes itself;
+// the selector must be a constant (cute::C): one known only at run time costs a loop around every MMA.
 #pragma once
 
 #include "tile/lane_maps.cuh"

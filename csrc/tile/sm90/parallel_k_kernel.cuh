@@ -1,24 +1,24 @@
 // The grouped GEMM of tile/plain_kernel.cuh, same operands and same bits, for calls with so few output tiles that the
-// time of one tile is the time of the call: inside a block, K tiles are multiplied several at once. Called by
-// launcher.cuh, SM90.
+// time of one tile is the time of the call: a block multiplies several K tiles at once. SM90, launched by launcher.cuh.
 //
-// Three kinds of warps pass every K tile on, one stage of shared memory each, so nothing waits for the whole block:
-//   producer      loads it, as in tile/plain_kernel.cuh; full[stage]
-//   multipliers   part q of kParts takes K tiles q, q + kParts, ...: all MMAs of the tile, each into zeros, and stores
-//                 these block sums, unscaled, beside the stage; summed[stage]
-//   adders        four warps, take all K tiles in order: multiply each block sum by its two scales and add it to the
-//                 one fp32 accumulator of its output; empty[stage]. After the last they run the epilogue.
-// So the sums themselves are not split: every output is the chain fma(block, scale, acc) over the K blocks in order
-// that tile/plain_kernel.cuh has, operation by operation.
+// Three kinds of warps work on a K tile one after the other, each waiting for its stage alone, never for the block:
+//   producer      loads the K tile; then full[stage]
+//   multipliers   part q of kParts takes K tiles q, q + kParts, ...: all MMAs of the K tile, each into zeros, whose
+//                 results, the block sums, it stores unscaled beside the stage; then summed[stage]
+//   adders        four warps take all K tiles in order: they multiply each block sum by its two scales and add it to
+//                 the one fp32 accumulator of its output; then empty[stage]. After the last K tile they run the epilogue
+// The sum over K is not split: every output is the chain fma(block, scale, acc) over the K blocks in order that
+// tile/plain_kernel.cuh has, operation by operation.
 //
-// Fast because: what is serial, one fma per block, is all that is left in sequence; expanding FP4, most of the
-// instructions, is spread over the parts and free of dependencies among the four steps of a K tile; scales are applied
-// only where an output is real, which with one activation row, the usual case at few tokens, is an eighth of the MMA's
-// results: then two warps have an output in every lane. A part's warps have 32 rows, so that activations are expanded
-// half as often; and while the adders store a tile, the others are at the next one.
+// Fast because: one fma per block is all that is left in sequence; expanding FP4, most of the instructions, is spread
+// over the parts, and the four steps of a K tile do not depend on each other; scales are applied only where an output
+// is real. With one activation row, the usual case at few tokens, that is an eighth of the MMA's results, and then two
+// warps hold one output in every lane. A part's warps have 32 rows, so that activations are expanded half as often; and
+// while the adders store an output tile, the others are at the next one.
 //
-// Why no barrier is mistaken for its phase before: kStages is a multiple of kParts, so a stage's K tiles all belong to
-// the same warps, which pass its phases one by one. Adders that sit out a tile meet the others after it (kColumn).
+// No wait can take a barrier's phase for the next one: kStages is a multiple of kParts, so a stage's K tiles all belong
+// to the same warps, which pass its phases one by one. Adders that sit out an output tile meet the others after it, at
+// the column of sums (kColumnOffset).
 #pragma once
 
 #include "tile/epilogue.cuh"

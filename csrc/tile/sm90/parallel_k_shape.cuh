@@ -1,5 +1,5 @@
-// What the kernel of parallel K tiles (parallel_k_kernel.cuh) makes of a tile: warps, stages, shared memory. Written for the
-// smallest swapped tile, 8 activation rows by the 64 weight rows of one weight block.
+// What the kernel of parallel K tiles (parallel_k_kernel.cuh) makes of a tile: warps, stages, shared memory. Written
+// for the smallest swapped tile, 8 activation rows by the 64 weight rows of one weight block.
 #pragma once
 
 #include "tile/tile_shape.cuh"
