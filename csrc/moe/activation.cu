@@ -12,7 +12,7 @@
 // Why it is fast: neighbouring lanes share two groups of outputs, so that every load of a warp takes whole 32-byte
 // sectors, and exchange four results; a block keeps the biases of its columns while the rows' expert is the same; with
 // many rows L1 is as large as it can be; and the result never leaves registers before it is MXFP8.
-#include "moe/quantize_mx.cuh"
+#include "moe/mx_rows.cuh"
 #include "shared/nonlinearities.cuh"
 
 namespace mxfp4_moe {

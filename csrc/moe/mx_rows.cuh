@@ -3,7 +3,8 @@
 // A quad of lanes holds one block of 32 values, lane q the values k = 8q .. 8q+7. Lanes of a half-warp hold the four
 // blocks of one K tile of 128 values, so that their scale bytes leave as one 32-bit word.
 // Codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants. Or,
-// for kernels that want them so, rows are folded into bf16 (shared/folded.cuh). Used by quantize.cu and activation.cu.
+// for kernels that want them so, rows are folded into bf16 (shared/folded.cuh). Used by quantize_permute.cu, permute.cu
+// and activation.cu.
 #pragma once
 
 #include "moe/kernels.h"
