@@ -217,8 +217,10 @@ const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   using FoldedOrPlain = std::conditional_t<Has::kHasFolded, typename Has::Folded, Tile>;
   if (const char* why = folded ? check_arguments<FoldedOrPlain>(a, refuse) : check_arguments<Tile>(a, refuse))
     return why;
-  if (folded && !Has::kHasFolded)
+  if ((folded || a.kernel == MXFP4_MOE_KERNEL_FOLDED) && !Has::kHasFolded)
     return refuse("kernel: tile (%d, %d) has no kernel for folded activations on this GPU", Tile::M, Tile::N);
+  if (a.kernel == MXFP4_MOE_KERNEL_FOLDED && !folded)
+    return refuse("act_format: expected 1 (folded) with kernel 3 (folded), got %d", a.act_format);
   if (a.kernel == MXFP4_MOE_KERNEL_PARALLEL_K && !Has::kHasParallelK)
     return refuse("kernel: tile (%d, %d) has no split-K kernel for this GPU", Tile::M, Tile::N);
   if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;

@@ -132,7 +132,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<int32_t>(experts),
       /*m_tiles_are_ready=*/0,  // who knows which kernel made them
       folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8,
-      folded ? int32_t{MXFP4_MOE_KERNEL_BY_SIZE} : static_cast<int32_t>(kernel),
+      static_cast<int32_t>(kernel),
       /*activate=*/{},
       current_stream(device),
   };
