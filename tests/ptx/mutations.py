@@ -141,8 +141,8 @@ COORDINATES = [
         "one m-tile too many",
         source=(
             EPILOGUE,
-            "uniform(load_num_m_tiles(p)) * num_n_tiles;\n    const auto",
-            "(uniform(load_num_m_tiles(p)) + 1) * num_n_tiles;\n    const auto",
+            "uniform(load_num_m_tiles(p)) * num_n_tiles();\n    const auto",
+            "(uniform(load_num_m_tiles(p)) + 1) * num_n_tiles();\n    const auto",
         ),
     ),
     Mutation(
@@ -223,7 +223,7 @@ ORDER = [
     ),
     Mutation(
         "another stage released",
-        source=(KERNEL, "arrive_for_warp(smem.empty(s), [&]", "arrive_for_warp(smem.empty(0), [&]"),
+        source=(KERNEL, "if (lane == 0) smem.empty(s)->arrive();", "if (lane == 0) smem.empty(0)->arrive();"),
     ),
     Mutation(
         "activations into another stage",
