@@ -384,9 +384,8 @@ def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> su
         "amax_bytes": "kAmaxBytes",
     }
     names = ", ".join(f'\\"{name}\\": %d' for name in (*fields, "kernels"))
-    values = ", ".join(
-        f"int({member})" for member in (*(f"S::{field}" for field in fields.values()), "Kernels<S>::kMask")
-    )
+    members = (*(f"S::{member}" for member in fields.values()), "Kernels<S>::kMask")
+    values = ", ".join(f"int({member})" for member in members)
     source = folder / "shapes.cpp"
     source.write_text(
         f"""#include <cstdio>

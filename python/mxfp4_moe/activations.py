@@ -37,7 +37,7 @@ class Activation(str, Enum):
 
     @property
     def code(self) -> int:
-        """The number of csrc/moe/kernels.h's enum Activation."""
+        """The number of csrc/shared/nonlinearities.cuh's enum Activation."""
         return _CODES[self]
 
     @property

@@ -222,7 +222,7 @@ def load_manifest(path: Path | None = None) -> Manifest:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Proof: csrc/tile/tile_shape.cuh, statement by statement
+# Proof: csrc/tile/tile_shape.cuh and stages.cuh, statement by statement
 # ----------------------------------------------------------------------------------------------------------------------
 
 TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks

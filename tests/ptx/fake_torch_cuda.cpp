@@ -142,6 +142,7 @@ EXPORT const Field fake_tile_abi[] = {
     FIELD(Mxfp4MoeGemmArgs, act_format),
     FIELD(Mxfp4MoeGemmArgs, act_format),
     FIELD(Mxfp4MoeGemmArgs, act_format),
+    FIELD(Mxfp4MoeGemmArgs, act_format),
     FIELD(Mxfp4MoeGemmArgs, kernel),
     FIELD(Mxfp4MoeGemmArgs, activate),
     FIELD(Mxfp4MoeGemmArgs, stream),

@@ -6,7 +6,7 @@
 //   multipliers   part q of kParts takes K tiles q, q + kParts, ...: all MMAs of the K tile, each into zeros, whose
 //                 results, the block sums, it stores unscaled beside the stage; then summed[stage]
 //   adders        four warps take all K tiles in order: they multiply each block sum by its two scales and add it to
-//                 the one fp32 accumulator of its output; then empty[stage]. After the last K tile they run the epilogue
+//                 the one fp32 accumulator of its output; then empty[stage]. After the last they run the epilogue
 // The sum over K is not split: every output is the chain fma(block, scale, acc) over the K blocks in order that
 // tile/plain_kernel.cuh has, operation by operation.
 //
