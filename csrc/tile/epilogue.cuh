@@ -105,8 +105,9 @@ struct OutputTiles {
   const SharedStorage<Shape>& smem;
 
   __device__ __forceinline__ void operator()(int warp, int lane) const {
-    const int num_n_tiles = ceil_div(p.n, Shape::N);
-    const int num_tiles = Shape::kKeepsNothing ? 0 : uniform(load_num_m_tiles(p)) * num_n_tiles;
+    const int kept_n_tiles = ceil_div(p.n, Shape::N);
+    const auto num_n_tiles = [&] { return Shape::kFolded ? ceil_div(p.n, Shape::N) : kept_n_tiles; };
+    const int num_tiles = Shape::kKeepsNothing ? 0 : uniform(load_num_m_tiles(p)) * num_n_tiles();
     const auto is_tile = [&](int tile) {
       return tile < (Shape::kKeepsNothing ? uniform(load_num_m_tiles(p)) * ceil_div(p.n, Shape::N) : num_tiles);
     };
@@ -114,9 +115,9 @@ struct OutputTiles {
     Ring<Shape::kStages> ring;
     for (int tile = blockIdx.x; is_tile(tile); tile += gridDim.x) {
       float acc[Shape::kFragM][Shape::kFragN][4] = {};
-      sum(acc, ring, tile_coord(tile, num_n_tiles));
+      sum(acc, ring, tile_coord(tile, num_n_tiles()));
       if constexpr (Sum::kUnit != 1.f) multiply_accumulators<Shape>(acc, Sum::kUnit);
-      const TileCoord done = tile_coord(computed_anew(tile), num_n_tiles);
+      const TileCoord done = tile_coord(computed_anew(tile), num_n_tiles());
       const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + done.m);
       const int same_warp = uniform(warp_id());
       store_tile<Shape>(acc, p, m_tile, done.n, warp_m0<Shape>(same_warp), warp_n0<Shape>(same_warp), lane_id,

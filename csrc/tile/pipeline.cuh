@@ -124,13 +124,12 @@ struct Ring {
   }
 };
 
-// The warp's arrival at a barrier, after all that its lanes have read or written. `arrives()` is true in one lane, or
-// in as many as shall arrive.
-template <class Barrier, class Arrives>
-__device__ __forceinline__ void arrive_for_warp(const Barrier* barrier, const Arrives& arrives) {
+// A warp's arrival at a barrier, arrive() by one of its lanes, comes after all that its lanes have read or written.
+template <class Arrive>
+__device__ __forceinline__ void after_all_lanes(const Arrive& arrive) {
   asm volatile("" ::: "memory");  // no access may move behind the arrival
   __syncwarp();
-  if (arrives()) barrier->arrive();
+  arrive();
 }
 
 // --- producer ---------------------------------------------------------------------------------------------------

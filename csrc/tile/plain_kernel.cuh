@@ -197,7 +197,11 @@ struct PlainSum {
       else
         mma_k_tile<Shape>(acc, smem.act(s), act_lane, smem.weight(s), weight_lane, act_word, weight_word);
     };
-    const auto release = [&](int s) { arrive_for_warp(smem.empty(s), [&] { return lane == 0; }); };
+    const auto release = [&](int s) {
+      after_all_lanes([&] {
+        if (lane == 0) smem.empty(s)->arrive();
+      });
+    };
     if constexpr (Shape::kUnrollsStages) {
       // Once around the stages at a time, so that all their addresses are constants. Every output tile begins at stage
       // 0; in its last round, stages without a K tile only pass the barriers.

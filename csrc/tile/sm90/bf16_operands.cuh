@@ -38,7 +38,9 @@ struct FoldedActLoads {
 // The warp has read all that it wants of a stage.
 template <class Shape>
 __device__ __forceinline__ void release(const SharedStorage<Shape>& smem, int stage) {
-  arrive_for_warp(smem.empty(stage), [] { return cute::elect_one_sync(); });
+  after_all_lanes([&] {
+    if (cute::elect_one_sync()) smem.empty(stage)->arrive();
+  });
 }
 
 // --- weights ----------------------------------------------------------------------------------------------------
@@ -69,16 +71,19 @@ __device__ __forceinline__ void expand_rows(uint32_t (&a)[8], const uint32_t* wo
 struct Places {
   uint32_t words, scales;
 };
-// The first of this lane's weight rows in the tile.
+// The first of this lane's weight rows in the tile: in its block, and where the block is in a stage.
+struct FirstRow {
+  int in_block;
+  uint32_t block;
+};
 template <class Shape>
-__device__ __forceinline__ int first_row() {
-  return warp_id() * Shape::kWarpM + lane_id() / 4;
+__device__ __forceinline__ FirstRow first_row() {
+  const int row = warp_id() * Shape::kWarpM + lane_id() / 4;
+  return {row % kWeightBlockRows, static_cast<uint32_t>(row / kWeightBlockRows * kWeightBlockBytes)};
 }
-__device__ __forceinline__ Places places(int first_row) {
-  const int row_in_block = first_row % kWeightBlockRows;
-  const uint32_t block = first_row / kWeightBlockRows * kWeightBlockBytes;
-  return {block + weight_word_in_block(row_in_block, 0, lane_id() % 4),
-          block + weight_scale_word_in_block(row_in_block)};
+__device__ __forceinline__ Places places(const FirstRow& row) {
+  return {row.block + weight_word_in_block(row.in_block, 0, lane_id() % 4),
+          row.block + weight_scale_word_in_block(row.in_block)};
 }
 
 // The scales of a lane's weight rows in a stage: of each set of 16 rows, g and g + 8.

@@ -149,7 +149,7 @@ struct MmaSyncSum {
 
   __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
                                              const TileCoord& coord) const {
-    const int row = first_row<Shape>();
+    const FirstRow row = first_row<Shape>();
     const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
     const Places at = places(row);
     const uint32_t act_at = act_chunk(lane_id() % 8, lane_id() / 8);  // what this lane names for ldmatrix in step 0

@@ -128,7 +128,9 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const ParallelKSto
           }
         }
       }
-      arrive_for_warp(smem.summed(s), [&] { return lane < 1; });
+      after_all_lanes([&] {
+        if (lane == 0) smem.summed(s)->arrive();
+      });
       ring.skip(Shape::kParts);
     }
     kt -= num_k_tiles;
@@ -161,7 +163,9 @@ __device__ __forceinline__ void add(const GemmParams& p, const ParallelKStorage<
         wait_for(smem.summed(ring.stage), ring.phase);
         wait_for(smem.full(ring.stage), ring.phase);  // long complete; this shows the copied scales to this warp too
         take(ring.stage);
-        arrive_for_warp(smem.empty(ring.stage), [&] { return lane < arrivals; });
+        after_all_lanes([&] {
+          if (lane < arrivals) smem.empty(ring.stage)->arrive();
+        });
         ring.advance();
       }
     };

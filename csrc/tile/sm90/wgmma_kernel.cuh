@@ -253,7 +253,7 @@ struct WgmmaSum {
 
   __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
                                              const TileCoord& coord) const {
-    const int row = first_row<Shape>();
+    const FirstRow row = first_row<Shape>();
     const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
     const Places at = places(row);
     if (!has_far)
