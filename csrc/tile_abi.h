@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 4
+#define MXFP4_MOE_TILE_ABI_VERSION 5
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -18,12 +18,19 @@ enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT16 = 2,
 };
 
-// Which kernel of a tile runs. All give the same bits.
+// The form of the rows that a GEMM reads.
+enum Mxfp4MoeActFormat {
+  MXFP4_MOE_ACT_MXFP8 = 0,
+  MXFP4_MOE_ACT_FOLDED = 1,  // bf16, for MMAs that take no scales (shared/folded.cuh)
+};
+
+// The kernels of a tile. All give the same bits. A layer asks for BY_SIZE; the other numbers are for tests, and for
+// Mxfp4MoeTileFacts::kernels.
 enum Mxfp4MoeKernel {
-  MXFP4_MOE_KERNEL_BY_SIZE = 0,  // the rule in tile/launcher.cuh
-  MXFP4_MOE_KERNEL_PLAIN = 1,    // tile/kernel.cuh, which every tile has
-  MXFP4_MOE_KERNEL_SPLIT_K = 2,  // tile/split_k.cuh; a tile without it refuses
-  MXFP4_MOE_KERNEL_FOLDED = 3,   // tile/folded_kernel.cuh or wgmma_kernel.cuh, for folded activations (tile/folded.cuh)
+  MXFP4_MOE_KERNEL_BY_SIZE = 0,     // the rule in tile/launcher.cuh: by act_format and the call's size
+  MXFP4_MOE_KERNEL_PLAIN = 1,       // tile/plain_kernel.cuh, which every tile has
+  MXFP4_MOE_KERNEL_PARALLEL_K = 2,  // tile/sm90/parallel_k_kernel.cuh; a tile without it refuses
+  MXFP4_MOE_KERNEL_FOLDED = 3,      // tile/sm90/, for folded activations (shared/folded.cuh)
 };
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
@@ -48,9 +55,9 @@ enum Mxfp4MoeFusedActivation {
 };
 
 // GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
-// of `out`, the activation (tile/activation.cuh) is written, as the MXFP8 rows that GEMM2 reads.
+// of `out`, the activation (shared/nonlinearities.cuh) is written, as the MXFP8 rows that GEMM2 reads.
 typedef struct {
-  uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded bf16 (folds_output); null: no activation
+  uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded (gemm2_format); null: no activation
   uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0
   int32_t* has_far;    // device memory, one value: set to 1 where output is folded and a block is far
   const float* bias;   // [experts, n] or null
@@ -63,8 +70,8 @@ typedef struct {
 typedef struct {
   const void* act;         // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or folded
   const void* act_scale;   // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
-  const int32_t* has_far;  // device memory, one value: whether any row has a far block; read where the kernel is FOLDED
-  const void* weight;      // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in tile/weight_layout.cuh
+  const int32_t* has_far;  // device memory, one value: whether any row has a far block; read where act is folded
+  const void* weight;      // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in shared/weight_layout.cuh
   void* out;               // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value
@@ -77,12 +84,14 @@ typedef struct {
   // Nonzero: the m-tiles were written by a kernel that was complete when the one just before this was running, so that
   // weights may be fetched before that one is done (programmatic dependent launch).
   int32_t m_tiles_are_ready;
-  int32_t kernel;  // Mxfp4MoeKernel
+  int32_t act_format;  // Mxfp4MoeActFormat
+  int32_t kernel;      // Mxfp4MoeKernel
   Mxfp4MoeActivate activate;
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;
 
-// What the compiler was told for one arch; compared after each build with the proof in tiles.py.
+// What a tile is on one arch: its plain kernel, as the compiler was told, and what a layer has to know. Compared after
+// each build with the proof in tiles.py.
 typedef struct {
   const char* arch;  // "90a" or "120f"
   int32_t tile_m, tile_n, swap_ab;
@@ -92,20 +101,19 @@ typedef struct {
   int32_t smem_bytes;  // dynamic shared memory of one block
   int32_t blocks_per_sm;
   int32_t accumulator_registers;  // per thread
+  int32_t kernels;                // bit 1 << Mxfp4MoeKernel of each kernel that it has
+  int32_t activates;              // whether Mxfp4MoeGemmArgs::activate may be set
+  // Mxfp4MoeActFormat of the rows that a layer gives GEMM1, and of those that GEMM1's epilogue writes for GEMM2. A tile
+  // that reads folded rows reads MXFP8 too.
+  int32_t gemm1_format, gemm2_format;
 } Mxfp4MoeTileFacts;
 
 typedef struct {
   uint32_t abi_version;
   int32_t tile_m, tile_n, swap_ab;
-  int32_t activates;  // whether Mxfp4MoeGemmArgs::activate may be set
-  // Compute capability (major) of the GPUs on which a layer runs its FOLDED kernel, or 0.
-  int32_t folded_major;
-  // Whether that one folds the activations that it writes too, so that GEMM2 is the FOLDED kernel as well. If not,
-  // GEMM2 reads MXFP8.
-  int32_t folds_output;
-  int32_t num_archs;
-  const Mxfp4MoeTileFacts* const* facts;  // num_archs of them
-  // nullptr when launched, else the reason (valid until this thread's next call).
+  // Of the arch whose machine code this device runs; nullptr when there is none.
+  const Mxfp4MoeTileFacts* (*facts_of)(int32_t device);
+  // Runs on the current device. nullptr when launched, else the reason (valid until this thread's next call).
   const char* (*launch)(const Mxfp4MoeGemmArgs* args);
 } Mxfp4MoeTile;
 

@@ -60,7 +60,9 @@ def settings(**env: str) -> Settings:
 
 
 def make_plan(chosen: Settings) -> Plan:
-    return plan(chosen, TOOLS, LIMITS, [Path("csrc/moe/route.cu"), Path("csrc/moe/ops.cpp")], Path("build/x/ninja"))
+    return plan(
+        chosen, TOOLS, LIMITS, [Path("csrc/moe/route.cu"), Path("csrc/moe/operators.cpp")], Path("build/x/ninja")
+    )
 
 
 def code_of(*lines: str, kernel: str) -> Code:

@@ -1,4 +1,4 @@
-"""The stand-in for SM12x's MMA (csrc/tile/emulated_mma.cuh), a whole warp's registers on the host, against its rule.
+"""The stand-in for SM12x's MMA (csrc/tile/sm12x/emulated_mma.cuh), a warp's registers on the host, against its rule.
 
 What is tested is the function that the GPU runs; on the GPU, shuffles fetch the other lanes' registers. Expected values
 are `arithmetic.block_scaled_mma`'s, which test_arithmetic.py holds against mmasim. Which element is in which register

@@ -1,6 +1,6 @@
 """A whole layer of SM12x, from logits or ids to output, kernel by kernel, as PTX on the CPU.
 
-The wheel's own fused_moe makes the launches (csrc/moe/ops.cpp), into one workspace; the kernels run on it in their
+The wheel's own fused_moe makes the launches (csrc/moe/layer.cpp), into one workspace; the kernels run on it in their
 order, each of those that start early before the one before it is known to be done. Everything is exact but the two
 places where an exp stands, router weights and activation: what comes after them is exact given the kernels' own values.
 """
@@ -26,7 +26,7 @@ from mxfp4_moe.weights import MoEWeights
 
 CPU = torch.device("cpu")
 SM12X = of_arch("120f")
-SOURCES = ("route", "route_few", "topk_softmax", "quantize", "activation", "finalize")
+SOURCES = ("route", "route_few", "topk_softmax", "quantize_permute", "permute", "activation", "finalize")
 ROUTER_TOLERANCE = {"rtol": 3e-6, "atol": 1e-30}  # as test_ptx_moe.py
 LAYER_TOLERANCE = 5e-3  # as on a GPU: both sides quantize the same values twice; what is left is exp's last bits
 

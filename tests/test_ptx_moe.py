@@ -163,7 +163,7 @@ def first_of_layer(
 ) -> Run:
     """Of a whole layer's launches, the first `kernels`. What it reads was written by the kernel just before it."""
     recorder = launch.shared_recorder()
-    ptx = [launch.ptx_of_moe(source) for source in (*ROUTES, "quantize", "finalize", "activation")]
+    ptx = [launch.ptx_of_moe(source) for source in (*ROUTES, "quantize_permute", "permute", "finalize", "activation")]
     launch.ptx_of_tile(TILE)
     recorder.register_tile(TILE)
     w13, w2 = (torch.empty(experts, formats.weight_bytes(*shape), dtype=torch.uint8) for shape in layer_shapes(hidden))
@@ -199,7 +199,7 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, tokens: int) 
     ids = ids_of(tokens, top_k, experts, torch.int32, CPU)
     offsets, row_slot, slot_row = reference.route(ids, experts)
     inputs = {"hidden_states": x, "slot_row": slot_row}
-    done = operator(["quantize"], "quantize_permute", x, slot_row, top_k, **inputs, early=["slot_row"])
+    done = operator(["quantize_permute"], "quantize_permute", x, slot_row, top_k, **inputs, early=["slot_row"])
     check_rows(done, *formats.quantize_mxfp8(x), row_slot[: int(offsets[-1])] // top_k)
 
 
@@ -240,7 +240,7 @@ def test_permute_is_exact(width: int, swizzled: bool, tokens: int) -> None:
     ids = ids_of(tokens, top_k, experts, torch.int32, CPU)
     offsets, row_slot, slot_row = reference.route(ids, experts)
     inputs = {"hidden_states": codes, "scale": given, "slot_row": slot_row}
-    done = operator(["quantize"], "permute", codes, given, swizzled, slot_row, top_k, **inputs, early=["slot_row"])
+    done = operator(["permute"], "permute", codes, given, swizzled, slot_row, top_k, **inputs, early=["slot_row"])
     expected = reference.mxfp8_rows(codes, given, "swizzled" if swizzled else "linear")
     check_rows(done, *expected, row_slot[: int(offsets[-1])] // top_k)
 

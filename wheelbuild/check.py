@@ -32,7 +32,7 @@ from wheelbuild.main_loop import MainLoop, find_main_loop
 from wheelbuild.thresholds import THRESHOLDS
 
 LOCAL_MEMORY = ("LDL", "STL")
-SHARED_KERNEL = "12grouped_gemmI"  # csrc/tile/kernel.cuh, as its instances are mangled
+SHARED_KERNEL = "12grouped_gemmI"  # csrc/tile/plain_kernel.cuh, as its instances are mangled
 
 
 def check_archs(library: str, code: Mapping[str, Code], archs: Sequence[str]) -> None:

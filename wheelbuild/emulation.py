@@ -2,8 +2,8 @@
 
 MXFP4_MOE_EMULATE_SM12X=1 (ci/build-emulated.sh) compiles what the arch below compiles to, its stages, warps, containers
 and selectors, as machine code of another, with the one instruction that the other lacks done in integers
-(csrc/tile/emulated_mma.cuh). The version says so, the build report, the doctor and every import; what makes, audits or
-publishes a release refuses it.
+(csrc/tile/sm12x/emulated_mma.cuh). The version says so, the build report, the doctor and every import; what makes,
+audits or publishes a release refuses it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFINE = "-DMXFP4_MOE_EMULATES_SM12X"
 VARIANT = "sm12x.emulated"  # of the version
 
 _TENSOR_CORE = ("QMMA", "HMMA", "HGMMA", "QGMMA", "IMMA", "IGMMA", "OMMA")
-_KERNEL = "12grouped_gemmI"  # csrc/tile/kernel.cuh, as its instances are mangled
+_KERNEL = "12grouped_gemmI"  # csrc/tile/plain_kernel.cuh, as its instances are mangled
 
 
 def refuse_emulated(wheel: Path) -> None:

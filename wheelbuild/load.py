@@ -33,11 +33,6 @@ def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any
         raise BuildError(f"{library} registers no operator of mxfp4_moe")
     if "facts" not in expect:
         return
-    if loaded.get("folded_major") != expect.get("folded_major"):
-        raise BuildError(
-            f"{library} has a kernel for folded activations on compute capability {loaded.get('folded_major')}, "
-            f"expected {expect.get('folded_major')} (0 for none)"
-        )
     if not loaded["entry"]:
         raise BuildError(f"{library} has no address in its attribute 'entry'")
     facts = loaded["facts"]
@@ -59,7 +54,7 @@ def _load(library: Path, module: str) -> dict[str, Any]:
     import torch
 
     before = set(torch._C._dispatch_get_all_op_names())
-    loaded: dict[str, Any] = {"error": None, "facts": None, "entry": None, "folded_major": None}
+    loaded: dict[str, Any] = {"error": None, "facts": None, "entry": None}
     name = f"mxfp4_moe._ext.{module}"
     try:
         loader = importlib.machinery.ExtensionFileLoader(name, str(library.resolve()))
@@ -69,7 +64,6 @@ def _load(library: Path, module: str) -> dict[str, Any]:
         loader.exec_module(extension)
         loaded["facts"] = extension.facts() if hasattr(extension, "facts") else None
         loaded["entry"] = getattr(extension, "entry", None)
-        loaded["folded_major"] = getattr(extension, "folded_major", None)
     except ImportError as error:
         loaded["error"] = str(error)
     names = set(torch._C._dispatch_get_all_op_names()) - before

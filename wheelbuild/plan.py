@@ -110,7 +110,7 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
     """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, a warp's MMAs and what they read.
 
     Activations take two 8 x 16 byte matrices per 8 rows; packed weights one word per lane, four of which stand side by
-    side where the warp has as many groups of 8 rows (csrc/tile/weight_layout.cuh).
+    side where the warp has as many groups of 8 rows (csrc/shared/weight_layout.cuh).
     """
     proof = tile_model.prove(tile, arch)
     act, weight = (proof.warp_n, proof.warp_m) if tile.swap_ab else (proof.warp_m, proof.warp_n)
@@ -282,9 +282,6 @@ class _Planner:
             tile.module: {
                 "ops": [f"mxfp4_moe::grouped_gemm_{tile.name}"],
                 "facts": _facts(tile, self.archs),
-                "folded_major": tile.folded_major
-                if any(a.startswith(str(tile.folded_major)) for a in self.archs)
-                else 0,
             }
             for tile in self.settings.tiles
         }

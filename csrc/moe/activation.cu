@@ -3,16 +3,17 @@
 // in   gemm1 fp32; gated: [R, 2I], columns in groups of 16, 8 gates, then the 8 ups of the same outputs; not gated:
 //      [R, I]; bias likewise [E, 2I] or [E, I]
 // out  codes [R, I] E4M3, each block of 32 stored even k first; scales [ceil(I/128), R padded to 4, 4] E8M0
-// g += bias, u += bias (not gated: x += bias), then the activation (tile/activation.cuh). Asked to, it rounds what it
-// reads from gemm1, and what it quantizes, to bf16 or fp16 (RNE; beyond fp16's range to infinity): so do pipelines that
-// keep these values in the output dtype. alpha, beta and limit are one number, or one per expert.
-// Called by ops.cpp after GEMM1, for the activations and tiles that GEMM1's own epilogue does not take. Rows past the
+// g += bias, u += bias (not gated: x += bias), then the activation (shared/nonlinearities.cuh). Where `rounding` says
+// so, it rounds what it reads from gemm1, and what it quantizes, to bf16 or fp16 (RNE; beyond fp16's range to
+// infinity): so do pipelines that keep these values in the output dtype. alpha, beta and limit are one number, or one
+// per expert.
+// Called by layer.cpp after GEMM1, for the activations and tiles that GEMM1's own epilogue does not take. Rows past the
 // valid count are not touched.
 // Why it is fast: neighbouring lanes share two groups of outputs, so that every load of a warp takes whole 32-byte
 // sectors, and exchange four results; a block keeps the biases of its columns while the rows' expert is the same; with
 // many rows L1 is as large as it can be; and the result never leaves registers before it is MXFP8.
-#include "../tile/activation.cuh"
-#include "quantize_mx.cuh"
+#include "moe/mx_rows.cuh"
+#include "shared/nonlinearities.cuh"
 
 namespace mxfp4_moe {
 namespace {
@@ -180,8 +181,9 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
   const int rows_of_block = args.rows < kManyRows ? 1 : kRowsOfBlock;
   const int blocks = (args.rows + rows_of_block - 1) / rows_of_block;
   const dim3 grid((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, blocks < kMaxGridY ? blocks : kMaxGridY);
-  return args.rows < kManyRows ? launch(kernel, grid, kThreads, 0, stream, args, rows_of_block)
-                               : launch_with_most_l1(kernel, grid, kThreads, stream, args, rows_of_block);
+  LaunchOptions options;
+  options.most_l1 = args.rows >= kManyRows;
+  return launch_with(options, kernel, grid, kThreads, stream, args, rows_of_block);
 }
 
 }  // namespace mxfp4_moe

@@ -6,8 +6,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "launch.cuh"
-#include "moe.h"
+#include "moe/kernels.h"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
 
 namespace mxfp4_moe {
 

@@ -3,14 +3,15 @@
 // in   gemm2 [R, H] bf16 or fp16 in expert order; bias [E, H] fp32 or none; topk_weights [T, k] fp32; slot_row [T * k]
 // out  out [T, H] of gemm2's dtype:  acc = 0; for j in 0 .. k-1: acc = fma(weight_j, row_j + bias_j, acc)
 // in fp32 and rounded once. Slots without a row (id < 0 or >= E) contribute nothing; a token with none is zero.
-// Called by ops.cpp after GEMM2.
+// Called by layer.cpp after GEMM2.
 // Why it is fast, and the same every time: each lane owns 8 columns of one token (of few tokens 2) and gathers the k
 // rows itself, four loads in flight, in the fixed order of j. One pass, no atomics, every byte read once. It is
 // the one kernel of a layer that does not start before the one before it is done (docs/decisions.md).
 #include <type_traits>
 
-#include "halves.cuh"
-#include "launch.cuh"
+#include "moe/halves.cuh"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
 
 namespace mxfp4_moe {
 namespace {
@@ -101,7 +102,9 @@ template <HalfType kType, int kColumns>
 cudaError_t launch_columns(const FinalizeArgs& args, cudaStream_t stream) {
   const int lanes = args.hidden_size / kColumns;
   const dim3 grid((lanes + kThreads - 1) / kThreads, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
-  return launch_in_order(finalize_kernel<kType, kColumns>, grid, kThreads, stream, args);
+  LaunchOptions in_order;
+  in_order.early = false;
+  return launch_with(in_order, finalize_kernel<kType, kColumns>, grid, kThreads, stream, args);
 }
 
 template <HalfType kType>

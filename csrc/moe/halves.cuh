@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "moe.h"
+#include "moe/kernels.h"
 
 namespace mxfp4_moe {
 

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <string>
 
-#include "../tile_abi.h"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 
@@ -57,5 +57,11 @@ class TileRegistry {
   std::atomic<int> count_{0};
   std::mutex mutex_;
 };
+
+// Those of this process.
+inline TileRegistry& tiles() {
+  static TileRegistry registry;
+  return registry;
+}
 
 }  // namespace mxfp4_moe

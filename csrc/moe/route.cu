@@ -2,25 +2,25 @@
 //
 // in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
 //      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
-// out  slot_row [R] (slot -> row or -1); row_expert [R]; valid_rows; has_far [2], zeros; m_tiles: every expert's rows
-// cut
-//      into pieces of at most tile_m, experts and rows ascending; if wanted expert_offsets [E + 1] and row_slot [R]
-//      (row
-//      -> slot, -1 past the valid rows)
-// Called by ops.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
-// the result is the same on every run, for any number of warps and blocks. Few slots go another way: route_few.cu.
-// Why it is fast: one launch of one block or, where the GPU is known to have them and there are slots enough, of one
-// cluster. Every warp owns a contiguous range of slots and its own histogram in shared memory; __match_any_sync counts
-// 32 ids at once. A column scan over the warps, sums over the blocks, which read each other's counts, and one scan over
-// the experts turn histograms into row numbers, and the same ranges are read again to hand them out. Ids that the
-// kernel chose itself never leave shared memory.
+// out  slot_row [R], slot -> row or -1; row_expert [R]; valid_rows; has_far [2], zeros
+//      m_tiles: every expert's rows cut into pieces of at most tile_m, experts and rows ascending
+//      if wanted expert_offsets [E + 1] and row_slot [R], row -> slot, -1 past the valid rows
+// Called by layer.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
+// the result is the same on every run, for any number of warps and blocks. Few slots have a kernel of their own:
+// route_few.cu.
+// Why it is fast: one launch of one block or, where the GPU is known to have clusters and there are slots enough, of
+// one cluster. Every warp owns a contiguous range of slots and its own histogram in shared memory; __match_any_sync
+// counts 32 ids at once. A column scan over the warps, sums over the blocks, which read each other's counts, and one
+// scan over the experts turn histograms into row numbers, and the same ranges are read again to hand them out. Ids that
+// the kernel chose itself never leave shared memory.
 #include <cooperative_groups.h>
 #include <limits.h>
 
-#include "../tile/schedule.cuh"
-#include "choose_experts.cuh"
-#include "launch.cuh"
-#include "moe.h"
+#include "moe/choose_experts.cuh"
+#include "moe/kernels.h"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
+#include "shared/schedule.cuh"
 
 namespace mxfp4_moe {
 namespace {
@@ -303,16 +303,17 @@ cudaError_t launch_one_cluster(Kernel kernel, int64_t work, int chosen_slots, co
     warps /= 2;
   }
   const size_t most_chosen = chosen_slots == 0 ? 0 : chosen_slots / blocks + kMaxTopK;
-  const size_t smem_bytes =
-      (static_cast<size_t>(warps) * experts + kTables * (experts + 1) + most_chosen) * sizeof(int);
-  if (smem_bytes > 48 * 1024) {
+  LaunchOptions options;
+  options.smem_bytes = (static_cast<size_t>(warps) * experts + kTables * (experts + 1) + most_chosen) * sizeof(int);
+  options.cluster_blocks = blocks;
+  if (options.smem_bytes > 48 * 1024) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(options.smem_bytes));
     if (error != cudaSuccess) {
       return error;
     }
   }
-  return launch(kernel, dim3(blocks), warps * kWarpSize, smem_bytes, stream, ClusterOf{blocks}, args...);
+  return launch_with(options, kernel, dim3(blocks), warps * kWarpSize, stream, args...);
 }
 
 template <typename Logit>

@@ -8,10 +8,11 @@
 // slots with lower keys, expert first and slot second, and one pass over the keys in shared memory counts them, four to
 // a load and the same for all lanes; another pass counts the m-tiles before. And it is little code, which counts in a
 // kernel of one block (docs/decisions.md).
-#include "../tile/schedule.cuh"
-#include "choose_experts.cuh"
-#include "launch.cuh"
-#include "moe.h"
+#include "moe/choose_experts.cuh"
+#include "moe/kernels.h"
+#include "moe/warps.cuh"
+#include "shared/launch.cuh"
+#include "shared/schedule.cuh"
 
 namespace mxfp4_moe {
 namespace {

@@ -4,9 +4,9 @@
 // out  topk_ids [T, k] int32, best first; topk_weights [T, k] fp32: exp(x - max) / sum over the chosen k (renormalize)
 //      or over all E
 // Equal logits (-0 equals +0): the lower expert first. A NaN counts as the largest logit and makes the token's weights
-// NaN, as does a +inf or a row of nothing but -inf: torch's softmax. Called by ops.cpp.
+// NaN, as does a +inf or a row of nothing but -inf: torch's softmax. Called by operators.cpp.
 // Why it is fast: one warp per token (choose_experts.cuh).
-#include "choose_experts.cuh"
+#include "moe/choose_experts.cuh"
 
 namespace mxfp4_moe {
 namespace {

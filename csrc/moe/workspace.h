@@ -1,24 +1,22 @@
 // Where one call's intermediates live: offsets into a single allocation, from shapes alone.
 //
-// bytes = 2 * 4 R + 16 max_m_tiles + 4 + 4                            routing
-//       + max(R H + 4 ceil(H/128) R4, 2 R H)                            MXFP8 rows and scales of GEMM1, then GEMM2's
-//       output
-//       + R I + 4 ceil(I/128) R4                                        MXFP8 rows and scales of GEMM2
-//       + 4 R N1, only where GEMM1 does not apply the activation        GEMM1's output, fp32
-//       + 8 R, only where the layer starts from logits                  topk_ids and topk_weights
-//       + 8, only where rows are folded                                 whether any is far, of each GEMM
-// Folded rows (tile/folded.cuh) have 2 R H and 2 R I bytes instead of R H and R I.
-// where R4 is R padded to 4 and N1 is GEMM1's width, 2I when the activation is gated and I when it is not, each term
-// rounded up to 256 (slot_row and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2
-// writes, so the two share their bytes: nothing but the live intermediates is paid for.
+// bytes = 2 * 4 R + 16 max_m_tiles + 4 + 4                       routing
+//       + max(R H + 4 ceil(H/128) R4, 2 R H)                     MXFP8 rows and scales of GEMM1, then GEMM2's output
+//       + R I + 4 ceil(I/128) R4                                 MXFP8 rows and scales of GEMM2
+//       + 4 R N1, only where GEMM1 does not activate             GEMM1's output, fp32
+//       + 8 R, only where the layer starts from logits           topk_ids and topk_weights
+//       + 8, only where rows are folded                          whether any is far, of each GEMM
+// R4 is R padded to 4; N1 is GEMM1's width, 2I when the activation is gated and I when it is not; each term is rounded
+// up to 256 (slot_row and so on are terms of their own). Folded rows (shared/folded.cuh) have 2 R H and 2 R I bytes
+// instead of R H and R I. The rows that GEMM1 reads are dead when GEMM2 writes, so the two share their bytes.
 #pragma once
 
 #include <stdint.h>
 
 #include <algorithm>
 
-#include "../tile/scale_layout.cuh"
-#include "../tile_abi.h"
+#include "shared/scale_layout.cuh"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 

@@ -5,12 +5,15 @@
 #include <cuda_runtime.h>
 #include <stdio.h>
 
-#include <atomic>
+#include <algorithm>
+#include <type_traits>
 
-#include "folded_kernel.cuh"
-#include "kernel.cuh"
-#include "split_k.cuh"
-#include "wgmma_kernel.cuh"
+#include "shared/per_device.h"
+#include "tile/plain_kernel.cuh"
+#include "tile/shapes.cuh"
+#include "tile/sm90/mma_sync_kernel.cuh"
+#include "tile/sm90/parallel_k_kernel.cuh"
+#include "tile/sm90/wgmma_kernel.cuh"
 
 namespace mxfp4_moe {
 
@@ -138,39 +141,24 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
   return encode(maps.weight_tail, weight, refuse);
 }
 
-template <class Shape>
-constexpr auto kernel_of() {
-  if constexpr (Shape::kFolded && Shape::kIsWgmma) {
-    return grouped_gemm_wgmma<Shape>;
-  } else if constexpr (Shape::kFolded) {
-    return grouped_gemm_folded<Shape>;
-  } else if constexpr (Shape::kIsSplit) {
-    return grouped_gemm_split_k<Shape>;
-  } else {
-    return grouped_gemm<Shape>;
-  }
-}
-
-// Blocks of this kernel that the whole device holds at once; opts in to the shared memory on first use.
+// Blocks of this shape's kernel that the whole device holds at once; opts in to the shared memory on first use.
 template <class Shape>
 const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> cached[kMaxDevices];  // threads that come at once write the same value
-  if (device < kMaxDevices && (blocks = cached[device])) return nullptr;
-  int sms = 0, per_sm = 0;
-  cudaError_t e =
-      cudaFuncSetAttribute(kernel_of<Shape>(), cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (e == cudaSuccess)
-    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel_of<Shape>(), Shape::kThreads, Shape::kSmemBytes);
-  if (e != cudaSuccess || per_sm == 0) {
-    cudaGetLastError();
-    return refuse("tile (%d, %d): a block of %d threads and %d bytes of shared memory does not fit this GPU (%s)",
-                  Shape::M, Shape::N, Shape::kThreads, Shape::kSmemBytes, cudaGetErrorString(e));
-  }
-  blocks = sms * per_sm;
-  if (device < kMaxDevices) cached[device] = blocks;
-  return nullptr;
+  static PerDevice known;
+  cudaError_t e = cudaSuccess;
+  blocks = known.get(device, [&] {
+    const auto kernel = kernel_of(static_cast<Shape*>(nullptr));
+    int sms = 0, per_sm = 0;
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess)
+      e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, Shape::kThreads, Shape::kSmemBytes);
+    return e == cudaSuccess ? sms * per_sm : 0;
+  });
+  if (blocks > 0) return nullptr;
+  cudaGetLastError();
+  return refuse("tile (%d, %d): a block of %d threads and %d bytes of shared memory does not fit this GPU (%s)",
+                Shape::M, Shape::N, Shape::kThreads, Shape::kSmemBytes, cudaGetErrorString(e));
 }
 
 // Weights that stream once need not push others out of L2: of few bytes, the lines that others left there stay, which
@@ -182,8 +170,17 @@ uint64_t weight_hint(const Mxfp4MoeGemmArgs& a) {
   return experts * weight_bytes(a.n, a.k) > Shape::Arch::kFewWeightBytes ? kEvictNormal : kEvictFirst;
 }
 
+// m-tiles times tiles along n, at most: the host knows only a bound of the m-tiles, which with few tokens is nearly
+// what there is.
 template <class Shape>
-const char* launch_kernel(const Mxfp4MoeGemmArgs& a, int64_t tiles, int blocks, Refusal& refuse) {
+int64_t max_output_tiles(const Mxfp4MoeGemmArgs& a) {
+  return static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
+}
+
+template <class Shape>
+const char* launch_kernel(const Mxfp4MoeGemmArgs& a, int device, Refusal& refuse) {
+  int blocks = 0;
+  if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
   TensorMaps maps;
   if (const char* why = describe<Shape>(maps, a, refuse)) return why;
   const GemmParams params{a.out,
@@ -198,61 +195,52 @@ const char* launch_kernel(const Mxfp4MoeGemmArgs& a, int64_t tiles, int blocks, 
                           static_cast<const uint8_t*>(a.act_scale),
                           a.has_far,
                           a.activate};
-  const unsigned grid = static_cast<unsigned>(tiles < blocks ? tiles : blocks);
-  if (cudaError_t e = launch(kernel_of<Shape>(), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(max_output_tiles<Shape>(a), blocks));
+  if (cudaError_t e = launch(kernel_of(static_cast<Shape*>(nullptr)), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
                              static_cast<cudaStream_t>(a.stream), maps, params))
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;
 }
 
-// Whether a tile has a kernel that takes folded activations, and as what.
-template <class Shape>
-constexpr bool takes_folded() {
-  return Shape::Arch::kFolds && FoldedOrWgmmaShape<Shape::M, Shape::N>::kExists;
-}
-
-// The rule: the split kernel, where the tile has one, takes calls of at most so many output tiles per block that the
+// The kernel of parallel K tiles, where the tile has it, takes calls of at most so many output tiles per block that the
 // device holds at once. Then each tile's own time counts, which it shortens; beyond, there are tiles enough to keep
-// every SM busy. With 1 instead of 2, one and two tokens of gpt-oss-120b took 2 and 3 us longer on the H200. The host
-// knows only an upper bound of the tiles, which with few tokens is nearly what there is.
-constexpr int kSplitTilesPerBlock = 2;
+// every SM busy. With 1 instead of 2, one and two tokens of gpt-oss-120b took 2 and 3 us longer on the H200.
+constexpr int kParallelKTilesPerBlock = 2;
 
-template <class Shape>
-const char* launch_folded(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
-  if (const char* why = check_arguments<Shape>(a, refuse)) return why;
-  if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
-  int device = 0, blocks = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
-  if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
-  return launch_kernel<Shape>(a, static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N), blocks, refuse);
-}
-
-template <class Shape>
+// The rule: folded activations have a kernel of their own; for MXFP8 ones the size of the call decides, or, in tests,
+// a.kernel.
+template <class Tile>
 const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   static thread_local Refusal refuse;
-  if constexpr (takes_folded<Shape>()) {
-    if (a.kernel == MXFP4_MOE_KERNEL_FOLDED) return launch_folded<FoldedOrWgmmaShape<Shape::M, Shape::N>>(a, refuse);
-  }
-  if (const char* why = check_arguments<Shape>(a, refuse)) return why;
-  if (a.kernel == MXFP4_MOE_KERNEL_FOLDED)
-    return refuse("kernel: tile (%d, %d) has no kernel for folded activations on this GPU", Shape::M, Shape::N);
-  if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K && !Shape::kHasSplit)
-    return refuse("kernel: tile (%d, %d) has no split-K kernel for this GPU", Shape::M, Shape::N);
+  using Has = Kernels<Tile>;
+  const bool folded = a.act_format == MXFP4_MOE_ACT_FOLDED;
+  using FoldedOrPlain = std::conditional_t<Has::kHasFolded, typename Has::Folded, Tile>;
+  if (const char* why = folded ? check_arguments<FoldedOrPlain>(a, refuse) : check_arguments<Tile>(a, refuse))
+    return why;
+  if ((folded || a.kernel == MXFP4_MOE_KERNEL_FOLDED) && !Has::kHasFolded)
+    return refuse("kernel: tile (%d, %d) has no kernel for folded activations on this GPU", Tile::M, Tile::N);
+  if (a.kernel == MXFP4_MOE_KERNEL_FOLDED && !folded)
+    return refuse("act_format: expected 1 (folded) with kernel 3 (folded), got %d", a.act_format);
+  if (a.kernel == MXFP4_MOE_KERNEL_PARALLEL_K && !Has::kHasParallelK)
+    return refuse("kernel: tile (%d, %d) has no split-K kernel for this GPU", Tile::M, Tile::N);
   if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
 
-  int device = 0, blocks = 0;
+  int device = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
-  const int64_t tiles = static_cast<int64_t>(a.max_m_tiles) * ceil_div(a.n, Shape::N);
-  if constexpr (Shape::kHasSplit) {
-    using Split = SplitShape<Shape>;
-    if (a.kernel != MXFP4_MOE_KERNEL_PLAIN) {
-      if (const char* why = resident_blocks<Split>(device, blocks, refuse)) return why;
-      if (a.kernel == MXFP4_MOE_KERNEL_SPLIT_K || tiles <= static_cast<int64_t>(blocks) * kSplitTilesPerBlock)
-        return launch_kernel<Split>(a, tiles, blocks, refuse);
-    }
+  if constexpr (Has::kHasFolded) {
+    if (folded) return launch_kernel<typename Has::Folded>(a, device, refuse);
   }
-  if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
-  return launch_kernel<Shape>(a, tiles, blocks, refuse);
+  if constexpr (Has::kHasParallelK) {
+    using Shape = typename Has::ParallelK;
+    bool fits = a.kernel == MXFP4_MOE_KERNEL_PARALLEL_K;
+    if (a.kernel == MXFP4_MOE_KERNEL_BY_SIZE) {
+      int blocks = 0;
+      if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
+      fits = max_output_tiles<Shape>(a) <= static_cast<int64_t>(blocks) * kParallelKTilesPerBlock;
+    }
+    if (fits) return launch_kernel<Shape>(a, device, refuse);
+  }
+  return launch_kernel<Tile>(a, device, refuse);
 }
 
 }  // namespace mxfp4_moe

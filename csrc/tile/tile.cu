@@ -1,7 +1,7 @@
 // The translation unit compiled once per tile and arch, with -DLOGICAL_TILE_M, -DLOGICAL_TILE_N, -DSWAP_AB and
 // -DMXFP4_MOE_ARCH. Its object exports the tile's facts and its launch function for that arch; tile_op.cpp gathers
 // the archs into one extension.
-#include "launcher.cuh"
+#include "tile/launcher.cuh"
 
 #define MXFP4_MOE_JOIN_(a, b) a##b
 #define MXFP4_MOE_JOIN(a, b) MXFP4_MOE_JOIN_(a, b)
@@ -30,6 +30,10 @@ extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, MXFP4_MOE_A
     Tile::kSmemBytes,
     Tile::kBlocksPerSm,
     Tile::kAccumulators,
+    mxfp4_moe::Kernels<Tile>::kMask,
+    mxfp4_moe::Kernels<Tile>::kActivates,
+    mxfp4_moe::Kernels<Tile>::kGemm1Format,
+    mxfp4_moe::Kernels<Tile>::gemm2_format(),
 };
 
 const char* MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, MXFP4_MOE_ARCH)(const Mxfp4MoeGemmArgs* args) {

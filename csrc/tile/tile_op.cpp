@@ -5,15 +5,16 @@
 // Compiled once per tile with -DTILE_NAME=m8n128_swap, the tile's macros, and '-DMXFP4_MOE_FOR_EACH_ARCH(X)=X(90a)
 // X(120f)'.
 #include <Python.h>
-#include <atomic>
 #include <climits>
+#include <optional>
+#include <string>
 
-#include "../emulation.h"
-#include "../tile_abi.h"
-#include "../torch_args.h"
-#include "schedule.cuh"
-#include "tile_shape.cuh"
-#include "wgmma_shape.cuh"
+#include "emulation.h"
+#include "shared/per_device.h"
+#include "shared/schedule.cuh"
+#include "shared/weight_layout.cuh"
+#include "tile_abi.h"
+#include "torch_args.h"
 
 #define MXFP4_MOE_JOIN_(a, b) a##b
 #define MXFP4_MOE_JOIN(a, b) MXFP4_MOE_JOIN_(a, b)
@@ -50,66 +51,36 @@ const Arch kArchs[] = {
     MXFP4_MOE_FOR_EACH_ARCH(ENTRY)
 #undef ENTRY
 };
-constexpr int kNumArchs = sizeof kArchs / sizeof kArchs[0];
 
-// The current device's, asked for once; 0 when there is none.
-int current_major() {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> cached[kMaxDevices];  // threads that come at once write the same value
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    if (device < kMaxDevices && (major = cached[device])) return major;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess) {
-      if (device < kMaxDevices) cached[device] = major;
-      return major;
-    }
-  }
-  cudaGetLastError();
-  return 0;
+// Whose machine code the device runs, or nullptr.
+const Arch* arch_of(int32_t device) {
+  const int major = compute_capability_major(device);
+  for (const Arch& arch : kArchs)
+    if (arch.major == major) return &arch;
+  return nullptr;
+}
+
+const Mxfp4MoeTileFacts* facts_of(int32_t device) {
+  const Arch* arch = arch_of(device);
+  return arch ? arch->facts : nullptr;
 }
 
 const char* launch(const Mxfp4MoeGemmArgs* args) {
-  const int major = current_major();
-  if (major == 0) return "no usable CUDA device";
-  for (const Arch& arch : kArchs)
-    if (arch.major == major) return arch.launch(args);
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || compute_capability_major(device) == 0) {
+    cudaGetLastError();
+    return "no usable CUDA device";
+  }
+  if (const Arch* arch = arch_of(device)) return arch->launch(args);
   static thread_local std::string reason;
-  reason = "tile " MXFP4_MOE_TEXT(TILE_NAME) ": this GPU has compute capability " + std::to_string(major) +
-           ".x, this wheel has machine code for";
+  reason = "tile " MXFP4_MOE_TEXT(TILE_NAME) ": this GPU has compute capability " +
+           std::to_string(compute_capability_major(device)) + ".x, this wheel has machine code for";
   for (const Arch& arch : kArchs) reason += std::string(" sm_") + arch.facts->arch;
   return reason.c_str();
 }
 
-const Mxfp4MoeTileFacts* const kFacts[] = {
-#define FACTS(arch) &MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch),
-    MXFP4_MOE_FOR_EACH_ARCH(FACTS)
-#undef FACTS
-};
-
-using Shape = TileShape<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, Sm12x>;
-
-constexpr bool has_sm90() {
-  for (const char* arch : {
-#define NAME(arch) #arch,
-           MXFP4_MOE_FOR_EACH_ARCH(NAME)
-#undef NAME
-       })
-    if (major_of(arch) == 9) return true;
-  return false;
-}
-constexpr int kFoldedMajor = has_sm90() && FoldedOrWgmmaShape<LOGICAL_TILE_M, LOGICAL_TILE_N>::kExists ? 9 : 0;
-
 const Mxfp4MoeTile kTile = {
-    MXFP4_MOE_TILE_ABI_VERSION,
-    LOGICAL_TILE_M,
-    LOGICAL_TILE_N,
-    SWAP_AB,
-    Shape::kActivates,
-    kFoldedMajor,
-    FoldedOrWgmmaShape<LOGICAL_TILE_M, LOGICAL_TILE_N>::kFoldsOutput,
-    kNumArchs,
-    kFacts,
-    &launch,
+    MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, &facts_of, &launch,
 };
 
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8;
@@ -160,6 +131,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<int32_t>(k),
       static_cast<int32_t>(experts),
       /*m_tiles_are_ready=*/0,  // who knows which kernel made them
+      folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8,
       static_cast<int32_t>(kernel),
       /*activate=*/{},
       current_stream(device),
@@ -170,11 +142,12 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
 
 PyObject* facts(PyObject*, PyObject*) {
   PyObject* all = PyDict_New();
-  for (const Mxfp4MoeTileFacts* f : kFacts) {
-    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "tile_m", f->tile_m, "tile_n", f->tile_n,
+  for (const Arch& arch : kArchs) {
+    const Mxfp4MoeTileFacts* f = arch.facts;
+    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "tile_m", f->tile_m, "tile_n", f->tile_n,
                                   "swap_ab", f->swap_ab, "threads", f->threads, "stages", f->stages, "stage_bytes",
                                   f->stage_bytes, "smem_bytes", f->smem_bytes, "blocks_per_sm", f->blocks_per_sm,
-                                  "accumulator_registers", f->accumulator_registers);
+                                  "accumulator_registers", f->accumulator_registers, "kernels", f->kernels);
     if (!one || PyDict_SetItemString(all, f->arch, one) < 0) {
       Py_XDECREF(one);
       Py_DECREF(all);
@@ -198,7 +171,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("grouped_gemm_" MXFP4_MOE_TEXT(TILE_NAME), TORCH_BOX(&mxfp4_moe::grouped_gemm));
 }
 
-// `entry`: address of the tile's Mxfp4MoeTile. `facts()`: what each arch was compiled with. `folded_major`: as there.
+// `entry`: address of the tile's Mxfp4MoeTile. `facts()`: what the tile is on each arch.
 PyMODINIT_FUNC MXFP4_MOE_JOIN(PyInit_tile_, TILE_NAME)(void) {
   static PyMethodDef methods[] = {
       {"facts", mxfp4_moe::facts, METH_NOARGS, "dict: arch -> what this tile was compiled with"},
@@ -214,8 +187,7 @@ PyMODINIT_FUNC MXFP4_MOE_JOIN(PyInit_tile_, TILE_NAME)(void) {
                                       nullptr};
   PyObject* m = PyModule_Create(&module);
   PyObject* entry = m ? PyLong_FromVoidPtr(const_cast<Mxfp4MoeTile*>(&mxfp4_moe::kTile)) : nullptr;
-  if (!entry || PyModule_AddIntConstant(m, "folded_major", mxfp4_moe::kFoldedMajor) < 0 ||
-      PyModule_AddObject(m, "entry", entry) < 0) {
+  if (!entry || PyModule_AddObject(m, "entry", entry) < 0) {
     Py_XDECREF(entry);
     Py_XDECREF(m);
     return nullptr;

@@ -6,52 +6,16 @@
 // proof in tiles.py all read it from here. tiles.py mirrors this file, statement by statement.
 #pragma once
 
-#include "weight_layout.cuh"
+#include "shared/weight_layout.cuh"
+#include "tile/archs.cuh"
+#include "tile/stages.cuh"
 
 namespace mxfp4_moe {
 
-constexpr int kTileK = 128;                     // one 32-bit scale word per row: four K = 32 blocks
-constexpr int kBlockK = 32;                     // OCP MX block, and the MMA's K
-constexpr int kActRowBytes = kTileK;            // E4M3: TMA 128-byte swizzle
-constexpr int kSmemReservedPerBlock = 1024;     // taken by the system from every block
-constexpr int kRegistersPerSubpartition = 512;  // of 32 lanes each; a multiprocessor's warps share four of these
-constexpr int kMaxStages = 8;
-constexpr int kMaxBlocksPerSm = 4;
-constexpr int kBarrierBytesPerStage = 16;  // one full and one empty mbarrier
-constexpr int kMaxAccumulators = 128;      // fp32 registers per thread; beyond it ptxas spills
-
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
-
-// What a multiprocessor has; a block may opt in to 1 KB of shared memory less. One type per arch of the manifest.
-// kLongWarps: an output tile of 8 x 128 has two warps of 64 rows instead of four of 32, fewer instructions per MMA for
-// fewer warps that hide latency. kUnrolledFragments: up to so many MMA fragments per warp, the main loop is unrolled
-// over the stages; SM90 expands FP4 in too many instructions for more than one. kSplitsK: the smallest tile has a
-// second kernel for grids that leave the device idle (split_k.cuh). kFolds: the MMA takes no scales, so there are
-// kernels for activations with their scales in them (folded_shape.cuh, wgmma_shape.cuh). kFewWeightBytes: GEMMs that
-// may read more than this load weights at L2's normal priority (launcher.cuh).
-struct Sm90 {
-  static constexpr int64_t kFewWeightBytes = 320 << 20;
-  static constexpr bool kFolds = true;
-  static constexpr int kSmemPerSm = 228 * 1024;
-  static constexpr bool kLongWarps = false;
-  static constexpr int kUnrolledFragments = 1;
-  static constexpr bool kSplitsK = true;
-};
-struct Sm12x {
-  static constexpr int64_t kFewWeightBytes = INT64_MAX;
-  static constexpr bool kFolds = false;
-  static constexpr int kSmemPerSm = 100 * 1024;
-  static constexpr bool kLongWarps = true;
-  static constexpr int kUnrolledFragments = 8;
-  static constexpr bool kSplitsK = false;
-};
-using Arch_90a = Sm90;
-using Arch_120a = Sm12x;
-using Arch_120f = Sm12x;
-using Arch_121a = Sm12x;
-using Arch_121f = Sm12x;
+constexpr int kTileK = 128;            // one 32-bit scale word per row: four K = 32 blocks
+constexpr int kBlockK = 32;            // OCP MX block, and the MMA's K
+constexpr int kActRowBytes = kTileK;   // E4M3: TMA 128-byte swizzle
+constexpr int kMaxAccumulators = 128;  // fp32 registers per thread; beyond it ptxas spills
 
 template <int M_, int N_, bool kSwap_, class Arch_>
 struct TileShape {
@@ -59,8 +23,6 @@ struct TileShape {
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_;
   static constexpr int kSmemPerSm = Arch::kSmemPerSm;
-  static constexpr bool kHasSplit = Arch::kSplitsK && kSwap && M == 8 && N == 64;  // the second kernel
-  static constexpr bool kIsSplit = false, kIsWgmma = false;                        // other shapes say true
 
   // Physical extents: rows of the MMA's A operand, columns of its B operand.
   static constexpr int kPhysM = kSwap ? N : M;
@@ -79,11 +41,13 @@ struct TileShape {
   static constexpr int kFragM = kWarpM / 16;
   static constexpr int kFragN = kWarpN / 8;
   static constexpr int kAccumulators = kFragM * kFragN * 4;
-  // One warp produces. Where eight warps hold large accumulators it brings a whole warpgroup, because registers move
-  // between roles only by warpgroups (setmaxnreg): 12 x 168 = 8 x 232 + 4 x 40.
+  // One warp produces. Where eight warps hold large accumulators it is one of a whole warpgroup, which gives registers
+  // away (setmaxnreg): 12 x 168 = 8 x 232 + 4 x 40.
   static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAccumulators >= 64;
   static constexpr int kMmaRegisters = 232;
   static constexpr int kProducerRegisters = 40;
+  static constexpr int kProducer = kMmaWarps;                // the warp that loads
+  static constexpr bool kKeepsNothing = kAccumulators > 64;  // beside accumulators, through the main loop
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
   // Bytes of one pipeline stage, and of each of its three parts.
@@ -103,35 +67,17 @@ struct TileShape {
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;
 
-  static constexpr int stages_for(int blocks) {
-    const int budget = Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kAmaxBytes;
-    return min_of(kMaxStages, budget / (kStageBytes + kBarrierBytesPerStage));
-  }
-  // Several blocks hide each other's latencies and epilogues, as long as each still has a pipeline three deep and its
-  // threads the registers that their accumulators ask for. (More accumulators are moved between warps, not shared.)
+  // More accumulators than a block can share its registers for are moved between warps instead.
   static constexpr int kRegistersWanted = kAccumulators <= 8    ? 96
                                           : kAccumulators <= 16 ? 112
                                           : kAccumulators <= 32 ? 168
                                                                 : 176;
-  static constexpr int registers_for(int blocks) {
-    return kRegistersPerSubpartition / ceil_div(blocks * kThreads / 32, 4) / 8 * 8;
-  }
-  static constexpr int blocks_that_fit() {
-    for (int blocks = kMaxBlocksPerSm; blocks > 1; --blocks)
-      if (stages_for(blocks) >= 3 && registers_for(blocks) >= kRegistersWanted) return blocks;
-    return 1;
-  }
-  static constexpr int kBlocksPerSm = blocks_that_fit();
-  static constexpr int kStages = stages_for(kBlocksPerSm);
+  using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
+  static constexpr int kBlocksPerSm = Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
+  static constexpr int kStages = Fits::stages_for(kBlocksPerSm);
   static constexpr bool kUnrollsStages = kFragM * kFragN <= Arch::kUnrolledFragments;
-  static constexpr int kSmemBytes = kStages * (kStageBytes + kBarrierBytesPerStage) + kAmaxBytes;
-
-  // Offsets in dynamic shared memory: each part is an array over the stages, strictest alignment first.
-  static constexpr int kActOffset = 0;
-  static constexpr int kWeightOffset = kActOffset + kStages * kActBytes;
-  static constexpr int kActScaleOffset = kWeightOffset + kStages * kWeightBytes;
-  static constexpr int kBarrierOffset = kActScaleOffset + kStages * kActScaleBytes;
-  static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
+  using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, 0, kBarrierBytesPerStage, kAmaxBytes>;
+  static constexpr int kSmemBytes = Smem::kBytes;
 
   static_assert(kSwap ? (M == 8 || M == 16 || M == 32) && N % 64 == 0 : M % 64 == 0,
                 "native tiles need M % 64 == 0, swapped ones M in 8/16/32 and N % 64 == 0");
@@ -145,5 +91,10 @@ struct TileShape {
   static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
   static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");
 };
+
+// The kernels that a tile has on an arch beside the plain one, as their shapes, or void: Folded reads folded
+// activations, ParallelK is for few output tiles. In sm12x/shapes.cuh and sm90/shapes.cuh.
+template <class Tile, class Arch = typename Tile::Arch>
+struct ShapesOf;
 
 }  // namespace mxfp4_moe

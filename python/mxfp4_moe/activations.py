@@ -37,7 +37,7 @@ class Activation(str, Enum):
 
     @property
     def code(self) -> int:
-        """The number by which the kernels know it: enum Activation in csrc, in this order."""
+        """The number by which the kernels know it: enum Activation of csrc/shared/nonlinearities.cuh, in this order."""
         return _CODES[self]
 
 

@@ -38,7 +38,7 @@ from .formats import (
 from .weights import MoEWeights
 
 SCALE_LAYOUTS = ("linear", "swizzled")
-MXFP8_INPUT_SCALE_MAX = 248  # the E8M0 byte of 2^121; csrc/moe/quantize.cu says why
+MXFP8_INPUT_SCALE_MAX = 248  # the E8M0 byte of 2^121; csrc/moe/permute.cu says why
 
 _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)

@@ -165,7 +165,7 @@ class MoEWeights:
 
     @functools.cached_property
     def operator_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the layer's operator (csrc/moe/ops.cpp) takes of the weights: w13 to limit, and the rare ones by name.
+        """What the layer's operator (csrc/moe/operators.cpp) takes of the weights: w13 to limit, the rare ones by name.
 
         Made once: no call has to gather them again.
         """

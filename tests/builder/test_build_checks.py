@@ -192,7 +192,6 @@ def test_a_library_that_is_as_expected_passes() -> None:
         ({"ops": []}, "registers no operator of mxfp4_moe"),
         ({"error": "file too short"}, "cannot be loaded: file too short"),
         ({"entry": 0}, "has no address in its attribute 'entry'"),
-        ({"folded_major": 9}, r"for folded activations on compute capability 9, expected None \(0 for none\)"),
         ({"facts": None}, r"has facts for archs None, expected \['120f', '90a'\]"),
         ({"facts": {"90a": {"stages": 3}}}, r"has facts for archs \['90a'\], expected \['120f', '90a'\]"),
         (

@@ -191,7 +191,7 @@ def test_the_kernel_compiles_every_tile_for_every_arch_and_nothing_of_moe(tree: 
     made = tree.plan(ROWS)
     expected = names(made, "nvcc", "link", "check") | {"load"}
     assert len(expected) == len(ROWS) * 4 + 1
-    for header in ("kernel.cuh", "mma_mx.cuh", "launcher.cuh", "tile.cu"):
+    for header in ("plain_kernel.cuh", "mma_mx.cuh", "launcher.cuh", "tile.cu"):
         with tree.touched(f"csrc/tile/{header}"):
             assert tree.scheduled(made) == expected
 
@@ -212,7 +212,7 @@ def test_the_border_between_tiles_and_moe_compiles_both(tree: Tree) -> None:
     with tree.touched("csrc/tile_abi.h"):
         scheduled = tree.scheduled(made)
     assert names(made, "nvcc", "cxx") < scheduled
-    assert "moe.ops.cpp" in scheduled
+    assert "moe.operators.cpp" in scheduled
 
 
 def test_the_build_code_checks_again_and_compiles_nothing(tree: Tree) -> None:

@@ -290,7 +290,7 @@ class TestRowScales:
 
 
 def test_folded_activations_are_the_values_in_the_weights_order() -> None:
-    """csrc/tile/folded.cuh: position by position, every value exact for every scale."""
+    """csrc/shared/folded.cuh: position by position, every value exact for every scale."""
     rows, k = 7, 32 * 8
     codes = torch.randint(0, 256, (rows, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     codes[(codes & 0x7F) == formats.E4M3_NAN] = 0x08

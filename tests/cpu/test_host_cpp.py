@@ -131,7 +131,7 @@ def test_weights_are_copied_in_whole_units(host: ModuleType, n: int, k: int) -> 
 
 
 def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: ModuleType) -> None:
-    """The kernel adds a fragment's constant to a lane's first word, and loads several at once (kernel.cuh)."""
+    """The kernel adds a fragment's constant to a lane's first word, and loads several at once (plain_kernel.cuh)."""
     word, scale, position = host.weight_word_in_block, host.weight_scale_word_in_block, host.weight_scale_position
     for step in range(4):
         lanes = [word(lane // 4, step, lane % 4) for lane in range(32)]

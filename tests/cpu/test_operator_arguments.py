@@ -28,11 +28,11 @@ def per_expert_weights() -> MoEWeights:
     return replace(weights, first_expert=E, num_global_experts=3 * E)
 
 
-OPERATORS = Path(__file__).parents[2] / "csrc" / "moe" / "ops.cpp"
+OPERATORS = Path(__file__).parents[2] / "csrc" / "moe" / "operators.cpp"
 
 
 def layer_schema() -> torch._C.FunctionSchema:
-    """The operator's schema as ops.cpp has it; the extension itself does not load without CUDA."""
+    """The operator's schema as operators.cpp has it; the extension itself does not load without CUDA."""
     (text,) = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)*"fused_moe\((?:[^"]*"\s*")*[^"]*")\)', OPERATORS.read_text())
     return torch._C.parse_schema("mxfp4_moe::" + "".join(re.findall(r'"([^"]*)"', text)))
 

@@ -234,7 +234,7 @@ def test_proof_refuses_an_arch_it_does_not_know() -> None:
 
 
 def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Builds a program that prints what csrc/tile/tile_shape.cuh makes of these tiles on these archs, as JSON lines."""
+    """Builds a program that prints what csrc/tile/shapes.cuh makes of these tiles on these archs, as JSON lines."""
     prints = "\n".join(
         f"  show<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();" for arch in archs for t in shapes
     )
@@ -254,14 +254,14 @@ def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> su
         "weight_bytes": "kWeightBytes",
         "act_scale_bytes": "kActScaleBytes",
         "amax_bytes": "kAmaxBytes",
-        "has_split": "kHasSplit",
     }
-    names = ", ".join(f'\\"{name}\\": %d' for name in fields)
-    values = ", ".join(f"int(S::{member})" for member in fields.values())
+    names = ", ".join(f'\\"{name}\\": %d' for name in (*fields, "kernels"))
+    members = (*(f"S::{member}" for member in fields.values()), "Kernels<S>::kMask")
+    values = ", ".join(f"int({member})" for member in members)
     source = folder / "shapes.cpp"
     source.write_text(
         f"""#include <cstdio>
-#include "tile/tile_shape.cuh"
+#include "tile/shapes.cuh"
 using namespace mxfp4_moe;
 template <class S> void show() {{ std::printf("{{{names}}}\\n", {values}); }}
 int main() {{
@@ -285,15 +285,14 @@ def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
     for (arch, tile), line in zip(product(ALL_ARCHS, LEGAL), lines, strict=True):
         proof = tiles.prove(tile, arch)
         more = ("warp_m", "warp_n", "act_bytes", "weight_bytes", "act_scale_bytes", "amax_bytes")
-        split = int(tiles.Kernel.SPLIT_K in tiles.kernels_of(tile, arch))
-        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more} | {"has_split": split}
+        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more}
 
 
-SPLIT = r"""
+PARALLEL_K = r"""
 #include <cstdio>
-#include "tile/split_shape.cuh"
+#include "tile/sm90/parallel_k_shape.cuh"
 using namespace mxfp4_moe;
-using S = SplitShape<TileShape<8, 64, true, Sm90>>;
+using S = ParallelKShape<TileShape<8, 64, true, Sm90>>;
 int main() {
   std::printf("%d %d %d %d %d ", S::kThreads, S::kBlocksPerSm, S::kStages, S::kSmemBytes, S::kFragments);
   std::printf("%d", S::kParts);
@@ -302,16 +301,16 @@ int main() {
 """
 
 
-def test_the_split_kernel_by_hand(tmp_path: Path) -> None:
+def test_the_parallel_k_kernel_by_hand(tmp_path: Path) -> None:
     """Beside a stage's 5,504 bytes stand 4 steps of 64 x 8 sums, 8,192, and three barriers; beside the table of amax,
     128 bytes, a column of 64 sums: (116,736 - 1,024 - 128 - 256) // 13,720 = 8 stages. 4 + 8 + 1 warps.
     """
     compiler = shutil.which("g++")
     assert compiler is not None, "this test compiles a header of csrc: install g++"
-    source = tmp_path / "split.cpp"
-    source.write_text(SPLIT, encoding="utf-8")
-    subprocess.run([compiler, "-std=c++17", "-I", ROOT / "csrc", source, "-o", tmp_path / "split"], check=True)
-    output = subprocess.run([tmp_path / "split"], capture_output=True, text=True, check=True).stdout
+    source = tmp_path / "parallel_k.cpp"
+    source.write_text(PARALLEL_K, encoding="utf-8")
+    subprocess.run([compiler, "-std=c++17", "-I", ROOT / "csrc", source, "-o", tmp_path / "parallel_k"], check=True)
+    output = subprocess.run([tmp_path / "parallel_k"], capture_output=True, text=True, check=True).stdout
     threads, blocks, stages, smem, fragments, parts, *slots = map(int, output.split())
     assert (threads, blocks, stages, smem, fragments, parts) == (416, 2, 8, 8 * 13_720 + 384, 2, 4)
     assert sorted(slots) == list(range(32))
@@ -325,14 +324,13 @@ def test_kernels_of_a_tile() -> None:
     for arch, tile in product(ARCHS, LEGAL):
         more = []
         if arch == "90a" and tile.mn == (8, 64):
-            more.append(tiles.Kernel.SPLIT_K)
+            more.append(tiles.Kernel.PARALLEL_K)
         if arch == "90a" and tile.mn in folded:
             more.append(tiles.Kernel.FOLDED)
         assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN, *more), f"{tile.name} on {arch}"
-        assert tile.folded_major == (9 if tile.mn in folded else 0)
     with pytest.raises(ArchError, match="arch '100a'"):
         tiles.kernels_of(LEGAL[0], "100a")
-    numbers = {"BY_SIZE": 0, "PLAIN": 1, "SPLIT_K": 2, "FOLDED": 3}
+    numbers = {"BY_SIZE": 0, "PLAIN": 1, "PARALLEL_K": 2, "FOLDED": 3}
     assert {kernel.name: int(kernel) for kernel in tiles.Kernel} == numbers
     header = (ROOT / "csrc" / "tile_abi.h").read_text(encoding="utf-8")
     assert all(f"MXFP4_MOE_KERNEL_{name} = {number}," in header for name, number in numbers.items())

@@ -17,7 +17,7 @@ from wheelbuild.toolchain import (
 )
 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
-MOE_SOURCES = [Path("csrc/moe/route.cu"), Path("csrc/moe/ops.cpp")]
+MOE_SOURCES = [Path("csrc/moe/route.cu"), Path("csrc/moe/operators.cpp")]
 TOOLCHAIN = Toolchain(
     cuda=Cuda(
         origin="CUDA_HOME",

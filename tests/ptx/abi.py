@@ -46,6 +46,7 @@ class GemmArgs(ctypes.Structure):
         ("k", c_int32),
         ("experts", c_int32),
         ("m_tiles_are_ready", c_int32),
+        ("act_format", c_int32),
         ("kernel", c_int32),
         ("activate", Activate),
         ("stream", c_void_p),
@@ -60,11 +61,7 @@ class Tile(ctypes.Structure):
         ("tile_m", c_int32),
         ("tile_n", c_int32),
         ("swap_ab", c_int32),
-        ("activates", c_int32),
-        ("folded_major", c_int32),
-        ("folds_output", c_int32),
-        ("num_archs", c_int32),
-        ("facts", c_void_p),
+        ("facts_of", ctypes.CFUNCTYPE(c_void_p, c_int32)),
         ("launch", ctypes.CFUNCTYPE(c_char_p, c_void_p)),
     ]
 

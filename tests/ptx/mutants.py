@@ -95,7 +95,8 @@ def compiled(tile: Tile, source: tuple[str, str, str]) -> str:
         shutil.copytree(ROOT / "csrc", root / "csrc")
         (root / "csrc" / file).write_text(text.replace(old, new), encoding="utf-8")
         defines = ("-DMXFP4_MOE_ARCH=120f", *tile_defines(tile))
-        return compile_source_to_ptx(Path("csrc/tile/tile.cu"), "120f", defines, f"mutant of {file}", root=root)
+        source_of_tile = Path("csrc/tile/tile.cu")
+        return compile_source_to_ptx(source_of_tile, "120f", defines, f"mutant of {file}", root=Path(folder))
 
 
 @functools.cache

@@ -12,7 +12,12 @@ from .mutants import Mutation, box, once
 
 MMA = r"mma\.sync[^;]*?"
 WAIT = r"\{ \.reg \.pred done; again: mbarrier\.try_wait[^}]*\}"
-KERNEL, ACTIVATE, MX = "tile/kernel.cuh", "tile/activate.cuh", "tile/mma_mx.cuh"
+KERNEL = "tile/plain_kernel.cuh"
+ACTIVATE = "tile/swiglu_epilogue.cuh"
+PIPELINE = "tile/pipeline.cuh"
+EPILOGUE = "tile/epilogue.cuh"
+FRAGMENTS = "tile/fragments.cuh"
+MAPS = "tile/lane_maps.cuh"
 
 OPERANDS = [
     Mutation("E2M1 mask a bit too wide", ptx=once(r"1010580540;", "1010580541;")),
@@ -58,20 +63,20 @@ OPERANDS = [
         "rows that ldmatrix reads",
         source=(KERNEL, "row0 + group * 8 + lane % 8,", "row0 + group * 8 + (lane ^ 1) % 8,"),
     ),
-    Mutation("activations' chunks not swizzled", source=(KERNEL, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)")),
+    Mutation("activations' chunks not swizzled", source=(FRAGMENTS, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)")),
     Mutation(
         "swizzle over four rows instead of eight",
-        source=(KERNEL, "((chunk ^ (row & 7)) << 4)", "((chunk ^ (row & 3)) << 4)"),
+        source=(FRAGMENTS, "((chunk ^ (row & 7)) << 4)", "((chunk ^ (row & 3)) << 4)"),
     ),
     Mutation("half a step in the activations", source=(KERNEL, "act_at ^= step << 5;", "act_at ^= step << 4;")),
     Mutation(
         "weights of the neighbouring step",
         source=(KERNEL, "step * kWeightStepBytes + g / 4 * 512", "(step ^ 1) * kWeightStepBytes + g / 4 * 512"),
     ),
-    Mutation("row of A's scale", source=(MX, "return lane / 4 + 8 * (lane % 2);", "return lane / 4;")),
+    Mutation("row of A's scale", source=(MAPS, "return lane / 4 + 8 * (lane % 2);", "return lane / 4;")),
     Mutation(
         "column of B's scale",
-        source=(MX, "scale_b_col(int lane) { return lane / 4; }", "scale_b_col(int lane) { return lane % 8; }"),
+        source=(MAPS, "scale_b_col(int lane) { return lane / 4; }", "scale_b_col(int lane) { return lane % 8; }"),
     ),
     Mutation(
         "fragments of A, native: rows g twice",
@@ -94,51 +99,55 @@ COORDINATES = [
         "shift of the scales' first row", source=(KERNEL, "load_m_tile(p.m_tiles + coord.m).row_begin % 4;", "0;")
     ),
     Mutation(
-        "row of the scales' copy", source=(KERNEL, "full, m.row_begin / 4 * 2, kt,", "full, m.row_begin / 4, kt,")
+        "row of the scales' copy", source=(PIPELINE, "full, m.row_begin / 4 * 2, kt,", "full, m.row_begin / 4, kt,")
     ),
     Mutation(
         "K tile of the scales' copy",
-        source=(KERNEL, "m.row_begin / 4 * 2, kt, kEvictLast", "m.row_begin / 4 * 2, 0, kEvictLast"),
+        source=(PIPELINE, "m.row_begin / 4 * 2, kt, kEvictLast", "m.row_begin / 4 * 2, 0, kEvictLast"),
     ),
     Mutation(
         "K of the activations' copy",
-        source=(KERNEL, "full, kt * kTileK, m.row_begin,", "full, kt * kBlockK, m.row_begin,"),
+        source=(PIPELINE, "full, kt * kTileK, m.row_begin,", "full, kt * kBlockK, m.row_begin,"),
     ),
     Mutation(
         "weights of the first row block",
-        source=(KERNEL, "k_tile_unit + row_block * kBlockUnits, hint", "k_tile_unit, hint"),
+        source=(PIPELINE, "k_tile_unit + row_block * kBlockUnits, hint", "k_tile_unit, hint"),
     ),
-    Mutation("weights of the first expert", source=(KERNEL, "m.expert * expert_units + kt", "0 * expert_units + kt")),
+    Mutation("weights of the first expert", source=(PIPELINE, "m.expert * expert_units + kt", "0 * expert_units + kt")),
     Mutation(
         "units of the tail without its scales",
-        source=(KERNEL, "(kWeightBlockScaleBytes + tail_steps * kWeightStepBytes)", "(tail_steps * kWeightStepBytes)"),
+        source=(
+            PIPELINE,
+            "(kWeightBlockScaleBytes + tail_steps * kWeightStepBytes)",
+            "(tail_steps * kWeightStepBytes)",
+        ),
     ),
     Mutation(
         "one K tile too few in the producer",
-        source=(KERNEL, "num_k_tiles(ceil_div(p.k, kTileK))", "num_k_tiles(p.k / kTileK)"),
+        source=(PIPELINE, "num_k_tiles(ceil_div(p.k, kTileK))", "num_k_tiles(p.k / kTileK)"),
     ),
     Mutation(
         "K tail not multiplied",
         source=(KERNEL, "if (k + s * kTileK < p.k) k_tile(s);", "if (k + s * kTileK + kTileK <= p.k) k_tile(s);"),
     ),
-    Mutation("bound along N", source=(KERNEL, "if (col >= p.n) continue;\n", "\n")),
+    Mutation("bound along N", source=(EPILOGUE, "if (col >= p.n) continue;\n", "\n")),
     Mutation(
-        "bound of the rows", source=(KERNEL, "if (row + 1 < rows) static_cast", "if (row + 1 <= rows) static_cast")
+        "bound of the rows", source=(EPILOGUE, "if (row + 1 < rows) static_cast", "if (row + 1 <= rows) static_cast")
     ),
     Mutation(
-        "m-tile of the output", source=(KERNEL, "load_m_tile(p.m_tiles + done.m)", "load_m_tile(p.m_tiles + done.n)")
+        "m-tile of the output", source=(EPILOGUE, "load_m_tile(p.m_tiles + done.m)", "load_m_tile(p.m_tiles + done.n)")
     ),
     Mutation(
         "one m-tile too many",
         source=(
-            KERNEL,
-            "uniform(load_num_m_tiles(p)) * num_n_tiles;\n  const auto",
-            "(uniform(load_num_m_tiles(p)) + 1) * num_n_tiles;\n  const auto",
+            EPILOGUE,
+            "uniform(load_num_m_tiles(p)) * num_n_tiles();\n    const auto",
+            "(uniform(load_num_m_tiles(p)) + 1) * num_n_tiles();\n    const auto",
         ),
     ),
     Mutation(
         "persistent blocks step by one",
-        source=(KERNEL, "is_tile(tile); tile += gridDim.x)", "is_tile(tile); tile += 1)"),
+        source=(EPILOGUE, "is_tile(tile); tile += gridDim.x)", "is_tile(tile); tile += 1)"),
     ),
     Mutation(
         "output pair exchanged",
@@ -199,7 +208,7 @@ ORDER = [
     Mutation(
         "producer waits for the other parity",
         source=(
-            KERNEL,
+            PIPELINE,
             "wait_for(smem.empty(ring.stage), ring.phase ^ 1);\n        weights.load",
             "wait_for(smem.empty(ring.stage), ring.phase);\n        weights.load",
         ),
@@ -219,18 +228,18 @@ ORDER = [
     Mutation(
         "activations into another stage",
         source=(
-            KERNEL,
+            PIPELINE,
             "ActLoads::load(maps, smem, ring.stage, kt, m_tile);",
             "ActLoads::load(maps, smem, ring.stage ^ 1, kt, m_tile);",
         ),
     ),
-    Mutation("all lanes produce", source=(KERNEL, "if (!issues) return;", "")),
+    Mutation("all lanes produce", source=(PIPELINE, "if (!issues) return;", "")),
     Mutation(
         "weights that were fetched are fetched again",
         ready=True,
-        source=(KERNEL, "if (kt >= fetched) {", "if (kt + 1 >= fetched) {"),
+        source=(PIPELINE, "if (kt >= fetched) {", "if (kt + 1 >= fetched) {"),
     ),
-    Mutation("next tile's weights taken for fetched", ready=True, source=(KERNEL, "    fetched = 0;\n", "")),
+    Mutation("next tile's weights taken for fetched", ready=True, source=(PIPELINE, "    fetched = 0;\n", "")),
     Mutation("stage 0 instead of the ring's", tile="m128n128", source=(KERNEL, "k_tile(ring.stage);", "k_tile(0);")),
     Mutation(
         "more registers than a block has",
@@ -274,7 +283,7 @@ ACTIVATION = [
     Mutation(
         "scale not rounded up",
         activates=True,
-        source=("tile/mxfp8.cuh", "mantissa > exact ? 1u : 0u", "mantissa > exact ? 0u : 0u"),
+        source=("shared/mxfp8.cuh", "mantissa > exact ? 1u : 0u", "mantissa > exact ? 0u : 0u"),
     ),
     Mutation(
         "a padding scale byte left as it was",

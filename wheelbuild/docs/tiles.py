@@ -47,9 +47,9 @@ SM90 has more shared memory than SM12x, so its pipelines are deeper or more bloc
 {warps} The build compares this proof with the constants of every compiled tile, for each arch.
 The proof is of the kernel that all archs have.
 
-On SM90 these tiles have a second one, `csrc/tile/folded_shape.cuh` or `wgmma_shape.cuh`:
+On SM90 these tiles have a second one, `csrc/tile/sm90/mma_sync_shape.cuh` or `wgmma_shape.cuh`:
 {folded}.
-Of these, (8, 64) has a third, which splits K: `split_shape.cuh`.
+Of these, (8, 64) has a third, which multiplies several K tiles at once: `parallel_k_shape.cuh`.
 
 `mxfp4-moe tiles` shows the tiles of an installed wheel with registers and instructions per MMA as compiled, and
 `mxfp4-moe tiles --explain M,N` this proof for any tile.
@@ -118,7 +118,7 @@ def document(manifest: Manifest) -> str:
         max_stages=tiles.MAX_STAGES,
         max_blocks=tiles.MAX_BLOCKS_PER_SM,
         accumulators=tiles.MAX_ACCUMULATORS,
-        folded=_filled([str(tile.mn) for tile in legal if tile.folded_major]),
+        folded=_filled([str(tile.mn) for tile in legal if tiles.Kernel.FOLDED in tiles.kernels_of(tile, "90a")]),
         warps=f"Warps differ in {_listed(other_warps)} alone." if other_warps else "Warps are the same.",
     )
     return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)

@@ -13,8 +13,8 @@ from .._arguments import require_contiguous, require_tensor
 from ..formats import BLOCK, WordOrder, word_order_of
 from ..weights import MoEWeights
 
-MAX_EXPERTS = 1024  # csrc/moe/moe.h, kMaxExperts
-MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/ops.cpp, kMaxSlots
+MAX_EXPERTS = 1024  # csrc/moe/kernels.h, kMaxExperts
+MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/checks.h, kMaxSlots
 MAX_TOP_K = 16  # csrc/moe/moe.h, kMaxTopK
 
 _HALVES = (torch.bfloat16, torch.float16)

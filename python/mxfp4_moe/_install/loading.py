@@ -32,7 +32,7 @@ def manifest() -> Manifest:
 
 @functools.cache
 def moe_ops() -> Any:
-    """`torch.ops.mxfp4_moe` with the layer's operators (csrc/moe/ops.cpp) in it."""
+    """`torch.ops.mxfp4_moe` with the layer's operators (csrc/moe/operators.cpp) in it."""
     _import("moe")
     return torch.ops.mxfp4_moe
 

@@ -79,6 +79,7 @@ class TileProof:
             "smem_bytes": self.smem_bytes,
             "blocks_per_sm": self.blocks_per_sm,
             "accumulator_registers": self.accumulator_registers,
+            "kernels": sum(1 << kernel for kernel in kernels_of(self.tile, self.arch)),
         }
 
 
@@ -205,13 +206,14 @@ def prove(tile: Tile, arch: str) -> TileProof:
 
 
 def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
-    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit, and the kExists of folded_shape.cuh
-    and wgmma_shape.cuh.
+    """The kernels that a tile has on an arch: csrc/tile/shapes.cuh; the build compares the two.
 
     Raises:
         ArchError: the kernel has no code for the arch.
     """
-    major = check_arch(arch)[0]
-    splits = major == 9 and tile == Tile(m=8, n=64, swap_ab=True)
-    folds = major == tile.folded_major
-    return (Kernel.PLAIN, *((Kernel.SPLIT_K,) if splits else ()), *((Kernel.FOLDED,) if folds else ()))
+    if check_arch(arch)[0] != 9:
+        return (Kernel.PLAIN,)
+    has_few_rows = tile.m <= 64 and tile.n >= 64
+    reads_folded = has_few_rows or tile.mn in ((128, 64), (128, 128), (256, 128))
+    parallel_k = (Kernel.PARALLEL_K,) if tile.mn == (8, 64) else ()
+    return (Kernel.PLAIN, *parallel_k, *((Kernel.FOLDED,) if reads_folded else ()))

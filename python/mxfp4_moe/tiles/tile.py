@@ -27,15 +27,6 @@ class Tile:
     def mn(self) -> tuple[int, int]:
         return (self.m, self.n)
 
-    @property
-    def folded_major(self) -> int:
-        """Compute capability (major) of the GPUs on which a layer gives it folded activations, or 0.
-
-        There the extension has a second kernel (kExists of csrc/tile/folded_shape.cuh and wgmma_shape.cuh).
-        """
-        has_few_rows = self.m <= 64 and self.n >= 64
-        return 9 if has_few_rows or self.mn in ((128, 64), (128, 128), (256, 128)) else 0
-
     @classmethod
     def from_mn(cls, tile_mn: tuple[int, int]) -> Tile:
         """The tile of this shape; fewer than 64 rows means swapped operands."""
@@ -48,8 +39,8 @@ class Kernel(IntEnum):
 
     BY_SIZE = 0  # csrc/tile/launcher.cuh decides, for every call of the layer
     PLAIN = 1
-    SPLIT_K = 2
-    FOLDED = 3  # reads folded activations (csrc/tile/folded.cuh)
+    PARALLEL_K = 2
+    FOLDED = 3  # reads folded activations (csrc/shared/folded.cuh)
 
 
 # Every tile that was considered for the wheel; the proof below says which of them can be.

@@ -9,12 +9,12 @@
 #include <tuple>
 #include <vector>
 
-#include "tile/emulated_mma.cuh"
+#include "shared/scale_layout.cuh"
+#include "shared/schedule.cuh"
+#include "shared/weight_layout.cuh"
 #include "tile/mma_mx.cuh"
-#include "tile/scale_layout.cuh"
-#include "tile/schedule.cuh"
+#include "tile/sm12x/emulated_mma.cuh"
 #include "tile/tile_shape.cuh"
-#include "tile/weight_layout.cuh"
 
 namespace py = pybind11;
 using namespace mxfp4_moe;
@@ -93,7 +93,7 @@ void add_shape(py::list& shapes, const char* arch) {
   d["smem_bytes"] = S::kSmemBytes;
   d["blocks_per_sm"] = S::kBlocksPerSm;
   d["accumulator_registers"] = S::kAccumulators;
-  d["barrier_offset"] = S::kBarrierOffset;
+  d["barrier_offset"] = S::Smem::kBarrier;
   shapes.append(d);
 }
 

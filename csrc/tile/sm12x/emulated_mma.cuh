@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#include "scale_layout.cuh"
+#include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe::emulated {
 

@@ -1,16 +1,18 @@
 // The kernels around the two grouped GEMMs, and the router's, as host functions: arguments in, launch error out.
 //
 // Everything here is asynchronous on the given stream, reads no device memory from the host and sizes its grids from
-// shapes alone, so that a CUDA graph captures it. Callers (ops.cpp) have checked shapes, dtypes and alignment.
-// Letters: T tokens, k experts per token, R = T * k slots and rows, E experts, H hidden, I intermediate.
+// shapes alone, so that a CUDA graph captures it. Callers (layer.cpp, operators.cpp) have checked shapes, dtypes and
+// alignment. Letters: T tokens, k experts per token, R = T * k slots and rows, E experts, H hidden, I intermediate.
 #pragma once
 
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
-#include "../tile/activation.cuh"
-#include "../tile/scale_layout.cuh"
-#include "../tile_abi.h"
+#include "emulation.h"
+#include "shared/nonlinearities.cuh"
+#include "shared/per_device.h"
+#include "shared/scale_layout.cuh"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 
@@ -55,6 +57,10 @@ struct RouteArgs {
 };
 // How many blocks every GPU that has clusters can run as one.
 constexpr int kPortableClusterBlocks = 8;
+// Clusters are for GPUs on which they have run; elsewhere one block routes, as it does everywhere for few slots.
+inline int32_t most_cluster_blocks(int32_t device) {
+  return compute_capability_major(device) == 9 && !kEmulatesSm12x ? kPortableClusterBlocks : 1;
+}
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
 // The same for at most kFewSlots, faster; launch_route calls it.
 constexpr int kFewSlots = 128;
@@ -76,7 +82,7 @@ struct QuantizePermuteArgs {
   int32_t hidden_size;   // multiple of 32
   uint8_t* codes;        // [T * top_k, hidden_size], even k first; or, with has_far, folded bf16
   uint8_t* scales;       // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
-  int32_t* has_far;      // where the rows are folded: set to 1 when one has a far block (tile/folded.cuh); else null
+  int32_t* has_far;      // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null
   bool hidden_is_ready;  // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
@@ -92,7 +98,7 @@ struct PermuteArgs {
   int32_t hidden_size;  // multiple of 32
   uint8_t* codes;       // [T * top_k, hidden_size], even k first; or, with has_far, folded bf16
   uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
-  int32_t* has_far;     // where the rows are folded: set to 1 when one has a far block (tile/folded.cuh); else null
+  int32_t* has_far;     // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null
 };
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream);
 
@@ -109,7 +115,7 @@ struct ActivationArgs {
   PerExpert limit;        // of kSwigluOai and kSwigluStep; +inf when there is none
   uint8_t* codes;         // [rows, intermediate], even k first; or, with has_far, folded bf16
   uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]
-  int32_t* has_far;       // where the rows are folded: set to 1 when one has a far block (tile/folded.cuh); else null
+  int32_t* has_far;       // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 

@@ -1,6 +1,6 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
-// memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in scale_layout.cuh;
-// or, where the tile's kernel reads them so, folded values (folded.cuh).
+// memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in
+// shared/scale_layout.cuh; or, where the tile's kernel reads them so, folded values (shared/folded.cuh).
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -9,12 +9,12 @@
 // Same arithmetic, operation by operation, as csrc/moe/activation.cu on stored sums.
 #pragma once
 
-#include "../tile_abi.h"
-#include "activation.cuh"
-#include "folded.cuh"
-#include "mma_mx.cuh"
-#include "mxfp8.cuh"
-#include "scale_layout.cuh"
+#include "shared/folded.cuh"
+#include "shared/mxfp8.cuh"
+#include "shared/nonlinearities.cuh"
+#include "shared/scale_layout.cuh"
+#include "tile/mma_mx.cuh"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 
@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
     numbers = {of_expert(a.alpha, m_tile.expert), of_expert(a.beta, m_tile.expert), of_expert(a.limit, m_tile.expert)};
   const int col0 = tile_n0 + weight_row0;
   const int valid = m_tile.row_end - m_tile.row_begin;
-  // Fragments without a row; only the widest tiles gain by asking.
+  // Fragments without a row are skipped where tiles are wide; elsewhere asking costs more than it saves.
   const auto is_empty = [&](int f) { return Shape::kFolded && f * 8 >= valid; };
   const auto round_all = [&] {
 #pragma unroll
@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
 
   const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(Shape::kMmaWarps * 32) : "memory"); };
   const auto act_row = [&](int f, int r) { return act_row0 + (kSwap ? f * 8 + 2 * t + r : f * 16 + 8 * r + g); };
-  sync();  // nobody reads the table of the tile before any more
+  sync();  // all have read the table of the output tile before
 #pragma unroll
   for (int f = 0; f < kActFrags; ++f) {
     if (is_empty(f)) continue;

@@ -1,38 +1,47 @@
-// The grouped GEMM of kernel.cuh, same operands and same bits, for calls with so few output tiles that the time of one
-// tile is the time of the call: inside a block, K tiles are multiplied several at once. Called by launcher.cuh, SM90.
+// The grouped GEMM of tile/plain_kernel.cuh, same operands and same bits, for calls with so few output tiles that the
+// time of one tile is the time of the call: a block multiplies several K tiles at once. SM90, launched by launcher.cuh.
 //
-// Three kinds of warps pass every K tile on, one stage of shared memory each, so nothing waits for the whole block:
-//   producer      loads it, as in kernel.cuh; full[stage]
-//   multipliers   part q of kParts takes K tiles q, q + kParts, ...: all MMAs of the tile, each into zeros, and stores
-//                 these block sums, unscaled, beside the stage; summed[stage]
-//   adders        four warps, take all K tiles in order: multiply each block sum by its two scales and add it to the
-//                 one fp32 accumulator of its output; empty[stage]. After the last they run the epilogue.
-// So the sums themselves are not split: every output is the chain fma(block, scale, acc) over the K blocks in order
-// that kernel.cuh has, operation by operation.
+// Three kinds of warps work on a K tile one after the other, each waiting for its stage alone, never for the block:
+//   producer      loads the K tile; then full[stage]
+//   multipliers   part q of kParts takes K tiles q, q + kParts, ...: all MMAs of the K tile, each into zeros, whose
+//                 results, the block sums, it stores unscaled beside the stage; then summed[stage]
+//   adders        four warps take all K tiles in order: they multiply each block sum by its two scales and add it to
+//                 the one fp32 accumulator of its output; then empty[stage]. After the last they run the epilogue
+// The sum over K is not split: every output is the chain fma(block, scale, acc) over the K blocks in order that
+// tile/plain_kernel.cuh has, operation by operation.
 //
-// Fast because: what is serial, one fma per block, is all that is left in sequence; expanding FP4, most of the
-// instructions, is spread over the parts and free of dependencies among the four steps of a K tile; scales are applied
-// only where an output is real, which with one activation row, the usual case at few tokens, is an eighth of the MMA's
-// results: then two warps have an output in every lane. A part's warps have 32 rows, so that activations are expanded
-// half as often; and while the adders store a tile, the others are at the next one.
+// Fast because: one fma per block is all that is left in sequence; expanding FP4, most of the instructions, is spread
+// over the parts, and the four steps of a K tile do not depend on each other; scales are applied only where an output
+// is real. With one activation row, the usual case at few tokens, that is an eighth of the MMA's results, and then two
+// warps hold one output in every lane. A part's warps have 32 rows, so that activations are expanded half as often; and
+// while the adders store an output tile, the others are at the next one.
 //
-// Why no barrier is mistaken for its phase before: kStages is a multiple of kParts, so a stage's K tiles all belong to
-// the same warps, which pass its phases one by one. Adders that sit out a tile meet the others after it (kColumn).
+// No wait can take a barrier's phase for the next one: kStages is a multiple of kParts, so a stage's K tiles all belong
+// to the same warps, which pass its phases one by one. Adders that sit out an output tile meet the others after it, at
+// the column of sums (kColumnOffset).
 #pragma once
 
-#include "kernel.cuh"
-#include "split_shape.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/fragments.cuh"
+#include "tile/mma_mx.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/sm90/parallel_k_shape.cuh"
 
 namespace mxfp4_moe {
 
 template <class Shape>
-struct SplitStorage : SharedStorage<Shape> {
+struct ParallelKStorage : SharedStorage<Shape> {
   // Where a fragment's sums of step 0 begin.
   __device__ uint8_t* sums(int stage, int fragment) const {
-    return this->base + Shape::kSumOffset + stage * Shape::kSumBytes + fragment * Shape::kSumFragmentBytes;
+    return this->base + Shape::Smem::kSum + stage * Shape::kSumBytes + fragment * Shape::kSumFragmentBytes;
   }
   __device__ EmptyBarrier* summed(int stage) const {
-    return reinterpret_cast<EmptyBarrier*>(this->base + Shape::kBarrierOffset + Shape::kStages * 16) + stage;
+    return reinterpret_cast<EmptyBarrier*>(this->base + Shape::Smem::kBarrier + Shape::kStages * 16) + stage;
+  }
+  __device__ __forceinline__ void init_barriers(int stage) const {
+    this->full(stage)->init(1);
+    this->empty(stage)->init(Shape::kAddWarps);
+    summed(stage)->init(Shape::kRowWarps);
   }
   __device__ float* column() const { return reinterpret_cast<float*>(this->base + Shape::kColumnOffset); }
 };
@@ -66,23 +75,15 @@ struct BlockTiles {
 
 #ifndef MXFP4_MOE_MMA_TAKES_SCALES  // where mma_mx.cuh applies scales in instructions of their own
 
-// One lane for all: what the warp's others did before is ordered before the arrival.
-template <class Barrier>
-__device__ __forceinline__ void arrive_for_warp(const Barrier* barrier, int lane, int times) {
-  asm volatile("" ::: "memory");  // no access may move behind the arrival
-  __syncwarp();
-  if (lane < times) barrier->arrive();
-}
-
 // --- multipliers ------------------------------------------------------------------------------------------------
 
 template <class Shape>
-__device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage<Shape>& smem, int warp, int lane) {
+__device__ __forceinline__ void multiply(const GemmParams& p, const ParallelKStorage<Shape>& smem, int warp, int lane) {
   constexpr int kGroups = Shape::kWarpRows / 8, kGroupsPerLoad = min_of(kGroups, 4);
   const int num_k_tiles = ceil_div(p.k, kTileK);
   const int part = warp / Shape::kRowWarps, row0 = warp % Shape::kRowWarps * Shape::kWarpRows;
   const uint32_t act_lane = act_chunk(lane % 8, lane / 8);  // one ldmatrix brings two steps
-  const uint32_t weight_lane = Operands<typename Shape::Tile>::weight_lane(row0, lane);
+  const uint32_t weight_lane = weight_word_in_block(row0 + lane / 4, 0, lane % 4);
   const uint32_t sum_lane = sum_slot(lane / 4, lane % 4) * 16;
 
   Ring<Shape::kStages> ring;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
       const int s = ring.stage;
       wait_for(smem.full(s), ring.phase);
       // All of it first, because the compiler cannot know that the sums lie elsewhere. The steps that a last K tile
-      // lacks hold any weights, but activations and scales of zero, as in kernel.cuh.
+      // lacks hold any weights, but activations and scales of zero, as in tile/plain_kernel.cuh.
       uint32_t act[8], weight[4][kGroups];
       ldmatrix<4>(act, smem.act(s) + act_lane);
       ldmatrix<4>(act + 4, smem.act(s) + (act_lane ^ 64));
@@ -127,7 +128,9 @@ __device__ __forceinline__ void multiply(const GemmParams& p, const SplitStorage
           }
         }
       }
-      arrive_for_warp(smem.summed(s), lane, 1);
+      after_all_lanes([&] {
+        if (lane == 0) smem.summed(s)->arrive();
+      });
       ring.skip(Shape::kParts);
     }
     kt -= num_k_tiles;
@@ -142,7 +145,7 @@ __device__ __forceinline__ void add_block(float& acc, float block, uint32_t weig
 }
 
 template <class Shape>
-__device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shape>& smem, int warp, int lane) {
+__device__ __forceinline__ void add(const GemmParams& p, const ParallelKStorage<Shape>& smem, int warp, int lane) {
   using Tile = typename Shape::Tile;
   const int num_k_tiles = ceil_div(p.k, kTileK);
   const int g = lane / 4, t = lane % 4,
@@ -151,7 +154,7 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
 
   Ring<Shape::kStages> ring;
   for (BlockTiles tiles(p, Shape::N); tiles.begin(); tiles.advance()) {
-    const int tile_n0 = tile_coord(tiles.tile, tiles.num_n_tiles).n * Shape::N;
+    const int n_tile = tile_coord(tiles.tile, tiles.num_n_tiles).n;
     const int first_act_word = uniform(tiles.m_tile.row_begin) % 4;
     // take(stage): what one K tile adds.
     const auto each_k_tile = [&](int arrivals, auto&& take) {
@@ -160,7 +163,9 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
         wait_for(smem.summed(ring.stage), ring.phase);
         wait_for(smem.full(ring.stage), ring.phase);  // long complete; this shows the copied scales to this warp too
         take(ring.stage);
-        arrive_for_warp(smem.empty(ring.stage), lane, arrivals);
+        after_all_lanes([&] {
+          if (lane < arrivals) smem.empty(ring.stage)->arrive();
+        });
         ring.advance();
       }
     };
@@ -220,50 +225,38 @@ __device__ __forceinline__ void add(const GemmParams& p, const SplitStorage<Shap
         }
       });
     }
-#pragma unroll
-    for (int x = 0; x < 4; ++x) acc[0][0][x] *= kAccumulatorUnit;
-    if (p.activate.codes != nullptr)
-      store_activated<Tile>(acc, p.activate, tiles.m_tile, p.rows, p.n, tile_n0, row0, 0, lane, smem.amax());
-    else
-      store<Tile>(acc, p, tiles.m_tile, tile_n0, row0, 0, lane);
+    multiply_accumulators<Tile>(acc, kAccumulatorUnit);
+    store_tile<Tile>(acc, p, tiles.m_tile, n_tile, row0, 0, [&] { return lane; }, smem.amax());
   }
 }
 
-#endif
-
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    grouped_gemm_split_k(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
-#ifndef MXFP4_MOE_MMA_TAKES_SCALES
-  extern __shared__ __align__(1024) uint8_t dynamic_smem[];
-  const SplitStorage<Shape> smem{{dynamic_smem}};
-  const int warp = uniform(threadIdx.x / 32);
-  const int lane = threadIdx.x % 32;
-
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < Shape::kStages; ++s) {
-      smem.full(s)->init(1);
-      smem.empty(s)->init(Shape::kAddWarps);
-      smem.summed(s)->init(Shape::kRowWarps);
-    }
-    cutlass::arch::fence_barrier_init();
-  }
-  if (!p.m_tiles_are_ready) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-  }
-  __syncthreads();
-
-  if (warp == Shape::kAddWarps + Shape::kMultiplyWarps) {
-    produce<Shape>(maps, p, smem);
-  } else {
-    wait_for_previous_kernel();
+struct Compute {
+  const GemmParams& p;
+  const ParallelKStorage<Shape>& smem;
+  __device__ __forceinline__ void operator()(int warp, int lane) const {
     if (warp < Shape::kAddWarps)
       add<Shape>(p, smem, warp, lane);
     else
       multiply<Shape>(p, smem, warp - Shape::kAddWarps, lane);
   }
+};
+
 #endif
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    grouped_gemm_parallel_k(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
+#ifndef MXFP4_MOE_MMA_TAKES_SCALES
+  extern __shared__ __align__(1024) uint8_t dynamic_smem[];
+  const ParallelKStorage<Shape> smem{{dynamic_smem}};
+  run_block<Shape, ScaledActLoads<Shape>>(maps, p, smem, Compute<Shape>{p, smem});
+#endif
+}
+
+template <class Tile>
+constexpr auto kernel_of(ParallelKShape<Tile>*) {
+  return grouped_gemm_parallel_k<ParallelKShape<Tile>>;
 }
 
 }  // namespace mxfp4_moe

@@ -4,8 +4,7 @@
 // One expert [n, k]: for every K tile, the blocks of all rows (n padded to 64). One block:
 //   256 bytes      scales: E8M0 word of row r (four K blocks, the padding ones 0) at
 //                  r / 32 * 128 + r % 8 * 16 + scale_position(r / 8 % 4) * 4
-//   1024 per step  of K = 32 (a last K tile has only those that it has): the 32-bit word of row r and k = 8t .. 8t + 7
-//   at
+//   1024 per step  of K = 32 (a last K tile may have fewer than four): the 32-bit word of row r and k = 8t .. 8t + 7 at
 //                  r / 32 * 512 + (r % 8 * 4 + t) * 16 + r / 8 % 4 * 4
 // so that lane 4g + t of a warp gets row g of four groups of 8 rows in one 16-byte load. Inside a word the eight codes
 // are ordered for the instruction that expands them: containers for SM12x, halves for SM90 (mma_mx.cuh).
@@ -14,7 +13,7 @@
 
 #include <stdint.h>
 
-#include "scale_layout.cuh"
+#include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe {
 

@@ -15,7 +15,7 @@
 #include <cuda_fp16.h>
 #endif
 
-#include "../tile_abi.h"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 

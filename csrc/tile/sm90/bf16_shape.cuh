@@ -1,20 +1,22 @@
-// What the shapes of SM90's kernels for folded activations have in common (folded_shape.cuh, wgmma_shape.cuh): a
+// What the shapes of SM90's kernels for folded activations have in common (mma_sync_shape.cuh, wgmma_shape.cuh): a
 // pipeline stage, how many fit, and where everything lies in shared memory. The names are those of TileShape, so that
 // the producer, the schedule and the epilogues are the same code.
 #pragma once
 
-#include "tile_shape.cuh"
+#include "tile/tile_shape.cuh"
 
 namespace mxfp4_moe {
 
 // A tile of M activation rows by N weight rows, kWarpM of them to a warp; always swapped.
 template <int M_, int N_, int kWarpM_, int kThreads_>
-struct FoldedTile {
+struct Bf16Tile {
   using Arch = Sm90;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = true, kActivates = true, kFolded = true, kUnrollsStages = false;
+  static constexpr bool kKeepsNothing = true;  // registers are what limits the blocks per SM
   static constexpr int kWarpM = kWarpM_, kWarpN = M, kThreads = kThreads_;
-  static constexpr int kMmaWarps = N / kWarpM;
+  static constexpr int kMmaWarps = N / kWarpM, kWarpsN = 1;
+  static constexpr int kProducer = kMmaWarps;   // the warp that loads
   static constexpr int kRowSets = kWarpM / 16;  // of 16 weight rows, a warp's part of an MMA
   static constexpr int kFragM = kRowSets, kFragN = M / 8;
   static constexpr int kWarpWeightRows = kWarpM;
@@ -29,32 +31,19 @@ struct FoldedTile {
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kAmaxParts * M * 4;
 
-  static constexpr int stages_for(int blocks) {
-    const int budget = Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kAmaxBytes;
-    return min_of(kMaxStages, budget / (kStageBytes + kBarrierBytesPerStage));
-  }
-  static constexpr int registers_for(int blocks) {
-    return kRegistersPerSubpartition / ceil_div(blocks * kThreads / 32, 4) / 8 * 8;
-  }
-  static constexpr int blocks_that_fit(int most, int registers_wanted) {
-    for (int blocks = most; blocks > 1; --blocks)
-      if (stages_for(blocks) >= 3 && registers_for(blocks) >= registers_wanted) return blocks;
-    return 1;
-  }
+  using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
   static_assert(kHalfBytes % 1024 == 0, "swizzle atoms must not straddle halves");
 };
 
 // The same with kBlocksPerSm decided.
 template <class Tile>
-struct FoldedLayout : Tile {
-  static constexpr int kStages = Tile::stages_for(Tile::kBlocksPerSm);
-  static constexpr int kSmemBytes = kStages * (Tile::kStageBytes + kBarrierBytesPerStage) + Tile::kAmaxBytes;
-  static constexpr int kActOffset = 0;
-  static constexpr int kWeightOffset = kActOffset + kStages * Tile::kActBytes;
-  static constexpr int kActScaleOffset = 0, kActScaleBytes = 0;  // the scales are in the activations
-  static constexpr int kBarrierOffset = kWeightOffset + kStages * Tile::kWeightBytes;
-  static constexpr int kAmaxOffset = kBarrierOffset + kStages * kBarrierBytesPerStage;
-  static_assert(!Tile::kExists || kStages >= 2, "shared memory does not hold two pipeline stages");
+struct Bf16Layout : Tile {
+  static constexpr int kStages = Tile::Fits::stages_for(Tile::kBlocksPerSm);
+  static constexpr int kActScaleBytes = 0;  // the scales are in the activations
+  using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, kActScaleBytes, 0, kBarrierBytesPerStage,
+                          Tile::kAmaxBytes>;
+  static constexpr int kSmemBytes = Smem::kBytes;
+  static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
 };
 
 }  // namespace mxfp4_moe

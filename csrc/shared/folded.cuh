@@ -1,14 +1,14 @@
 // Folded activations: MXFP8 rows as bf16, each value multiplied by its block's scale, for MMAs that take no scales.
 //
-// E4M3 has four significant bits and a scale is a power of two, so bf16 holds their product exactly, and with 2^90 on
-// top, which makes up for the 2^-126 of an FP4 code that is read as bf16: the product of the two, and sums of 32, are
-// normal fp32 numbers for scale bytes 47 to 156, largest magnitudes of 2^-72 to 2^37. Such blocks are near. Blocks of
-// other scales are far: they are stored with 2^100 more or less, and whoever writes one that has a value in it leaves a
-// flag, upon which the GEMM asks the scales, which are written beside the values as for MXFP8 rows. Infinities and NaN
-// do not occur but as a poisoned block's NaN.
+// E4M3 has four significant bits and a scale is a power of two, so bf16 holds their product exactly. It is stored times
+// 2^90, which makes up for the 2^-126 of an FP4 code whose bits are read as bf16: then the product of the two, and sums
+// of 32 of them, are normal fp32 numbers for scale bytes 47 to 156, largest magnitudes of 2^-72 to 2^37. Such blocks
+// are near. Blocks of other scales are far: they are stored times another 2^100 or 2^-100, and a kernel that writes one
+// with a value other than zero sets the flag has_far. Where it is set, the GEMM reads the scales, which are written
+// beside the values as for MXFP8 rows, to undo the shift. No value is infinite; NaN occurs only in poisoned blocks.
 //
-// Accumulators count 2^35, so that a weight scale of any byte is one factor (wgmma_kernel.cuh): sums below 2^-91 lose
-// bits there.
+// Accumulators count 2^35, so that a weight scale of any byte is one factor (tile/sm90/wgmma_kernel.cuh): sums below
+// 2^-91 lose bits there.
 //
 // Layout: [rows, k] bf16, in each block of 32 the k in the order of the words that weights come in (weight_layout.cuh,
 // halves): value k = 8 t + c stands at 16 (c % 2) + 8 (c / 4) + 2 t + c / 2 % 2.
@@ -16,8 +16,8 @@
 
 #include <cuda_fp16.h>
 
-#include "mxfp8.cuh"
-#include "scale_layout.cuh"
+#include "shared/mxfp8.cuh"
+#include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe {
 

@@ -1,7 +1,7 @@
-// The grouped GEMM of kernel.cuh for SM90, with Hopper's asynchronous MMA: same function, same bits.
+// The grouped GEMM of tile/plain_kernel.cuh for SM90, with Hopper's asynchronous MMA: same function, same bits.
 //
-// Shapes: act [rows, k] bf16, E4M3 values with their scales multiplied in (folded.cuh); weight and out as in
-// kernel.cuh.
+// Shapes: act [rows, k] bf16, E4M3 values with their scales multiplied in (shared/folded.cuh); weight and out as in
+// tile/plain_kernel.cuh.
 //
 // SM90 has no block-scaled MMA. With the activations' scales in their values, a K block's sum is two MMAs of K = 16
 // into zeros and one fp32 fma for each element, by the weights' scale. Fast because: wgmma takes the weights from
@@ -14,8 +14,8 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 
-#include "folded_operands.cuh"
-#include "wgmma_shape.cuh"
+#include "tile/sm90/bf16_operands.cuh"
+#include "tile/sm90/wgmma_shape.cuh"
 
 namespace mxfp4_moe {
 
@@ -114,8 +114,7 @@ __device__ __forceinline__ void sum_far_over_k(float (&acc)[Shape::kFragM][Shape
       }
     }
     if (step == 3) {
-      __syncwarp();
-      if (cute::elect_one_sync()) smem.empty(ring.stage)->arrive();
+      release(smem, ring.stage);
       ring.advance();
     }
   }
@@ -219,8 +218,7 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kF
       run(cute::C<4>{}, stage);
       finish_last(cute::C<4>{}, scales[kSets - 1]);
     }
-    __syncwarp();
-    if (cute::elect_one_sync()) smem.empty(stage)->arrive();
+    release(smem, stage);
   }
 }
 
@@ -243,14 +241,21 @@ __device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][S
   sum_over_k<Shape, kCols>(acc, k, smem, ring, at);
 }
 
-// --- roles ------------------------------------------------------------------------------------------------------
-
 template <class Shape>
 struct WgmmaSum {
+  static constexpr float kUnit = kFoldedUnit;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
+  bool has_far;
+
+  __device__ __forceinline__ WgmmaSum(const GemmParams& params, const SharedStorage<Shape>& storage, int, int)
+      : p(params), smem(storage), has_far(uniform(__ldcg(p.has_far)) != 0) {}
+
   __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
-                                             const Places& at, const Mxfp4MoeMTile& rows, bool has_far) const {
+                                             const TileCoord& coord) const {
+    const FirstRow row = first_row<Shape>();
+    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
+    const Places at = places(row);
     if (!has_far)
       sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at);
     else
@@ -263,18 +268,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_wgmma(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  const int warp = uniform(threadIdx.x / 32);
-  start_block(p, smem);
-  if (warp >= Shape::kMmaWarps) {
-    if constexpr (Shape::kMovesRegisters)
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kProducerRegisters));
-    if (warp == Shape::kMmaWarps) produce<Shape, FoldedActLoads<Shape>>(maps, p, smem);
-  } else {
-    if constexpr (Shape::kMovesRegisters)
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kMmaRegisters));
-    wait_for_previous_kernel();
-    for_each_output_tile<Shape>(p, smem, WgmmaSum<Shape>{p, smem});
-  }
+  run_block<Shape, FoldedActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
+}
+
+template <int M, int N>
+constexpr auto kernel_of(WgmmaShape<M, N>*) {
+  return grouped_gemm_wgmma<WgmmaShape<M, N>>;
 }
 
 }  // namespace mxfp4_moe

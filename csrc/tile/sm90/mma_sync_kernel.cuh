@@ -1,7 +1,7 @@
-// The grouped GEMM of kernel.cuh for SM90 and tiles of 8 and 16 activation rows: same function, same bits.
+// The grouped GEMM of tile/plain_kernel.cuh for SM90 and tiles of 8 and 16 activation rows: same function, same bits.
 //
-// Shapes: act [rows, k] bf16, E4M3 values with their scales multiplied in (folded.cuh); weight and out as in
-// kernel.cuh.
+// Shapes: act [rows, k] bf16, E4M3 values with their scales multiplied in (shared/folded.cuh); weight and out as in
+// tile/plain_kernel.cuh.
 //
 // SM90 has no block-scaled MMA. With the activations' scales in their values, a K block's sum is two bf16 MMAs of K =
 // 16 into zeros and one fp32 fma for each element, by the weights' scale. Fast because: the weights' codes are bf16
@@ -10,8 +10,8 @@
 // blocks hide each other's waits.
 #pragma once
 
-#include "folded_operands.cuh"
-#include "folded_shape.cuh"
+#include "tile/sm90/bf16_operands.cuh"
+#include "tile/sm90/mma_sync_shape.cuh"
 
 namespace mxfp4_moe {
 
@@ -60,13 +60,6 @@ struct BlockOperands {
     }
   }
 };
-
-template <class Shape>
-__device__ __forceinline__ void release(const SharedStorage<Shape>& smem, int stage) {
-  asm volatile("" ::: "memory");  // no load may move behind the arrival
-  __syncwarp();
-  if (cute::elect_one_sync()) smem.empty(stage)->arrive();
-}
 
 // One output tile's sums of a warp, of its first 8 kFragments activation rows. Afterwards every stage is released. The
 // operands of each K block are loaded before the one before it is multiplied, across stages too.
@@ -145,11 +138,20 @@ __device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][S
 }
 
 template <class Shape>
-struct FoldedSum {
+struct MmaSyncSum {
+  static constexpr float kUnit = kFoldedUnit;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
+  bool has_far;
+
+  __device__ __forceinline__ MmaSyncSum(const GemmParams& params, const SharedStorage<Shape>& storage, int, int)
+      : p(params), smem(storage), has_far(uniform(__ldcg(p.has_far)) != 0) {}
+
   __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
-                                             const Places& at, const Mxfp4MoeMTile& rows, bool has_far) const {
+                                             const TileCoord& coord) const {
+    const FirstRow row = first_row<Shape>();
+    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
+    const Places at = places(row);
     const uint32_t act_at = act_chunk(lane_id() % 8, lane_id() / 8);  // what this lane names for ldmatrix in step 0
     if (has_far)
       sum_far_tile<Shape>(acc, p, smem, ring, at, act_at, rows);
@@ -160,16 +162,15 @@ struct FoldedSum {
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    grouped_gemm_folded(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
+    grouped_gemm_mma_sync(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  start_block(p, smem);
-  if (uniform(threadIdx.x / 32) >= Shape::kMmaWarps) {
-    produce<Shape, FoldedActLoads<Shape>>(maps, p, smem);
-  } else {
-    wait_for_previous_kernel();
-    for_each_output_tile<Shape>(p, smem, FoldedSum<Shape>{p, smem});
-  }
+  run_block<Shape, FoldedActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});
+}
+
+template <int M, int N>
+constexpr auto kernel_of(MmaSyncShape<M, N>*) {
+  return grouped_gemm_mma_sync<MmaSyncShape<M, N>>;
 }
 
 }  // namespace mxfp4_moe

@@ -1,16 +1,18 @@
-// MXFP8 rows written by warps (the arithmetic: tile/mxfp8.cuh), and where their bytes go.
+// MXFP8 rows written by warps (the arithmetic: shared/mxfp8.cuh), and where their bytes go.
 //
 // A quad of lanes holds one block of 32 values, lane q the values k = 8q .. 8q+7. Lanes of a half-warp hold the four
 // blocks of one K tile of 128 values, so that their scale bytes leave as one 32-bit word.
 // Codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants. Or,
-// for kernels that want them so, rows are folded into bf16 (tile/folded.cuh). Used by quantize.cu and activation.cu.
+// for kernels that want them so, rows are folded into bf16 (shared/folded.cuh). Used by quantize_permute.cu, permute.cu
+// and activation.cu.
 #pragma once
 
-#include "../tile/folded.cuh"
-#include "../tile/mxfp8.cuh"
-#include "../tile/scale_layout.cuh"
-#include "launch.cuh"
-#include "moe.h"
+#include "moe/kernels.h"
+#include "moe/warps.cuh"
+#include "shared/folded.cuh"
+#include "shared/launch.cuh"
+#include "shared/mxfp8.cuh"
+#include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe {
 

@@ -33,10 +33,15 @@ ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 1, 17, 1)
 
 
 @functools.cache
+<<<<<<<< HEAD:tests/gpu/test_split_k.py
 def has_split() -> bool:
     arch = wheel.arch_for(torch.cuda.get_device_capability(gpu_problems.gpu()))
+========
+def has_parallel_k() -> bool:
+    arch = _wheel.arch_for(torch.cuda.get_device_capability(gpu_problems.gpu()))
+>>>>>>>> h_rooms_replay:tests/test_gpu_parallel_k.py
     assert arch is not None
-    return Kernel.SPLIT_K in kernels_of(TILE, arch)
+    return Kernel.PARALLEL_K in kernels_of(TILE, arch)
 
 
 @functools.lru_cache(maxsize=1)
@@ -44,21 +49,21 @@ def problem(k: int, n: int, rows: Sequence[int] = ROWS, wide_scales: bool = Fals
     return gpu_problems.random_problem(k, n, gpu_problems.gpu(), rows_per_expert=rows, wide_scales=wide_scales)
 
 
-def split(given: GemmProblem, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of the split kernel; where there is none, that this is refused, and then the plain one's."""
-    if has_split():
-        return given.run(TILE, dtype, Kernel.SPLIT_K)
+def parallel_k(given: GemmProblem, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of the parallel-K kernel; where there is none, that this is refused, and then the plain one's."""
+    if has_parallel_k():
+        return given.run(TILE, dtype, Kernel.PARALLEL_K)
     with pytest.raises(RuntimeError, match=r"kernel: tile \(8, 64\) has no split-K kernel for this GPU"):
-        given.run(TILE, dtype, Kernel.SPLIT_K)
+        given.run(TILE, dtype, Kernel.PARALLEL_K)
     return given.run(TILE, dtype, Kernel.PLAIN)
 
 
 @pytest.mark.parametrize("n", [16, 80, 2880], ids=lambda n: f"n{n}")  # 2880: more output tiles than blocks
 @pytest.mark.parametrize("k", KS, ids=lambda k: f"k{k}")
-def test_split_equals_plain_and_oracle_bitwise(k: int, n: int) -> None:
+def test_parallel_k_equals_plain_and_oracle_bitwise(k: int, n: int) -> None:
     given = problem(k, n)
     for dtype in DTYPES:
-        out = split(given, dtype)
+        out = parallel_k(given, dtype)
         mismatch = given.mismatch(out)
         assert not mismatch, f"K={k}, N={n}, {dtype}: {mismatch}"
         assert torch.equal(bits(out), bits(given.run(TILE, dtype, Kernel.PLAIN)))
@@ -67,21 +72,21 @@ def test_split_equals_plain_and_oracle_bitwise(k: int, n: int) -> None:
 @pytest.mark.parametrize("rows", range(9))
 def test_each_number_of_rows(rows: int) -> None:
     given = problem(672, 144, (rows, 0, rows))
-    mismatch = given.mismatch(split(given))
+    mismatch = given.mismatch(parallel_k(given))
     assert not mismatch, f"{rows} rows: {mismatch}"
 
 
 @pytest.mark.parametrize("k", [160, 2880])
 def test_scales_over_the_whole_exponent_range(k: int) -> None:
     given = problem(k, 144, wide_scales=True)
-    mismatch = given.mismatch(split(given))
+    mismatch = given.mismatch(parallel_k(given))
     assert not mismatch, f"K={k}: {mismatch}"
 
 
 def test_every_weight_lands_in_its_place() -> None:
     one_hot = gpu_problems.layout_problem(gpu_problems.gpu())
     for dtype in DTYPES:
-        mismatch = one_hot.mismatch(split(one_hot, dtype))
+        mismatch = one_hot.mismatch(parallel_k(one_hot, dtype))
         assert not mismatch, f"{dtype}: {mismatch}"
 
 
@@ -97,7 +102,7 @@ def test_nan_and_infinity_pass_through_and_stay_in_their_rows(rows: tuple[int, .
     assert plain[0].isnan().all()
     assert not plain[1, 7].isfinite()
     assert plain[2].isfinite().sum() >= 140
-    assert same(split(wild), plain)
+    assert same(parallel_k(wild), plain)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -106,7 +111,7 @@ def test_random_problems(seed: int) -> None:
     k, n, experts = 32 * draw.randint(1, 130), 16 * draw.randint(1, 200), draw.randint(1, 40)
     rows = tuple(draw.choice((0, 1, 1, draw.randint(0, 8), draw.randint(0, 40))) for _ in range(experts))
     given = problem(k, n, rows)
-    mismatch = given.mismatch(split(given))
+    mismatch = given.mismatch(parallel_k(given))
     assert not mismatch, f"seed {seed}, K={k}, N={n}, rows {rows}: {mismatch}"
 
 
@@ -114,19 +119,19 @@ def test_random_problems(seed: int) -> None:
 def test_same_bits_in_calls_that_follow_each_other_closely(k: int) -> None:
     given = problem(k, 2880)
     expected = given.run(TILE, kernel=Kernel.PLAIN)
-    outs = [split(given) for _ in range(60)]
+    outs = [parallel_k(given) for _ in range(60)]
     wrong = [i for i, out in enumerate(outs) if not torch.equal(bits(out), bits(expected))]
     assert not wrong, f"calls {wrong}"
 
 
 def test_without_rows_nothing_is_written() -> None:
-    assert split(problem(96, 80, (0, 0, 0))).isnan().all()
+    assert parallel_k(problem(96, 80, (0, 0, 0))).isnan().all()
 
 
 def test_what_is_not_there_is_refused() -> None:
     given = problem(96, 80)
     with pytest.raises(RuntimeError, match=r"kernel: tile \(8, 128\) has no split-K kernel for this GPU"):
-        given.run(Tile.from_mn((8, 128)), kernel=Kernel.SPLIT_K)
+        given.run(Tile.from_mn((8, 128)), kernel=Kernel.PARALLEL_K)
     with pytest.raises(
         RuntimeError, match=r"kernel: expected 0 \(by size\), 1 \(plain\), 2 \(split K\) or 3 \(folded\), got 4"
     ):
@@ -143,7 +148,7 @@ def layer(activation: str, bias: bool) -> MoEWeights:
 
 
 def kernels_run(call: Call, weights: MoEWeights) -> list[str]:
-    """Which kernels the layer's GEMMs were: 'folded', 'split' or 'plain'."""
+    """Which kernels the layer's GEMMs were: 'folded', 'parallel K' or 'plain'."""
     mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=TILE.mn)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -151,7 +156,7 @@ def kernels_run(call: Call, weights: MoEWeights) -> list[str]:
         torch.cuda.synchronize()
     on_gpu = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
     names = [event.name for event in sorted(on_gpu, key=lambda event: event.time_range.start)]
-    kinds = {"grouped_gemm_folded": "folded", "grouped_gemm_split_k": "split", "grouped_gemm": "plain"}
+    kinds = {"grouped_gemm_mma_sync": "folded", "grouped_gemm_parallel_k": "parallel K", "grouped_gemm": "plain"}
     return [next(kind for part, kind in kinds.items() if part in name) for name in names if "grouped_gemm" in name]
 
 
@@ -190,10 +195,10 @@ def test_calls_of_the_layer_that_follow_each_other_closely() -> None:
     assert not wrong, f"calls {wrong}"
 
 
-def test_the_rule_takes_the_split_kernel_where_tiles_are_few() -> None:
+def test_the_rule_takes_the_parallel_k_kernel_where_tiles_are_few() -> None:
     one, many = (random_call(tokens, 4, gpt_oss()) for tokens in (1, 64))
-    assert kernels_run(one, gpt_oss()) == (["folded", "split"] if has_split() else ["plain", "plain"])
-    assert kernels_run(many, gpt_oss()) == ["folded" if has_split() else "plain", "plain"]
+    assert kernels_run(one, gpt_oss()) == (["folded", "parallel K"] if has_parallel_k() else ["plain", "plain"])
+    assert kernels_run(many, gpt_oss()) == ["folded" if has_parallel_k() else "plain", "plain"]
 
 
 @functools.cache

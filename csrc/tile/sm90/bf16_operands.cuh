@@ -1,9 +1,11 @@
-// What the two kernels for folded activations share (folded_kernel.cuh, wgmma_kernel.cuh): loads, weights as bf16
+// What the two kernels for folded activations share (mma_sync_kernel.cuh, wgmma_kernel.cuh): loads, weights as bf16
 // operands, and how a K block's sums are added.
 #pragma once
 
-#include "folded.cuh"
-#include "kernel.cuh"
+#include "shared/folded.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/fragments.cuh"
+#include "tile/pipeline.cuh"
 
 namespace mxfp4_moe {
 
@@ -33,6 +35,14 @@ struct FoldedActLoads {
   }
 };
 
+// The warp has read all that it wants of a stage.
+template <class Shape>
+__device__ __forceinline__ void release(const SharedStorage<Shape>& smem, int stage) {
+  after_all_lanes([&] {
+    if (cute::elect_one_sync()) smem.empty(stage)->arrive();
+  });
+}
+
 // --- weights ----------------------------------------------------------------------------------------------------
 
 // The A registers of one row and K block: w has word order `halves` (mma_mx.cuh). Each code goes to where bf16 has
@@ -57,10 +67,24 @@ __device__ __forceinline__ void expand_rows(uint32_t (&a)[8], const uint32_t* wo
   }
 }
 
-// Where a lane finds what it expands.
+// Where a lane finds what it expands, in a stage's weights: the words and the scales of its first row, in step 0.
 struct Places {
-  uint32_t words, scales;  // in a stage's weights: those of its first row, in step 0
+  uint32_t words, scales;
 };
+// The first of this lane's weight rows in the tile: in its block, and where the block is in a stage.
+struct FirstRow {
+  int in_block;
+  uint32_t block;
+};
+template <class Shape>
+__device__ __forceinline__ FirstRow first_row() {
+  const int row = warp_id() * Shape::kWarpM + lane_id() / 4;
+  return {row % kWeightBlockRows, static_cast<uint32_t>(row / kWeightBlockRows * kWeightBlockBytes)};
+}
+__device__ __forceinline__ Places places(const FirstRow& row) {
+  return {row.block + weight_word_in_block(row.in_block, 0, lane_id() % 4),
+          row.block + weight_scale_word_in_block(row.in_block)};
+}
 
 // The scales of a lane's weight rows in a stage: of each set of 16 rows, g and g + 8.
 template <class Shape>
@@ -80,6 +104,8 @@ __device__ __forceinline__ void load_scales(uint32_t (&scales)[Shape::kRowSets][
 }
 
 // --- additions --------------------------------------------------------------------------------------------------
+
+constexpr float kFoldedUnit = static_cast<float>(int64_t{1} << kAccumulatorExponent);  // what an accumulator counts
 
 // 2^exponent, for exponents of normal floats.
 __device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
@@ -106,45 +132,6 @@ __device__ __forceinline__ int far_exponent(uint32_t word, int step, int shift) 
 // acc + block * 2^exponent, as exact as if the product were any number.
 __device__ __forceinline__ float add_scaled(float acc, float block, int exponent) {
   return fmaf(block * power_of_two(exponent >> 1), power_of_two(exponent - (exponent >> 1)), acc);
-}
-
-// --- output tiles -----------------------------------------------------------------------------------------------
-
-// Calls sum(acc, ring, places, rows, has_far) for each of this block's output tiles, and stores acc.
-template <class Shape, class Sum>
-__device__ __forceinline__ void for_each_output_tile(const GemmParams& p, const SharedStorage<Shape>& smem,
-                                                     const Sum& sum) {
-  Ring<Shape::kStages> ring;
-  const bool has_far = uniform(__ldcg(p.has_far)) != 0;
-  // What the main loop does not need is had again behind it (kernel.cuh): registers are what limits the blocks per SM.
-  const auto is_tile = [&](int tile) { return tile < uniform(load_num_m_tiles(p)) * ceil_div(p.n, Shape::N); };
-  for (int tile = blockIdx.x; is_tile(tile); tile += gridDim.x) {
-    const int row = warp_id() * Shape::kWarpM + lane_id() / 4;  // the first of this lane's in the tile
-    const int row_in_block = row % kWeightBlockRows;
-    const uint32_t block = row / kWeightBlockRows * kWeightBlockBytes;
-    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + tile_coord(tile, ceil_div(p.n, Shape::N)).m);
-    const Places places = {block + weight_word_in_block(row_in_block, 0, lane_id() % 4),
-                           block + weight_scale_word_in_block(row_in_block)};
-    float acc[Shape::kFragM][Shape::kFragN][4] = {};
-    sum(acc, ring, places, rows, has_far);
-#pragma unroll
-    for (int i = 0; i < Shape::kFragM; ++i) {
-#pragma unroll
-      for (int j = 0; j < Shape::kFragN; ++j) {
-#pragma unroll
-        for (int x = 0; x < 4; ++x) acc[i][j][x] *= power_of_two(kAccumulatorExponent);
-      }
-    }
-    int same_tile = tile;
-    asm volatile("" : "+r"(same_tile));
-    const TileCoord done = tile_coord(same_tile, ceil_div(p.n, Shape::N));
-    const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + done.m);
-    const int tile_n0 = done.n * Shape::N, m0 = uniform(warp_id()) * Shape::kWarpM;
-    if (p.activate.codes != nullptr)
-      store_activated<Shape>(acc, p.activate, m_tile, p.rows, p.n, tile_n0, m0, 0, lane_id(), smem.amax());
-    else
-      store<Shape>(acc, p, m_tile, tile_n0, m0, 0, lane_id());
-  }
 }
 
 }  // namespace mxfp4_moe

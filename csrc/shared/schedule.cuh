@@ -6,7 +6,7 @@
 // finds its weights in L2. The host knows only the shapes: max_m_tiles bounds the list, and with it the grid.
 #pragma once
 
-#include "scale_layout.cuh"
+#include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe {
 

@@ -1,0 +1,294 @@
+// The fused layer: checks, one allocation, and five kernels on the current stream: route, quantize-permute, GEMM1 with
+// its activation, GEMM2, finalize; GEMM1 leaves the rarer activations to a sixth. With logits instead of topk_ids,
+// route chooses the experts first. Nothing here synchronizes or reads device memory. Shapes and layouts: kernels.h.
+#include "moe/layer.h"
+
+#include "moe/checks.h"
+#include "moe/kernels.h"
+#include "moe/registry.h"
+#include "moe/workspace.h"
+#include "shared/schedule.cuh"
+#include "shared/weight_layout.cuh"
+#include "torch_args.h"
+
+namespace mxfp4_moe {
+namespace {
+
+// The arguments, checked, as the kernels want them.
+struct Layer {
+  int32_t device;
+  const Mxfp4MoeTile* tile;
+  Routing routing;
+  int32_t tokens, slots, experts, first_expert;
+  int32_t hidden, intermediate, gemm1_width;
+  bool is_mxfp8;  // hidden_states
+  HalfType out_type;
+  Activation activation;
+  PerExpert alpha, beta, limit;
+  Rounding rounding;  // of GEMM1's values and the activation's
+};
+
+Layer check(const LayerArgs& args) {
+  Layer layer = {};
+  const int32_t device = layer.device = device_of("hidden_states", args.hidden_states);
+  layer.out_type = check_half("out", args.out);
+  layer.is_mxfp8 = args.hidden_states_scale.has_value();
+  if (layer.is_mxfp8) {
+    check_mxfp8(args.hidden_states, *args.hidden_states_scale, args.scale_is_swizzled, device);
+  } else {
+    check_half("hidden_states", args.hidden_states);
+    check_placed("hidden_states", args.hidden_states, device);
+  }
+  const int64_t tokens = args.hidden_states.size(0);
+  layer.hidden = check_multiple_of_32("hidden size", args.hidden_states.size(1));
+  layer.routing =
+      check_routing(args.topk_weights, args.topk_ids, args.router_logits, args.top_k, args.renormalize, tokens, device);
+  layer.slots = check_range("tokens * top_k", tokens * layer.routing.top_k, 0, kMaxSlots);
+  layer.tokens = static_cast<int32_t>(tokens);
+
+  layer.activation = check_activation(args.activation);
+  STD_TORCH_CHECK(args.w13.dim() == 2, "w13: expected uint8 [experts, bytes], got ", describe(args.w13));
+  layer.experts = check_range("experts", args.w13.size(0), 1, kMaxExperts);
+  layer.first_expert = check_range("first_expert", args.first_expert, 0, INT_MAX - kMaxExperts);
+  layer.intermediate = check_multiple_of_32("intermediate_size", args.intermediate_size);
+  layer.gemm1_width = is_gated(layer.activation) ? 2 * layer.intermediate : layer.intermediate;
+  check_tensor("w13", args.w13, ScalarType::Byte, {layer.experts, weight_bytes(layer.gemm1_width, layer.hidden)},
+               device);
+  check_tensor("w2", args.w2, ScalarType::Byte, {layer.experts, weight_bytes(layer.hidden, layer.intermediate)},
+               device);
+  if (args.w13_bias.has_value()) {
+    check_tensor("w13_bias", *args.w13_bias, ScalarType::Float, {layer.experts, layer.gemm1_width}, device);
+  }
+  if (args.w2_bias.has_value()) {
+    check_tensor("w2_bias", *args.w2_bias, ScalarType::Float, {layer.experts, layer.hidden}, device);
+  }
+  check_tensor("out", args.out, args.out.scalar_type(), {tokens, layer.hidden}, device);
+  layer.alpha = check_number("alpha", args.alpha, args.alphas, layer.experts, device);
+  layer.beta = check_number("beta", args.beta, args.betas, layer.experts, device);
+  layer.limit = check_number("limit", args.limit, args.limits, layer.experts, device);
+  layer.rounding = args.intermediate_rounding ? static_cast<Rounding>(layer.out_type) : Rounding::kNone;
+  layer.tile = tiles().find(args.tile_m, args.tile_n);
+  STD_TORCH_CHECK(layer.tile != nullptr, "tile: expected one that is loaded, got (", args.tile_m, ", ", args.tile_n,
+                  ")");
+  return layer;
+}
+
+// How the tile wants the rows of both GEMMs on this device, and what GEMM1 does with its sums.
+struct Form {
+  bool gemm1_activates;
+  bool folded1, folded2;  // the rows that GEMM1 and GEMM2 read
+};
+
+Form form_of(const Layer& layer, bool fold) {
+  const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(layer.device);
+  if (facts == nullptr) return {};  // the launch will say why
+  const bool can_fuse = layer.activation == Activation::kSwiglu || layer.activation == Activation::kSwigluOai;
+  return {facts->activates != 0 && can_fuse, fold && facts->gemm1_format == MXFP4_MOE_ACT_FOLDED,
+          fold && facts->gemm2_format == MXFP4_MOE_ACT_FOLDED};
+}
+
+Workspace::Shape workspace_of(const Layer& layer, const Form& form, int64_t max_m_tiles) {
+  return {layer.slots,
+          layer.hidden,
+          layer.intermediate,
+          max_m_tiles,
+          form.gemm1_activates ? 0 : layer.gemm1_width,
+          layer.routing.from_logits,
+          form.folded1,
+          form.folded2};
+}
+
+// The kernels of one call, in the order in which they are launched.
+class Launches {
+ public:
+  Launches(const LayerArgs& args, const Layer& layer)
+      : args_(args),
+        layer_(layer),
+        form_(form_of(layer, args.fold)),
+        max_m_tiles_(static_cast<int32_t>(max_m_tiles(layer.slots, layer.experts, layer.tile->tile_m))),
+        at_(workspace_of(layer, form_, max_m_tiles_)),
+        workspace_(empty({at_.bytes}, ScalarType::Byte, layer.device)),
+        base_(data<uint8_t>(workspace_)),
+        stream_(current_stream(layer.device)) {}
+
+  void route() {
+    RouteArgs route = {};
+    route.topk_ids = layer_.routing.ids;
+    route.ids_are_int64 = layer_.routing.ids_are_int64;
+    route.slots = layer_.slots;
+    route.experts = layer_.experts;
+    route.first_expert = layer_.first_expert;
+    route.tile_m = layer_.tile->tile_m;
+    route.slot_row = ints(at_.slot_row);
+    route.row_expert = ints(at_.row_expert);
+    route.valid_rows = ints(at_.valid_rows);
+    route.m_tiles = m_tiles();
+    route.num_m_tiles = ints(at_.num_m_tiles);
+    route.has_far = has_far1();
+    route.most_blocks = most_cluster_blocks(layer_.device);
+    topk_weights_ = layer_.routing.weights;
+    if (!layer_.routing.from_logits) {
+      check_launch("route", launch_route(route, stream_));
+      return;
+    }
+    TopkSoftmaxArgs choice = layer_.routing.choice;
+    choice.topk_ids = ints(at_.topk_ids);
+    choice.topk_weights = reinterpret_cast<float*>(base_ + at_.topk_weights);
+    route.topk_ids = choice.topk_ids;
+    topk_weights_ = choice.topk_weights;
+    check_launch("top-k and route", launch_topk_route(choice, route, stream_));
+  }
+
+  void quantize_permute() {
+    if (layer_.is_mxfp8) {
+      PermuteArgs permute = to_rows(PermuteArgs{});
+      permute.hidden = data<const uint8_t>(args_.hidden_states);
+      permute.hidden_scale = data<const uint8_t>(*args_.hidden_states_scale);
+      permute.scale_is_swizzled = args_.scale_is_swizzled;
+      check_launch("permute", launch_permute(permute, stream_));
+    } else {
+      QuantizePermuteArgs quantize = to_rows(QuantizePermuteArgs{});
+      quantize.hidden = args_.hidden_states.data_ptr();
+      quantize.type = check_half("hidden_states", args_.hidden_states);
+      quantize.hidden_is_ready = true;  // route came between whoever wrote it and this kernel
+      check_launch("quantize-permute", launch_quantize_permute(quantize, stream_));
+    }
+  }
+
+  void gemm1() {
+    Mxfp4MoeGemmArgs gemm = gemm_args(form_.folded1);
+    gemm.act = base_ + at_.codes1;
+    gemm.act_scale = base_ + at_.scales1;
+    gemm.has_far = ints(at_.has_far);
+    gemm.out = base_ + at_.gemm1_out;
+    gemm.out_type = MXFP4_MOE_OUT_FLOAT32;
+    if (form_.gemm1_activates) {
+      gemm.activate = {base_ + at_.codes2,
+                       base_ + at_.scales2,
+                       ints(at_.has_far) + 1,
+                       data<const float>(args_.w13_bias),
+                       static_cast<int32_t>(layer_.activation),
+                       static_cast<int32_t>(layer_.rounding),
+                       layer_.alpha,
+                       layer_.beta,
+                       layer_.limit};
+    }
+    run("GEMM1", gemm, args_.w13, layer_.gemm1_width, layer_.hidden);
+    if (!form_.gemm1_activates) activation();
+  }
+
+  void gemm2() {
+    Mxfp4MoeGemmArgs gemm = gemm_args(form_.folded2);
+    gemm.act = base_ + at_.codes2;
+    gemm.act_scale = base_ + at_.scales2;
+    gemm.has_far = ints(at_.has_far) + 1;
+    gemm.out = base_ + at_.gemm2_out;
+    gemm.out_type = static_cast<int32_t>(layer_.out_type);
+    run("GEMM2", gemm, args_.w2, layer_.hidden, layer_.intermediate);
+  }
+
+  void finalize() {
+    FinalizeArgs finalize = {};
+    finalize.gemm2 = base_ + at_.gemm2_out;
+    finalize.type = layer_.out_type;
+    finalize.bias = data<const float>(args_.w2_bias);
+    finalize.topk_weights = topk_weights_;
+    finalize.slot_row = ints(at_.slot_row);
+    finalize.row_expert = ints(at_.row_expert);
+    finalize.tokens = layer_.tokens;
+    finalize.top_k = static_cast<int32_t>(layer_.routing.top_k);
+    finalize.hidden_size = layer_.hidden;
+    finalize.out = args_.out.data_ptr();
+    check_launch("finalize", launch_finalize(finalize, stream_));
+  }
+
+ private:
+  int32_t* ints(int64_t offset) const { return reinterpret_cast<int32_t*>(base_ + offset); }
+  Mxfp4MoeMTile* m_tiles() const { return reinterpret_cast<Mxfp4MoeMTile*>(base_ + at_.m_tiles); }
+  // Whether any of GEMM1's rows is far, and, behind it, any of GEMM2's; only of folded rows.
+  int32_t* has_far1() const { return form_.folded1 ? ints(at_.has_far) : nullptr; }
+
+  // What both kernels that make GEMM1's rows have in common.
+  template <typename Args>
+  Args to_rows(Args args) const {
+    args.slot_row = ints(at_.slot_row);
+    args.tokens = layer_.tokens;
+    args.top_k = static_cast<int32_t>(layer_.routing.top_k);
+    args.hidden_size = layer_.hidden;
+    args.codes = base_ + at_.codes1;
+    args.scales = base_ + at_.scales1;
+    args.has_far = has_far1();
+    return args;
+  }
+
+  // What both GEMMs have in common.
+  Mxfp4MoeGemmArgs gemm_args(bool folded) const {
+    Mxfp4MoeGemmArgs gemm = {};
+    gemm.m_tiles = m_tiles();
+    gemm.num_m_tiles = ints(at_.num_m_tiles);
+    gemm.max_m_tiles = max_m_tiles_;
+    gemm.act_format = folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8;
+    gemm.kernel = MXFP4_MOE_KERNEL_BY_SIZE;
+    gemm.rows = layer_.slots;
+    gemm.experts = layer_.experts;
+    gemm.m_tiles_are_ready = 1;
+    gemm.stream = stream_;
+    return gemm;
+  }
+
+  void run(const char* name, Mxfp4MoeGemmArgs& gemm, const Tensor& weight, int32_t n, int32_t k) const {
+    gemm.weight = weight.data_ptr();
+    gemm.n = n;
+    gemm.k = k;
+    const char* reason = layer_.tile->launch(&gemm);
+    STD_TORCH_CHECK(reason == nullptr, name, " did not launch: ", reason);
+  }
+
+  // Where GEMM1 wrote its sums.
+  void activation() {
+    ActivationArgs activation = {};
+    activation.gemm1 = reinterpret_cast<const float*>(base_ + at_.gemm1_out);
+    activation.bias = data<const float>(args_.w13_bias);
+    activation.row_expert = ints(at_.row_expert);
+    activation.valid_rows = ints(at_.valid_rows);
+    activation.rows = layer_.slots;
+    activation.intermediate = layer_.intermediate;
+    activation.activation = layer_.activation;
+    activation.rounding = layer_.rounding;
+    activation.alpha = layer_.alpha;
+    activation.beta = layer_.beta;
+    activation.limit = layer_.limit;
+    activation.codes = base_ + at_.codes2;
+    activation.scales = base_ + at_.scales2;
+    activation.has_far = form_.folded2 ? ints(at_.has_far) + 1 : nullptr;
+    check_launch("activation", launch_activation(activation, stream_));
+  }
+
+  const LayerArgs& args_;
+  const Layer& layer_;
+  const Form form_;
+  const int32_t max_m_tiles_;
+  const Workspace at_;  // offsets
+  const Tensor workspace_;
+  uint8_t* const base_;
+  const cudaStream_t stream_;
+  const float* topk_weights_ = nullptr;
+};
+
+}  // namespace
+
+void run_layer(const LayerArgs& args) {
+  const Layer layer = check(args);
+  if (layer.tokens == 0) {
+    return;
+  }
+  const DeviceGuard guard(layer.device);
+  Launches launches(args, layer);
+  launches.route();
+  launches.quantize_permute();
+  launches.gemm1();
+  launches.gemm2();
+  launches.finalize();
+}
+
+}  // namespace mxfp4_moe

@@ -1,0 +1,46 @@
+// One call of a layer, as the operator fused_moe hands it over.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+namespace mxfp4_moe {
+
+struct LayerArgs {
+  using Tensor = torch::stable::Tensor;
+  using MaybeTensor = std::optional<Tensor>;
+
+  const Tensor& hidden_states;             // [T, H] bfloat16 or float16; with a scale uint8 E4M3
+  const MaybeTensor& hidden_states_scale;  // E8M0, linear or 128x4-swizzled
+  bool scale_is_swizzled;
+
+  const MaybeTensor& topk_weights;  // these two, or router_logits
+  const MaybeTensor& topk_ids;
+  const MaybeTensor& router_logits;
+  int64_t top_k;
+  bool renormalize;
+  int64_t first_expert;  // the global id of w13[0], from which ids count
+
+  const Tensor& w13;  // [E, weight_bytes(2I, H)] (I when the activation is not gated), as MoEWeights holds it
+  const MaybeTensor& w13_bias;
+  const Tensor& w2;  // [E, weight_bytes(H, I)]
+  const MaybeTensor& w2_bias;
+  int64_t intermediate_size;
+
+  int64_t activation;  // enum Activation
+  double alpha, beta, limit;
+  const MaybeTensor& alphas;  // [E] each, where every expert has its own
+  const MaybeTensor& betas;
+  const MaybeTensor& limits;
+  bool intermediate_rounding;  // GEMM1's values and the activation's, to out's dtype
+
+  int64_t tile_m, tile_n;
+  bool fold;          // false: MXFP8 rows for every kernel; that is how a layer of SM12x is tested on SM90
+  const Tensor& out;  // [T, H], written in its own dtype
+};
+
+// Checks everything, then launches the layer's kernels on the current stream of hidden_states' device.
+void run_layer(const LayerArgs& args);
+
+}  // namespace mxfp4_moe

@@ -1,0 +1,271 @@
+// The torch operators of the layer (namespace mxfp4_moe), on torch's stable ABI alone.
+//
+// fused_moe runs a layer (layer.h). route, quantize_permute, permute, activation and finalize expose its parts to tests
+// and benchmarks. route_topk is the router's kernel, topk_softmax.cu. register_tile takes the address of a loaded tile
+// (tile_abi.h); fused_moe finds its GEMM there.
+// Every argument is checked before anything is launched (checks.h). Nothing here synchronizes or reads device memory.
+// Shapes and layouts: kernels.h.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "moe/checks.h"
+#include "moe/kernels.h"
+#include "moe/layer.h"
+#include "moe/registry.h"
+#include "shared/schedule.cuh"
+#include "torch_args.h"
+
+namespace mxfp4_moe {
+namespace {
+
+// The rare arguments come last, with defaults: what a caller passes from Python costs 0.1 to 0.2 us each, a default a
+// fifth of that.
+void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_weights,
+               const std::optional<Tensor>& topk_ids, const std::optional<Tensor>& router_logits, int64_t top_k,
+               const Tensor& w13, const std::optional<Tensor>& w13_bias, const Tensor& w2,
+               const std::optional<Tensor>& w2_bias, int64_t intermediate_size, int64_t activation, double alpha,
+               double beta, double limit, int64_t tile_m, int64_t tile_n, const Tensor& out, bool renormalize,
+               int64_t first_expert, const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
+               const std::optional<Tensor>& limits, const std::optional<Tensor>& hidden_states_scale,
+               bool scale_is_swizzled, bool intermediate_rounding, bool fold) {
+  // clang-format off
+  run_layer({hidden_states, hidden_states_scale, scale_is_swizzled,
+             topk_weights, topk_ids, router_logits, top_k, renormalize, first_expert,
+             w13, w13_bias, w2, w2_bias, intermediate_size,
+             activation, alpha, beta, limit, alphas, betas, limits, intermediate_rounding,
+             tile_m, tile_n, fold, out});
+  // clang-format on
+}
+
+// ---- its parts, for tests and benchmarks --------------------------------------------------------------------------
+
+// Returns expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& topk_ids, int64_t num_experts,
+                                                                 int64_t tile_m) {
+  const int32_t device = device_of("topk_ids", topk_ids);
+  RouteArgs args = {};
+  args.ids_are_int64 = check_ids(topk_ids, device);
+  args.slots = check_range("topk_ids.numel()", topk_ids.numel(), 0, kMaxSlots);
+  args.experts = check_range("num_experts", num_experts, 1, kMaxExperts);
+  args.tile_m = check_range("tile_m", tile_m, 1, kMaxTileM);
+  const DeviceGuard guard(device);
+  const Tensor expert_offsets = empty({num_experts + 1}, ScalarType::Int, device);
+  const Tensor row_slot = empty({args.slots}, ScalarType::Int, device);
+  const Tensor slot_row = empty({args.slots}, ScalarType::Int, device);
+  const Tensor row_expert = empty({args.slots}, ScalarType::Int, device);
+  const Tensor m_tiles = empty({max_m_tiles(args.slots, num_experts, tile_m), 4}, ScalarType::Int, device);
+  const Tensor num_m_tiles = empty({1}, ScalarType::Int, device);
+  const Tensor valid_rows = empty({1}, ScalarType::Int, device);  // the last of expert_offsets again
+  args.topk_ids = topk_ids.data_ptr();
+  args.expert_offsets = data<int32_t>(expert_offsets);
+  args.row_slot = data<int32_t>(row_slot);
+  args.slot_row = data<int32_t>(slot_row);
+  args.row_expert = data<int32_t>(row_expert);
+  args.valid_rows = data<int32_t>(valid_rows);
+  args.m_tiles = data<Mxfp4MoeMTile>(m_tiles);
+  args.num_m_tiles = data<int32_t>(num_m_tiles);
+  args.most_blocks = most_cluster_blocks(device);
+  check_launch("route", launch_route(args, current_stream(device)));
+  return {expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles};
+}
+
+// The MXFP8 rows of both quantizing kernels.
+std::tuple<Tensor, Tensor> empty_rows(int64_t rows, int64_t k, int32_t device) {
+  return {empty({rows, k}, ScalarType::Byte, device),
+          empty({scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
+}
+
+// The number of valid rows is the last value of expert_offsets.
+const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
+  STD_TORCH_CHECK(expert_offsets.dim() == 1 && expert_offsets.numel() >= 2,
+                  "expert_offsets: expected int32 [experts + 1], got ", describe(expert_offsets));
+  check_tensor("expert_offsets", expert_offsets, ScalarType::Int, {expert_offsets.numel()}, device, kElementAlignment);
+  return data<const int32_t>(expert_offsets) + expert_offsets.numel() - 1;
+}
+
+// Returns codes [R, H] and scales.
+std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& slot_row, int64_t top_k) {
+  const int32_t device = device_of("hidden_states", hidden_states);
+  QuantizePermuteArgs args = {};
+  args.type = check_half("hidden_states", hidden_states);
+  check_placed("hidden_states", hidden_states, device);
+  args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
+  args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
+  const int32_t slots = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
+  args.tokens = static_cast<int32_t>(hidden_states.size(0));
+  check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
+  const DeviceGuard guard(device);
+  const auto [codes, scales] = empty_rows(slots, args.hidden_size, device);
+  args.hidden = hidden_states.data_ptr();
+  args.slot_row = data<const int32_t>(slot_row);
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("quantize-permute", launch_quantize_permute(args, current_stream(device)));
+  return {codes, scales};
+}
+
+// The same of hidden_states that are MXFP8: uint8 E4M3 [T, H] and their scales.
+std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hidden_states_scale,
+                                   bool scale_is_swizzled, const Tensor& slot_row, int64_t top_k) {
+  const int32_t device = device_of("hidden_states", hidden_states);
+  PermuteArgs args = {};
+  check_mxfp8(hidden_states, hidden_states_scale, scale_is_swizzled, device);
+  args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
+  args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
+  const int32_t slots = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
+  args.tokens = static_cast<int32_t>(hidden_states.size(0));
+  check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
+  const DeviceGuard guard(device);
+  const auto [codes, scales] = empty_rows(slots, args.hidden_size, device);
+  args.hidden = data<const uint8_t>(hidden_states);
+  args.hidden_scale = data<const uint8_t>(hidden_states_scale);
+  args.scale_is_swizzled = scale_is_swizzled;
+  args.slot_row = data<const int32_t>(slot_row);
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("permute", launch_permute(args, current_stream(device)));
+  return {codes, scales};
+}
+
+// Returns codes [R, I] and scales. rounding: 0 for none, else an Mxfp4MoeOutType.
+std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_expert, const Tensor& expert_offsets,
+                                      const std::optional<Tensor>& w13_bias, int64_t activation, double alpha,
+                                      double beta, double limit, const std::optional<Tensor>& alphas,
+                                      const std::optional<Tensor>& betas, const std::optional<Tensor>& limits,
+                                      int64_t rounding) {
+  const int32_t device = device_of("gemm1", gemm1);
+  ActivationArgs args = {};
+  args.activation = check_activation(activation);
+  args.rounding =
+      static_cast<Rounding>(check_range("rounding", rounding, MXFP4_MOE_OUT_FLOAT32, MXFP4_MOE_OUT_FLOAT16));
+  const int64_t widths = is_gated(args.activation) ? 2 : 1;
+  STD_TORCH_CHECK(gemm1.dim() == 2, "gemm1: expected float32 [rows, ", widths, " * intermediate], got ",
+                  describe(gemm1));
+  args.rows = check_range("rows", gemm1.size(0), 0, kMaxSlots);
+  args.intermediate = check_multiple_of_32("intermediate size", gemm1.size(1) / widths);
+  check_tensor("gemm1", gemm1, ScalarType::Float, {args.rows, widths * args.intermediate}, device);
+  check_tensor("row_expert", row_expert, ScalarType::Int, {args.rows}, device, kElementAlignment);
+  args.valid_rows = check_offsets(expert_offsets, device);
+  const int64_t experts = expert_offsets.numel() - 1;
+  if (w13_bias.has_value()) {
+    check_tensor("w13_bias", *w13_bias, ScalarType::Float, {experts, widths * args.intermediate}, device);
+  }
+  args.alpha = check_number("alpha", alpha, alphas, experts, device);
+  args.beta = check_number("beta", beta, betas, experts, device);
+  args.limit = check_number("limit", limit, limits, experts, device);
+  const DeviceGuard guard(device);
+  const auto [codes, scales] = empty_rows(args.rows, args.intermediate, device);
+  args.gemm1 = data<const float>(gemm1);
+  args.bias = data<const float>(w13_bias);
+  args.row_expert = data<const int32_t>(row_expert);
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("activation", launch_activation(args, current_stream(device)));
+  return {codes, scales};
+}
+
+// Returns out [T, H] of gemm2's dtype.
+Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_expert, const Tensor& topk_weights,
+                const std::optional<Tensor>& w2_bias) {
+  const int32_t device = device_of("gemm2", gemm2);
+  STD_TORCH_CHECK(topk_weights.dim() == 2, "topk_weights: expected float32 [tokens, top_k], got ",
+                  describe(topk_weights));
+  const int64_t tokens = topk_weights.size(0), top_k = topk_weights.size(1);
+  FinalizeArgs args = {};
+  args.type = check_half("gemm2", gemm2);
+  args.hidden_size = check_multiple_of_32("hidden size", gemm2.size(1));
+  const int32_t slots = check_range("tokens * top_k", tokens * top_k, 0, kMaxSlots);
+  check_tensor("gemm2", gemm2, gemm2.scalar_type(), {slots, args.hidden_size}, device);
+  check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
+  check_tensor("row_expert", row_expert, ScalarType::Int, {slots}, device, kElementAlignment);
+  check_tensor("topk_weights", topk_weights, ScalarType::Float, {tokens, top_k}, device, kElementAlignment);
+  if (w2_bias.has_value()) {
+    STD_TORCH_CHECK(w2_bias->dim() == 2, "w2_bias: expected float32 [experts, hidden], got ", describe(*w2_bias));
+    check_tensor("w2_bias", *w2_bias, ScalarType::Float, {w2_bias->size(0), args.hidden_size}, device);
+  }
+  const DeviceGuard guard(device);
+  const Tensor out = empty({tokens, args.hidden_size}, gemm2.scalar_type(), device);
+  args.gemm2 = gemm2.data_ptr();
+  args.bias = data<const float>(w2_bias);
+  args.topk_weights = data<const float>(topk_weights);
+  args.slot_row = data<const int32_t>(slot_row);
+  args.row_expert = data<const int32_t>(row_expert);
+  args.tokens = static_cast<int32_t>(tokens);
+  args.top_k = static_cast<int32_t>(top_k);
+  args.out = out.data_ptr();
+  check_launch("finalize", launch_finalize(args, current_stream(device)));
+  return out;
+}
+
+// ---- the router ---------------------------------------------------------------------------------------------------
+
+// Returns topk_weights and topk_ids, both [T, k].
+std::tuple<Tensor, Tensor> route_topk(const Tensor& router_logits, int64_t top_k, bool renormalize) {
+  const int32_t device = device_of("router_logits", router_logits);
+  TopkSoftmaxArgs args = check_logits(router_logits, top_k, renormalize, device);
+  const DeviceGuard guard(device);
+  const Tensor topk_weights = empty({args.tokens, top_k}, ScalarType::Float, device);
+  const Tensor topk_ids = empty({args.tokens, top_k}, ScalarType::Int, device);
+  args.topk_weights = data<float>(topk_weights);
+  args.topk_ids = data<int32_t>(topk_ids);
+  check_launch("topk-softmax", launch_topk_softmax(args, current_stream(device)));
+  return {topk_weights, topk_ids};
+}
+
+void register_tile(int64_t entry) {
+  const std::string reason = tiles().add(reinterpret_cast<const Mxfp4MoeTile*>(static_cast<uintptr_t>(entry)));
+  STD_TORCH_CHECK(reason.empty(), reason);
+}
+
+}  // namespace
+}  // namespace mxfp4_moe
+
+// Tiles register fragments of the same namespace, and may be loaded first.
+STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
+  m.def("register_tile(int entry) -> ()");
+  m.def(
+      "fused_moe(Tensor hidden_states, Tensor? topk_weights, Tensor? topk_ids, Tensor? router_logits, int top_k, "
+      "Tensor w13, Tensor? w13_bias, Tensor w2, Tensor? w2_bias, int intermediate_size, int activation, float alpha, "
+      "float beta, float limit, int tile_m, int tile_n, Tensor(a!) out, bool renormalize=True, int first_expert=0, "
+      "Tensor? alphas=None, Tensor? betas=None, Tensor? limits=None, Tensor? hidden_states_scale=None, "
+      "bool scale_is_swizzled=False, bool intermediate_rounding=False, bool fold=True) -> ()");
+  m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k) -> (Tensor, Tensor)");
+  m.def(
+      "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor slot_row, int top_k) "
+      "-> "
+      "(Tensor, Tensor)");
+  m.def(
+      "activation(Tensor gemm1, Tensor row_expert, Tensor expert_offsets, Tensor? w13_bias, int activation, "
+      "float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, int rounding=0) "
+      "-> (Tensor, Tensor)");
+  m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
+  m.def("route_topk(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {
+  m.impl("register_tile", TORCH_BOX(&mxfp4_moe::register_tile));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
+  m.impl("fused_moe", TORCH_BOX(&mxfp4_moe::fused_moe));
+  m.impl("route", TORCH_BOX(&mxfp4_moe::route));
+  m.impl("quantize_permute", TORCH_BOX(&mxfp4_moe::quantize_permute));
+  m.impl("permute", TORCH_BOX(&mxfp4_moe::permute));
+  m.impl("activation", TORCH_BOX(&mxfp4_moe::activation));
+  m.impl("finalize", TORCH_BOX(&mxfp4_moe::finalize));
+  m.impl("route_topk", TORCH_BOX(&mxfp4_moe::route_topk));
+}
+
+// `import mxfp4_moe._ext.moe` runs the registrations above; the module itself is empty.
+PyMODINIT_FUNC PyInit_moe(void) {
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "moe", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,71 @@
+// Quantize-permute: hidden_states to MXFP8 rows in expert order.
+//
+// in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1
+// out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
+//      or, instead of codes, folded bf16 [R, H] (shared/folded.cuh)
+// Called by layer.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
+// Rows past the valid count are not touched.
+// Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
+// one 16-byte load and, folded, one 16-byte store per row, a quad finds amax with two shuffles, and a half-warp writes
+// one scale word. Four choices' row numbers are asked for at once.
+#include "moe/halves.cuh"
+#include "moe/permuted_rows.cuh"
+
+namespace mxfp4_moe {
+namespace {
+
+// With more tokens than this, a thread has several at once: then all of them are read and quantized while route runs.
+constexpr int kFewTokens = 512, kTokensAtOnce = 4;
+
+template <HalfType kType, int kTokens>
+__global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const QuantizePermuteArgs args) {
+  const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
+  const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
+  const auto* hidden = static_cast<const typename Half<kType>::Element*>(args.hidden);
+  const int64_t stride = gridDim.y;
+  if (!args.hidden_is_ready) {
+    wait_for_previous_kernel();
+  }
+  for (int64_t token = blockIdx.y; token < args.tokens; token += kTokens * stride) {
+    uint4 packed[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int64_t of = token + t * stride;
+      packed[t] = of < args.tokens && column < args.hidden_size
+                      ? __ldcg(reinterpret_cast<const uint4*>(hidden + of * args.hidden_size + column))
+                      : make_uint4(0, 0, 0, 0);
+    }
+    KTile tiles[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      float x[kValuesPerLane];
+      widen<kType>(packed[t], x);
+      tiles[t] = make_k_tile(quantize_quad(x), args.has_far != nullptr);
+    }
+    if (token == blockIdx.y) {
+      wait_for_previous_kernel();
+      let_next_kernel_start();
+    }
+    store_to_rows(tiles, token, stride, k_tile, args);
+  }
+}
+
+template <HalfType kType>
+cudaError_t launch_quantize(const QuantizePermuteArgs& args, cudaStream_t stream) {
+  return args.tokens <= kFewTokens
+             ? launch(quantize_permute_kernel<kType, 1>, grid_of(args, 1), kThreads, 0, stream, args)
+             : launch(quantize_permute_kernel<kType, kTokensAtOnce>, grid_of(args, kTokensAtOnce), kThreads, 0, stream,
+                      args);
+}
+
+}  // namespace
+
+cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream) {
+  if (args.tokens == 0) {
+    return cudaSuccess;
+  }
+  return args.type == HalfType::kBFloat16 ? launch_quantize<HalfType::kBFloat16>(args, stream)
+                                          : launch_quantize<HalfType::kFloat16>(args, stream);
+}
+
+}  // namespace mxfp4_moe
