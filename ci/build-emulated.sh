@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds a wheel for tests alone: SM12x's kernels, all but their one instruction, for an H100 or H200
-# (ci/wheelbuild/emulation.py; docs/sm12x-without-sm12x.md says what it shows). It never goes to dist/, and what repairs,
+# (wheelbuild/emulation.py; docs/sm12x-without-sm12x.md says what it shows). It never goes to dist/, and what repairs,
 # audits or publishes wheels refuses it.
 #
 #   ci/build-emulated.sh [FOLDER]    FOLDER: where the wheel goes, build/emulated without one

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -38,7 +37,7 @@ def assemblers() -> dict[str, Assembler]:
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """tests/host/bindings.cpp, compiled with g++ and the headers that the wheel is built with."""
+    """tests/cpu/host/bindings.cpp, compiled with g++ and the headers that the wheel is built with."""
     import pybind11  # a machine with a GPU need not have it
 
     folders = toolchain.package_dirs(os.environ)
@@ -50,7 +49,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         str(toolchain.find_cxx(os.environ)),
         *("-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"),
         *(word for folder in system for word in ("-isystem", str(folder))),
-        *(str(ROOT / "tests" / "host" / "bindings.cpp"), "-o", str(library)),
+        *(str(ROOT / "tests" / "cpu" / "host" / "bindings.cpp"), "-o", str(library)),
     ]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr

@@ -1,6 +1,6 @@
 """The self-test's processes, with tiles that crash, hang and lie in place of a GPU's.
 
-What is asked of a tile: test_selftest_devices.py. GPU: test_gpu_selftest.py.
+What is asked of a tile: test_selftest_devices.py. GPU: tests/gpu/test_selftest.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import fake_wheel
 import pytest
 
-from mxfp4_moe import blocklist, selftest
-from mxfp4_moe.selftest import Report, Status, TileResult
+from mxfp4_moe import blocklist
+from mxfp4_moe._health import selftest
+from mxfp4_moe._health.selftest import Report, Status, TileResult
 from mxfp4_moe.tiles import Tile
 
 TILES = [Tile.from_mn((m, 128)) for m in (8, 16, 32, 64, 128, 256)]  # in the manifest, where the worker looks them up

@@ -33,13 +33,8 @@ ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 1, 17, 1)
 
 
 @functools.cache
-<<<<<<<< HEAD:tests/gpu/test_split_k.py
-def has_split() -> bool:
-    arch = wheel.arch_for(torch.cuda.get_device_capability(gpu_problems.gpu()))
-========
 def has_parallel_k() -> bool:
-    arch = _wheel.arch_for(torch.cuda.get_device_capability(gpu_problems.gpu()))
->>>>>>>> h_rooms_replay:tests/test_gpu_parallel_k.py
+    arch = wheel.arch_for(torch.cuda.get_device_capability(gpu_problems.gpu()))
     assert arch is not None
     return Kernel.PARALLEL_K in kernels_of(TILE, arch)
 

@@ -86,7 +86,7 @@ def built_archs() -> tuple[str, ...]:
 def emulated_on() -> str | None:
     """The arch as whose machine code this wheel has its archs' kernels, such as '90a'; None unless it emulates.
 
-    A development build does (ci/wheelbuild/emulation.py); a wheel that is released never.
+    A development build does (wheelbuild/emulation.py); a wheel that is released never.
     """
     emulates = (read_report() or {}).get("emulates")
     return str(emulates["on"]) if isinstance(emulates, dict) and "on" in emulates else None

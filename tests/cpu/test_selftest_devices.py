@@ -1,7 +1,7 @@
 """The self-test's questions, asked by the real worker of pretended tiles that compute under one rule or another.
 
 A tile is pretended by what its GEMM and its layer give on the CPU; everything else is the code that runs on a GPU:
-processes, problems, expected values, bounds, the search for a rule, the majority. GPU: test_gpu_selftest.py.
+processes, problems, expected values, bounds, the search for a rule, the majority. GPU: tests/gpu/test_selftest.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import fake_wheel
 import pytest
 import torch
 
-from mxfp4_moe import accuracy, arithmetic, blocklist, cli, formats, problems, reference, remembered, selftest
+from mxfp4_moe import accuracy, arithmetic, blocklist, cli, formats, problems, reference, remembered
+from mxfp4_moe._health import selftest
+from mxfp4_moe._health.selftest import Report, Status, checks
 from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4, SM90_BF16
-from mxfp4_moe.selftest import Report, Status, checks
 from mxfp4_moe.tiles import Kernel, Tile
 
 TILES = [Tile.from_mn((m, 128)) for m in (8, 32, 64, 128)]
@@ -33,9 +34,10 @@ WORKER = """
 import json, sys
 import torch
 from dataclasses import replace
-from mxfp4_moe import _load, arithmetic, formats, problems, reference, selftest
+from mxfp4_moe import _load, arithmetic, formats, problems, reference
+from mxfp4_moe._health import selftest
 from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4, SM90_BF16
-from mxfp4_moe.selftest import checks
+from mxfp4_moe._health.selftest import checks
 
 torch.set_num_threads(1)
 behaviour = json.loads(sys.argv[1])

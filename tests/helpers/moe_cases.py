@@ -1,4 +1,4 @@
-"""Inputs for the layer's small kernels, the hard ones among them: for test_gpu_moe.py and test_ptx_moe.py."""
+"""Inputs for the layer's small kernels, the hard ones among them: for tests/gpu/test_moe.py and test_ptx_moe.py."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from .. import blocklist, remembered
-from ..tiles import Tile
+from ... import blocklist, remembered
+from ...tiles import Tile
 from .report import Arithmetic, Report, Status, TileResult
 
 START_SECONDS = 300.0  # for importing torch from a slow disk and for what must come out
@@ -34,7 +34,7 @@ _END_SECONDS = 30.0
 
 def worker_command(device: int) -> list[str]:
     """The worker's command line, to which the tiles' names are appended."""
-    return [sys.executable, "-m", "mxfp4_moe.selftest", "--device", str(device)]
+    return [sys.executable, "-m", "mxfp4_moe._health.selftest", "--device", str(device)]
 
 
 def run(

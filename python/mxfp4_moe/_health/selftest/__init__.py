@@ -12,8 +12,8 @@ A tile that fails one of the first three is blocked. One that only adds up by an
 passes, and the report says which rule explains its results, in a line made to be pasted into an issue.
 
 A tile that is wrong for a GPU may do more than compute wrongly: an illegal instruction ends the CUDA context, a missing
-barrier never returns. So tiles run in a worker process (`python -m mxfp4_moe.selftest TILE ...`, worker.py), which is
-started anew behind a tile that took it down (parent.py). All but checks.py need the standard library alone.
+barrier never returns. So tiles run in a worker process (`python -m mxfp4_moe._health.selftest TILE ...`, worker.py),
+which is started anew behind a tile that took it down (parent.py). All but checks.py need the standard library alone.
 """
 
 from .parent import START_SECONDS, TILE_SECONDS, agree, record, run, worker_command

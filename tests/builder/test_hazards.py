@@ -126,7 +126,7 @@ def cuobjdump() -> Path:
 
 
 def checked(path: Path) -> tuple[int, str]:
-    result = run(tools() / "python", "-m", "wheelbuild.hazards", path, env={"PYTHONPATH": str(ROOT / "ci")})
+    result = run(tools() / "python", "-m", "wheelbuild.hazards", path, env={"PYTHONPATH": str(ROOT)})
     return result.returncode, result.stdout
 
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from mxfp4_moe import _wheel, choice, cli, cost_model, formats, problems, tuned
+from mxfp4_moe._health.checks import check_gpus
 from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4
-from mxfp4_moe.diagnosis.checks import check_gpus
 from mxfp4_moe.facts import Layer, from_properties
 from mxfp4_moe.tiles import Kernel, Tile, load_manifest
 from wheelbuild import ROOT, BuildError, emulation

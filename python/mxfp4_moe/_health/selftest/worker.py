@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .. import _driver, _wheel, blocklist
-from .._child import channel
-from .._troubles import words
-from ..tiles import Tile, load_manifest
+from ... import _driver, _wheel, blocklist
+from ..._child import channel
+from ..._troubles import words
+from ...tiles import Tile, load_manifest
 from .report import BLOCKING, Arithmetic, Status
 
 
@@ -86,8 +86,8 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     """
     import torch
 
-    from .. import _load, arithmetic
-    from ..fused_moe import check_capability
+    from ... import _load, arithmetic
+    from ...fused_moe import check_capability
     from .checks import tile_runner
 
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -123,7 +123,7 @@ def main(
     prepare: Callable[[int], tuple[dict[str, Any], RunTile]] = prepare_gpu,
 ) -> int:
     """The worker; users call `mxfp4-moe doctor --selftest`."""
-    parser = argparse.ArgumentParser(prog="python -m mxfp4_moe.selftest", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mxfp4_moe._health.selftest", description=main.__doc__)
     parser.add_argument("--device", type=int, default=0, help="the GPU's number")
     parser.add_argument("tiles", nargs="*", metavar="TILE", help="names such as m128n128; all by default")
     args = parser.parse_args(arguments)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from .. import _wheel
-from ..tiles import Tile
+from ... import _wheel
+from ...tiles import Tile
 
 BLOCKING = ("layout", "accuracy", "agreement")  # the questions that a tile must pass, in the order of what they explain
 _SCHEMA = 2

@@ -1,4 +1,4 @@
-"""The worker process: `python -m mxfp4_moe.selftest`."""
+"""The worker process: `python -m mxfp4_moe._health.selftest`."""
 
 import sys
 

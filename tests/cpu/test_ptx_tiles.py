@@ -1,4 +1,4 @@
-"""Every tile's GEMM as the PTX that nvcc makes of it for sm_120f, executed on the CPU (tests/ptx).
+"""Every tile's GEMM as the PTX that nvcc makes of it for sm_120f, executed on the CPU (tests/helpers/ptx).
 
 Results are compared bit by bit with the reference under SM12x's arithmetic, in outputs poisoned before; the executor
 itself fails on races, on memory that is not there, on hangs. Launches are the launcher's own. Each problem has an

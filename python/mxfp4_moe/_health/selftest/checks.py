@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import _load, accuracy, arithmetic, problems, reference
-from .._troubles import words
-from ..fused_moe import _operator, fused_moe
-from ..problems import Call, GemmProblem, bits
-from ..tiles import Tile
-from ..weights import MoEWeights
+from ... import _load, accuracy, arithmetic, problems, reference
+from ..._troubles import words
+from ...fused_moe import _operator, fused_moe
+from ...problems import Call, GemmProblem, bits
+from ...tiles import Tile
+from ...weights import MoEWeights
 from .report import BLOCKING, Arithmetic
 from .worker import NotRunError, Outcome, RunTile
 
