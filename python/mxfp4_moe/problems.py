@@ -154,7 +154,7 @@ def places(wrong: Tensor, expected: Tensor, actual: Tensor) -> str:
 
 def arithmetic_here(device: torch.device) -> Arithmetic:
     """What the kernels of a device compute; CPU tensors get the fp32 chain."""
-    arch = _wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    arch = wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     return FP32_CHAIN if arch is None else of_arch(arch)
 
 

@@ -17,18 +17,20 @@ import fake_wheel
 import pytest
 import torch
 
-from mxfp4_moe import _wheel, choice, cli, cost_model, formats, problems, tuned
+from mxfp4_moe import cli, formats, problems
+from mxfp4_moe._choice import choice, cost_model, tuned
+from mxfp4_moe._choice.facts import Layer, from_properties
 from mxfp4_moe._health.checks import check_gpus
+from mxfp4_moe._install import wheel
 from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4
-from mxfp4_moe.facts import Layer, from_properties
 from mxfp4_moe.tiles import Kernel, Tile, load_manifest
 from wheelbuild import ROOT, BuildError, emulation
-from wheelbuild.audit import audit
 from wheelbuild.emulation import check_emulated_tile, refuse_emulated
-from wheelbuild.index import read_file
 from wheelbuild.machine_code import Code, parse_sass
 from wheelbuild.plan import Plan, plan
-from wheelbuild.repair import repair
+from wheelbuild.release.audit import audit
+from wheelbuild.release.index import read_file
+from wheelbuild.release.repair import repair
 from wheelbuild.report import make_report
 from wheelbuild.settings import Settings, read_settings
 from wheelbuild.thresholds import Thresholds
@@ -251,11 +253,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("package")
 def test_an_sm90_gpu_is_served_as_sm12x() -> None:
-    assert _wheel.arch_for((9, 0)) == "120f"
-    assert _wheel.arch_for((12, 0)) is None, "it has no machine code for the GPUs whose kernels it has"
-    assert _wheel.arch_for((9, 0), ("90a", "120f")) == "90a"
-    assert _wheel.served_as((9, 0)) == (12, 0)
-    assert _wheel.served_as((8, 0)) == (8, 0)
+    assert wheel.arch_for((9, 0)) == "120f"
+    assert wheel.arch_for((12, 0)) is None, "it has no machine code for the GPUs whose kernels it has"
+    assert wheel.arch_for((9, 0), ("90a", "120f")) == "90a"
+    assert wheel.served_as((9, 0)) == (12, 0)
+    assert wheel.served_as((8, 0)) == (8, 0)
     device = torch.device("cuda", 0)
     assert formats.word_order_of(device) is formats.WordOrder.CONTAINERS
     assert problems.kernels_here(TILE, device) == (Kernel.PLAIN,)
@@ -290,8 +292,8 @@ def test_tiles_are_chosen_as_on_sm12x() -> None:
 
 def test_an_ordinary_wheel_is_chosen_for_by_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_wheel.install(tmp_path, monkeypatch, load_manifest().tiles)
-    assert _wheel.emulated_on() is None
-    assert _wheel.served_as((9, 0)) == (9, 0)
+    assert wheel.emulated_on() is None
+    assert wheel.served_as((9, 0)) == (9, 0)
     layer = Layer(experts=128, top_k=4, hidden=2880, intermediate=2880)
     assert tuned.look_up(from_properties(H100), layer, 64) is not None
 
@@ -328,7 +330,7 @@ def test_the_doctor_knows_which_gpus_it_runs_on() -> None:
 def test_every_import_says_so(emulates: bool, tmp_path: Path) -> None:
     """In one line on stderr, which no filter of warnings keeps back."""
     target = tmp_path / "mxfp4_moe"
-    shutil.copytree(_wheel.PACKAGE, target, ignore=shutil.ignore_patterns("_ext", "__pycache__"))
+    shutil.copytree(wheel.PACKAGE, target, ignore=shutil.ignore_patterns("_ext", "__pycache__"))
     report = {"archs": ["120f"], "tiles": {}, **({"emulates": {"arch": "120f", "on": "90a"}} if emulates else {})}
     (target / "build_report.json").write_text(json.dumps(report))
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mxfp4_moe; print(mxfp4_moe.__file__)"

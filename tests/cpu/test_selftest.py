@@ -14,9 +14,9 @@ from pathlib import Path
 import fake_wheel
 import pytest
 
-from mxfp4_moe import blocklist
 from mxfp4_moe._health import selftest
 from mxfp4_moe._health.selftest import Report, Status, TileResult
+from mxfp4_moe._install import blocklist
 from mxfp4_moe.tiles import Tile
 
 TILES = [Tile.from_mn((m, 128)) for m in (8, 16, 32, 64, 128, 256)]  # in the manifest, where the worker looks them up

@@ -17,9 +17,10 @@ import fake_wheel
 import pytest
 import torch
 
-from mxfp4_moe import accuracy, arithmetic, blocklist, cli, formats, problems, reference, remembered
-from mxfp4_moe._health import selftest
+from mxfp4_moe import accuracy, arithmetic, cli, formats, problems, reference
+from mxfp4_moe._health import remembered, selftest
 from mxfp4_moe._health.selftest import Report, Status, checks
+from mxfp4_moe._install import blocklist
 from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4, SM90_BF16
 from mxfp4_moe.tiles import Kernel, Tile
 
@@ -34,7 +35,8 @@ WORKER = """
 import json, sys
 import torch
 from dataclasses import replace
-from mxfp4_moe import _load, arithmetic, formats, problems, reference
+from mxfp4_moe import arithmetic, formats, problems, reference
+from mxfp4_moe._install import loading
 from mxfp4_moe._health import selftest
 from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4, SM90_BF16
 from mxfp4_moe._health.selftest import checks
@@ -113,7 +115,7 @@ def tile_of(name):
 
 problems.GemmProblem.run = run
 checks.fused_moe = layer
-_load.load_tile = lambda tile: None
+loading.load_tile = lambda tile: None
 checks.RANDOM = ((32, 16, False), (160, 48, True), (640, 16, False))
 checks.SPARSE, checks.INTEGERS = ((96, 80),), ((640, 32),)
 

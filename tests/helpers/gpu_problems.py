@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mxfp4_moe import _wheel
+from mxfp4_moe._install import wheel
 from mxfp4_moe.problems import (
     ROWS_PER_EXPERT,
     Call,
@@ -36,7 +36,7 @@ __all__ = [
 
 
 # A wheel whose MMA takes some thousand instructions (ci/build-emulated.sh): what takes seconds otherwise takes minutes.
-EMULATED = _wheel.emulated_on() is not None
+EMULATED = wheel.emulated_on() is not None
 
 
 def fewer(count: int) -> int:

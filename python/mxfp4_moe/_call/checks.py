@@ -15,7 +15,7 @@ from ..weights import MoEWeights
 
 MAX_EXPERTS = 1024  # csrc/moe/kernels.h, kMaxExperts
 MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/checks.h, kMaxSlots
-MAX_TOP_K = 16  # csrc/moe/moe.h, kMaxTopK
+MAX_TOP_K = 16  # csrc/moe/kernels.h, kMaxTopK
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MXFP8 = (torch.uint8, torch.float8_e4m3fn)

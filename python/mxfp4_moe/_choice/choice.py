@@ -32,7 +32,7 @@ def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[
 @functools.cache
 def served_device(device: DeviceFacts) -> DeviceFacts:
     """The GPU with the compute capability whose kernels it runs: what the model has to go by."""
-    return replace(device, capability=_wheel.served_as(device.capability))
+    return replace(device, capability=wheel.served_as(device.capability))
 
 
 def _rounded(tokens: int) -> int:

@@ -47,7 +47,7 @@ def info_text(data: dict[str, Any]) -> str:
         "tiles": str(data["tiles"]),
     }
     if "emulates" in data:
-        rows["emulates"] = _wheel.emulation_words(data["archs"], data["emulates"]["on"])
+        rows["emulates"] = wheel.emulation_words(data["archs"], data["emulates"]["on"])
     rows |= {f"built with {name}": str(version) for name, version in (data["built_with"] or {}).items()}
     width = max(map(len, rows))
     return "\n".join(["mxfp4-moe", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])

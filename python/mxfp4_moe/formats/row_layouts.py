@@ -72,7 +72,7 @@ def deinterleave_k(codes: Tensor) -> Tensor:
 
 
 def fold_activations(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/tile/folded.cuh.
+    """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/shared/folded.cuh.
 
     Args:
         codes: uint8 [R, K] E4M3 in plain order.

@@ -16,7 +16,7 @@ from .._arguments import require_blocks, require_multiple, require_tensor
 from .._install import wheel
 from .numbers import BLOCK
 
-WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/tile/weight_layout.cuh
+WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/shared/weight_layout.cuh
 _BLOCK_SCALE_BYTES = WEIGHT_BLOCK_ROWS * 4
 _STEP_BYTES = WEIGHT_BLOCK_ROWS * 16
 
@@ -84,7 +84,7 @@ def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
 
 
 def weight_bytes(n: int, k: int) -> int:
-    """Bytes of one expert's prepared weight [n, k], scales included (csrc/tile/weight_layout.cuh).
+    """Bytes of one expert's prepared weight [n, k], scales included (csrc/shared/weight_layout.cuh).
 
     Args:
         n: rows; they pad to 64.

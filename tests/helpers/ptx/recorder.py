@@ -133,7 +133,7 @@ class Machine:
         return launches, allocations, self._described(result)
 
     def register_tile(self, module: str) -> None:
-        """Makes a tile known to the layer, as mxfp4_moe._load does."""
+        """Makes a tile known to the layer, as mxfp4_moe._install.loading does."""
         importlib.import_module(_OPERATORS)
         self.torch.ops.mxfp4_moe.register_tile(importlib.import_module(f"mxfp4_moe._ext.{module}").entry)
 

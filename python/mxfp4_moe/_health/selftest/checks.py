@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ... import _load, accuracy, arithmetic, problems, reference
-from ..._troubles import words
-from ...fused_moe import _operator, fused_moe
+from ... import accuracy, arithmetic, problems, reference
+from ..._call.fused_moe import fused_moe
+from ..._call.launch import layer_operator
+from ..._install import loading
+from ..._install.troubles import words
 from ...problems import Call, GemmProblem, bits
 from ...tiles import Tile
 from ...weights import MoEWeights
@@ -157,15 +159,15 @@ def tile_runner(device: torch.device, published: arithmetic.Arithmetic) -> RunTi
     def run_tile(tile: Tile) -> Outcome:
         answers = Answers()
         try:
-            _load.load_tile(tile)
+            loading.load_tile(tile)
             ask_layout(tile, exact, answers)
             ask_integers(tile, integers, answers)
             outs = {name: ask_random(tile, name, given, answers) for name, given in randoms.items()}
             digests = {f"GEMM, {name}": digest_of(out[: randoms[name].problem.valid]) for name, out in outs.items()}
-            if device.type == "cuda" and _operator(device.index, tile)[1] != tile:
+            if device.type == "cuda" and layer_operator(device.index, tile)[1] != tile:
                 raise NotRunError("another tile takes its place in the layer")
             digests["the layers' output"] = layers.ask(tile, answers)
-        except _load.LoadError as error:
+        except loading.LoadError as error:
             raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise NotRunError(words(error)) from error

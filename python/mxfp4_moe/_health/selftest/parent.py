@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from ... import blocklist, remembered
+from ..._install import blocklist
 from ...tiles import Tile
+from .. import remembered
 from .report import Arithmetic, Report, Status, TileResult
 
 START_SECONDS = 300.0  # for importing torch from a slow disk and for what must come out

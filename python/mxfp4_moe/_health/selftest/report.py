@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from ... import _wheel
+from ..._install import wheel
 from ...tiles import Tile
 
 BLOCKING = ("layout", "accuracy", "agreement")  # the questions that a tile must pass, in the order of what they explain
@@ -93,7 +93,7 @@ class Report:
         )
         differ, values = self.others[0].arithmetic.differ, self.others[0].arithmetic.values
         return (
-            f"mxfp4-moe {_wheel.version()}, {device['name']} ({major}.{minor}), driver {device['driver']}, sm_"
+            f"mxfp4-moe {wheel.version()}, {device['name']} ({major}.{minor}), driver {device['driver']}, sm_"
             f"{device['arch']}: {explained}; published is {device['arithmetic']}; {differ} of {values} values differ "
             "in their last bits, all within the bound"
         )
@@ -113,8 +113,8 @@ class Report:
     def text(self) -> str:
         """The report to paste into an issue."""
         device = collections.defaultdict(lambda: "unknown", self.device)
-        lines = ["mxfp4-moe self-test", f"  wheel    {_wheel.version()}, machine code for {_sm(_wheel.built_archs())}"]
-        if words := _wheel.emulation_words(_wheel.built_archs(), _wheel.emulated_on()):
+        lines = ["mxfp4-moe self-test", f"  wheel    {wheel.version()}, machine code for {_sm(wheel.built_archs())}"]
+        if words := wheel.emulation_words(wheel.built_archs(), wheel.emulated_on()):
             lines.append(f"  EMULATES {words}")
         if self.device:
             major, minor = device["capability"]

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ... import _driver, _wheel, blocklist
-from ..._child import channel
-from ..._troubles import words
+from ..._install import blocklist, driver, wheel
+from ..._install.troubles import words
 from ...tiles import Tile, load_manifest
+from ..child import channel
 from .report import BLOCKING, Arithmetic, Status
 
 
@@ -86,8 +86,9 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     """
     import torch
 
-    from ... import _load, arithmetic
-    from ...fused_moe import check_capability
+    from ... import arithmetic
+    from ..._call.launch import check_capability
+    from ..._install import loading
     from .checks import tile_runner
 
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -96,10 +97,10 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     torch.cuda.set_device(index)
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     check_capability(capability, name)
-    _load.moe_ops()
+    loading.moe_ops()
     # No list is found in this folder, so that a tile which is blocked is run here as itself.
     os.environ[blocklist.CACHE_DIR_VARIABLE] = os.devnull
-    arch = _wheel.arch_for(capability)
+    arch = wheel.arch_for(capability)
     assert arch is not None  # check_capability has looked
     published = arithmetic.of_arch(arch)
     facts = {
@@ -109,8 +110,8 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
         "multiprocessors": torch.cuda.get_device_properties(index).multi_processor_count,
         "arch": arch,
         "arithmetic": f"{published.name} ({published.words()})",
-        "driver": _driver.driver_version(),
-        "driver_cuda": _driver.driver_cuda(),
+        "driver": driver.driver_version(),
+        "driver_cuda": driver.driver_cuda(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -128,7 +129,7 @@ def main(
     parser.add_argument("tiles", nargs="*", metavar="TILE", help="names such as m128n128; all by default")
     args = parser.parse_args(arguments)
     manifest = load_manifest()
-    tiles = [manifest.tile(name) for name in args.tiles] or list(_wheel.built_tiles())
+    tiles = [manifest.tile(name) for name in args.tiles] or list(wheel.built_tiles())
     messages = channel()
 
     def send(message: dict[str, Any]) -> None:

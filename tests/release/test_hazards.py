@@ -16,7 +16,7 @@ from release_tools import run, tools
 
 import mxfp4_moe
 from wheelbuild import ROOT, BuildError
-from wheelbuild.hazards import Accepted, Finding, Seen, Warned, judge, load_accepted, parse_accepted
+from wheelbuild.release.hazards import Accepted, Finding, Seen, Warned, judge, load_accepted, parse_accepted
 from wheelbuild.toolchain import package_dirs, resolve_cuda
 
 # ---- what is let pass ------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_the_list_gives_a_reason_for_each() -> None:
     assert all(accepted.unknown.values())
     pairs = [(warned.kind, warned.producer, name) for warned in accepted.warnings for name in warned.consumers]
     assert len(pairs) == len(set(pairs))
-    with pytest.raises(BuildError, match="ci/hazards.toml: not what wheelbuild.hazards reads: .*at_most"):
+    with pytest.raises(BuildError, match="ci/hazards.toml: not what wheelbuild.release.hazards reads: .*at_most"):
         parse_accepted('[[warning]]\nkind = "x"\nproducer = "y"\nconsumers = ["z"]\nreason = "r"\n[unknown]\n')
 
 
@@ -126,7 +126,7 @@ def cuobjdump() -> Path:
 
 
 def checked(path: Path) -> tuple[int, str]:
-    result = run(tools() / "python", "-m", "wheelbuild.hazards", path, env={"PYTHONPATH": str(ROOT)})
+    result = run(tools() / "python", "-m", "wheelbuild.release.hazards", path, env={"PYTHONPATH": str(ROOT)})
     return result.returncode, result.stdout
 
 

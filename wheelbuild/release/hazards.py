@@ -1,4 +1,4 @@
-"""Whether ptxas's control bits cover the dependencies of our SM12x machine code: `python -m wheelbuild.hazards WHEEL`.
+"""Whether ptxas's control bits cover the dependencies of our SM12x machine code: `python -m wheelbuild.release.hazards WHEEL`.
 
 SM12x does not interlock: an instruction's stall count and scoreboards say how long those after it must wait, and a
 wait that is too short is a wrong result. The checker is basalt-sass (dependency group `release`), which holds these
@@ -95,7 +95,7 @@ def parse_accepted(text: str) -> Accepted:
             warnings.append(Warned(**fields))
         return Accepted(warnings=tuple(warnings), unknown=dict(data["unknown"]))
     except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise BuildError(f"{ACCEPTED}: not what wheelbuild.hazards reads: {error!r}") from error
+        raise BuildError(f"{ACCEPTED}: not what wheelbuild.release.hazards reads: {error!r}") from error
 
 
 def load_accepted() -> Accepted:
