@@ -1,4 +1,6 @@
-"""Whether ptxas's control bits cover the dependencies of our SM12x machine code: `python -m wheelbuild.release.hazards WHEEL`.
+"""Whether ptxas's control bits cover the dependencies of our SM12x machine code.
+
+    python -m wheelbuild.release.hazards WHEEL
 
 SM12x does not interlock: an instruction's stall count and scoreboards say how long those after it must wait, and a
 wait that is too short is a wrong result. The checker is basalt-sass (dependency group `release`), which holds these
