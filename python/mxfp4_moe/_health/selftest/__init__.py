@@ -16,9 +16,10 @@ barrier never returns. So tiles run in a worker process (`python -m mxfp4_moe._h
 which is started anew behind a tile that took it down (parent.py). All but checks.py need the standard library alone.
 """
 
+from .outcome import NotRunError, Outcome, RunTile
 from .parent import START_SECONDS, TILE_SECONDS, agree, record, run, worker_command
 from .report import BLOCKING, Arithmetic, Report, Status, TileResult
-from .worker import NotRunError, Outcome, RunTile, main, prepare_gpu, work
+from .worker import main, prepare_gpu, work
 
 __all__ = [
     "BLOCKING",

@@ -22,8 +22,8 @@ from ..._install.troubles import words
 from ...problems import Call, GemmProblem, bits
 from ...tiles import Tile
 from ...weights import MoEWeights
+from .outcome import NotRunError, Outcome, RunTile
 from .report import BLOCKING, Arithmetic
-from .worker import NotRunError, Outcome, RunTile
 
 SPARSE = ((96, 80), (2880, 512))  # (K, N): every k and every column of weights
 INTEGERS = ((2880, 272),)

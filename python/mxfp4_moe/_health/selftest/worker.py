@@ -7,37 +7,16 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..._install import blocklist, driver, wheel
 from ..._install.troubles import words
 from ...tiles import Tile, load_manifest
 from ..child import channel
-from .report import BLOCKING, Arithmetic, Status
-
-
-class NotRunError(RuntimeError):
-    """A tile could not be run, for a reason that says nothing about the tile on this GPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Of a tile that ran to its end: the fields of `TileResult`."""
-
-    checks: int = 0
-    answers: Mapping[str, str] = field(default_factory=dict)
-    arithmetic: Arithmetic = field(default_factory=Arithmetic)
-    digests: Mapping[str, str] = field(default_factory=dict)
-
-    def reason(self) -> str:
-        """The first question that was answered wrongly, with how."""
-        wrong = ((question, self.answers.get(question, "")) for question in BLOCKING)
-        return next((f"{question}: {why}" for question, why in wrong if why), "")
-
-
-RunTile = Callable[[Tile], Outcome]
+from .outcome import NotRunError, Outcome, RunTile
+from .report import Status
 
 
 def work(
