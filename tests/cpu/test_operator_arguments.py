@@ -15,7 +15,7 @@ import torch
 from layers import INTER, E, H, K, T, make_call, make_weights
 from torch import Tensor
 
-from mxfp4_moe._call import launch, operators
+from mxfp4_moe._call import fused_moe, launch, operators, selection
 from mxfp4_moe._call.selection import select
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
@@ -141,6 +141,30 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_compiled_call_of_a_part_chooses_its_tile_as_an_eager_one(
+    monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """By the experts of the whole layer: a rank gets its share of the rows, not all of them."""
+    Recorder(monkeypatch)
+    part, call = make_weights().expert_parallel(0, ranks), make_call()
+    asked: list[tuple[object, ...]] = []
+
+    def remember(*arguments: object) -> Tile:
+        asked.append(arguments)
+        return Tile.from_mn((8, 128))
+
+    monkeypatch.setattr(selection, "select", remember)
+    monkeypatch.setattr(operators, "select", remember)
+    selection.tile_of_call(None, True, T, K, part, torch.device("cpu"))
+    operands: list[tuple[object, ...]] = []
+    monkeypatch.setattr(operators, "moe_layer", lambda *arguments: operands.append(arguments) or arguments[0])
+    tensors = (call[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
+    fused_moe._traced(*tensors, part, None, "linear", None, False)
+    operators._moe_layer_cuda(*operands[0])
+    assert asked == [(T, K, E, H, INTER, None)] * 2
 
 
 def test_copies_of_weights_gather_their_own_arguments() -> None:

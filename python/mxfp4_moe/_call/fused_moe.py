@@ -164,5 +164,6 @@ def _traced(
         scale_layout,
         output_dtype,
         intermediate_rounding,
+        weights.num_global_experts,
     )
     return result

@@ -47,6 +47,7 @@ class LayerCall(NamedTuple):
     scale_layout: str
     output_dtype: torch.dtype
     intermediate_rounding: bool = False
+    num_global_experts: int = 0  # of the layer of which w13 is a part, for the choice of a tile; 0: those of w13
 
     def check(self, device: torch.device) -> None:
         """Checks the tensors that come with each call; also fake ones."""
@@ -117,7 +118,8 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
     call.check(device)
     experts, (tokens, top_k) = call.w13.shape[0], call.topk_ids.shape
     check_limits(experts, tokens, top_k)
-    chosen = select(tokens, top_k, experts, call.hidden_size, call.intermediate_size, device.index)
+    sizes = call.hidden_size, call.intermediate_size
+    chosen = select(tokens, top_k, call.num_global_experts or experts, *sizes, device.index)
     op, tile = launch.layer_operator(device.index, chosen)
     output = torch.empty_like(hidden_states, dtype=call.output_dtype)
     try:
