@@ -13,8 +13,8 @@ import functools
 import zlib
 from types import SimpleNamespace
 
+import ptx_moe_checks
 import pytest
-import test_ptx_moe
 import torch
 from ptx import gemm
 from ptx.gemm import Epilogue, Gemm
@@ -119,7 +119,9 @@ def from_stored_sums(kind: str, n: int) -> tuple[Tensor, Tensor]:
     weights = SimpleNamespace(
         num_experts=len(EXPERTS_ROWS), w13_bias=applied.bias, activation=applied.activation, **numbers
     )
-    codes, scales = test_ptx_moe.activated(problem.expected[:valid].contiguous(), row_expert, weights, rounding, valid)
+    codes, scales = ptx_moe_checks.activated(
+        problem.expected[:valid].contiguous(), row_expert, weights, rounding, valid
+    )
     values = reference.activate(
         problem.expected[:valid], row_expert, applied.bias, applied.activation, **numbers, rounding=rounding
     )

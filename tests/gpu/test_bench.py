@@ -17,8 +17,6 @@ from mxfp4_moe.bench.host import host_us
 from mxfp4_moe.bench.timing import Timer
 from mxfp4_moe.tiles import load_manifest
 
-pytestmark = pytest.mark.gpu
-
 SIZES = ["--experts", "8", "--top-k", "2", "--hidden", "512", "--intermediate", "256"]
 
 

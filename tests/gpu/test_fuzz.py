@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gpu_problems
-import pytest
 import torch
 from gpu_layers import exact_layer, poison_memory, same
 from gpu_problems import Call, random_weights
@@ -25,8 +24,6 @@ from mxfp4_moe import formats
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.tiles import load_manifest
 from mxfp4_moe.weights import MoEWeights
-
-pytestmark = pytest.mark.gpu
 
 CALLS = int(os.environ.get("MXFP4_MOE_FUZZ_CALLS", "300"))
 SEED = int(os.environ.get("MXFP4_MOE_FUZZ_SEED", "0"))

@@ -14,8 +14,6 @@ from mxfp4_moe import problems
 from mxfp4_moe._install import loading
 from mxfp4_moe.tiles import Tile, load_manifest
 
-pytestmark = pytest.mark.gpu
-
 TILES = load_manifest().tiles
 KS = (32, 64, 96, 128, 2880, 4096)
 NS = (16, 80, 128, 2880, 5760)

@@ -24,7 +24,6 @@ from mxfp4_moe.activations import Activation
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
 
-pytestmark = pytest.mark.gpu
 UNWRITTEN = 0xEE
 # Both sides quantize the same values twice and round the same rows to bfloat16; what is left is exp's last bits.
 LAYER_TOLERANCE = 5e-3

@@ -23,8 +23,6 @@ from mxfp4_moe._install import wheel
 from mxfp4_moe.tiles import Kernel, Tile, kernels_of
 from mxfp4_moe.weights import MoEWeights
 
-pytestmark = pytest.mark.gpu
-
 TILE = Tile.from_mn((8, 64))
 KS = (32, 96, 128, 160, 672, 2880, 5152)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

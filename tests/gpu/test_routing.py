@@ -11,8 +11,6 @@ import mxfp4_moe
 from mxfp4_moe import reference
 from mxfp4_moe._install import loading
 
-pytestmark = pytest.mark.gpu
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {"rtol": 3e-6, "atol": 1e-30}  # an exp, a sum of up to 1024 terms in another order, a division
 

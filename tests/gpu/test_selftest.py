@@ -20,8 +20,6 @@ from mxfp4_moe._call.selection import select
 from mxfp4_moe._install import blocklist, wheel
 from mxfp4_moe.tiles import load_manifest, nearest_tile
 
-pytestmark = pytest.mark.gpu
-
 TILES = load_manifest().tiles
 
 

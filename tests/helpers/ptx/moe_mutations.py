@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import test_ptx_moe as cases
+import ptx_moe_checks as cases
 import torch
 
 from wheelbuild.kernel_ptx import compile_source_to_ptx
@@ -36,19 +36,19 @@ class Mutation:
 
 
 def _few_route() -> None:
-    cases.test_route_is_exact(42, 3, 2, 16, torch.int32)
+    cases.check_route_of(42, 3, 2, 16, torch.int32)
 
 
 def _route() -> None:
-    cases.test_route_is_exact(300, 4, 7, 16, torch.int32)
+    cases.check_route_of(300, 4, 7, 16, torch.int32)
 
 
 def _quantize() -> None:
-    cases.test_quantize_permute_is_exact(160, torch.bfloat16, 9)
+    cases.check_quantize_permute(160, torch.bfloat16, 9)
 
 
 def _finalize() -> None:
-    cases.test_finalize_is_exact(9, 9, 1056, torch.bfloat16, True)
+    cases.check_finalize(9, 9, 1056, torch.bfloat16, True)
 
 
 MUTATIONS = (
@@ -106,7 +106,7 @@ MUTATIONS = (
         file="moe/choose_experts.cuh",
         old="for (int i = kPerLane - 1; i >= 0; --i) {",
         new="for (int i = 0; i < kPerLane; ++i) {",
-        case=lambda: cases.test_topk_softmax(128, torch.bfloat16, True),
+        case=lambda: cases.check_topk_softmax(128, torch.bfloat16, True),
     ),
     Mutation(
         name="top-k: sum over the chosen starts at the second",
@@ -114,7 +114,7 @@ MUTATIONS = (
         file="moe/choose_experts.cuh",
         old="for (int j = 0; j < args.top_k; ++j) {  // in this order",
         new="for (int j = 1; j < args.top_k; ++j) {  // in this order",
-        case=lambda: cases.test_topk_softmax(128, torch.bfloat16, True),
+        case=lambda: cases.check_topk_softmax(128, torch.bfloat16, True),
     ),
     Mutation(
         name="quantize: scale bytes of a word exchanged",
@@ -146,7 +146,7 @@ MUTATIONS = (
         file="moe/quantize_permute.cu",
         old="    if (token == blockIdx.y) {\n      wait_for_previous_kernel();\n",
         new="    if (token == blockIdx.y) {\n",
-        case=cases.test_quantize_permute_reads_hidden_states_while_route_runs,
+        case=cases.check_quantize_permute_behind_route,
     ),
     Mutation(
         name="quantize: row numbers through the read-only path",
@@ -170,7 +170,7 @@ MUTATIONS = (
         file="moe/permute.cu",
         old="quad = scale > kMaxInputScale",
         new="quad = scale > kMaxInputScale + 7",
-        case=lambda: cases.test_permute_is_exact(160, True, 7),
+        case=lambda: cases.check_permute(160, True, 7),
     ),
     Mutation(
         name="activation: bias of the block's first expert",
@@ -178,7 +178,7 @@ MUTATIONS = (
         file="moe/activation.cu",
         old="expert != expert_of_bias) {",
         new="expert_of_bias < 0) {",
-        case=cases.test_activation_of_many_rows,
+        case=cases.check_activation_of_many_rows,
     ),
     Mutation(
         name="activation: rounded after the bias",
@@ -186,7 +186,7 @@ MUTATIONS = (
         file="moe/activation.cu",
         old="sums.for_each([&](float& x, int, int, int) { x = round_to(args.rounding, x); });",
         new="",
-        case=lambda: cases.test_activation_rounds_exactly(torch.bfloat16),
+        case=lambda: cases.check_activation_rounding(torch.bfloat16),
     ),
     Mutation(
         name="activation: neighbours exchange what they keep",
@@ -194,7 +194,7 @@ MUTATIONS = (
         file="moe/activation.cu",
         old="__shfl_xor_sync(kAllLanes, odd ? y[0][i] : y[1][i], 1)",
         new="__shfl_xor_sync(kAllLanes, odd ? y[1][i] : y[0][i], 1)",
-        case=lambda: cases.test_activation_rounds_exactly(torch.bfloat16),
+        case=lambda: cases.check_activation_rounding(torch.bfloat16),
     ),
     Mutation(
         name="finalize: one choice too many",
