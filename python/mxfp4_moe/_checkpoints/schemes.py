@@ -1,8 +1,8 @@
 """How checkpoints name and lay out a layer's experts: one row for each scheme, data alone.
 
 A tensor's name is a prefix, the layer's number, the scheme's `path` to the experts, a projection, and a suffix that
-says what of it: codes, scales or bias. Whatever prefix a checkpoint has fits, so that language models inside of others need
-no row of their own. Rows are added where a public loader or writer shows the names; `sources` says which. Packages are
+says what of it: codes, scales or bias. Whatever prefix a checkpoint has fits, so that language models inside of others
+need no row of their own. Rows are added where a public loader or writer shows the names; `sources` says which. Packages are
 named with the release that was read.
 """
 
