@@ -2,8 +2,8 @@
 
 A tensor's name is a prefix, the layer's number, the scheme's `path` to the experts, a projection, and a suffix that
 says what of it: codes, scales or bias. Whatever prefix a checkpoint has fits, so that language models inside of others
-need no row of their own. Rows are added where a public loader or writer shows the names; `sources` says which. Packages are
-named with the release that was read.
+need no row of their own. Rows are added where a public loader or writer shows the names; `sources` says which, and of
+packages the release that was read.
 """
 
 from __future__ import annotations
