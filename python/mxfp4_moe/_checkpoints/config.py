@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .contents import FoundLayer, LayerSizes
+from .files import Checkpoint
 from .refusals import HEAD_BYTES, what_is
 from .schemes import Between
 
@@ -79,6 +81,61 @@ def read_config(folder: Path) -> ExpertConfig | None:
         intermediate_size=_integer(file, inner, _INTERMEDIATE),
         raw=inner,
     )
+
+
+def stated_activation(
+    checkpoint: Checkpoint, config: ExpertConfig | None, found: FoundLayer, *, named: bool
+) -> tuple[Between | None, str]:
+    """What the checkpoint says of the activation, and where it says that; config.json first, else the naming.
+
+    Args:
+        named: the caller names an activation, so that nothing has to be said.
+
+    Raises:
+        ValueError: nobody says it.
+    """
+    own = found.scheme.activation
+    if own is not None:
+        where = f"the naming ({found.scheme.name})"
+        if config is not None and "swiglu_limit" in config.raw:
+            try:
+                return config.between(found.layer), str(config.file)
+            except ValueError:
+                return own, where
+        return own, where
+    if config is None:
+        if named:
+            return None, ""
+        raise ValueError(
+            f"activation: expected config.json in {checkpoint.folder}, or a name, since several models have the naming "
+            f"{found.scheme.name}; got neither: pass activation=, and alpha=, beta=, limit= where it has them"
+        )
+    try:
+        return config.between(found.layer), str(config.file)
+    except ValueError:
+        if named:
+            return None, ""
+        raise
+
+
+def compare_sizes(config: ExpertConfig, found: FoundLayer, sizes: LayerSizes) -> None:
+    """Refuses a config of other sizes than a layer's tensors have.
+
+    Raises:
+        ValueError: names both.
+    """
+    for what, stated, actual in (
+        ("number of experts", config.num_experts, sizes.num_experts),
+        ("hidden size", config.hidden_size, sizes.hidden_size),
+        ("intermediate size", config.intermediate_size, sizes.intermediate_size),
+    ):
+        if stated is not None and stated != actual:
+            raise ValueError(
+                f"{config.file}: expected {actual} as {what}, which layer {found.layer} has ({sizes}), got "
+                f"{stated}: the config is another model's, or tensors are missing"
+            )
+    if config.top_k is not None and config.top_k > sizes.num_experts:
+        raise ValueError(f"{config.file}: expected at most {sizes.num_experts} experts per token, got {config.top_k}")
 
 
 def _between(config: ExpertConfig, layer: int) -> Between:

@@ -262,7 +262,7 @@ def _no_layer(
     )
     message = f"{looked_for}: no such tensor in {checkpoint.listing}"
     if like:
-        return f"{message}; it has experts in layers {_numbers(found.layer for found in like)} ({scheme.name})"
+        return f"{message}; it has experts in layers {numbers_in_words(found.layer for found in like)} ({scheme.name})"
     if every:
         return f"{message}; it has experts under the prefixes {', '.join(sorted({repr(f.prefix) for f in every}))}"
     others = list(find_layers(checkpoint.names()))
@@ -271,14 +271,21 @@ def _no_layer(
             f"{message}; it has experts in the naming of {others[0].scheme.name}: "
             f"MoEWeights.from_pretrained({str(checkpoint.path)!r}, layer={others[0].layer})"
         )
-    names = sorted(name for name in checkpoint.names() if "expert" in name or ".mlp" in name) or sorted(
-        checkpoint.names()
-    )
+    return f"{message}; {no_experts(checkpoint)}"
+
+
+def no_experts(checkpoint: Checkpoint) -> str:
+    """What to say of a checkpoint in which no naming was found."""
+    names = sorted(checkpoint.names())
+    names = [name for name in names if "expert" in name] or [name for name in names if ".mlp." in name] or names
     shown = ", ".join(names[:_SHOWN]) or "none"
-    return f"{message}, nor experts in any naming that is known (docs/models.md); its tensors are such as {shown}"
+    return (
+        f"{checkpoint.listing}: no experts in a naming that is known (docs/models.md); its tensors are such as {shown}. "
+        "MoEWeights.from_mxfp4 and from_float take tensors of any name"
+    )
 
 
-def _numbers(layers: Iterable[int]) -> str:
+def numbers_in_words(layers: Iterable[int]) -> str:
     """0 to 3, 5, 7 to 9."""
     runs: list[list[int]] = []
     for number in sorted(set(layers)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import ExpertConfig, read_config
+from .config import compare_sizes, read_config, stated_activation
 from .contents import FoundLayer, LayerSizes, choose_layer, layer_sizes
 from .files import Checkpoint
 from .prepare import Source, float_source, mxfp4_source
@@ -133,8 +133,8 @@ def settle(
     """
     config = read_config(checkpoint.folder)
     if config is not None:
-        _compare(config, parts)
-    stated, where = _stated(checkpoint, config, parts.found, named=activation is not None)
+        compare_sizes(config, parts.found, parts.sizes)
+    stated, where = stated_activation(checkpoint, config, parts.found, named=activation is not None)
     name = activation or (stated.activation if stated else "")
     if stated is not None and activation is not None and activation != stated.activation:
         _contradiction("activation", where, stated.activation, activation)
@@ -159,50 +159,6 @@ def contradict_order(parts: LayerParts, order: str | None) -> str:
     if order is not None and order != stated:
         _contradiction("gate_up_order", f"the naming ({parts.found.scheme.name})", stated, order)
     return stated if order is None else order
-
-
-def _stated(
-    checkpoint: Checkpoint, config: ExpertConfig | None, found: FoundLayer, *, named: bool
-) -> tuple[Between | None, str]:
-    """What the checkpoint says of the activation, and where it says that."""
-    own = found.scheme.activation
-    if own is not None:
-        where = f"the naming ({found.scheme.name})"
-        if config is not None and "swiglu_limit" in config.raw:
-            try:
-                return config.between(found.layer), str(config.file)
-            except ValueError:
-                return own, where
-        return own, where
-    if config is None:
-        if named:
-            return None, ""
-        raise ValueError(
-            f"activation: expected config.json in {checkpoint.folder}, or a name, since several models have the naming "
-            f"{found.scheme.name}; got neither: pass activation=, and alpha=, beta=, limit= where it has them"
-        )
-    try:
-        return config.between(found.layer), str(config.file)
-    except ValueError:
-        if named:
-            return None, ""
-        raise
-
-
-def _compare(config: ExpertConfig, parts: LayerParts) -> None:
-    sizes = parts.sizes
-    for what, stated, actual in (
-        ("number of experts", config.num_experts, sizes.num_experts),
-        ("hidden size", config.hidden_size, sizes.hidden_size),
-        ("intermediate size", config.intermediate_size, sizes.intermediate_size),
-    ):
-        if stated is not None and stated != actual:
-            raise ValueError(
-                f"{config.file}: expected {actual} as {what}, which layer {parts.found.layer} has ({sizes}), got "
-                f"{stated}: the config is another model's, or tensors are missing"
-            )
-    if config.top_k is not None and config.top_k > sizes.num_experts:
-        raise ValueError(f"{config.file}: expected at most {sizes.num_experts} experts per token, got {config.top_k}")
 
 
 def _same(value: Number | None, stated: float | None) -> bool:
