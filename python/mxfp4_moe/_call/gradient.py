@@ -55,7 +55,7 @@ def _no_gradient_fake(gradient: Tensor, shape: list[int], dtype: torch.dtype, ca
 
 
 def define(library: torch.library.Library) -> None:
-    """Defines `no_gradient`, which stands where a gradient would be computed: it can be traced, and running it raises."""
+    """Defines `no_gradient`, which stands where a gradient would be computed: it is traced, and running it raises."""
     schema = "no_gradient(Tensor gradient, SymInt[] shape, ScalarType dtype, str call) -> Tensor"
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
     library.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -280,7 +280,7 @@ def no_experts(checkpoint: Checkpoint) -> str:
     names = [name for name in names if "expert" in name] or [name for name in names if ".mlp." in name] or names
     shown = ", ".join(names[:_SHOWN]) or "none"
     return (
-        f"{checkpoint.listing}: no experts in a naming that is known (docs/models.md); its tensors are such as {shown}. "
+        f"{checkpoint.listing}: no experts in a naming that is known (docs/models.md); it has tensors such as {shown}; "
         "MoEWeights.from_mxfp4 and from_float take tensors of any name"
     )
 

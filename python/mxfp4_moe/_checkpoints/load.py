@@ -13,29 +13,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..activations import Activation
 from .config import compare_sizes, read_config, stated_activation
 from .contents import FoundLayer, LayerSizes, choose_layer, layer_sizes
 from .files import Checkpoint
-from .prepare import Source, float_source, mxfp4_source
+from .layers import RawLayer
+from .options import GateUpOrder, Number, member
 from .schemes import SCHEMES, Between, Scheme
+from .sources import Source, float_source, mxfp4_source
 
-Number = float | Tensor
-STATED = "stated"  # for a number: take what the checkpoint says
+STATED = "stated"  # for limit: take what the checkpoint says
 
 _DEFAULTS = Between(activation="", limit=7.0)  # of from_mxfp4
 _CALLER = 4  # frames up to the call that the user wrote
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerParts:
-    """What `MoEWeights` is built from."""
+class OpenedLayer:
+    """A layer of a checkpoint with its sizes known and its weights yet to be read."""
 
     found: FoundLayer
     sizes: LayerSizes
-    w13: Source
-    w2: Source
-    w13_bias: Tensor | None
-    w2_bias: Tensor | None
+    raw: RawLayer
 
 
 def open_layer(
@@ -47,7 +46,7 @@ def open_layer(
     scheme: str | None = None,
     among: Iterable[Scheme] = SCHEMES,
     gated: bool = True,
-) -> LayerParts:
+) -> OpenedLayer:
     """Finds a layer, checks its headers, and reads its biases.
 
     Raises:
@@ -55,15 +54,19 @@ def open_layer(
     """
     found = choose_layer(checkpoint, layer, prefix=prefix, scheme=scheme, among=among)
     sizes = layer_sizes(checkpoint, found, gated=gated)
-    reader = _Reader(checkpoint, found, sizes, device)
-    return LayerParts(
-        found=found,
-        sizes=sizes,
+    place = torch.empty(0, device=device).device  # with its index
+    reader = _Reader(checkpoint, found, sizes, place)
+    raw = RawLayer(
         w13=reader.source(found.scheme.w13),
         w2=reader.source((found.scheme.w2,)),
+        experts=sizes.num_experts,
+        hidden=sizes.hidden_size,
+        inter=sizes.intermediate_size,
+        device=place,
         w13_bias=reader.bias(found.scheme.w13),
         w2_bias=reader.bias((found.scheme.w2,)),
     )
+    return OpenedLayer(found=found, sizes=sizes, raw=raw)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class _Reader:
     checkpoint: Checkpoint
     found: FoundLayer
     sizes: LayerSizes
-    device: torch.device | str
+    device: torch.device
 
     def source(self, projections: tuple[str, ...]) -> Source:
         scheme = self.found.scheme
@@ -117,14 +120,14 @@ class _Reader:
 
 def settle(
     checkpoint: Checkpoint,
-    parts: LayerParts,
+    opened: OpenedLayer,
     *,
-    activation: str | None,
+    activation: Activation | None,
     alpha: Number | None,
     beta: Number | None,
     limit: Number | str | None,
-) -> tuple[str, tuple[Number, Number, Number | None]]:
-    """Activation, alpha, beta and limit: the caller's, else config.json's, else those of the only model so named.
+) -> tuple[Activation, tuple[Number, Number, Number | None]]:
+    """Activation, and alpha, beta and limit: the caller's, else config.json's, else those of the only model so named.
 
     What the caller says wins, with a warning where it contradicts.
 
@@ -133,32 +136,31 @@ def settle(
     """
     config = read_config(checkpoint.folder)
     if config is not None:
-        compare_sizes(config, parts.found, parts.sizes)
-    stated, where = stated_activation(checkpoint, config, parts.found, named=activation is not None)
-    name = activation or (stated.activation if stated else "")
-    if stated is not None and activation is not None and activation != stated.activation:
-        _contradiction("activation", where, stated.activation, activation)
+        compare_sizes(config, opened.found, opened.sizes)
+    stated, where = stated_activation(checkpoint, config, opened.found, named=activation is not None)
+    if stated is not None and activation is not None and activation.value != stated.activation:
+        _contradiction("activation", where, stated.activation, activation.value)
         stated = None
-    numbers = stated or _DEFAULTS
-    given = {"alpha": alpha, "beta": beta}
+    given = {"alpha": alpha, "beta": beta} | ({} if isinstance(limit, str) else {"limit": limit})
     for what, value in given.items():
-        if stated is not None and value is not None and not _same(value, getattr(stated, what)):
-            _contradiction(what, where, getattr(stated, what), value)
-    if stated is not None and not isinstance(limit, str) and not _same(limit, stated.limit):
-        _contradiction("limit", where, stated.limit, limit)
-    return name, (
+        says = None if stated is None else getattr(stated, what)
+        if stated is not None and not _same(value, says) and (value is not None or what == "limit"):
+            _contradiction(what, where, says, value)
+    numbers = stated or _DEFAULTS
+    between = activation or member("activation", Activation, numbers.activation)
+    return between, (
         numbers.alpha if alpha is None else alpha,
         numbers.beta if beta is None else beta,
         numbers.limit if isinstance(limit, str) else limit,
     )
 
 
-def contradict_order(parts: LayerParts, order: str | None) -> str:
-    """The order of w13's rows: the caller's, with a warning where the scheme has another."""
-    stated = parts.found.scheme.gate_up_order
-    if order is not None and order != stated:
-        _contradiction("gate_up_order", f"the naming ({parts.found.scheme.name})", stated, order)
-    return stated if order is None else order
+def settle_order(opened: OpenedLayer, order: GateUpOrder | None) -> GateUpOrder:
+    """The order of w13's rows: the caller's, with a warning where the naming has another."""
+    stated = GateUpOrder(opened.found.scheme.gate_up_order)
+    if order is not None and order is not stated:
+        _contradiction("gate_up_order", f"the naming ({opened.found.scheme.name})", stated.value, order.value)
+    return order or stated
 
 
 def _same(value: Number | None, stated: float | None) -> bool:

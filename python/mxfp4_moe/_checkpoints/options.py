@@ -73,7 +73,9 @@ def shard_of(kind: str, rank: int, size: int, total: int, multiple: int) -> tupl
     check_int(f"{kind}_size", size)
     units = total // multiple
     if not 1 <= size <= units:
-        what = f"{total} experts" if kind == "ep" else f"{units} blocks of {multiple} of an intermediate size of {total}"
+        what = (
+            f"{total} experts" if kind == "ep" else f"{units} blocks of {multiple} of an intermediate size of {total}"
+        )
         raise ValueError(f"{kind}_size: expected 1 to {units} ranks for {what}, got {size}")
     if not 0 <= rank < size:
         raise ValueError(f"{kind}_rank: expected 0 to {size - 1}, got {rank}")
