@@ -252,26 +252,37 @@ def _no_layer(
             "is this one, and MoEWeights.from_float takes any tensors"
         )
     like = [found for found in every if prefix in (None, found.prefix)]
-    scheme = like[0].scheme if like else among[0]
+    shown = _of_this_format(checkpoint, like)
+    scheme = shown.scheme if shown else among[0]
     looked_for = scheme.tensor(
-        like[0].prefix if like else (prefix or "model.layers."),
+        shown.prefix if shown else (prefix or "model.layers."),
         layer,
         scheme.w13[0],
         scheme.codes,
         0 if scheme.per_expert else None,
     )
     message = f"{looked_for}: no such tensor in {checkpoint.listing}"
-    if like:
-        return f"{message}; it has experts in layers {numbers_in_words(found.layer for found in like)} ({scheme.name})"
+    if shown:
+        return f"{message}; it has experts in layers {numbers_in_words(f.layer for f in like)} ({scheme.name})"
     if every:
         return f"{message}; it has experts under the prefixes {', '.join(sorted({repr(f.prefix) for f in every}))}"
-    others = list(find_layers(checkpoint.names()))
-    if others:
+    if other := _of_this_format(checkpoint, list(find_layers(checkpoint.names()))):
         return (
-            f"{message}; it has experts in the naming of {others[0].scheme.name}: "
-            f"MoEWeights.from_pretrained({str(checkpoint.path)!r}, layer={others[0].layer})"
+            f"{message}; it has experts in the naming of {other.scheme.name}: "
+            f"MoEWeights.from_pretrained({str(checkpoint.path)!r}, layer={other.layer})"
         )
     return f"{message}; {no_experts(checkpoint)}"
+
+
+def _of_this_format(checkpoint: Checkpoint, layers: list[FoundLayer]) -> FoundLayer | None:
+    """The first layer whose dtypes are its scheme's too; several schemes may have a layer's names."""
+    for found in layers:
+        try:
+            if other_format(checkpoint, found) is None:
+                return found
+        except (ValueError, FileNotFoundError):  # its file is damaged or missing
+            continue
+    return layers[0] if layers else None
 
 
 def no_experts(checkpoint: Checkpoint) -> str:
