@@ -85,6 +85,17 @@ class TestFindsTheLayer:
         assert same_bytes(weights, layer)
         assert same_bytes(MoEWeights.from_safetensors(tmp_path, layer=0), layer)
 
+    @pytest.mark.parametrize("scheme", ["compressed-tensors", "weight-scale-w1", "deepseek-v4", "weight-scale-inv"])
+    def test_with_biases_of_each_expert(self, tmp_path: Path, scheme: str) -> None:
+        layer = checkpoints.layer_of("gpt-oss", E, H, INTER)
+        tensors = checkpoints.tensors_of(scheme, layer, 0)
+        checkpoints.write(tmp_path, tensors)
+        assert same_bytes(load(tmp_path), layer)
+        for lacking in (name for name in tensors if name.endswith("bias")):
+            checkpoints.write(tmp_path, {name: t for name, t in tensors.items() if name != lacking})
+            with pytest.raises(ValueError, match=rf"^{re.escape(lacking)}: no such tensor"):
+                load(tmp_path)
+
     def test_a_file_an_index_or_a_directory(self, tmp_path: Path) -> None:
         layer = layer_of("weight-scale")
         tensors = checkpoints.tensors_of("weight-scale", layer, 0)
@@ -252,6 +263,28 @@ class TestWhatDoesNotFit:
             MoEWeights.from_pretrained(tmp_path, layer=0)
         named = MoEWeights.from_pretrained(tmp_path, layer=0, scheme="gpt-oss-bf16")
         assert named.w2_bias is None
+
+    @pytest.mark.parametrize("scheme", ["compressed-tensors", "weight-scale", "gpt-oss", "float"])
+    @pytest.mark.parametrize(
+        "suffix", ["weight_zero_point", "weight_global_scale", "weight_scale_2", "pre_quant_scale", "lora_A.weight"]
+    )
+    def test_tensors_that_have_a_say_in_the_values(self, tmp_path: Path, scheme: str, suffix: str) -> None:
+        tensors = checkpoints.tensors_of(scheme, layer_of(scheme), 0)
+        projection = "down_proj" if scheme == "gpt-oss" else "1.up_proj"
+        other = f"model.layers.0.mlp.experts.{projection}.{suffix}"
+        checkpoints.write(tmp_path, tensors | {other: torch.ones(1)})
+        with pytest.raises(ValueError, match=rf"^{re.escape(other)}: expected nothing but .* is not known here"):
+            load(tmp_path, activation="swiglu_oai")
+
+    @pytest.mark.parametrize("suffix", ["input_scale", "input_global_scale", "weight_shape"])
+    def test_tensors_that_have_none(self, tmp_path: Path, suffix: str) -> None:
+        """Activations are quantized as they come, whatever scale another engine would take for them."""
+        layer = layer_of("weight-scale")
+        tensors = checkpoints.tensors_of("weight-scale", layer, 0)
+        tensors |= {f"model.layers.0.mlp.experts.{e}.up_proj.{suffix}": torch.ones(1) for e in range(E)}
+        tensors["model.layers.0.mlp.experts.e_score_correction_bias"] = torch.ones(E)
+        checkpoints.write(tmp_path, tensors)
+        assert same_bytes(load(tmp_path), layer)
 
     def test_another_naming_than_from_safetensors_reads(self, tmp_path: Path) -> None:
         checkpoints.write(tmp_path, checkpoints.tensors_of("deepseek-v4", layer_of("deepseek-v4"), 4, "layers."))

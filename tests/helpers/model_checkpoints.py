@@ -48,7 +48,7 @@ def tensors_of(scheme: str, layer: Layer, number: int, prefix: str = "model.laye
     code_dtype, scale_dtype = _DTYPES.get(scheme, (torch.uint8, torch.uint8))
     inter = layer["w2"].shape[2] * 2
     rows = {gate: ("w13", slice(0, inter)), up: ("w13", slice(inter, None)), down: ("w2", slice(None))}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for expert in range(layer["w13"].shape[0]):
         for projection, (name, some) in rows.items():
             path = f"{prefix}{number}.{block}.experts.{expert}.{projection}."
@@ -57,6 +57,8 @@ def tensors_of(scheme: str, layer: Layer, number: int, prefix: str = "model.laye
             else:
                 tensors[path + codes] = layer[name][expert, some].contiguous().view(code_dtype)
                 tensors[path + scales] = layer[f"{name}_scale"][expert, some].contiguous().view(scale_dtype)
+            if f"{name}_bias" in layer:
+                tensors[path + "bias"] = layer[f"{name}_bias"][expert, some].clone()
     return tensors
 
 

@@ -68,6 +68,15 @@ def read_config(folder: Path) -> ExpertConfig | None:
         raise ValueError(f"{file}: expected JSON, got {got}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected an object, got {type(raw).__name__}")
+    return expert_config(file, raw)
+
+
+def expert_config(file: Path, raw: Mapping[str, Any]) -> ExpertConfig:
+    """What a config says of the experts; file is for messages.
+
+    Raises:
+        ValueError: a size in it is no number.
+    """
     inner = raw
     if not any(key in raw for key in _EXPERTS):
         inner = next((raw[key] for key in _NESTED if isinstance(raw.get(key), dict)), raw)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .files import Checkpoint
 from .headers import Entry
-from .schemes import BY_NAME, SCHEMES, Scheme
+from .schemes import BY_NAME, EXPERT, HARMLESS, SCHEMES, Scheme
 
 _BLOCK = 32  # formats.BLOCK; this module does without torch
 _CODES = ("U8", "I8", "F4")
@@ -186,7 +187,8 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
             f"{w13.name}: expected {rows_expected} rows for an intermediate size of {inter}, which {w2.name} has, and "
             f"sizes that are multiples of {_BLOCK}; got {w13}, which is {rows} rows of {hidden}"
         )
-    has_bias = scheme.bias is not None and found.name(scheme.w2, scheme.bias, first) in checkpoint
+    biased = [scheme.bias is not None and found.name(p, scheme.bias, first) in checkpoint for p in scheme.projections]
+    has_bias = any(biased)  # and then all have
     scales: str | None = None
     for expert in range(experts) if scheme.per_expert else (None,):
         for projection in scheme.projections:
@@ -201,6 +203,7 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
             if has_bias:
                 assert scheme.bias is not None
                 _check(entry(projection, scheme.bias, expert), _FLOATS, [(*lead, n)])
+    _refuse_others(checkpoint, found, has_bias)
     return LayerSizes(
         num_experts=experts,
         hidden_size=hidden,
@@ -209,6 +212,25 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
         codes=w13.dtype,
         scales=scales,
     )
+
+
+def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool) -> None:
+    """Refuses tensors beside a projection's own that would have a say in its values, such as zero points."""
+    scheme = found.scheme
+    path, _, _ = scheme.path.partition(EXPERT)
+    stem = f"{found.prefix}{found.layer}.{path if scheme.per_expert else scheme.path + '.'}"
+    number = r"\d+\." if scheme.per_expert else ""
+    projections = "|".join(map(re.escape, scheme.projections))
+    pattern = re.compile(rf"{re.escape(stem)}{number}(?:{projections})(?P<suffix>[._].*)?")
+    known = {scheme.codes, scheme.scales or "", *HARMLESS} | ({scheme.bias or ""} if has_bias else set())
+    for name in checkpoint.names():
+        match = pattern.fullmatch(name)
+        if match and (match["suffix"] or "") not in known:
+            having = ", ".join(sorted(filter(None, known)))
+            raise ValueError(
+                f"{name}: expected nothing but {having} of a projection in the naming of {scheme.name}, got "
+                f" {checkpoint.entry(name)}: what it says of the weights is not known here"
+            )
 
 
 def _matrix(entry: Entry, scheme: Scheme, skip: int) -> tuple[int, int]:

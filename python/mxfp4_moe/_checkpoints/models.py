@@ -20,7 +20,7 @@ class Model:
         prefix: what stands before a layer's number in its own checkpoint.
         config: the part of config.json that says its sizes and activation.
         router: how it chooses and weighs experts.
-        hf_id: where its own checkpoint is, on the Hub.
+        router_call: what of this library does that, or "" where the caller's router must.
         note: what else it needs.
         sources: where the config's keys and the router were read.
     """
@@ -34,6 +34,7 @@ class Model:
     prefix: str = "model.layers."
     config: Mapping[str, object]
     router: str
+    router_call: str = ""
     note: str = ""
     sources: tuple[str, ...]
 
@@ -45,7 +46,7 @@ def _gpt_oss(name: str, experts: int) -> Model:
         intermediate_size=2880,
         num_experts=experts,
         top_k=4,
-        schemes=("gpt-oss", "gpt-oss-original", "gpt-oss-bf16", "gpt-oss-quark", "compressed-tensors"),
+        schemes=("gpt-oss", "gpt-oss-original", "gpt-oss-bf16", "gpt-oss-quark"),
         config={
             "model_type": "gpt_oss",
             "hidden_act": "silu",
@@ -56,6 +57,7 @@ def _gpt_oss(name: str, experts: int) -> Model:
             "num_experts_per_tok": 4,
         },
         router="softmax over the chosen",
+        router_call="fused_moe_from_logits",
         sources=("transformers 5.24, models/gpt_oss", "openai/gpt-oss, gpt_oss/torch/model.py"),
     )
 
@@ -197,6 +199,7 @@ MODELS = (
             "num_experts_per_tok": 8,
         },
         router="softmax, renormalized",
+        router_call="fused_moe_from_logits",
         sources=("transformers 5.24, models/qwen3_moe", "vLLM 0.33, model_executor/models/qwen3_moe.py"),
     ),
 )

@@ -82,7 +82,9 @@ class Scheme:
         """What every projection must have."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
 
-    def tensor(self, prefix: str, layer: int, projection: str, suffix: str, expert: int | str | None = None) -> str:
+    def tensor(
+        self, prefix: str, layer: int | str, projection: str, suffix: str, expert: int | str | None = None
+    ) -> str:
         """A tensor's full name; expert where each has its own."""
         return f"{prefix}{layer}.{self.path.replace(EXPERT, str(expert))}.{projection}{suffix}"
 
@@ -99,6 +101,8 @@ class Scheme:
         return re.compile(rf"(?P<prefix>(?:.*\.)?(?:{lists})\.)(?P<layer>\d+)\.{path}\.{re.escape(self.ending)}")
 
 
+# What may stand beside a projection's tensors and changes nothing: activations are quantized here as they come.
+HARMLESS = (".input_scale", ".input_global_scale", ".weight_shape")
 _OAI_SWIGLU = Between(activation="swiglu_oai", limit=7.0)
 
 SCHEMES = (
@@ -168,6 +172,7 @@ SCHEMES = (
         w2=_GATE_UP_DOWN[1],
         codes=".weight_packed",
         scales=".weight_scale",
+        bias=".bias",
         sources=(
             "compressed-tensors 0.20, compressors/mxfp4/base.py (compression_param_names; E8M0 as uint8)",
             "vLLM 0.33, compressed_tensors_moe_w4a4_mxfp4.py and inc/schemes/inc_mxfp4_moe.py",
@@ -181,6 +186,7 @@ SCHEMES = (
         w2=_W1_W3_W2[1],
         codes=".weight_packed",
         scales=".weight_scale",
+        bias=".bias",
         sources=(
             "vLLM 0.33, models/kimi_k3/amd/linear.py (load_weights: w1, w3, weight_packed; block_sparse_moe)",
             "SGLang 0.5.23, srt/models/kimi_k3.py (load_weights)",
@@ -194,6 +200,7 @@ SCHEMES = (
         w2=_GATE_UP_DOWN[1],
         codes=".weight",
         scales=".weight_scale",
+        bias=".bias",
         sources=(
             "amd-quark 0.13, torch/export/nn/modules/realquantizer.py (E8M0 as uint8), torch/utils/pack.py (Pack_fp4)",
             "nvidia-modelopt 0.47, torch/export/quant_utils.py and torch/quantization/qtensor/mxfp4_tensor.py",
@@ -208,6 +215,7 @@ SCHEMES = (
         w2=_W1_W3_W2[1],
         codes=".weight",
         scales=".weight_scale",
+        bias=".bias",
         sources=(
             "vLLM 0.33, models/minimax_m3/amd/model.py (load_weights: block_sparse_moe, w1, w3, w2); its pull 45794",
             "SGLang 0.5.23, srt/models/minimax_m3.py (load_weights)",
@@ -221,6 +229,7 @@ SCHEMES = (
         w2=_GATE_UP_DOWN[1],
         codes=".weight",
         scales=".weight_scale_inv",  # E8M0 here too: the name alone is that of FP8's scales
+        bias=".bias",
         sources=("vLLM 0.33, model_executor/models/bailing_moe_v3.py (_LING_MXFP4_WEIGHTS_MAPPER)",),
     ),
     Scheme(
@@ -232,6 +241,7 @@ SCHEMES = (
         w2=_W1_W3_W2[1],
         codes=".weight",
         scales=".scale",
+        bias=".bias",
         sources=(
             "SGLang 0.5.23, srt/models/deepseek_v4.py (remap: .ffn., .w1., .scale; mtp.N), srt/configs/deepseek_v4.py",
             "vLLM 0.33, models/deepseek_v4/nvidia/model.py (float8_e8m0fnu scales, viewed as bytes)",
@@ -245,6 +255,7 @@ SCHEMES = (
         w2=_GATE_UP_DOWN[1],
         codes=".weight",
         scales=None,
+        bias=".bias",
         sources=("transformers 5.24, conversion_mapping.py (qwen2_moe, used for qwen3_moe and mimo_v2_flash)",),
     ),
     Scheme(
@@ -255,6 +266,7 @@ SCHEMES = (
         w2=_W1_W3_W2[1],
         codes=".weight",
         scales=None,
+        bias=".bias",
         sources=("transformers 5.24, conversion_mapping.py (mixtral, minimax_m2)",),
     ),
 )
