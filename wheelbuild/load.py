@@ -50,7 +50,7 @@ def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any
             if actual != value:
                 raise BuildError(
                     f"{library} on sm_{arch}: {key} is {actual} in the compiled tile and {value} in the proof of "
-                    "tiles.py; csrc/tile/tile_shape.cuh and tiles.py must agree"
+                    "tiles/proof.py; csrc/tile/tile_shape.cuh and tiles/proof.py must agree"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The package's `tiles.py`, `archs.py` and `_floors.py`, loaded by path: the package does not exist while it is built.
+"""The package's `tiles`, `archs.py` and `_floors.py`, loaded by path: the package does not exist while it is built.
 
 They are loaded as parts of a package of another name with the same folder, so that one can import the other, and so
 that an installed mxfp4_moe is neither used nor shadowed.

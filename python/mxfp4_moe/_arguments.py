@@ -54,5 +54,17 @@ def require_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
 
 
+def require_multiple(name: str, value: int, multiple: int) -> None:
+    """Raises a ValueError that names the argument, unless it is a multiple, and not negative."""
+    if value < 0 or value % multiple:
+        raise ValueError(f"{name}: expected a multiple of {multiple}, got {value}")
+
+
+def require_blocks(name: str, tensor: Tensor, multiple: int) -> None:
+    """Raises a ValueError that names the tensor, unless its last dimension is a multiple."""
+    if tensor.dim() == 0 or tensor.shape[-1] % multiple:
+        raise ValueError(f"{name}: expected a last dimension that is a multiple of {multiple}, got {describe(tensor)}")
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

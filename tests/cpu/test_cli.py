@@ -87,7 +87,20 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
         "print(*sorted(name for name in set(sys.modules) - before if name.startswith('mxfp4_moe')))"
     )
     result = python("-c", program)
-    names = ("", "._floors", "._install", "._install.elf", "._install.troubles", "._install.wheel", ".archs", ".tiles")
+    names = (
+        "",
+        "._floors",
+        "._install",
+        "._install.elf",
+        "._install.troubles",
+        "._install.wheel",
+        ".archs",
+        ".tiles",
+        ".tiles.manifest",
+        ".tiles.proof",
+        ".tiles.selection",
+        ".tiles.tile",
+    )
     assert result.stdout.split() == [f"mxfp4_moe{name}" for name in names]
 
 

@@ -1,4 +1,4 @@
-"""The C++ arithmetic that kernel, launcher and layer share, run on the host: against CuTe, formats.py and tiles.py.
+"""The C++ arithmetic that kernel, launcher and layer share, run on the host: against CuTe, formats and tiles.
 
 The bindings (tests/cpu/host/bindings.cpp) include the kernel's own headers, so what is tested here is what the GPU
 runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,37 @@ def test_the_ground_floor_runs_without_torch() -> None:
 
 def test_weights_know_no_loader() -> None:
     assert "mxfp4_moe._install.loading" not in brings("mxfp4_moe.weights", edges(IMPORTS, lazy=True))
+
+
+# ---- how long a file is ----------------------------------------------------------------------------------------------
+
+LONGEST = 450  # lines: what is read in one sitting. Data may be longer.
+SOURCES = {".py", ".sh", ".h", ".cuh", ".cu", ".cpp"}
+STILL_LONGER = {  # leave this list by being split; a name that need not be here any more fails the test too
+    "csrc/moe/ops.cpp",
+    "csrc/tile/kernel.cuh",
+    "python/mxfp4_moe/_health/selftest.py",
+    "python/mxfp4_moe/reference.py",
+}
+
+
+def too_long(root: Path, folders: Iterable[str]) -> set[str]:
+    """Sources in these folders with more lines than one sitting has."""
+    files = [path for folder in folders for path in sorted((root / folder).rglob("*")) if path.suffix in SOURCES]
+    return {
+        str(path.relative_to(root)) for path in files if len(path.read_text(encoding="utf-8").splitlines()) > LONGEST
+    }
+
+
+def test_a_file_is_one_idea_in_450_lines() -> None:
+    assert too_long(ROOT, ("ci", "csrc", "docs", "python", "tests", "wheelbuild")) == STILL_LONGER
+
+
+def test_a_long_file_is_found(tmp_path: Path) -> None:
+    for name, lines in (("short.py", 450), ("long.cu", 451), ("data.toml", 5000)):
+        (tmp_path / "a" / "b").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / "b" / name).write_text("line\n" * lines, encoding="utf-8")
+    assert too_long(tmp_path, ["a"]) == {"a/b/long.cu"}
 
 
 # ---- the reader ------------------------------------------------------------------------------------------------------

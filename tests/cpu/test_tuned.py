@@ -5,29 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import random
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tuned_cases import H200, LARGE, LAYER, MIDDLE, SMALL, TILES
 
 from mxfp4_moe._call import selection
-from mxfp4_moe._choice import choice, cost_model, facts, tuned
-from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
+from mxfp4_moe._choice import choice, tuned
+from mxfp4_moe._choice.facts import DeviceFacts, Layer
 from mxfp4_moe._choice.tuned import Choice, Entry, TunedError, TunedLayer
 from mxfp4_moe._install import blocklist, loading, wheel
 from mxfp4_moe.bench import shapes, statistics, tune
 from mxfp4_moe.cli import tune as tune_cli
-from mxfp4_moe.tiles import Tile, load_manifest, prove, select_tile
-
-TILES = load_manifest().tiles
-LAYER = Layer(experts=128, top_k=4, hidden=2880, intermediate=2880)
-BY_NAME = {device.name: device for device in PUBLISHED}
-H200, RTX_5090, GB10 = BY_NAME["NVIDIA H200"], BY_NAME["NVIDIA GeForce RTX 5090"], BY_NAME["NVIDIA GB10"]
-BLACKWELL = [device for device in PUBLISHED if device.capability[0] == 12]
-SMALL, MIDDLE, LARGE = (Tile.from_mn(mn) for mn in ((8, 64), (64, 128), (128, 128)))
+from mxfp4_moe.tiles import Tile, select_tile
 
 
 def tuned_layer(layer: Layer = LAYER, **tiles: Tile) -> TunedLayer:
@@ -57,9 +50,6 @@ def user_table(data: Any, device: DeviceFacts = H200) -> Path:
     assert path is not None
     tuned.write(path, data)
     return path
-
-
-# ---- look-up ---------------------------------------------------------------------------------------------------------
 
 
 def test_between_two_entries_the_nearer_counts() -> None:
@@ -132,9 +122,6 @@ def test_a_call_on_a_gpu_takes_the_tables_tile(monkeypatch: pytest.MonkeyPatch) 
     assert selection.select(1, 4, 128, 2880, 2880, None) == rule, "no GPU"
     assert selection.select(0, 4, 128, 2880, 2880, 0) == select_tile(0, 4, 128, TILES)
     selection.select.cache_clear()
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def changed(**changes: Any) -> Any:
@@ -215,157 +202,6 @@ def test_the_tables_in_the_package_are_valid() -> None:
         device = dataclasses.replace(H200, name=data["device"], capability=tuple(data["capability"]), sms=data["sms"])
         assert tuned.file_name(device) == path.name
         assert tuned.read(path, device, same_wheel=False) is not None
-
-
-# ---- devices ---------------------------------------------------------------------------------------------------------
-
-
-class Properties:
-    """As torch gives them."""
-
-    def __init__(self, name: str, sms: int, capability: tuple[int, int], **clocks: int) -> None:
-        self.name, self.multi_processor_count, (self.major, self.minor) = name, sms, capability
-        for key, value in clocks.items():
-            setattr(self, key, value)
-
-
-def test_a_gpu_that_says_its_clocks() -> None:
-    clocks = {"memory_clock_rate": 14_001_000, "memory_bus_width": 512, "clock_rate": 2_410_000, "L2_cache_size": 7}
-    said = facts.from_properties(Properties("NVIDIA GeForce RTX 5090", 170, (12, 0), **clocks))
-    assert said.gb_per_s == pytest.approx(1792, rel=0.001)
-    assert (said.ghz, said.l2_bytes, said.sms, said.capability) == (2.41, 7, 170, (12, 0))
-
-
-@pytest.mark.parametrize(
-    ("name", "sms", "capability", "like"),
-    [
-        ("NVIDIA GB10", 48, (12, 1), "NVIDIA GB10"),
-        ("NVIDIA GeForce RTX 5070 Ti", 70, (12, 0), "NVIDIA GeForce RTX 5070 Ti"),
-        ("NVIDIA GeForce RTX 5070 Laptop GPU", 36, (12, 0), "NVIDIA GeForce RTX 5070"),
-        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 188, (12, 0), "NVIDIA RTX PRO 6000 Blackwell"),
-        ("Something new", 90, (12, 0), "NVIDIA GeForce RTX 5080"),
-        ("Something new", 20, (12, 1), "NVIDIA GB10"),
-        ("Something newer", 90, (12, 9), "NVIDIA GeForce RTX 5080"),
-    ],
-)
-def test_a_gpu_that_does_not(name: str, sms: int, capability: tuple[int, int], like: str) -> None:
-    silent = facts.from_properties(Properties(name, sms, capability, memory_clock_rate=0, clock_rate=0))
-    assert (silent.gb_per_s, silent.ghz) == (BY_NAME[like].gb_per_s, BY_NAME[like].ghz)
-    assert (silent.name, silent.sms, silent.capability) == (name, sms, capability)
-
-
-# ---- the cost model --------------------------------------------------------------------------------------------------
-
-
-def test_rows_of_an_expert_are_those_of_random_routing() -> None:
-    rng = random.Random(3)
-    layer = Layer(experts=16, top_k=3, hidden=64, intermediate=64)
-    for tokens, m in ((5, 8), (40, 8), (700, 64)):
-        counts = [0.0, 0.0]
-        for _ in range(1500):
-            # One expert is like any other: its rows are how many tokens picked it.
-            rows = sum(rng.random() < layer.top_k / layer.experts for _ in range(tokens))
-            counts[0] += -(-rows // m)
-            counts[1] += rows > 0
-        assert cost_model.expected_m_tiles(tokens, layer, m) == pytest.approx(16 * counts[0] / 1500, rel=0.05)
-        assert cost_model.expected_active(tokens, layer) == pytest.approx(16 * counts[1] / 1500, rel=0.05)
-    probabilities = cost_model.row_probabilities(40, 3, 16)
-    assert sum(p for _, p in probabilities) == pytest.approx(1)
-    assert sum(p * rows for rows, p in probabilities) == pytest.approx(40 * 3 / 16)
-    assert cost_model.row_probabilities(7, 4, 4) == ((7, 1.0),)
-
-
-@pytest.mark.parametrize("device", BLACKWELL, ids=lambda device: device.name)
-def test_time_does_not_fall_with_tokens_nor_rise_with_a_better_gpu(device: DeviceFacts) -> None:
-    better = (
-        dataclasses.replace(device, gb_per_s=1.2 * device.gb_per_s),
-        dataclasses.replace(device, ghz=1.2 * device.ghz),
-        dataclasses.replace(device, sms=device.sms + 7),
-        dataclasses.replace(device, l2_bytes=1 << 40),
-    )
-    for tile in TILES:
-        before = 0.0
-        for tokens in (1, 2, 3, 7, 16, 60, 256, 900, 1024, 3000, 16384):
-            us = cost_model.layer_us(tile, device, LAYER, tokens)
-            assert us >= before * 0.999, (tile, tokens)
-            before = us
-            assert all(cost_model.layer_us(tile, other, LAYER, tokens) <= us for other in better), (tile, tokens)
-    larger = dataclasses.replace(LAYER, hidden=4096), dataclasses.replace(LAYER, intermediate=4096)
-    us = cost_model.layer_us(MIDDLE, device, LAYER, 64)
-    assert all(cost_model.layer_us(MIDDLE, device, layer, 64) > us for layer in larger)
-
-
-@pytest.mark.parametrize("device", BLACKWELL, ids=lambda device: device.name)
-def test_no_time_is_below_the_memorys_floor(device: DeviceFacts) -> None:
-    for tokens in (1, 16, 256):
-        weights = cost_model.expected_active(tokens, LAYER) * 13_219_200
-        floor = weights / device.gb_per_s / 1e3
-        fastest = min(cost_model.layer_us(tile, device, LAYER, tokens) for tile in TILES)
-        assert floor < fastest < 2 * floor + 20, "near the floor where memory is all that counts"
-
-
-@pytest.mark.parametrize("device", BLACKWELL, ids=lambda device: device.name)
-def test_choices_are_sensible(device: DeviceFacts) -> None:
-    chosen = {tokens: cost_model.choose(tokens, LAYER, device, TILES) for tokens in (1, 4, 64, 1024, 4096, 65536)}
-    assert all(chosen[tokens].m == 8 for tokens in (1, 4, 64)), "one or two rows each: the least padding"
-    assert 16 <= chosen[1024].m <= 64, "32 rows each"
-    assert chosen[65536].m >= 32
-    assert all(tile.n >= 64 for tile in chosen.values()), "narrow tiles load the same activations over and over"
-    for tokens, tile in chosen.items():
-        best = min(cost_model.layer_us(other, device, LAYER, tokens) for other in TILES)
-        assert cost_model.layer_us(tile, device, LAYER, tokens) <= 1.01 * best
-
-
-def test_up_to_512_tokens_the_mma_rate_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What docs/performance.md says of the number that is known least."""
-    tokens = (1, 4, 16, 64, 256, 512)
-    chosen = [cost_model.choose(count, LAYER, device, TILES) for device in BLACKWELL for count in tokens]
-    faster = dataclasses.replace(cost_model.ARCH_MODELS[12], mma_flops_per_clock=2048.0)
-    monkeypatch.setitem(cost_model.ARCH_MODELS, 12, faster)
-    assert chosen == [cost_model.choose(count, LAYER, device, TILES) for device in BLACKWELL for count in tokens]
-    large = cost_model.choose(16384, LAYER, RTX_5090, TILES)
-    assert large.m >= 64
-
-
-def test_the_rule_is_kept_where_the_model_sees_no_difference() -> None:
-    """On GB10 memory is so slow that with few tokens every small tile takes the same time."""
-    assert cost_model.choose(1, LAYER, GB10, TILES) == select_tile(1, 4, 128, TILES)
-    assert cost_model.choose(0, LAYER, GB10, TILES) == select_tile(0, 4, 128, TILES)
-
-
-def test_causes_are_named() -> None:
-    few = cost_model.gemm_time(prove(SMALL, "120f"), RTX_5090, LAYER, 64, 5760, 2880)
-    many = cost_model.gemm_time(prove(LARGE, "120f"), RTX_5090, LAYER, 65536, 5760, 2880)
-    assert (few.bound_by, many.bound_by) == ("memory", "mma")
-    assert few.us > max(few.memory_us, few.latency_us)
-    with pytest.raises(ValueError, match=r"expected one of \[9, 12\]\.x, got 8\.9"):
-        cost_model.arch_model((8, 9))
-
-
-def test_the_choice_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tokens in (1, 100, 5000):
-        assert choice.choose_tile(tokens, LAYER, H200, TILES) == select_tile(tokens, 4, 128, TILES)
-        rounded = tokens if tokens < 32 else choice._rounded(tokens)
-        known = choice.loop_instructions("120f")
-        expected = cost_model.choose(rounded, LAYER, RTX_5090, TILES, known)
-        assert choice.choose_tile(tokens, LAYER, RTX_5090, TILES) == expected
-    assert [choice._rounded(tokens) for tokens in (1, 31, 32, 33, 1000, 1023)] == [1, 31, 32, 32, 992, 992]
-
-
-def test_instructions_come_from_the_build_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    archs = {"120f": {"main_loop": {"instructions_per_mma": 3.5}}}
-    report = {"tiles": {LARGE.name: {"archs": archs}, SMALL.name: {"archs": {}}, MIDDLE.name: None}}
-    monkeypatch.setattr(wheel, "read_report", lambda path=None: report)
-    choice.loop_instructions.cache_clear()
-    proof = prove(LARGE, "120f")
-    mmas = proof.warp_m // 16 * (proof.warp_n // 8) * 4
-    assert choice.loop_instructions("120f") == {LARGE.name: 3.5 * mmas}
-    choice.loop_instructions.cache_clear()
-    modelled = cost_model.loop_instructions(proof, cost_model.ARCH_MODELS[12])
-    assert modelled == pytest.approx(3.5 * mmas, rel=0.3), "the line through the figures is near them"
-
-
-# ---- the command, as far as it needs no GPU --------------------------------------------------------------------------
 
 
 def test_the_fastest_is_picked_and_the_rule_where_it_is_as_good() -> None:

@@ -1,7 +1,6 @@
 """The scripts that make a release, on the wheel in dist/: repair, audit, test, sdist, index, and what each refuses.
 
-The same scripts run in the release's containers. A wheel here has been built by ci/build.sh.
-"""
+The same scripts run in the release's containers. A wheel here has been built by ci/build.sh."""
 
 from __future__ import annotations
 
@@ -9,62 +8,25 @@ import contextlib
 import hashlib
 import html.parser
 import json
-import os
 import re
 import subprocess
 import sys
 import time
 import urllib.request
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from release_cases import built_wheel, changed
 from release_tools import run, tool, verb
 
-import mxfp4_moe
-from mxfp4_moe._install import loading
-from mxfp4_moe._install import wheel as _wheel
 from wheelbuild import ROOT, BuildError
 from wheelbuild.release.audit import audit
 from wheelbuild.release.index import read_file, write_index
 from wheelbuild.release.repair import highest, policy
 from wheelbuild.release.sdist import compare, names
 from wheelbuild.thresholds import load_thresholds
-
-
-def built_wheel() -> Path:
-    if named := os.environ.get("MXFP4_MOE_WHEEL"):
-        return Path(named)
-    return max((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
-
-
-@pytest.fixture(scope="module")
-def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel with its manylinux tag; ci/repair.sh's words are beside it."""
-    folder = tmp_path_factory.mktemp("repaired")
-    said = verb("repair", built_wheel(), folder)
-    (folder / "said").write_text(said, encoding="utf-8")
-    (path,) = folder.glob("*.whl")
-    return path
-
-
-def changed(wheel: Path, folder: Path, name: str, edit: Callable[[bytes], bytes | None]) -> Path:
-    """A copy of the wheel in which the file that ends with `name` has been edited, or is missing."""
-    copy = folder / wheel.name
-    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(copy, "w", zipfile.ZIP_DEFLATED) as after:
-        for item in before.infolist():
-            data: bytes | None = before.read(item)
-            if item.filename.endswith(name):
-                data = edit(before.read(item))
-            if data is not None:
-                after.writestr(item, data)
-    return copy
-
-
-# ---- repair ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_wheel_gets_the_tag_that_torch_has_and_says_why(repaired: Path) -> None:
@@ -115,9 +77,6 @@ def test_a_wheel_for_newer_systems_is_tagged_so_with_a_warning(tmp_path: Path) -
     assert re.search(r"its symbols allow manylinux_2_3[4-9]; tagged manylinux_2_3[4-9]", said)
     assert "GLIBC_2.34: dlopen" in said
     assert "warning: older systems that torch supports (manylinux_2_28) cannot load this wheel" in said
-
-
-# ---- audit -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_wheel_passes_the_audit(repaired: Path) -> None:
@@ -202,9 +161,6 @@ def test_the_bill_of_materials_is_valid_cyclonedx(repaired: Path) -> None:
     assert len(compiled_in) == len(parts), "people and machines are told of the same parts"
 
 
-# ---- the source distribution -----------------------------------------------------------------------------------------
-
-
 def test_the_sdist_is_what_git_knows(tmp_path: Path) -> None:
     said = verb("sdist", tmp_path / "first")
     verb("sdist", tmp_path / "second")
@@ -223,9 +179,6 @@ def test_an_sdist_that_lacks_or_adds_something_is_refused() -> None:
         compare({"a", "b"}, {"a"})
 
 
-# ---- the index -------------------------------------------------------------------------------------------------------
-
-
 class Links(html.parser.HTMLParser):
     """The links of a page, as dictionaries of attributes, with their text."""
 
@@ -241,13 +194,6 @@ class Links(html.parser.HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.found and "text" not in self.found[-1] and data.strip():
             self.found[-1]["text"] = data
-
-
-@pytest.fixture(scope="module")
-def site(repaired: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("index") / "site"
-    verb("index", repaired.parent, folder)
-    return folder
 
 
 def label_of(wheel: Path) -> str:
@@ -336,112 +282,6 @@ def test_pip_installs_by_name_from_the_index_and_uninstalls_everything(
     removed = run(*pip, "uninstall", "--yes", "mxfp4-moe", env={"PYTHONPATH": ""})
     assert removed.returncode == 0, removed.stdout
     assert sorted(path for path in target.rglob("*") if "__pycache__" not in path.parts) == before
-
-
-# ---- an installed wheel ----------------------------------------------------------------------------------------------
-
-
-def test_the_installed_wheel_is_whole_and_answers() -> None:
-    """ci/check_install.py is what ci/test-wheel.sh runs in an empty environment; here in this one."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "ci" / "check_install.py", built_wheel()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        cwd="/",
-    )
-    assert result.returncode == 0, result.stdout
-    assert "files as in the wheel" in result.stdout
-
-
-def test_an_install_with_another_file_is_noticed(tmp_path: Path) -> None:
-    other = changed(built_wheel(), tmp_path, "mxfp4_moe/routing.py", lambda data: data + b"#")
-    result = run(sys.executable, "-W", "ignore", ROOT / "ci" / "check_install.py", other)
-    assert result.returncode == 1
-    assert "error: mxfp4_moe/routing.py is installed with other contents than the wheel's" in result.stdout
-
-
-def test_the_readmes_example_runs() -> None:
-    result = run(sys.executable, "-W", "ignore", "ci/run_readme.py")
-    assert result.returncode == 0, result.stdout
-    assert "out: torch.bfloat16 [16, 128]" in result.stdout
-
-
-def test_verbs_refuse_what_is_no_wheel(tmp_path: Path) -> None:
-    for name in ("repair", "audit", "test-wheel"):
-        result = run("bash", f"ci/{name}.sh", tmp_path / "none.whl")
-        assert result.returncode == 1
-        assert f"error: expected a wheel, got {tmp_path}/none.whl" in result.stdout
-        result = run("bash", f"ci/{name}.sh", env={"MXFP4_MOE_DIST": str(tmp_path)})
-        assert f"error: expected a wheel, got none, and there is none in {tmp_path}" in result.stdout
-
-
-# ---- two distributions over each other -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    package = tmp_path / "mxfp4_moe"
-    package.mkdir()
-    for name in ("mxfp4_moe-0.1.0+cu135", "mxfp4_moe_cu13-0.1.0"):
-        (tmp_path / f"{name}.dist-info").mkdir()
-    monkeypatch.setattr(_wheel, "PACKAGE", package)
-    return package
-
-
-def test_one_owner_is_no_conflict(two_owners: Path) -> None:
-    (two_owners.parent / "mxfp4_moe_cu13-0.1.0.dist-info").rmdir()
-    (two_owners.parent / "mxfp4_moe_extras-1.0.dist-info").mkdir()
-    (two_owners.parent / "mxfp4_moe_other_cu13-1.0.dist-info").mkdir()
-    assert _wheel.conflict() is None
-
-
-def test_two_owners_are_named_with_the_remedy(two_owners: Path) -> None:
-    assert _wheel.conflict() == (
-        f"mxfp4-moe 0.1.0+cu135 and mxfp4-moe-cu13 0.1.0 are both installed in {two_owners.parent}, and one has "
-        "overwritten the other's files: pip uninstall mxfp4-moe mxfp4-moe-cu13, then install the one for your CUDA "
-        "version"
-    )
-
-
-def test_two_owners_mean_that_no_machine_code_is_loaded(two_owners: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.version.cuda", "13.0")
-    with pytest.raises(
-        loading.LoadError, match=r"_ext\.moe is not loaded: mxfp4-moe 0\.1\.0\+cu135 and mxfp4-moe-cu13 "
-    ):
-        loading._import("moe")
-
-
-def test_two_owners_are_told_of_by_import_and_doctor(tmp_path: Path) -> None:
-    """A copy of the installed package, beside which a second distribution is installed."""
-    site = tmp_path / "site"
-    with zipfile.ZipFile(built_wheel()) as archive:
-        archive.extractall(site)
-    (site / "mxfp4_moe_cu12-9.9.dist-info").mkdir()
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    program = "import warnings; warnings.simplefilter('always'); import mxfp4_moe; print(mxfp4_moe.__file__)"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
-    assert str(site) in told.stdout
-    assert "RuntimeWarning: mxfp4-moe" in told.stderr
-    assert "mxfp4-moe-cu12 9.9 are both installed in" in told.stderr
-    command = [sys.executable, "-W", "ignore", "-m", "mxfp4_moe.cli", "doctor", "--json"]
-    doctor = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert doctor.returncode == 2, doctor.stderr
-    findings: list[dict[str, Any]] = json.loads(doctor.stdout)["findings"]
-    (error,) = [finding for finding in findings if finding["level"] == "error"]
-    assert "are both installed in" in error["text"]
-    assert error["next_step"].startswith("pip uninstall mxfp4-moe mxfp4-moe-cu12")
-
-
-def test_the_tests_own_install_has_one_owner() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert _wheel.conflict() is None
-        assert mxfp4_moe.__version__ == _wheel.version()
-
-
-# ---- what tools say of real things -----------------------------------------------------------------------------------
 
 
 def test_symbols_are_read_as_objdump_reads_them(repaired: Path, tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ from wheelbuild.toolchain import package_dirs, resolve_cuda
 
 EXTENSIONS = "mxfp4_moe/_ext"
 LAYER = ("--device", "cpu", "--size", "256")  # of ci/run_layer.py; emulation is slow
-REFERENCE_TESTS = ("test_formats.py", "test_reference.py", "test_weights.py")  # of the CPU's mathematics
+REFERENCE_TESTS = (  # of the CPU's mathematics
+    *("test_formats.py", "test_quantizers.py", "test_reference.py", "test_reference_layer.py"),
+    *("test_weights.py", "test_weights_sources.py"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

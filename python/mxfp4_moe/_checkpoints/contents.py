@@ -229,7 +229,7 @@ def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool) ->
             having = ", ".join(sorted(filter(None, known)))
             raise ValueError(
                 f"{name}: expected nothing but {having} of a projection in the naming of {scheme.name}, got "
-                f" {checkpoint.entry(name)}: what it says of the weights is not known here"
+                f"{checkpoint.entry(name)}: what it says of the weights is not known here"
             )
 
 

@@ -1,0 +1,217 @@
+"""Whether a tile can be, before anything is compiled: the formula that the kernels use, statement by statement.
+
+It mirrors csrc/tile/tile_shape.cuh; the build compares the two after every compile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..archs import check_arch
+from .tile import Kernel, Tile
+
+TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks
+_ACT_ROW_BYTES = TILE_K  # E4M3
+_WEIGHT_BLOCK_ROWS = 64
+_WEIGHT_BLOCK_BYTES = _WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and one scale word per row
+_SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
+_SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
+_REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
+MAX_STAGES = 8
+MAX_BLOCKS_PER_SM = 4
+_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (math.inf, 176))  # by accumulators, per thread
+_BARRIER_BYTES_PER_STAGE = 16
+MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
+MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's activation; beyond it ptxas spills
+
+
+def max_smem_per_block(arch: str) -> int:
+    """Bytes of shared memory that a block may opt in to."""
+    return _SMEM_PER_SM[check_arch(arch)[0]] - _SMEM_RESERVED_PER_BLOCK
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileProof:
+    """What a tile becomes on one arch, in bytes, registers and threads, and every reason why it cannot be.
+
+    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage.
+    """
+
+    tile: Tile
+    arch: str
+    physical_m: int
+    physical_n: int
+    warps_m: int
+    warps_n: int
+    warp_m: int
+    warp_n: int
+    threads: int
+    accumulator_registers: int
+    act_bytes: int
+    weight_bytes: int
+    act_scale_bytes: int
+    barrier_bytes: int
+    amax_bytes: int
+    stage_bytes: int
+    blocks_per_sm: int
+    stages: int
+    smem_bytes: int
+    refusals: tuple[str, ...]
+
+    @property
+    def legal(self) -> bool:
+        return not self.refusals
+
+    def facts(self) -> dict[str, int]:
+        """The fields of Mxfp4MoeTileFacts (csrc/tile_abi.h) that the compiled tile must report for this arch."""
+        return {
+            "tile_m": self.tile.m,
+            "tile_n": self.tile.n,
+            "swap_ab": int(self.tile.swap_ab),
+            "threads": self.threads,
+            "stages": self.stages,
+            "stage_bytes": self.stage_bytes,
+            "smem_bytes": self.smem_bytes,
+            "blocks_per_sm": self.blocks_per_sm,
+            "accumulator_registers": self.accumulator_registers,
+        }
+
+
+def _shape_refusals(tile: Tile) -> list[str]:
+    m, n = tile.m, tile.n
+    refusals = []
+    if tile.swap_ab:
+        if m not in (8, 16, 32):
+            refusals.append(f"a swapped tile has m in 8, 16, 32, not {m}")
+        if n < 64:
+            refusals.append(f"a swapped tile has n of at least 64, not {n}")
+    else:
+        if m < 64 or m % 64 != 0:
+            refusals.append(f"a native tile has m divisible by 64, not {m}")
+    if not 8 <= n <= 256:
+        refusals.append(f"n must be from 8 to 256 (a TMA box has at most 256 rows), not {n}")
+    if m > 256:
+        refusals.append(f"m must be at most 256 (a TMA box has at most 256 rows), not {m}")
+    if n >= 8 and n % 8 != 0:
+        refusals.append(f"n must be divisible by 8, the MMA's granule, not {n}")
+    if n > 0 and _WEIGHT_BLOCK_ROWS % n != 0 and n % _WEIGHT_BLOCK_ROWS != 0:
+        refusals.append(f"n must divide {_WEIGHT_BLOCK_ROWS}, the rows of a weight block, or be a multiple: {n}")
+    return refusals
+
+
+def prove(tile: Tile, arch: str) -> TileProof:
+    """Stages, shared memory by part, registers and threads of `tile` on `arch`, legal or not.
+
+    SM90 and SM12x differ in shared memory, hence in stages and blocks, and in the warps of (8, 128).
+
+    Raises:
+        ArchError: the kernel has no code for the arch.
+    """
+    smem_per_sm = _SMEM_PER_SM[check_arch(arch)[0]]
+    m, n, swap = tile.m, tile.n, tile.swap_ab
+    refusals = _shape_refusals(tile)
+    m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
+
+    physical_m, physical_n = (n, m) if swap else (m, n)
+    if swap:
+        long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128 and check_arch(arch)[0] == 12)
+        mma_warps = max(n // (16 if n <= 64 else 64 if long_warps else 32), 1)
+    else:
+        mma_warps = 8 if m * n >= 16384 else 4
+    warp_n = physical_n if swap else min(n, 32)
+    warps_n = physical_n // warp_n
+    warps_m = max(mma_warps // warps_n, 1)
+    warp_m = physical_m // warps_m
+    accumulators = (warp_m // 16) * (warp_n // 8) * 4
+    # One warp produces; beside eight warps with large accumulators a whole warpgroup, because registers move between
+    # roles by warpgroups.
+    moves_registers = mma_warps == 8 and accumulators >= 64
+    threads = (mma_warps + (4 if moves_registers else 1)) * 32
+
+    act_bytes = m * _ACT_ROW_BYTES
+    weight_bytes = _ceil_div(n, _WEIGHT_BLOCK_ROWS) * _WEIGHT_BLOCK_BYTES
+    act_scale_bytes = _ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
+    stage_bytes = act_bytes + weight_bytes + act_scale_bytes
+    stage_and_barriers = stage_bytes + _BARRIER_BYTES_PER_STAGE
+    # GEMM1's activation: the largest magnitude per row and warp.
+    activates = n >= 64 and accumulators <= MAX_ACTIVATING_ACCUMULATORS
+    amax_bytes = (n // (warp_m if swap else warp_n)) * m * 4 if activates else 0
+
+    def stages_for(blocks: int) -> int:
+        budget = smem_per_sm // blocks - _SMEM_RESERVED_PER_BLOCK - amax_bytes
+        return min(MAX_STAGES, budget // stage_and_barriers)
+
+    # Several blocks hide each other's latencies, as long as each has three stages and registers for its accumulators.
+    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED if accumulators <= most)
+
+    def registers_for(blocks: int) -> int:
+        return _REGISTERS_PER_SUBPARTITION // _ceil_div(blocks * threads // 32, 4) // 8 * 8
+
+    fitting = (
+        b for b in range(MAX_BLOCKS_PER_SM, 1, -1) if stages_for(b) >= 3 and registers_for(b) >= registers_wanted
+    )
+    blocks_per_sm = next(fitting, 1)
+    stages = stages_for(blocks_per_sm)
+
+    if not refusals and (
+        warp_m % 16 != 0
+        or warps_m * warp_m != physical_m
+        or warps_n * warp_n != physical_n
+        or warps_m * warps_n != mma_warps
+    ):
+        refusals.append(
+            f"{mma_warps} MMA warps as a {warps_m} x {warps_n} grid of {warp_m} x {warp_n} warp tiles do not cover "
+            f"{physical_m} x {physical_n} in whole 16 x 8 fragments"
+        )
+    if stages < 2:
+        refusals.append(
+            f"shared memory: two pipeline stages need 2 x {stage_and_barriers:,} = {2 * stage_and_barriers:,} bytes "
+            f"(per stage: activations {act_bytes:,}, weights {weight_bytes:,}, "
+            f"activation scales {act_scale_bytes:,}, barriers {_BARRIER_BYTES_PER_STAGE}), a block has "
+            f"{max_smem_per_block(arch):,}"
+        )
+    if accumulators > MAX_ACCUMULATORS:
+        refusals.append(
+            f"registers: {accumulators} accumulators per thread ({warp_m} x {warp_n} per warp), at most "
+            f"{MAX_ACCUMULATORS} leave room for the rest"
+        )
+    return TileProof(
+        tile=tile,
+        arch=arch,
+        physical_m=physical_m,
+        physical_n=physical_n,
+        warps_m=warps_m,
+        warps_n=warps_n,
+        warp_m=warp_m,
+        warp_n=warp_n,
+        threads=threads,
+        accumulator_registers=accumulators,
+        act_bytes=act_bytes,
+        weight_bytes=weight_bytes,
+        act_scale_bytes=act_scale_bytes,
+        barrier_bytes=_BARRIER_BYTES_PER_STAGE,
+        stage_bytes=stage_bytes,
+        blocks_per_sm=blocks_per_sm,
+        stages=stages,
+        smem_bytes=stages * stage_and_barriers + amax_bytes,
+        amax_bytes=amax_bytes,
+        refusals=tuple(refusals),
+    )
+
+
+def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
+    """The kernels that a tile has on an arch: csrc/tile/tile_shape.cuh's kHasSplit, and the kExists of folded_shape.cuh
+    and wgmma_shape.cuh.
+
+    Raises:
+        ArchError: the kernel has no code for the arch.
+    """
+    major = check_arch(arch)[0]
+    splits = major == 9 and tile == Tile(m=8, n=64, swap_ab=True)
+    folds = major == tile.folded_major
+    return (Kernel.PLAIN, *((Kernel.SPLIT_K,) if splits else ()), *((Kernel.FOLDED,) if folds else ()))

@@ -1,0 +1,161 @@
+"""What reaches the layer's operator, under which name."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layers import INTER, E, H, K, T, make_call, make_weights
+from torch import Tensor
+
+from mxfp4_moe._call import launch, operators
+from mxfp4_moe._call.selection import select
+from mxfp4_moe.tiles import Tile
+from mxfp4_moe.weights import MoEWeights
+
+
+def per_expert_weights() -> MoEWeights:
+    """A slice, with numbers for each expert and without a limit."""
+    alpha, beta = torch.linspace(1, 2, E), torch.linspace(0, 1, E)
+    weights = make_weights(bias=False, alpha=alpha, beta=beta, limit=None)
+    return replace(weights, first_expert=E, num_global_experts=3 * E)
+
+
+OPERATORS = Path(__file__).parents[2] / "csrc" / "moe" / "ops.cpp"
+
+
+def layer_schema() -> torch._C.FunctionSchema:
+    """The operator's schema as ops.cpp has it; the extension itself does not load without CUDA."""
+    (text,) = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)*"fused_moe\((?:[^"]*"\s*")*[^"]*")\)', OPERATORS.read_text())
+    return torch._C.parse_schema("mxfp4_moe::" + "".join(re.findall(r'"([^"]*)"', text)))
+
+
+class Recorder:
+    """Stands for the operator, and keeps what it was called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        operator = lambda *args, **named: self.calls.append((args, named))  # noqa: E731
+        monkeypatch.setattr(launch, "layer_operator", lambda index, tile: (operator, tile))
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the one call, by the schema's names and with its defaults."""
+        ((args, named),) = self.calls
+        schema = layer_schema().arguments
+        rest = {a.name: a.has_default_value() for a in schema[len(args) :]}
+        assert named.keys() <= rest.keys()
+        assert all(rest[name] for name in rest.keys() - named.keys()), "nothing else may be left out"
+        defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+        return defaults | dict(zip((a.name for a in schema), args, strict=False)) | named
+
+
+def same(given: object, expected: object) -> bool:
+    return given is expected or (not isinstance(given, Tensor) and given == expected)
+
+
+@pytest.mark.parametrize("scale_layout", [None, "linear", "swizzled"])
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("weights", [make_weights(), per_expert_weights()], ids=["plain", "rare"])
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_every_argument_reaches_the_operator_under_its_name(
+    monkeypatch: pytest.MonkeyPatch, from_logits: bool, weights: MoEWeights, rounding: bool, scale_layout: str | None
+) -> None:
+    """The call is by position, and an argument that has its default is left out."""
+    hidden_states = torch.zeros(T, H, dtype=torch.bfloat16 if scale_layout is None else torch.uint8)
+    scale = None if scale_layout is None else torch.zeros(T, H // 32, dtype=torch.uint8)
+    topk_weights, topk_ids, logits, output = torch.zeros(4, 1).unbind()
+    routing = (None, None, logits, 3) if from_logits else (topk_weights, topk_ids, None, 0)
+    recorder = Recorder(monkeypatch)
+    launch.run(
+        tile=Tile(m=8, n=128, swap_ab=True),
+        hidden_states=hidden_states,
+        hidden_states_scale=scale,
+        scale_layout=scale_layout or "linear",
+        routing=routing,
+        weights=weights,
+        output=output,
+        intermediate_rounding=rounding,
+        renormalize=not from_logits,
+    )
+    got = recorder.arguments()
+    assert got.pop("hidden_states").data_ptr() == hidden_states.data_ptr()
+    rare = weights.first_expert > 0
+    expected = {
+        "hidden_states_scale": scale,
+        "scale_is_swizzled": scale_layout == "swizzled",
+        **dict(zip(("topk_weights", "topk_ids", "router_logits", "top_k"), routing, strict=True)),
+        "renormalize": not from_logits,
+        "first_expert": weights.first_expert,
+        "intermediate_size": INTER,
+        **{name: getattr(weights, name) for name in ("w13", "w13_bias", "w2", "w2_bias")},
+        "activation": weights.activation.code,
+        **({"alpha": 0.0, "beta": 0.0, "limit": math.inf} if rare else {"alpha": 1.702, "beta": 1.0, "limit": 7.0}),
+        **({"alphas": weights.alpha, "betas": weights.beta} if rare else {"alphas": None, "betas": None}),
+        "limits": None,
+        **{"tile_m": 8, "tile_n": 128, "out": output, "intermediate_rounding": rounding, "fold": True},
+    }
+    assert got.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not same(got[name], value)] == []
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyPatch, per_expert: bool) -> None:
+    recorder, weights, call = Recorder(monkeypatch), make_weights(), make_call()
+    numbers = {"alpha": 1.5, "beta": 0.5, "limit": None if per_expert else 7.0}
+    each = {f"{name}s": torch.full((E,), 2.0) if per_expert else None for name in numbers}
+    own = {name: getattr(weights, name) for name in ("w13", "w13_bias", "w2", "w2_bias", "intermediate_size")}
+    arguments = operators.LayerCall(
+        *(call[name] for name in ("hidden_states", "topk_weights", "topk_ids")),
+        **own,
+        **numbers,
+        **each,
+        hidden_size=H,
+        word_order=weights.word_order.value,
+        activation="swiglu_oai",
+        hidden_states_scale=None,
+        scale_layout="linear",
+        output_dtype=torch.float16,
+        intermediate_rounding=True,
+    )
+    operators._moe_layer_cuda(*arguments)
+    got = recorder.arguments()
+    out = got.pop("out")
+    assert (out.dtype, out.shape) == (torch.float16, (T, H))
+    tile = select(T, K, E, H, INTER, None)
+    expected = {
+        **{name: call[name] for name in ("hidden_states", "topk_weights", "topk_ids")},
+        **{"router_logits": None, "top_k": 0, "renormalize": True, "first_expert": 0},
+        **{"activation": weights.activation.code, "tile_m": tile.m, "tile_n": tile.n},
+        **own,
+        **numbers,
+        **({"limit": math.inf} if per_expert else {}),
+        **each,
+        **{"hidden_states_scale": None, "scale_is_swizzled": False, "intermediate_rounding": True, "fold": True},
+    }
+    assert got.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not same(got[name], value)] == []
+
+
+def test_copies_of_weights_gather_their_own_arguments() -> None:
+    """A copy that kept the original's would compute with the original's tensors."""
+    weights = per_expert_weights()
+    before = weights.operator_arguments
+    assert weights.operator_arguments is before
+    for copied in (
+        copy.deepcopy(weights),
+        pickle.loads(pickle.dumps(weights)),
+        replace(weights, w2=weights.w2.clone()),
+    ):
+        arguments, rare = copied.operator_arguments
+        assert arguments[0] is copied.w13
+        assert arguments[2] is copied.w2
+        assert rare["alphas"] is copied.alpha
+        assert torch.equal(copied.w2, weights.w2)
+        assert copied.w2 is not weights.w2

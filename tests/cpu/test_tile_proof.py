@@ -1,0 +1,358 @@
+"""The proof that a tile fits an arch: by hand, against the kernels' own header, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tile_cases import ARCHS, CANDIDATES, IMPOSSIBLE, LEGAL, ROOT
+
+from mxfp4_moe import tiles
+from mxfp4_moe.archs import ARCHS as ALL_ARCHS
+from mxfp4_moe.archs import ArchError
+from mxfp4_moe.tiles import Tile
+
+# By hand. A stage: activations m * 128, weights 4,352 (64 rows of 64 bytes of codes and 4 of scales) per 64 rows of n
+# or part of them, activation scales 4 * (m + 4) in whole 128 bytes; plus 16 for barriers. A tile with n of at least 64
+# and at most 64 accumulators has besides, for each warp along n and row of m, a word of the activation's table.
+# A block of b has 102,400 (SM12x) or 233,472 (SM90) // b, less 1,024 and the table; b is the largest, up to 4, with
+# which each block has three stages and each thread enough registers: of 512 in a quarter of the multiprocessor, 96 for
+# up to 8 accumulators, 112 for 16, 168 for 32, 176 for more. Threads of two, three and four blocks of five warps (160
+# threads) get 168, 128 and 96, of four blocks of three warps 168, of two blocks of nine 96 and of two of twelve 80.
+# tile: stage bytes, table bytes, accumulators, and by arch: threads, blocks, stages, bytes
+BY_HAND: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
+    # 16,384 + 8,704 + 640 = 25,728; 8 warps in 2 x 4, each 64 x 32 = 16 fragments of 4; table 4 * 128 * 4 = 2,048
+    "m128n128": (
+        25_728,
+        {
+            "120f": (64, 2_048, 384, 1, 3, 79_280),  # (101,376 - 2,048) // 25,744 = 3
+            "90a": (64, 2_048, 384, 1, 8, 208_000),  # (232,448 - 2,048) // 25,744 = 8
+        },
+    ),
+    # 8,192 + 8,704 + 384 = 17,280; 4 warps in 1 x 4, each 64 x 32; table 4 * 64 * 4; two blocks have 168 registers
+    "m64n128": (
+        17_280,
+        {
+            "120f": (64, 1_024, 160, 1, 5, 87_504),  # (101,376 - 1,024) // 17,296 = 5
+            "90a": (64, 1_024, 160, 1, 8, 139_392),  # (232,448 - 1,024) // 17,296 = 13, and 8 are the most
+        },
+    ),
+    # 32,768 + 4,352 + 1,152 = 38,272; 8 warps in 4 x 2, each 64 x 32; table 2 * 256 * 4
+    "m256n64": (
+        38_272,
+        {
+            "120f": (64, 2_048, 384, 1, 2, 78_624),  # (101,376 - 2,048) // 38,288 = 2
+            "90a": (64, 2_048, 384, 1, 6, 231_776),  # (232,448 - 2,048) // 38,288 = 6
+        },
+    ),
+    # 8,192 + 4,352 + 384 = 12,928; 4 warps in 4 x 1, each 16 x 8; too narrow to activate
+    "m64n8": (
+        12_928,
+        {
+            "120f": (4, 0, 160, 2, 3, 38_832),  # three: (34,133 - 1,024) // 12,944 = 2; two: 50,176 // 12,944 = 3
+            "90a": (4, 0, 160, 4, 4, 51_776),  # four: (58,368 - 1,024) // 12,944 = 4
+        },
+    ),
+    # 1,024 + 8,704 + 128 = 9,856; on SM12x 2 warps of 64 x 8, table 2 * 8 * 4; on SM90 4 of 32 x 8, table 4 * 8 * 4
+    "m8n128_swap": (
+        9_856,
+        {
+            "120f": (16, 64, 96, 3, 3, 29_680),  # four: (25,600 - 1,088) // 9,872 = 2; three: 33,045 // 9,872 = 3
+            "90a": (8, 128, 160, 4, 5, 49_488),  # four: (58,368 - 1,152) // 9,872 = 5
+        },
+    ),
+    # 2,048 + 8,704 + 128 = 10,880; 4 warps, each 32 x 16, so at most three blocks; table 4 * 16 * 4
+    "m16n128_swap": (
+        10_880,
+        {
+            "120f": (16, 256, 160, 3, 3, 32_944),  # (34,133 - 1,280) // 10,896 = 3
+            "90a": (16, 256, 160, 3, 7, 76_528),  # (77,824 - 1,280) // 10,896 = 7
+        },
+    ),
+    # 4,096 + 8,704 + 256 = 13,056; 4 warps, each 32 x 32, so at most two blocks; table 4 * 32 * 4
+    "m32n128_swap": (
+        13_056,
+        {
+            "120f": (32, 512, 160, 2, 3, 39_728),  # (51,200 - 1,536) // 13,072 = 3
+            "90a": (32, 512, 160, 2, 8, 105_088),  # (116,736 - 1,536) // 13,072 = 8
+        },
+    ),
+    # 16,384 + 17,408 + 640 = 34,432; 8 warps in 1 x 8, each 128 x 32: too many accumulators to activate
+    "m128n256": (
+        34_432,
+        {
+            "120f": (128, 0, 384, 1, 2, 68_896),  # 101,376 // 34,448 = 2
+            "90a": (128, 0, 384, 1, 6, 206_688),  # 232,448 // 34,448 = 6
+        },
+    ),
+    # 1,024 + 4,352 + 128 = 5,504; 4 warps, each 16 x 8; table 4 * 8 * 4
+    "m8n64_swap": (
+        5_504,
+        {
+            "120f": (4, 128, 160, 4, 4, 22_208),  # (25,600 - 1,152) // 5,520 = 4
+            "90a": (4, 128, 160, 4, 8, 44_288),  # (58,368 - 1,152) // 5,520 = 10, and 8 are the most
+        },
+    ),
+    # 1,024 + 17,408 + 128 = 18,560; 4 warps, each 64 x 8, so at most three blocks; table 4 * 8 * 4
+    "m8n256_swap": (
+        18_560,
+        {
+            "120f": (16, 128, 160, 1, 5, 93_008),  # two: (51,200 - 1,152) // 18,576 = 2; one: 101,248 // 18,576 = 5
+            "90a": (16, 128, 160, 3, 4, 74_432),  # three: (77,824 - 1,152) // 18,576 = 4
+        },
+    ),
+    # 2,048 + 17,408 + 128 = 19,584; 4 warps, each 64 x 16, so at most two blocks; table 4 * 16 * 4
+    "m16n256_swap": (
+        19_584,
+        {
+            "120f": (32, 256, 160, 1, 5, 98_256),  # two: (51,200 - 1,280) // 19,600 = 2; one: 101,120 // 19,600 = 5
+            "90a": (32, 256, 160, 2, 5, 98_256),  # (116,736 - 1,280) // 19,600 = 5
+        },
+    ),
+    # 4,096 + 17,408 + 256 = 21,760; 8 warps, each 32 x 32, too small to move registers; table 8 * 32 * 4
+    "m32n256_swap": (
+        21_760,
+        {
+            "120f": (32, 1_024, 288, 1, 4, 88_128),  # (101,376 - 1,024) // 21,776 = 4
+            "90a": (32, 1_024, 288, 1, 8, 175_232),  # (232,448 - 1,024) // 21,776 = 10, and 8 are the most
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_proof_against_numbers_worked_out_by_hand(name: str, arch: str) -> None:
+    (tile,) = [tile for tile in CANDIDATES if tile.name == name]
+    proof = tiles.prove(tile, arch)
+    stage_bytes, by_arch = BY_HAND[name]
+    assert proof.stage_bytes == stage_bytes
+    assert by_arch[arch] == (
+        *(proof.accumulator_registers, proof.amax_bytes, proof.threads),
+        *(proof.blocks_per_sm, proof.stages, proof.smem_bytes),
+    )
+    assert proof.legal
+
+
+# Shared memory of a multiprocessor (CUDA programming guide, "Technical specifications per compute capability").
+SMEM_PER_SM = {"90a": 233_472, "120f": 102_400}
+
+
+def registers_per_thread(blocks: int, threads: int) -> int:
+    """What ptxas may use: a quarter of the multiprocessor has 16,384 registers, and a thread's come by eights."""
+    warps = math.ceil(blocks * threads / 128)
+    return 16_384 // 32 // warps // 8 * 8
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tile", CANDIDATES, ids=lambda tile: tile.name)
+def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str) -> None:
+    proof = tiles.prove(tile, arch)
+    assert proof.legal == (tile != IMPOSSIBLE)
+    assert proof.stage_bytes == proof.act_bytes + proof.weight_bytes + proof.act_scale_bytes
+    stage = proof.stage_bytes + proof.barrier_bytes
+    assert proof.smem_bytes == proof.stages * stage + proof.amax_bytes
+    if not proof.legal:
+        return
+    smem = SMEM_PER_SM[arch]
+    assert 2 <= proof.stages <= 8
+    assert 1 <= proof.blocks_per_sm <= 4
+    assert proof.blocks_per_sm * (proof.smem_bytes + 1024) <= smem
+    assert proof.smem_bytes <= tiles.max_smem_per_block(arch) == smem - 1024
+    # One more stage would not fit (or is not wanted): the pipeline is as deep as shared memory allows.
+    assert proof.stages == 8 or proof.blocks_per_sm * (proof.smem_bytes + stage + 1024) > smem
+    wanted = {4: 96, 8: 96, 16: 112, 32: 168}.get(proof.accumulator_registers, 176)
+    for blocks in range(2, 5):
+        enough_memory = blocks * (3 * stage + proof.amax_bytes + 1024) <= smem
+        enough_registers = registers_per_thread(blocks, proof.threads) >= wanted
+        if blocks == proof.blocks_per_sm:
+            assert enough_memory
+            assert enough_registers
+        elif blocks > proof.blocks_per_sm:
+            assert not (enough_memory and enough_registers), "more blocks could run"
+    assert proof.accumulator_registers * proof.warps_m * proof.warps_n * 32 == tile.m * tile.n
+    assert proof.accumulator_registers <= 128
+    assert (proof.warps_m * proof.warp_m, proof.warps_n * proof.warp_n) == (proof.physical_m, proof.physical_n)
+    assert (proof.physical_m, proof.physical_n) == (tile.mn[::-1] if tile.swap_ab else tile.mn)
+    # A weight block has 64 rows, of which a warp holds all, or two or four share them with whole groups of 16.
+    activates = tile.n >= 64 and proof.accumulator_registers <= 64
+    rows_of_warps = proof.warps_m if tile.swap_ab else proof.warps_n
+    assert proof.amax_bytes == (rows_of_warps * tile.m * 4 if activates else 0)
+    assert not activates or (proof.warp_m if tile.swap_ab else proof.warp_n) in (16, 32, 64)
+
+
+def test_archs_differ_in_memory_and_in_the_warps_of_one_tile() -> None:
+    """What the two archs do not share, and README.md says so: no more than this."""
+    for tile in LEGAL:
+        sm90, sm12x = (tiles.prove(tile, arch) for arch in ARCHS)
+        assert (sm90.act_bytes, sm90.weight_bytes, sm90.act_scale_bytes) == (
+            *(sm12x.act_bytes, sm12x.weight_bytes, sm12x.act_scale_bytes),
+        )
+        warps = [(proof.warps_m, proof.warps_n, proof.warp_m, proof.warp_n) for proof in (sm90, sm12x)]
+        if tile.mn == (8, 128):
+            assert warps == [(4, 1, 32, 8), (2, 1, 64, 8)]
+        else:
+            assert warps[0] == warps[1]
+            assert (sm90.threads, sm90.amax_bytes) == (sm12x.threads, sm12x.amax_bytes)
+
+
+def test_the_impossible_candidate_is_refused_for_memory_and_for_registers() -> None:
+    memory, registers = tiles.prove(IMPOSSIBLE, "120f").refusals
+    assert memory == (
+        "shared memory: two pipeline stages need 2 x 51,344 = 102,688 bytes (per stage: activations 32,768, weights "
+        "17,408, activation scales 1,152, barriers 16), a block has 101,376"
+    )
+    assert registers == (
+        "registers: 256 accumulators per thread (256 x 32 per warp), at most 128 leave room for the rest"
+    )
+    assert tiles.prove(IMPOSSIBLE, "90a").refusals == (registers,), "SM90 has the memory"
+
+
+@example(m=600, n=600, swap_ab=False, arch="90a")
+@given(m=st.integers(-10, 600), n=st.integers(-10, 600), swap_ab=st.booleans(), arch=st.sampled_from(ARCHS))
+def test_any_numbers_have_a_proof(m: int, n: int, swap_ab: bool, arch: str) -> None:
+    proof = tiles.prove(Tile(m=m, n=n, swap_ab=swap_ab), arch)
+    for refusal in proof.refusals:
+        assert any(character.isdigit() for character in refusal)
+    if proof.legal:
+        assert proof.warps_m * proof.warp_m == proof.physical_m
+        assert proof.warps_n * proof.warp_n == proof.physical_n
+        assert swap_ab == (m < 64)
+
+
+def test_proof_refuses_an_arch_it_does_not_know() -> None:
+    with pytest.raises(ArchError, match="arch '100a'"):
+        tiles.prove(LEGAL[0], "100a")
+
+
+def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Builds a program that prints what csrc/tile/tile_shape.cuh makes of these tiles on these archs, as JSON lines."""
+    prints = "\n".join(
+        f"  show<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();" for arch in archs for t in shapes
+    )
+    fields = {
+        "tile_m": "M",
+        "tile_n": "N",
+        "swap_ab": "kSwap",
+        "threads": "kThreads",
+        "stages": "kStages",
+        "stage_bytes": "kStageBytes",
+        "smem_bytes": "kSmemBytes",
+        "blocks_per_sm": "kBlocksPerSm",
+        "accumulator_registers": "kAccumulators",
+        "warp_m": "kWarpM",
+        "warp_n": "kWarpN",
+        "act_bytes": "kActBytes",
+        "weight_bytes": "kWeightBytes",
+        "act_scale_bytes": "kActScaleBytes",
+        "amax_bytes": "kAmaxBytes",
+        "has_split": "kHasSplit",
+    }
+    names = ", ".join(f'\\"{name}\\": %d' for name in fields)
+    values = ", ".join(f"int(S::{member})" for member in fields.values())
+    source = folder / "shapes.cpp"
+    source.write_text(
+        f"""#include <cstdio>
+#include "tile/tile_shape.cuh"
+using namespace mxfp4_moe;
+template <class S> void show() {{ std::printf("{{{names}}}\\n", {values}); }}
+int main() {{
+{prints}
+}}
+""",
+        encoding="utf-8",
+    )
+    compiler = shutil.which("g++")
+    assert compiler is not None, "this test compiles a header of csrc: install g++"
+    command = [compiler, "-std=c++17", "-I", str(ROOT / "csrc"), str(source), "-o", str(folder / "shapes")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
+    """For every arch that a manifest may name, not only those of ours."""
+    result = compile_shapes(tmp_path, LEGAL, ALL_ARCHS)
+    assert result.returncode == 0, result.stderr
+    lines = subprocess.run([tmp_path / "shapes"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == len(LEGAL) * len(ALL_ARCHS)
+    for (arch, tile), line in zip(product(ALL_ARCHS, LEGAL), lines, strict=True):
+        proof = tiles.prove(tile, arch)
+        more = ("warp_m", "warp_n", "act_bytes", "weight_bytes", "act_scale_bytes", "amax_bytes")
+        split = int(tiles.Kernel.SPLIT_K in tiles.kernels_of(tile, arch))
+        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more} | {"has_split": split}
+
+
+SPLIT = r"""
+#include <cstdio>
+#include "tile/split_shape.cuh"
+using namespace mxfp4_moe;
+using S = SplitShape<TileShape<8, 64, true, Sm90>>;
+int main() {
+  std::printf("%d %d %d %d %d ", S::kThreads, S::kBlocksPerSm, S::kStages, S::kSmemBytes, S::kFragments);
+  std::printf("%d", S::kParts);
+  for (int lane = 0; lane < 32; ++lane) std::printf(" %d", sum_slot(lane / 4, lane % 4));
+}
+"""
+
+
+def test_the_split_kernel_by_hand(tmp_path: Path) -> None:
+    """Beside a stage's 5,504 bytes stand 4 steps of 64 x 8 sums, 8,192, and three barriers; beside the table of amax,
+    128 bytes, a column of 64 sums: (116,736 - 1,024 - 128 - 256) // 13,720 = 8 stages. 4 + 8 + 1 warps.
+    """
+    compiler = shutil.which("g++")
+    assert compiler is not None, "this test compiles a header of csrc: install g++"
+    source = tmp_path / "split.cpp"
+    source.write_text(SPLIT, encoding="utf-8")
+    subprocess.run([compiler, "-std=c++17", "-I", ROOT / "csrc", source, "-o", tmp_path / "split"], check=True)
+    output = subprocess.run([tmp_path / "split"], capture_output=True, text=True, check=True).stdout
+    threads, blocks, stages, smem, fragments, parts, *slots = map(int, output.split())
+    assert (threads, blocks, stages, smem, fragments, parts) == (416, 2, 8, 8 * 13_720 + 384, 2, 4)
+    assert sorted(slots) == list(range(32))
+    for first in range(0, 32, 8):  # lanes whose 16 bytes are accessed at once: each in its own eighth of the banks
+        assert {slot % 8 for slot in slots[first : first + 8]} == set(range(8))
+    assert [slots[4 * g] for g in range(8)] == list(range(8)), "a lone row's sums stand side by side"
+
+
+def test_kernels_of_a_tile() -> None:
+    folded = {*product((8, 16, 32, 64), (64, 128, 256)), *product((128,), (64, 128)), (256, 128)}
+    for arch, tile in product(ARCHS, LEGAL):
+        more = []
+        if arch == "90a" and tile.mn == (8, 64):
+            more.append(tiles.Kernel.SPLIT_K)
+        if arch == "90a" and tile.mn in folded:
+            more.append(tiles.Kernel.FOLDED)
+        assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN, *more), f"{tile.name} on {arch}"
+        assert tile.folded_major == (9 if tile.mn in folded else 0)
+    with pytest.raises(ArchError, match="arch '100a'"):
+        tiles.kernels_of(LEGAL[0], "100a")
+    numbers = {"BY_SIZE": 0, "PLAIN": 1, "SPLIT_K": 2, "FOLDED": 3}
+    assert {kernel.name: int(kernel) for kernel in tiles.Kernel} == numbers
+    header = (ROOT / "csrc" / "tile_abi.h").read_text(encoding="utf-8")
+    assert all(f"MXFP4_MOE_KERNEL_{name} = {number}," in header for name, number in numbers.items())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("tile", "sentence"),
+    [
+        (IMPOSSIBLE, "too many accumulator registers per thread"),
+        (Tile(m=100, n=128, swap_ab=False), "native tiles need M % 64 == 0"),
+        (Tile(m=64, n=128, swap_ab=True), "native tiles need M % 64 == 0, swapped ones M in 8/16/32"),
+        (Tile(m=128, n=192, swap_ab=False), "the warp grid covers the tile"),
+        (Tile(m=64, n=48, swap_ab=False), "a tile has whole weight blocks, or shares one"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Tile) else "",
+)
+def test_what_the_proof_refuses_does_not_compile(tile: Tile, sentence: str, arch: str, tmp_path: Path) -> None:
+    assert not tiles.prove(tile, arch).legal
+    result = compile_shapes(tmp_path, [tile], [arch])
+    assert result.returncode != 0
+    assert "static assertion failed" in result.stderr
+    assert sentence in result.stderr
