@@ -13,21 +13,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import describe, require_contiguous, require_tensor
+from ._checkpoints.fields import Mxfp4Tensors, alone, check_fields
 from ._checkpoints.files import Checkpoint
 from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields
 from ._checkpoints.load import STATED, open_layer, settle, settle_order
 from ._checkpoints.options import (
     GateUpOrder,
     Number,
-    check_int,
     check_layer,
-    check_number,
     member,
     shard_of,
     source_rows,
@@ -37,20 +35,9 @@ from ._checkpoints.prepare import cut, move, restore
 from ._checkpoints.schemes import GPT_OSS
 from ._install.errors import explained
 from .activations import Activation
-from .formats import BLOCK, WordOrder, weight_bytes, word_order_of
+from .formats import BLOCK, WordOrder, word_order_of
 
 __all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors", "WordOrder"]
-
-
-class Mxfp4Tensors(NamedTuple):
-    """Weights of one layer as checkpoints store them; `MoEWeights.from_mxfp4` takes these names. W = 2I or I."""
-
-    w13: Tensor  # uint8 [E, W, H/2], low nibble = even k
-    w13_scale: Tensor  # uint8 [E, W, H/32], E8M0
-    w2: Tensor  # uint8 [E, H, I/2]
-    w2_scale: Tensor  # uint8 [E, H, I/32]
-    w13_bias: Tensor | None  # float32 [E, W]
-    w2_bias: Tensor | None  # float32 [E, H]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -99,48 +86,7 @@ class MoEWeights:
     num_global_experts: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.activation, Activation):
-            raise TypeError(f"activation: expected an Activation, got {self.activation!r}")
-        if not isinstance(self.gate_up_order, GateUpOrder):
-            raise TypeError(f"gate_up_order: expected a GateUpOrder, got {self.gate_up_order!r}")
-        if not isinstance(self.word_order, WordOrder):
-            raise TypeError(f"word_order: expected a WordOrder, got {self.word_order!r}")
-        hidden, inter, rows = self.hidden_size, self.intermediate_size, self.w13_rows
-        for name, size in (("hidden_size", hidden), ("intermediate_size", inter)):
-            check_int(name, size)
-            if size <= 0 or size % BLOCK:
-                raise ValueError(f"{name}: expected a multiple of {BLOCK}, got {size}")
-        require_tensor("w13", self.w13, torch.uint8, ("E", weight_bytes(rows, hidden)))
-        experts, device = self.num_experts, self.device
-        if experts == 0:
-            raise ValueError(f"w13: expected at least one expert, got {describe(self.w13)}")
-        shapes = {
-            "w13": (experts, weight_bytes(rows, hidden)),
-            "w2": (experts, weight_bytes(hidden, inter)),
-            "w13_bias": (experts, rows),
-            "w2_bias": (experts, hidden),
-        }
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is None and name.endswith("_bias"):
-                continue
-            require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
-            require_contiguous(name, tensor)
-        check_number("alpha", self.alpha, experts, device)
-        check_number("beta", self.beta, experts, device)
-        if self.limit is not None:
-            check_number("limit", self.limit, experts, device)
-            if not isinstance(self.limit, Tensor) and self.limit <= 0:
-                raise ValueError(f"limit: expected a number above 0, or None, got {self.limit}")
-        check_int("first_expert", self.first_expert)
-        check_int("num_global_experts", self.num_global_experts)
-        if self.num_global_experts == 0:
-            object.__setattr__(self, "num_global_experts", self.first_expert + experts)
-        if not 0 <= self.first_expert <= self.num_global_experts - experts:
-            raise ValueError(
-                f"first_expert: expected 0 to {self.num_global_experts - experts}, where the {experts} experts here "
-                f"fit into {self.num_global_experts}, got {self.first_expert}"
-            )
+        object.__setattr__(self, "num_global_experts", check_fields(self))
 
     def __repr__(self) -> str:
         bias = "none" if self.w13_bias is None and self.w2_bias is None else "yes"
@@ -187,7 +133,7 @@ class MoEWeights:
 
         A tensor that is a part of a larger one goes without the rest.
         """
-        return {field.name: _alone(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: alone(getattr(self, field.name)) for field in fields(self)}
 
     def to(self, device: torch.device | str | int) -> MoEWeights:
         """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
@@ -428,17 +374,11 @@ class MoEWeights:
         only those of ep_rank.
 
         Args:
-            path: a .safetensors file, or a directory with model.safetensors or with model.safetensors.index.json and
-                the shards that it names.
-            layer: layer number, from 0.
+            path, layer, device, ep_rank, ep_size, tp_rank, tp_size: as for `from_pretrained`.
             gate_up_order, activation, alpha, beta, limit: as for `from_mxfp4`; the defaults are gpt-oss's.
-            ep_rank, ep_size, tp_rank, tp_size: as for `from_mxfp4`.
-            device: where to put the weights.
 
         Raises:
-            FileNotFoundError: path, or the checkpoint in it, does not exist.
-            ValueError: a tensor or shard is missing, or a file is malformed (names the tensor and the file).
-            RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
+            FileNotFoundError, ValueError, RuntimeError: as `from_pretrained`.
         """
         check_layer(layer)
         between = member("activation", Activation, activation)
@@ -508,10 +448,3 @@ class MoEWeights:
         """The same weights with every tensor replaced."""
         fields: dict[str, Any] = {n: function(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **fields)
-
-
-def _alone(value: Any) -> Any:
-    """A tensor with no more memory than its own; anything else as it is."""
-    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-        return value.clone(memory_format=torch.contiguous_format)
-    return value

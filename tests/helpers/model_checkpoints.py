@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mxfp4_moe import MoEWeights
+
 Layer = dict[str, Tensor]
 
 # How projections and what belongs to them are called where each expert has its own; and the dtypes of codes and scales.
@@ -120,3 +122,12 @@ def layer_of(scheme: str, experts: int, hidden: int, inter: int, *, seed: int = 
     """Random weights of one layer, with biases where gpt-oss is meant."""
     layer = oracles.random_checkpoint(experts, hidden, inter, seed=seed)
     return layer if scheme.startswith("gpt-oss") else {n: t for n, t in layer.items() if not n.endswith("bias")}
+
+
+def same_bytes(weights: MoEWeights, layer: Layer) -> bool:
+    """Whether the weights are the layer's, byte for byte; biases by value."""
+    stored = weights.to_mxfp4()._asdict()
+    return all(
+        stored[name] is layer.get(name) is None or torch.equal(stored[name], layer[name].to(stored[name].dtype))
+        for name in stored
+    )
