@@ -191,7 +191,7 @@ class MoEWeights:
         return replace(
             self,
             w13=cut(self.w13, self.w13_rows, hidden, self.word_order, rows, slice(0, hidden)),
-            w13_bias=None if self.w13_bias is None else self.w13_bias[:, rows].contiguous(),
+            w13_bias=None if self.w13_bias is None else alone(self.w13_bias[:, rows].contiguous()),
             w2=cut(self.w2, hidden, inter, self.word_order, slice(0, hidden), slice(begin, end)),
             w2_bias=self.w2_bias if tp_rank == 0 else None,
             intermediate_size=end - begin,
