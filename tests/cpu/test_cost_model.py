@@ -6,7 +6,7 @@ import dataclasses
 import random
 
 import pytest
-from tuned_cases import BY_NAME, GB10, H200, LARGE, LAYER, MIDDLE, RTX_5090, SMALL, TILES
+from tuned_cases import BY_NAME, GB10, LARGE, LAYER, MIDDLE, RTX_5090, SMALL, TILES
 
 from mxfp4_moe._choice import choice, cost_model, facts
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
@@ -133,16 +133,6 @@ def test_causes_are_named() -> None:
     assert few.us > max(few.memory_us, few.latency_us)
     with pytest.raises(ValueError, match=r"expected one of \[9, 12\]\.x, got 8\.9"):
         cost_model.arch_model((8, 9))
-
-
-def test_the_choice_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tokens in (1, 100, 5000):
-        assert choice.choose_tile(tokens, LAYER, H200, TILES) == select_tile(tokens, 4, 128, TILES)
-        rounded = tokens if tokens < 32 else choice._rounded(tokens)
-        known = choice.loop_instructions("120f")
-        expected = cost_model.choose(rounded, LAYER, RTX_5090, TILES, known)
-        assert choice.choose_tile(tokens, LAYER, RTX_5090, TILES) == expected
-    assert [choice._rounded(tokens) for tokens in (1, 31, 32, 33, 1000, 1023)] == [1, 31, 32, 32, 992, 992]
 
 
 def test_instructions_come_from_the_build_report(monkeypatch: pytest.MonkeyPatch) -> None:

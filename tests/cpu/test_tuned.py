@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tuned_cases import H200, LARGE, LAYER, MIDDLE, SMALL, TILES
+from tuned_cases import H200, LARGE, LAYER, MIDDLE, RTX_5090, SMALL, TILES
 
 from mxfp4_moe._call import selection
-from mxfp4_moe._choice import choice, tuned
+from mxfp4_moe._choice import choice, cost_model, tuned
 from mxfp4_moe._choice.facts import DeviceFacts, Layer
 from mxfp4_moe._choice.tuned import Choice, Entry, TunedError, TunedLayer
 from mxfp4_moe._install import blocklist, loading, wheel
@@ -202,6 +202,16 @@ def test_the_tables_in_the_package_are_valid() -> None:
         device = dataclasses.replace(H200, name=data["device"], capability=tuple(data["capability"]), sms=data["sms"])
         assert tuned.file_name(device) == path.name
         assert tuned.read(path, device, same_wheel=False) is not None
+
+
+def test_the_choice_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tokens in (1, 100, 5000):
+        assert choice.choose_tile(tokens, LAYER, H200, TILES) == select_tile(tokens, 4, 128, TILES)
+        rounded = tokens if tokens < 32 else choice._rounded(tokens)
+        known = choice.loop_instructions("120f")
+        expected = cost_model.choose(rounded, LAYER, RTX_5090, TILES, known)
+        assert choice.choose_tile(tokens, LAYER, RTX_5090, TILES) == expected
+    assert [choice._rounded(tokens) for tokens in (1, 31, 32, 33, 1000, 1023)] == [1, 31, 32, 32, 992, 992]
 
 
 def test_the_fastest_is_picked_and_the_rule_where_it_is_as_good() -> None:

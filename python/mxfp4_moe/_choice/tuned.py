@@ -8,13 +8,10 @@ another device or wheel, is left out with one warning, and the tile is chosen as
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
-import os
 import re
-import tempfile
 import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .._install import wheel as _wheel
-from .._install.cache import cache_dir
+from .._install.cache import cache_dir, write_json
 from ..tiles import Tile, expected_rows_per_expert, load_manifest
 from .facts import DeviceFacts, Layer
 
@@ -250,14 +247,4 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    write_json(path, data)

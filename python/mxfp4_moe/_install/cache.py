@@ -5,6 +5,7 @@ Standard library alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -49,5 +50,6 @@ def write_json(path: Path, data: Any) -> None:
             file.write("\n")
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
