@@ -88,7 +88,7 @@ class TestFindsTheLayer:
             tensors |= checkpoints.tensors_of("weight-scale", layer, 0, prefix)
         checkpoints.write(tmp_path, tensors)
         with pytest.raises(
-            ValueError, match=r"^prefix: expected one of 'audio\.layers\.', 'text\.layers\.', since layer 0"
+            ValueError, match=r"^prefix: expected one of 'audio\.layers\.', 'text\.layers\.', since each"
         ):
             load(tmp_path)
         for prefix, layer in layers.items():
@@ -102,6 +102,24 @@ class TestFindsTheLayer:
         checkpoints.write(tmp_path, tensors)
         assert same_bytes(load(tmp_path), main)
         assert same_bytes(load(tmp_path, prefix=prefix), draft)
+
+    @pytest.mark.parametrize("others", ["mtp.layers.", "audio.layers."])
+    def test_another_model_that_alone_has_the_number(self, tmp_path: Path, others: str) -> None:
+        """The first layers of many models are dense, and those of a part of them are not."""
+        scheme = "weight-scale"
+        tensors = checkpoints.tensors_of(scheme, layer_of(scheme), 3)
+        tensors |= checkpoints.tensors_of(scheme, layer_of(scheme, 1), 0, others)
+        checkpoints.write(tmp_path, tensors)
+        with pytest.raises(ValueError, match=r"(layers\.0\..*: no such tensor|^prefix: expected one of 'audio)"):
+            load(tmp_path, 0)
+        assert same_bytes(load(tmp_path, 0, prefix=others), layer_of(scheme, 1))
+        assert same_bytes(load(tmp_path, 3, prefix="model.layers."), layer_of(scheme))
+
+    def test_a_draft_model_alone(self, tmp_path: Path) -> None:
+        checkpoints.write(tmp_path, checkpoints.tensors_of("deepseek-v4", layer_of("deepseek-v4"), 0, "mtp."))
+        with pytest.raises(ValueError, match=r"^prefix: expected one of 'mtp\.', since they are a draft model's"):
+            load(tmp_path)
+        assert same_bytes(load(tmp_path, prefix="mtp."), layer_of("deepseek-v4"))
 
     def test_names_of_another_layer_or_model_do_not_match(self, tmp_path: Path) -> None:
         layer = layer_of("weight-scale")

@@ -131,6 +131,21 @@ def test_a_layer_from_its_own_files(tmp_path: Path, model: Model, scheme: str) -
             assert tensor is stored is None or torch.equal(tensor, stored.to(tensor.dtype)), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "scheme"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_a_layer_read_to_the_gpu(tmp_path: Path, model: Model, scheme: str) -> None:
+    path, _ = write_model(tmp_path, model, scheme)
+    options: dict[str, Any] = {"activation": "swiglu"} if model.name == "Kimi-K3" else {}
+    on_cpu = MoEWeights.from_pretrained(path, layer=LAYER, **options)
+    weights = MoEWeights.from_pretrained(path, layer=LAYER, device="cuda", **options)
+    moved = on_cpu.to("cuda")
+    assert torch.equal(weights.w13, moved.w13)
+    assert torch.equal(weights.w2, moved.w2)
+    x, topk_weights, topk_ids = (tensor.cuda() for tensor in call(on_cpu, min(model.top_k, 4)))
+    expected = fused_moe(x.cpu(), topk_weights.cpu(), topk_ids.cpu(), on_cpu).double().numpy()
+    assert error(fused_moe(x, topk_weights, topk_ids, weights).cpu(), expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize(("layer", "activation", "limit"), [(0, "swiglu", None), (1, "swiglu_step", 7.0)])
 def test_ling_has_a_limit_for_each_layer(tmp_path: Path, layer: int, activation: str, limit: float | None) -> None:
     (model,) = [model for model in MODELS if model.name.startswith("Ling")]

@@ -103,6 +103,8 @@ def choose_layer(
         among = (replace(BY_NAME[scheme], needs_bias=False),)
     among = tuple(among)
     every = list(find_layers(checkpoint.names(), among))
+    if prefix is None:
+        prefix = _only_prefix(every)
     here = [found for found in every if found.layer == layer and prefix in (None, found.prefix)]
     if not here:
         raise ValueError(_no_layer(checkpoint, every, layer, prefix, among))
@@ -116,15 +118,28 @@ def choose_layer(
             refused.append(why)
     if not fitting:
         raise ValueError(refused[0])
-    if len(fitting) > 1 and prefix is None:  # a draft model's layers count from 0 too
-        fitting = [found for found in fitting if "mtp" not in found.prefix.split(".")] or fitting
-    if len({found.prefix for found in fitting}) > 1:
-        choices = ", ".join(sorted(repr(found.prefix) for found in fitting))
-        raise ValueError(f"prefix: expected one of {choices}, since layer {layer} is in each; got None")
     if len(fitting) > 1:
         choices = ", ".join(repr(found.scheme.name) for found in fitting)
         raise ValueError(f"scheme: expected one of {choices}, since layer {layer} has tensors of each; got None")
     return fitting[0]
+
+
+def is_draft(prefix: str) -> bool:
+    """Whether layers behind a prefix are those of a draft model (multi-token prediction), which count from 0 too."""
+    return "mtp" in prefix.split(".")
+
+
+def _only_prefix(every: list[FoundLayer]) -> str | None:
+    """The prefix that is meant where none is named: the model's, if there is one model.
+
+    Also where another model has the number alone, it is not taken for what was asked.
+    """
+    prefixes = sorted({found.prefix for found in every})
+    models = [prefix for prefix in prefixes if not is_draft(prefix)]
+    if len(models) > 1 or (prefixes and not models):
+        why = "each has layers of its own" if models else "they are a draft model's"
+        raise ValueError(f"prefix: expected one of {', '.join(map(repr, prefixes))}, since {why}; got None")
+    return models[0] if models else None
 
 
 def other_format(checkpoint: Checkpoint, found: FoundLayer) -> str | None:
@@ -224,7 +239,7 @@ def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool) ->
     pattern = re.compile(rf"{re.escape(stem)}{number}(?:{projections})(?P<suffix>[._].*)?")
     known = {scheme.codes, scheme.scales or "", *HARMLESS} | ({scheme.bias or ""} if has_bias else set())
     for name in checkpoint.names():
-        match = pattern.fullmatch(name)
+        match = pattern.fullmatch(name) if name.startswith(stem) else None
         if match and (match["suffix"] or "") not in known:
             having = ", ".join(sorted(filter(None, known)))
             raise ValueError(

@@ -101,7 +101,7 @@ class Checkpoint:
             self._read_into(entry, (part or 0) * size, buffer[at : at + size])
             at += size
         rows = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
-        return buffer.view(torch_dtype(first)).view(rows).to(device)
+        return buffer.to(device).view(torch_dtype(first)).view(rows)  # bytes move everywhere, not every dtype does
 
     def _read_into(self, entry: Entry, skip: int, buffer: Tensor) -> None:
         size = buffer.numel()

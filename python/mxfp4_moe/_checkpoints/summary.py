@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import ExpertConfig, compare_sizes, read_config, stated_activation
-from .contents import FoundLayer, LayerSizes, find_layers, layer_sizes, no_experts, numbers_in_words, other_format
+from .contents import (
+    FoundLayer,
+    LayerSizes,
+    find_layers,
+    is_draft,
+    layer_sizes,
+    no_experts,
+    numbers_in_words,
+    other_format,
+)
 from .files import Checkpoint
 from .schemes import BY_NAME, Between
 
@@ -98,7 +107,7 @@ def _layer(checkpoint: Checkpoint, config: ExpertConfig | None, candidates: list
 
 
 def _grouped(path: Path, layers: list[_Layer]) -> tuple[Group, ...]:
-    several = len({layer.found.prefix for layer in layers if "mtp" not in layer.found.prefix.split(".")}) > 1
+    several = len({layer.found.prefix for layer in layers if not is_draft(layer.found.prefix)}) > 1
     alike: dict[object, list[_Layer]] = defaultdict(list)
     for layer in layers:
         kind = "problem" if layer.problem else (layer.sizes, layer.between)
@@ -108,7 +117,7 @@ def _grouped(path: Path, layers: list[_Layer]) -> tuple[Group, ...]:
 
 def _group(path: Path, layers: list[_Layer], several: bool) -> Group:
     first = layers[0]
-    named = several or "mtp" in first.found.prefix.split(".")
+    named = several or is_draft(first.found.prefix)
     arguments = [repr(str(path)), f"layer={first.found.layer}"]
     arguments += [f"prefix={first.found.prefix!r}"] if named else []
     arguments += ["activation=..."] if first.between is None else []
