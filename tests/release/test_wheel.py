@@ -333,7 +333,7 @@ def test_libraries_that_disagree_with_the_proof_are_refused(made: Plan, cuda: Cu
     paths = [library(tile.module) for tile in MANIFEST.tiles]
     for path, refusal in zip(paths, load(made, cuda, tmp_path / "load.json", *paths, stages=9), strict=True):
         sentence = (
-            r" on sm_\w+: stages is \d in the compiled tile and 9 in the proof of tiles\.py; csrc/tile/tile_shape"
+            r" on sm_\w+: stages is \d in the compiled tile and 9 in the proof of tiles/proof\.py; csrc/tile/tile_shape"
         )
         assert re.match(re.escape(path.name) + sentence, refusal)
 
