@@ -9,6 +9,7 @@ from . import reference
 from ._call import launch, operators
 from ._call.checks import check_devices, check_hidden_states, check_limits, check_output, check_topk_softmax
 from ._call.fused_moe import fused_moe
+from ._call.gradient import refuse_gradient
 from ._call.selection import tile_of_call
 from .weights import MoEWeights
 
@@ -18,7 +19,8 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
 
     Equal logits: the lower expert comes first, on every device (torch.topk leaves that open). A NaN counts as the
     largest logit, as in torch.topk, so it is chosen and makes all weights of its token NaN; so do a +inf, and a token
-    whose chosen logits are all -inf, as in torch.softmax. Other tokens are not touched. For inference: no gradient.
+    whose chosen logits are all -inf, as in torch.softmax. Other tokens are not touched. For inference: a
+    gradient that is asked for is an error of the backward pass.
 
     Args:
         router_logits: float32, bfloat16 or float16 [T, E], contiguous; E from 1 to 1024, T may be 0.
@@ -34,16 +36,18 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
     if torch.compiler.is_compiling():
-        result: tuple[Tensor, Tensor] = operators.topk_softmax(router_logits.detach(), top_k, renormalize)
+        result: tuple[Tensor, Tensor] = operators.topk_softmax(router_logits, top_k, renormalize)
         return result
     check_topk_softmax(router_logits, top_k)
     device = router_logits.device
     if router_logits.is_cpu:
         with torch.no_grad():
-            return reference.topk_softmax(router_logits, top_k, renormalize)
-    if not router_logits.is_cuda:
+            topk_weights, topk_ids = reference.topk_softmax(router_logits, top_k, renormalize)
+    elif router_logits.is_cuda:
+        topk_weights, topk_ids = launch.topk_softmax(router_logits, top_k, renormalize)
+    else:
         raise ValueError(f"router_logits: expected a CUDA or CPU tensor, got one on {device}")
-    return launch.topk_softmax(router_logits, top_k, renormalize)
+    return refuse_gradient("topk_softmax", topk_weights, router_logits), topk_ids
 
 
 def fused_moe_from_logits(
@@ -131,4 +135,4 @@ def fused_moe_from_logits(
         intermediate_rounding,
         renormalize,
     )
-    return output
+    return refuse_gradient("fused_moe_from_logits", output, hidden_states, router_logits)

@@ -13,41 +13,31 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import describe, require_contiguous, require_tensor
-from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields, stored_layer
+from ._checkpoints.fields import Mxfp4Tensors, alone, check_fields
+from ._checkpoints.files import Checkpoint
+from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields
+from ._checkpoints.load import STATED, open_layer, settle, settle_order
 from ._checkpoints.options import (
     GateUpOrder,
     Number,
-    check_int,
-    check_number,
+    check_layer,
     member,
     shard_of,
     source_rows,
     split_number,
 )
 from ._checkpoints.prepare import cut, move, restore
-from ._checkpoints.stored import TensorFiles
+from ._checkpoints.schemes import GPT_OSS
 from ._install.errors import explained
 from .activations import Activation
-from .formats import BLOCK, WordOrder, weight_bytes, word_order_of
+from .formats import BLOCK, WordOrder, word_order_of
 
 __all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors", "WordOrder"]
-
-
-class Mxfp4Tensors(NamedTuple):
-    """Weights of one layer as checkpoints store them; `MoEWeights.from_mxfp4` takes these names. W = 2I or I."""
-
-    w13: Tensor  # uint8 [E, W, H/2], low nibble = even k
-    w13_scale: Tensor  # uint8 [E, W, H/32], E8M0
-    w2: Tensor  # uint8 [E, H, I/2]
-    w2_scale: Tensor  # uint8 [E, H, I/32]
-    w13_bias: Tensor | None  # float32 [E, W]
-    w2_bias: Tensor | None  # float32 [E, H]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -96,48 +86,7 @@ class MoEWeights:
     num_global_experts: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.activation, Activation):
-            raise TypeError(f"activation: expected an Activation, got {self.activation!r}")
-        if not isinstance(self.gate_up_order, GateUpOrder):
-            raise TypeError(f"gate_up_order: expected a GateUpOrder, got {self.gate_up_order!r}")
-        if not isinstance(self.word_order, WordOrder):
-            raise TypeError(f"word_order: expected a WordOrder, got {self.word_order!r}")
-        hidden, inter, rows = self.hidden_size, self.intermediate_size, self.w13_rows
-        for name, size in (("hidden_size", hidden), ("intermediate_size", inter)):
-            check_int(name, size)
-            if size <= 0 or size % BLOCK:
-                raise ValueError(f"{name}: expected a multiple of {BLOCK}, got {size}")
-        require_tensor("w13", self.w13, torch.uint8, ("E", weight_bytes(rows, hidden)))
-        experts, device = self.num_experts, self.device
-        if experts == 0:
-            raise ValueError(f"w13: expected at least one expert, got {describe(self.w13)}")
-        shapes = {
-            "w13": (experts, weight_bytes(rows, hidden)),
-            "w2": (experts, weight_bytes(hidden, inter)),
-            "w13_bias": (experts, rows),
-            "w2_bias": (experts, hidden),
-        }
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is None and name.endswith("_bias"):
-                continue
-            require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
-            require_contiguous(name, tensor)
-        check_number("alpha", self.alpha, experts, device)
-        check_number("beta", self.beta, experts, device)
-        if self.limit is not None:
-            check_number("limit", self.limit, experts, device)
-            if not isinstance(self.limit, Tensor) and self.limit <= 0:
-                raise ValueError(f"limit: expected a number above 0, or None, got {self.limit}")
-        check_int("first_expert", self.first_expert)
-        check_int("num_global_experts", self.num_global_experts)
-        if self.num_global_experts == 0:
-            object.__setattr__(self, "num_global_experts", self.first_expert + experts)
-        if not 0 <= self.first_expert <= self.num_global_experts - experts:
-            raise ValueError(
-                f"first_expert: expected 0 to {self.num_global_experts - experts}, where the {experts} experts here "
-                f"fit into {self.num_global_experts}, got {self.first_expert}"
-            )
+        object.__setattr__(self, "num_global_experts", check_fields(self))
 
     def __repr__(self) -> str:
         bias = "none" if self.w13_bias is None and self.w2_bias is None else "yes"
@@ -180,8 +129,11 @@ class MoEWeights:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes alone: what was made from them is not copied or stored, it is made again."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The attributes alone: what was made from them is not copied or stored, it is made again.
+
+        A tensor that is a part of a larger one goes without the rest.
+        """
+        return {field.name: alone(getattr(self, field.name)) for field in fields(self)}
 
     def to(self, device: torch.device | str | int) -> MoEWeights:
         """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
@@ -206,26 +158,30 @@ class MoEWeights:
             return replace(self._map(moved), word_order=order)
 
     def expert_parallel(self, ep_rank: int, ep_size: int) -> MoEWeights:
-        """The experts of one of ep_size ranks: [ep_rank * E/ep_size, (ep_rank + 1) * E/ep_size).
+        """The experts of one of ep_size ranks, in order: E // ep_size each, and one more for the first E % ep_size.
 
-        The slice shares memory with these weights. It takes the same global ids: a slot whose expert is elsewhere
-        contributes nothing, and the sum of all ranks' outputs is the layer's.
+        Copies, so that whole weights which are no longer needed can go. The part takes the same global ids: a slot
+        whose expert is elsewhere contributes nothing, and the sum of all ranks' outputs is the layer's.
 
         Raises:
-            ValueError: ep_size does not divide E, or ep_rank is not one of its ranks.
+            ValueError: more ranks than experts, or ep_rank is not one of them.
         """
         begin, end = shard_of("ep", ep_rank, ep_size, self.num_experts, 1)
-        part = self._map(lambda tensor: tensor[begin:end])
+        if ep_size == 1:
+            return self
+        part = self._map(lambda tensor: tensor[begin:end].clone())
         return replace(part, first_expert=self.first_expert + begin, num_global_experts=self.num_global_experts)
 
     def tensor_parallel(self, tp_rank: int, tp_size: int) -> MoEWeights:
         """Shard of one of tp_size ranks: every expert, a part of the intermediate dimension.
 
-        Rank 0 keeps w2_bias, so the sum of all ranks' outputs is the layer's. Each rank rounds its own sum to the
-        output dtype; apart from that rounding the split changes nothing, since blocks of 32 stay whole. Copies.
+        The dimension is cut between blocks of 32: I / 32 // tp_size blocks each, and one more for the first ranks where
+        blocks are left over (2880 over 4 is 23, 23, 22 and 22 blocks). Rank 0 keeps w2_bias, so the sum of all ranks'
+        outputs is the layer's. Each rank rounds its own sum to the output dtype; apart from that rounding the split
+        changes nothing. Copies.
 
         Raises:
-            ValueError: I / tp_size is not a multiple of 32, or tp_rank is not one of its ranks.
+            ValueError: more ranks than blocks of 32, or tp_rank is not one of them.
         """
         begin, end = shard_of("tp", tp_rank, tp_size, self.intermediate_size, BLOCK)
         if tp_size == 1:
@@ -235,7 +191,7 @@ class MoEWeights:
         return replace(
             self,
             w13=cut(self.w13, self.w13_rows, hidden, self.word_order, rows, slice(0, hidden)),
-            w13_bias=None if self.w13_bias is None else self.w13_bias[:, rows].contiguous(),
+            w13_bias=None if self.w13_bias is None else alone(self.w13_bias[:, rows].contiguous()),
             w2=cut(self.w2, hidden, inter, self.word_order, slice(0, hidden), slice(begin, end)),
             w2_bias=self.w2_bias if tp_rank == 0 else None,
             intermediate_size=end - begin,
@@ -287,10 +243,10 @@ class MoEWeights:
         W is 2I for a gated activation (w13 holds gate and up projections), I for one that is not.
 
         Args:
-            w13: uint8 [E, W, H/2] or [E, W, H/32, 16], low nibble = even k.
-            w13_scale: uint8 [E, W, H/32], E8M0.
-            w2: uint8 [E, H, I/2] or [E, H, I/32, 16]; down projection.
-            w2_scale: uint8 [E, H, I/32].
+            w13: uint8, int8 or float4_e2m1fn_x2 [E, W, H/2] or [E, W, H/32, 16], low nibble = even k.
+            w13_scale: uint8 or float8_e8m0fnu [E, W, H/32], E8M0.
+            w2: as w13, [E, H, I/2] or [E, H, I/32, 16]; down projection.
+            w2_scale: as w13_scale, [E, H, I/32].
             w13_bias: bfloat16, float16 or float32 [E, W] in the row order of w13, or None.
             w2_bias: the same, [E, H], or None.
             gate_up_order: row order of w13: "interleaved", "gate_up" or "up_gate".
@@ -411,33 +367,82 @@ class MoEWeights:
         tp_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> MoEWeights:
-        """Reads and prepares one layer of a checkpoint with gpt-oss's names; nothing but that layer is read.
+        """Reads and prepares one layer of a gpt-oss checkpoint; nothing but that layer is read.
 
-        The names are ``model.layers.{layer}.mlp.experts.`` + gate_up_proj_blocks, gate_up_proj_scales,
-        gate_up_proj_bias, down_proj_blocks, down_proj_scales, down_proj_bias. Experts are read one at a time, and only
-        those of ep_rank.
+        As `from_pretrained` for gpt-oss in any of its namings (the Hub's, OpenAI's ``original/``, merged to bf16, AMD
+        Quark's), with all numbers from the arguments: config.json is not looked at. Experts are read one at a time, and
+        only those of ep_rank.
 
         Args:
-            path: a .safetensors file, or a directory with model.safetensors or with model.safetensors.index.json and
-                the shards that it names.
-            layer: layer number, from 0.
+            path, layer, device, ep_rank, ep_size, tp_rank, tp_size: as for `from_pretrained`.
             gate_up_order, activation, alpha, beta, limit: as for `from_mxfp4`; the defaults are gpt-oss's.
+
+        Raises:
+            FileNotFoundError, ValueError, RuntimeError: as `from_pretrained`.
+        """
+        check_layer(layer)
+        between = member("activation", Activation, activation)
+        numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
+        with explained(f"layer {layer} cannot be read to {device}"), Checkpoint(path) as checkpoint:
+            opened = open_layer(checkpoint, layer, device=device, among=GPT_OSS, gated=between.is_gated)
+            order = member("gate_up_order", GateUpOrder, gate_up_order)
+            return cls(**prepared_fields(opened.raw, order, between, numbers, ranks))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        layer: int,
+        prefix: str | None = None,
+        scheme: str | None = None,
+        gate_up_order: GateUpOrder | str | None = None,
+        activation: Activation | str | None = None,
+        alpha: Number | None = None,
+        beta: Number | None = None,
+        limit: Number | str | None = STATED,
+        ep_rank: int = 0,
+        ep_size: int = 1,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> MoEWeights:
+        """Reads and prepares one layer of a model's checkpoint, whatever names it has for its experts (docs/models.md).
+
+        Names, dtypes and shapes are found from the files' headers; the activation and its numbers from config.json
+        beside them, whose sizes must be those of the tensors. Floating point weights are quantized to MXFP4 on the way.
+        No file is opened that does not hold a part of the layer; experts are read one at a time, and only those of
+        ep_rank, so that the memory needed is that of the result and less than two experts more.
+        ``mxfp4-moe inspect PATH`` says what there is and how it is loaded.
+
+        Args:
+            path: a .safetensors file, or a directory with one, with several, or with an index and its shards.
+            layer: the layer's number in the checkpoint, from 0.
+            prefix: what stands before the number, such as "model.layers."; needed where several have the layer. Layers
+                of a draft model ("mtp.") are taken only where it is named.
+            scheme: the naming, where the files alone do not tell; a name of docs/models.md.
+            gate_up_order, activation, alpha, beta, limit: in place of what the checkpoint says; a warning says so where
+                that is something else. limit=None clamps nothing.
             ep_rank, ep_size, tp_rank, tp_size: as for `from_mxfp4`.
             device: where to put the weights.
 
         Raises:
-            FileNotFoundError: path, or the checkpoint in it, does not exist.
-            ValueError: a tensor or shard is missing, or a file is malformed (names the tensor and the file).
+            FileNotFoundError: nothing is there; of a link that leads nowhere it says that.
+            ValueError: something else than a checkpoint (a Git LFS pointer, a web page, GGUF, a pickle, a file that is
+                not whole), no such layer, another format than MXFP4 or floating point, tensors that do not fit each
+                other or config.json, an activation that is not known; the message says what is there and what to do.
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
-        if layer < 0:
-            raise ValueError(f"layer: expected 0 or more, got {layer}")
-        between = member("activation", Activation, activation)
-        numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
-        with explained(f"layer {layer} cannot be read to {device}"), TensorFiles(Path(path), device) as files:
-            raw = stored_layer(files, f"model.layers.{layer}.mlp.experts.", between.is_gated)
-            order = member("gate_up_order", GateUpOrder, gate_up_order)
-            return cls(**prepared_fields(raw, order, between, numbers, ranks))
+        check_layer(layer)
+        if isinstance(limit, str) and limit != STATED:
+            raise ValueError(f"limit: expected a number, None or {STATED!r}, got {limit!r}")
+        given = None if activation is None else member("activation", Activation, activation)
+        given_order = None if gate_up_order is None else member("gate_up_order", GateUpOrder, gate_up_order)
+        with explained(f"layer {layer} cannot be read to {device}"), Checkpoint(path) as checkpoint:
+            opened = open_layer(checkpoint, layer, device=device, prefix=prefix, scheme=scheme)
+            order = settle_order(opened, given_order)
+            between, numbers = settle(checkpoint, opened, activation=given, alpha=alpha, beta=beta, limit=limit)
+            return cls(**prepared_fields(opened.raw, order, between, numbers, (ep_rank, ep_size, tp_rank, tp_size)))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MoEWeights:
         """The same weights with every tensor replaced."""

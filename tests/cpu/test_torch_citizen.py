@@ -129,12 +129,13 @@ def test_compiles_with_weights_output_and_mxfp8_as_arguments() -> None:
     assert torch.equal(output, expected)
 
 
-def test_compiled_gives_no_gradient() -> None:
+def test_compiled_gives_no_gradient_and_says_so() -> None:
     layer = make_layer()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     out = compiled(hidden(4).requires_grad_())
-    assert not out.requires_grad
     assert torch.equal(out, layer(hidden(4)))
+    with pytest.raises(RuntimeError, match="no gradient can be computed"):
+        out.sum().backward()
 
 
 def test_wrong_shapes_are_refused_while_the_graph_is_traced() -> None:

@@ -23,6 +23,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 12, 8
 # activations in bfloat16, ours are MXFP8 before each GEMM: E4M3 has 4 bits, which is 3% of an expert's output for each
 # of the two; and where a router's logits nearly tie, it can change the choice of the next layer's experts.
 TOLERANCE = 0.02
+STORED = {f"{name}_proj_{what}" for name in ("gate_up", "down") for what in ("blocks", "scales", "bias")}
 # Random logits lie close together, and a greedy token hangs on the closest two. With this seed none does: the smallest
 # lead of a first over a second is more than twice the largest difference of any logit, which the tests check.
 SEED = 45
@@ -147,7 +148,7 @@ def test_the_module_follows_devices_and_keeps_its_dtypes(model: GptOssForCausalL
     assert copy.deepcopy(replaced).to("meta").model.layers[0].mlp.experts.weights.device == torch.device("meta")
 
     state = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
-    assert set(state) == {"w13", "w2", "w13_bias", "w2_bias"}
+    assert set(state) == STORED
     other = replaced.model.layers[1].mlp.experts
     x = torch.randn(5, HIDDEN).bfloat16()
     ids, scales = torch.randint(0, EXPERTS, (5, TOP_K)), torch.rand(5, TOP_K)
@@ -166,13 +167,14 @@ def test_a_state_dict_has_one_word_order_wherever_it_was_made(
     x = torch.randn(5, HIDDEN).bfloat16()
     ids, scales = torch.randint(0, EXPERTS, (5, TOP_K)), torch.rand(5, TOP_K)
     expected, expected_other = experts(x, ids, scales), other(x, ids, scales)
+    before = experts.w13.clone()
     state = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
     state_other = {name: tensor.clone() for name, tensor in other.state_dict().items()}
 
     monkeypatch.setattr(integration, "word_order_of", lambda device: formats.WordOrder.HALVES)
     experts.to("cpu")
     assert experts.weights.word_order is formats.WordOrder.HALVES
-    assert not torch.equal(experts.w13, state["w13"])
+    assert not torch.equal(experts.w13, before)
     assert torch.equal(experts(x, ids, scales), expected)
     for name, tensor in experts.state_dict().items():
         assert torch.equal(tensor, state[name]), name
@@ -181,11 +183,17 @@ def test_a_state_dict_has_one_word_order_wherever_it_was_made(
         assert torch.equal(experts(x, ids, scales), expected_other)
         experts.load_state_dict(state, assign=assign)
         assert torch.equal(experts(x, ids, scales), expected)
+    fewer = {name: tensor[:-1] for name, tensor in state.items()}
     with pytest.raises(RuntimeError, match=r"size mismatch for w13"):
-        experts.load_state_dict({**state, "w13": state["w13"][:, :-1]})
+        experts.load_state_dict(fewer)
+    with pytest.raises(RuntimeError, match=r"w13_scale: expected uint8 \[32, 192, 2\], got uint8 \[32, 191"):
+        experts.load_state_dict({**state, "gate_up_proj_scales": state["gate_up_proj_scales"][:, :-1]})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "down_proj_scales"'):
+        experts.load_state_dict({name: tensor for name, tensor in state.items() if name != "down_proj_scales"})
+    assert torch.equal(experts(x, ids, scales), expected), "what does not fit changes nothing"
     monkeypatch.undo()
     experts.to("cpu")
-    assert torch.equal(experts.w13, state["w13"])
+    assert torch.equal(experts.w13, before)
     assert torch.equal(experts(x, ids, scales), expected)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model_checkpoints
 import oracles
 import pytest
 import torch
@@ -97,6 +98,18 @@ class TestMemory:
             make = functools.partial(MoEWeights.from_mxfp4, **checkpoint)
         with StorageMeter() as meter:
             weights = make()
+        assert meter.peak - self.result_bytes(weights) < two_experts
+
+    @pytest.mark.parametrize("scheme", model_checkpoints.SCHEMES)
+    @pytest.mark.parametrize("shards", [1, 3])
+    def test_from_a_checkpoint_of_any_naming(self, scheme: str, shards: int, tmp_path: Path) -> None:
+        experts, hidden, inter = self.SIZES
+        layer = model_checkpoints.layer_of(scheme, experts, hidden, inter)
+        tensors = model_checkpoints.tensors_of(scheme, layer, 0)
+        model_checkpoints.write(tmp_path, tensors, shards=shards)
+        two_experts = 2 * sum(t.nbytes for t in tensors.values()) // experts
+        with StorageMeter() as meter:
+            weights = MoEWeights.from_pretrained(tmp_path, layer=0, activation="swiglu_oai")
         assert meter.peak - self.result_bytes(weights) < two_experts
 
 

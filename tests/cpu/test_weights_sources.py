@@ -203,11 +203,11 @@ class TestSafetensors:
 
     def test_missing_tensors(self, directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
         name = r"model\.layers\.1\.mlp\.experts\.gate_up_proj_blocks"
-        with pytest.raises(ValueError, match=rf"^{name}: no such tensor in .*model\.safetensors\.index\.json$"):
+        with pytest.raises(ValueError, match=rf"^{name}: no such tensor in .*index\.json; it has experts in layers 0 "):
             MoEWeights.from_safetensors(directory, layer=1)
         file = tmp_path_factory.mktemp("one") / "layer.safetensors"
         oracles.random_gpt_oss_checkpoint(file, num_experts=1, hidden_size=32, intermediate_size=32)
-        with pytest.raises(ValueError, match=rf"^{name}: no such tensor in .*layer\.safetensors$"):
+        with pytest.raises(ValueError, match=rf"^{name}: no such tensor in .*layer\.safetensors; it has experts in "):
             MoEWeights.from_safetensors(file, layer=1)
 
     def test_the_index_names_the_wrong_shard(self, directory: Path) -> None:
@@ -240,7 +240,7 @@ class TestSafetensors:
     def test_corrupt_file(self, tmp_path: Path) -> None:
         file = tmp_path / "model.safetensors"
         file.write_bytes(b"\x00" * 100)
-        with pytest.raises(ValueError, match=rf"{PREFIX}gate_up_proj_blocks: cannot be read from .*model\.safetensors"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read: it is no safetensors file"):
             MoEWeights.from_safetensors(tmp_path, layer=0)
 
     def test_nothing_there(self, tmp_path: Path) -> None:

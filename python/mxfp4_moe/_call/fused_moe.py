@@ -14,6 +14,7 @@ from .._checkpoints.options import split_number
 from ..weights import MoEWeights
 from . import operators
 from .checks import check_layer, check_output
+from .gradient import refuse_gradient
 from .launch import run
 from .selection import tile_of_call
 
@@ -36,8 +37,9 @@ def fused_moe(
 
     T tokens, k experts per token, E experts, H hidden size. Activations are quantized to MXFP8 before each of the two
     GEMMs. A token's result depends on nothing but that token: the same bits in every batch and with every tile.
-    For inference: no gradient flows. Work is queued on the current CUDA stream, without synchronization; CUDA graphs
-    capture it, and any number of threads and streams may call at once. All tensors are contiguous and on one device.
+    For inference: a gradient that is asked for is an error of the backward pass. Work is queued on the current CUDA
+    stream, without synchronization; CUDA graphs capture it, and any number of threads and streams may call at once. All
+    tensors are contiguous and on one device.
     In a function under torch.compile or torch.export the call is one operator, `mxfp4_moe::moe_layer`, which chooses
     its tile when it runs: tile_mn and auto_tile_select mean nothing there.
 
@@ -110,7 +112,9 @@ def fused_moe(
                 output_dtype=output_dtype,
                 intermediate_rounding=intermediate_rounding,
             )
-            return result if output is None else output.copy_(result)
+            if output is not None:
+                result = output.copy_(result)
+        return refuse_gradient("fused_moe", result, hidden_states, topk_weights)
     if output is None:
         output = torch.empty_like(hidden_states, dtype=output_dtype)
     run(
@@ -123,7 +127,7 @@ def fused_moe(
         output,
         intermediate_rounding,
     )
-    return output
+    return refuse_gradient("fused_moe", output, hidden_states, topk_weights)
 
 
 def _traced(
@@ -143,8 +147,8 @@ def _traced(
     beta, betas = split_number(weights.beta, 0.0)
     limit, limits = split_number(weights.limit, None)
     result: Tensor = operators.moe_layer(
-        hidden_states.detach(),
-        topk_weights.detach(),
+        hidden_states,
+        topk_weights,
         topk_ids - weights.first_expert if weights.first_expert else topk_ids,
         weights.w13,
         weights.w13_bias,

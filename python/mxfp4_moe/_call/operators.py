@@ -18,7 +18,7 @@ from .. import reference
 from .._install import errors
 from ..formats import WordOrder
 from ..weights import Activation, MoEWeights
-from . import launch
+from . import gradient, launch
 from .checks import check_call, check_layer, check_limits, check_topk_softmax, check_word_order
 from .selection import select
 
@@ -193,6 +193,9 @@ for _schema, _cpu, _cuda, _fake in (
     _LIBRARY.impl(_name, _cpu, "CPU")  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mxfp4_moe::{_name}", _fake, lib=_LIBRARY)
+gradient.define(_LIBRARY)
+gradient.refuse_in_graphs(_LIBRARY, "moe_layer", "fused_moe", 2)
+gradient.refuse_in_graphs(_LIBRARY, "topk_softmax", "topk_softmax", 1)
 
 moe_layer = torch.ops.mxfp4_moe.moe_layer.default
 topk_softmax = torch.ops.mxfp4_moe.topk_softmax.default

@@ -19,16 +19,10 @@ from ..formats import BLOCK, word_order_of
 from .options import GateUpOrder, Number, check_number, shard_of, source_rows
 from .prepare import empty, prepare, with_progress
 from .sources import Source, ceil_div, flashinfer_source, float_source, mxfp4_source
-from .stored import TensorFiles
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_WEIGHTS = {  # argument of mxfp4_layer -> name in a gpt-oss checkpoint
-    "w13": "gate_up_proj_blocks",
-    "w13_scale": "gate_up_proj_scales",
-    "w2": "down_proj_blocks",
-    "w2_scale": "down_proj_scales",
-}
-_BIASES = {"w13_bias": "gate_up_proj_bias", "w2_bias": "down_proj_bias"}
+_CODES = (torch.int8, torch.float4_e2m1fn_x2)  # what MXFP4 codes come in beside uint8: bytes, all of them
+_SCALES = (torch.float8_e8m0fnu,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +50,8 @@ def mxfp4_layer(
     gated: bool,
 ) -> RawLayer:
     """Of tensors as checkpoints store them; see `MoEWeights.from_mxfp4`."""
+    w13, w2 = _as_bytes(w13, _CODES), _as_bytes(w2, _CODES)
+    w13_scale, w2_scale = _as_bytes(w13_scale, _SCALES), _as_bytes(w2_scale, _SCALES)
     experts, hidden, inter = _mxfp4_sizes(w13, w13_scale, w2, w2_scale, gated)
     return RawLayer(
         w13=mxfp4_source("w13_scale", w13.__getitem__, w13_scale.__getitem__),
@@ -77,8 +73,8 @@ def float_layer(w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tenso
     _check_sizes("w13", w13, experts, hidden, inter, gated)
     require_tensor("w2", w2, _FLOATS, (experts, hidden, inter), w13.device)
     return RawLayer(
-        w13=float_source("w13", w13),
-        w2=float_source("w2", w2),
+        w13=float_source("w13", w13.__getitem__),
+        w2=float_source("w2", w2.__getitem__),
         experts=experts,
         hidden=hidden,
         inter=inter,
@@ -120,23 +116,6 @@ def flashinfer_layer(
         w13_bias=fc1_expert_biases,
         w2_bias=fc2_expert_biases,
         bias_names=("fc1_expert_biases", "fc2_expert_biases"),
-    )
-
-
-def stored_layer(files: TensorFiles, prefix: str, gated: bool) -> RawLayer:
-    """Of a gpt-oss checkpoint, each expert read when its turn comes; see `MoEWeights.from_safetensors`."""
-    stored = {argument: files.open(prefix + suffix) for argument, suffix in _WEIGHTS.items()}
-    biases = {argument: files.open(prefix + suffix).whole() for argument, suffix in _BIASES.items()}
-    experts, hidden, inter = _mxfp4_sizes(**{name: tensor.spec for name, tensor in stored.items()}, gated=gated)
-    return RawLayer(
-        w13=mxfp4_source("w13_scale", stored["w13"].expert, stored["w13_scale"].expert),
-        w2=mxfp4_source("w2_scale", stored["w2"].expert, stored["w2_scale"].expert),
-        experts=experts,
-        hidden=hidden,
-        inter=inter,
-        device=biases["w2_bias"].device,
-        w13_bias=biases["w13_bias"],
-        w2_bias=biases["w2_bias"],
     )
 
 
@@ -193,6 +172,11 @@ def prepared_fields(
         "first_expert": first,
         "num_global_experts": experts,
     }
+
+
+def _as_bytes(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A view as uint8 of a tensor whose dtype is another name for the same bytes; others as they are."""
+    return tensor.view(torch.uint8) if isinstance(tensor, Tensor) and tensor.dtype in dtypes else tensor
 
 
 def _rows_name(gated: bool) -> str:

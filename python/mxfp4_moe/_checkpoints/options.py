@@ -60,16 +60,28 @@ def check_int(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
+def check_layer(layer: object) -> None:
+    """A layer's number."""
+    check_int("layer", layer)
+    if layer < 0:  # type: ignore[operator]
+        raise ValueError(f"layer: expected 0 or more, got {layer}")
+
+
 def shard_of(kind: str, rank: int, size: int, total: int, multiple: int) -> tuple[int, int]:
-    """[begin, end) of one rank's share of total, a multiple of `multiple`."""
+    """[begin, end) of one rank's share of total: whole multiples, one more for the first ranks where some are left."""
     check_int(f"{kind}_rank", rank)
     check_int(f"{kind}_size", size)
-    if size < 1 or total % size or total // size % multiple:
-        what = f"the {total} experts" if kind == "ep" else f"an intermediate size of {total} in multiples of {multiple}"
-        raise ValueError(f"{kind}_size: expected a number of ranks that divides {what}, got {size}")
+    units = total // multiple
+    if not 1 <= size <= units:
+        what = (
+            f"{total} experts" if kind == "ep" else f"{units} blocks of {multiple} of an intermediate size of {total}"
+        )
+        raise ValueError(f"{kind}_size: expected 1 to {units} ranks for {what}, got {size}")
     if not 0 <= rank < size:
         raise ValueError(f"{kind}_rank: expected 0 to {size - 1}, got {rank}")
-    return rank * (total // size), (rank + 1) * (total // size)
+    share, left_over = divmod(units, size)
+    begin = rank * share + min(rank, left_over)
+    return multiple * begin, multiple * (begin + share + (rank < left_over))
 
 
 def member(name: str, kind: type[_EnumT], value: object) -> _EnumT:

@@ -32,9 +32,11 @@ def mxfp4_source(name: str, packed: Callable[[int], Tensor], scales: Callable[[i
     return expert
 
 
-def float_source(name: str, weight: Tensor) -> Source:
+def float_source(name: str, weight: Callable[[int], Tensor]) -> Source:
+    """Of floating point weights [N, K] per expert, any strides."""
+
     def expert(e: int, begin: int, end: int) -> Rows:
-        values = weight[e][:, begin:end]
+        values = weight(e)[:, begin:end]
 
         def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
             try:

@@ -274,4 +274,24 @@ OWN_MESSAGES = (
         means="the GPU is of an arch that the wheel was not built for",
         remedy="use one of the GPUs that the message names, or CPU tensors, slowly",
     ),
+    OwnMessage(
+        message="...: cannot be read: ...",
+        means="no safetensors file, or not all of one: a Git LFS pointer, a web page, GGUF, a pickle, half a download",
+        remedy="the message says which; `mxfp4-moe inspect PATH` shows what can be loaded",
+    ),
+    OwnMessage(
+        message="...: no experts in a naming that is known ...",
+        means="the checkpoint's names for experts are none of those in docs/models.md",
+        remedy="`MoEWeights.from_mxfp4` and `from_float` take tensors of any name",
+    ),
+    OwnMessage(
+        message="... expected experts with weights, got ones on meta (offloaded, or never loaded) ...",
+        means="`replace_experts` was given a model whose experts accelerate keeps elsewhere",
+        remedy="pass checkpoint=, or load the model without offloading its experts",
+    ),
+    OwnMessage(
+        message="...: no gradient can be computed through it ...",
+        means="a backward pass came to the layer, whose weights are for inference",
+        remedy="call it under torch.no_grad(); train with the model's own experts and convert them afterwards",
+    ),
 )

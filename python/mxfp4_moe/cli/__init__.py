@@ -12,9 +12,17 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, doctor, info, probe, tiles, tune
+from . import bench, doctor, info, inspect, probe, tiles, tune
 
-_COMMANDS = {"info": info, "tiles": tiles, "probe": probe, "doctor": doctor, "bench": bench, "tune": tune}
+_COMMANDS = {
+    "info": info,
+    "inspect": inspect,
+    "tiles": tiles,
+    "probe": probe,
+    "doctor": doctor,
+    "bench": bench,
+    "tune": tune,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,84 @@
+"""The fields of a layer's weights, as checkpoints store them and as `MoEWeights` holds them: what they must be."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._arguments import describe, require_contiguous, require_tensor
+from ..activations import Activation
+from ..formats import BLOCK, WordOrder, weight_bytes
+from .options import GateUpOrder, check_int, check_number
+
+
+class Mxfp4Tensors(NamedTuple):
+    """Weights of one layer as checkpoints store them; `MoEWeights.from_mxfp4` takes these names. W = 2I or I."""
+
+    w13: Tensor  # uint8 [E, W, H/2], low nibble = even k
+    w13_scale: Tensor  # uint8 [E, W, H/32], E8M0
+    w2: Tensor  # uint8 [E, H, I/2]
+    w2_scale: Tensor  # uint8 [E, H, I/32]
+    w13_bias: Tensor | None  # float32 [E, W]
+    w2_bias: Tensor | None  # float32 [E, H]
+
+
+def check_fields(weights: Any) -> int:
+    """Checks the fields of `MoEWeights` (which is above this room) against each other; see there.
+
+    Returns:
+        num_global_experts, which 0 leaves to be found.
+
+    Raises:
+        TypeError, ValueError: as `MoEWeights`.
+    """
+    if not isinstance(weights.activation, Activation):
+        raise TypeError(f"activation: expected an Activation, got {weights.activation!r}")
+    if not isinstance(weights.gate_up_order, GateUpOrder):
+        raise TypeError(f"gate_up_order: expected a GateUpOrder, got {weights.gate_up_order!r}")
+    if not isinstance(weights.word_order, WordOrder):
+        raise TypeError(f"word_order: expected a WordOrder, got {weights.word_order!r}")
+    hidden, inter, rows = weights.hidden_size, weights.intermediate_size, weights.w13_rows
+    for name, size in (("hidden_size", hidden), ("intermediate_size", inter)):
+        check_int(name, size)
+        if size <= 0 or size % BLOCK:
+            raise ValueError(f"{name}: expected a multiple of {BLOCK}, got {size}")
+    require_tensor("w13", weights.w13, torch.uint8, ("E", weight_bytes(rows, hidden)))
+    experts, device = weights.num_experts, weights.device
+    if experts == 0:
+        raise ValueError(f"w13: expected at least one expert, got {describe(weights.w13)}")
+    shapes = {
+        "w13": (experts, weight_bytes(rows, hidden)),
+        "w2": (experts, weight_bytes(hidden, inter)),
+        "w13_bias": (experts, rows),
+        "w2_bias": (experts, hidden),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(weights, name)
+        if tensor is None and name.endswith("_bias"):
+            continue
+        require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
+        require_contiguous(name, tensor)
+    check_number("alpha", weights.alpha, experts, device)
+    check_number("beta", weights.beta, experts, device)
+    if weights.limit is not None:
+        check_number("limit", weights.limit, experts, device)
+        if not isinstance(weights.limit, Tensor) and weights.limit <= 0:
+            raise ValueError(f"limit: expected a number above 0, or None, got {weights.limit}")
+    check_int("first_expert", weights.first_expert)
+    check_int("num_global_experts", weights.num_global_experts)
+    every: int = weights.num_global_experts or weights.first_expert + experts
+    if not 0 <= weights.first_expert <= every - experts:
+        raise ValueError(
+            f"first_expert: expected 0 to {every - experts}, where the {experts} experts here fit into {every}, got "
+            f"{weights.first_expert}"
+        )
+    return every
+
+
+def alone(value: Any) -> Any:
+    """A tensor with no more memory than its own; anything else as it is."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+        return value.clone(memory_format=torch.contiguous_format)
+    return value

@@ -1,0 +1,133 @@
+"""All that a checkpoint holds of experts, as `mxfp4-moe inspect` shows it. Headers and config.json alone are read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ExpertConfig, compare_sizes, read_config, stated_activation
+from .contents import (
+    FoundLayer,
+    LayerSizes,
+    find_layers,
+    is_draft,
+    layer_sizes,
+    no_experts,
+    numbers_in_words,
+    other_format,
+)
+from .files import Checkpoint
+from .schemes import BY_NAME, Between
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Layers that are alike in everything but their numbers.
+
+    Attributes:
+        problem: why they cannot be loaded, or "".
+        between: what stands between their GEMMs, or None with `unknown` saying why that cannot be told.
+        call: what loads the first of them.
+    """
+
+    scheme: str
+    prefix: str
+    layers: tuple[int, ...]
+    sizes: LayerSizes | None
+    between: Between | None
+    unknown: str
+    problem: str
+    call: str
+
+    @property
+    def numbers(self) -> str:
+        """The layers in words."""
+        return numbers_in_words(self.layers)
+
+    @property
+    def written_by(self) -> str:
+        """Who writes such files."""
+        return BY_NAME[self.scheme].written_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A checkpoint's experts, and what its config.json says of them."""
+
+    path: Path
+    config: ExpertConfig | None
+    groups: tuple[Group, ...]
+
+
+def summarize(path: str | Path) -> Summary:
+    """Everything that a checkpoint holds of experts.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing that can be read; the message says what it is and what to do.
+    """
+    with Checkpoint(path) as checkpoint:
+        config = read_config(checkpoint.folder)
+        places: dict[tuple[str, int], list[FoundLayer]] = defaultdict(list)
+        for found in find_layers(checkpoint.names()):
+            places[found.prefix, found.layer].append(found)
+        if not places:
+            raise ValueError(no_experts(checkpoint))
+        layers = [_layer(checkpoint, config, candidates) for candidates in places.values()]
+        return Summary(path=checkpoint.path, config=config, groups=_grouped(checkpoint.path, layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    found: FoundLayer
+    sizes: LayerSizes | None
+    between: Between | None
+    unknown: str
+    problem: str
+
+
+def _layer(checkpoint: Checkpoint, config: ExpertConfig | None, candidates: list[FoundLayer]) -> _Layer:
+    reasons = [other_format(checkpoint, found) for found in candidates]
+    found = next((f for f, reason in zip(candidates, reasons, strict=True) if reason is None), candidates[0])
+    problem = reasons[0] if None not in reasons else None
+    sizes = between = None
+    unknown = ""
+    if problem is None:
+        try:
+            sizes = layer_sizes(checkpoint, found)
+            if config is not None:
+                compare_sizes(config, found, sizes)
+        except (ValueError, FileNotFoundError) as error:
+            problem = str(error)
+        try:
+            between, _ = stated_activation(checkpoint, config, found, named=False)
+        except ValueError as error:
+            unknown = str(error)
+    return _Layer(found=found, sizes=sizes, between=between, unknown=unknown, problem=problem or "")
+
+
+def _grouped(path: Path, layers: list[_Layer]) -> tuple[Group, ...]:
+    several = len({layer.found.prefix for layer in layers if not is_draft(layer.found.prefix)}) > 1
+    alike: dict[object, list[_Layer]] = defaultdict(list)
+    for layer in layers:
+        kind = "problem" if layer.problem else (layer.sizes, layer.between)
+        alike[layer.found.scheme.name, layer.found.prefix, kind].append(layer)
+    return tuple(_group(path, some, several) for some in alike.values())
+
+
+def _group(path: Path, layers: list[_Layer], several: bool) -> Group:
+    first = layers[0]
+    named = several or is_draft(first.found.prefix)
+    arguments = [repr(str(path)), f"layer={first.found.layer}"]
+    arguments += [f"prefix={first.found.prefix!r}"] if named else []
+    arguments += ["activation=..."] if first.between is None else []
+    return Group(
+        scheme=first.found.scheme.name,
+        prefix=first.found.prefix,
+        layers=tuple(layer.found.layer for layer in layers),
+        sizes=first.sizes,
+        between=first.between,
+        unknown=first.unknown,
+        problem=first.problem,
+        call="" if first.problem else f"MoEWeights.from_pretrained({', '.join(arguments)})",
+    )

@@ -1,0 +1,168 @@
+"""Every model of docs/models.md, in every naming it comes in: a small checkpoint, loaded, against float64.
+
+Sizes are a model's own in small: as many blocks of 32 beyond whole K tiles of 128 as the model has, experts and experts
+per token cut down.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import model_checkpoints as checkpoints
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from mxfp4_moe import MoEWeights, fused_moe
+from mxfp4_moe._checkpoints.models import MODELS, Model
+from mxfp4_moe._checkpoints.schemes import BY_NAME, SCHEMES
+
+TOKENS = 23
+TOLERANCE = 2.0**-8  # as test_reference.py has it for bfloat16, with the reason
+PAIRS = [(model, scheme) for model in MODELS for scheme in model.schemes]
+# What each model computes between its GEMMs, from its own sources (the rows of _checkpoints/models.py name them).
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {"activation": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
+    "gpt-oss-120b": {"activation": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
+    "DeepSeek-V4-Flash": {"activation": "swiglu_oai", "alpha": 1.0, "beta": 0.0, "limit": 10.0},
+    "DeepSeek-V4-Pro": {"activation": "swiglu_oai", "alpha": 1.0, "beta": 0.0, "limit": 10.0},
+    "MiniMax-M3": {"activation": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
+    "MiMo-V2": {"activation": "swiglu"},
+    "Ling / Bailing V3": {"activation": "swiglu_step", "limit": 7.0},  # layer 1; layer 0 has no limit
+    "Qwen3-MoE, quantized here": {"activation": "swiglu"},
+}
+LAYER = 1
+
+
+def small(size: int, tiles: int) -> int:
+    return 32 * (4 * tiles + size // 32 % 4)
+
+
+def shrunk(config: Mapping[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """The model's config.json with the small layer's sizes in the model's own keys."""
+    keys = {
+        "num_experts": ("num_local_experts", "n_routed_experts", "num_experts"),
+        "top_k": ("num_experts_per_tok", "num_experts_per_token"),
+        "hidden": ("hidden_size", "routed_expert_hidden_size"),
+        "inter": ("moe_intermediate_size",) if "moe_intermediate_size" in str(config) else ("intermediate_size",),
+    }
+    of_key = {key: sizes[what] for what, names in keys.items() for key in names}
+    return {
+        key: shrunk(value, sizes) if isinstance(value, Mapping) else of_key.get(key, value)
+        for key, value in config.items()
+    }
+
+
+def write_model(folder: Path, model: Model, scheme: str, layers: int = 2) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+    sizes = {
+        "num_experts": min(model.num_experts, 6),
+        "top_k": min(model.top_k, 4),
+        "hidden": small(model.hidden_size, 2),
+        "inter": small(model.intermediate_size, 1),
+    }
+    made = [
+        checkpoints.layer_of(scheme, sizes["num_experts"], sizes["hidden"], sizes["inter"], seed=seed)
+        for seed in range(layers)
+    ]
+    tensors = checkpoints.other_tensors(model.prefix)
+    for number, layer in enumerate(made):
+        tensors |= checkpoints.tensors_of(scheme, layer, number, model.prefix)
+    checkpoints.write(folder, tensors, shards=2)
+    checkpoints.write_config(folder, shrunk(model.config, sizes))
+    return folder, made
+
+
+def call(weights: MoEWeights, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(5)
+    scores = torch.randn(TOKENS, weights.num_experts, generator=g).softmax(-1).topk(top_k)
+    x = torch.randn(TOKENS, weights.hidden_size, generator=g).bfloat16()
+    return x, scores.values, scores.indices
+
+
+def error(actual: torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected))
+
+
+def test_the_tables_know_each_other() -> None:
+    assert {scheme for _, scheme in PAIRS} == set(BY_NAME) == set(checkpoints.SCHEMES)
+    assert set(ACTIVATIONS) == {model.name for model in MODELS} - {"Kimi-K3"}
+    assert all(row.sources for row in (*SCHEMES, *MODELS))
+
+
+@pytest.mark.parametrize(("model", "scheme"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_a_layer_from_its_own_files(tmp_path: Path, model: Model, scheme: str) -> None:
+    path, layers = write_model(tmp_path, model, scheme)
+    numbers = ACTIVATIONS.get(model.name, {"activation": "swiglu"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if model.name == "Kimi-K3":
+            with pytest.raises(ValueError, match="has hidden_act 'situ', which this version has no kernels for"):
+                MoEWeights.from_pretrained(path, layer=LAYER)
+            weights = MoEWeights.from_pretrained(path, layer=LAYER, activation="swiglu")
+        else:
+            weights = MoEWeights.from_pretrained(path, layer=LAYER)
+    order = checkpoints.ORDER_OF[scheme]
+    assert weights.activation.value == numbers["activation"]
+    assert weights.gate_up_order.value == order
+
+    x, topk_weights, topk_ids = call(weights, min(model.top_k, 4))
+    expected = oracles.dense_moe(x, topk_weights, topk_ids, layers[LAYER], gate_up_order=order, **numbers)
+    assert error(fused_moe(x, topk_weights, topk_ids, weights), expected) <= TOLERANCE
+
+    # What a wrong layer, order of rows or activation would give is far from that.
+    others = [
+        {"checkpoint": layers[1 - LAYER], "gate_up_order": order, **numbers},
+        {"checkpoint": layers[LAYER], "gate_up_order": "up_gate" if order == "gate_up" else "gate_up", **numbers},
+        {"checkpoint": layers[LAYER], "gate_up_order": order, **numbers, "activation": "geglu"},
+    ]
+    for other in others:
+        assert (
+            error(fused_moe(x, topk_weights, topk_ids, weights), oracles.dense_moe(x, topk_weights, topk_ids, **other))
+            > 4 * TOLERANCE
+        )
+
+    if scheme not in checkpoints.FLOATS:
+        for name, tensor in weights.to_mxfp4()._asdict().items():
+            stored = layers[LAYER].get(name)
+            assert tensor is stored is None or torch.equal(tensor, stored.to(tensor.dtype)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "scheme"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_a_layer_read_to_the_gpu(tmp_path: Path, model: Model, scheme: str) -> None:
+    path, _ = write_model(tmp_path, model, scheme)
+    options: dict[str, Any] = {"activation": "swiglu"} if model.name == "Kimi-K3" else {}
+    on_cpu = MoEWeights.from_pretrained(path, layer=LAYER, **options)
+    weights = MoEWeights.from_pretrained(path, layer=LAYER, device="cuda", **options)
+    moved = on_cpu.to("cuda")
+    assert torch.equal(weights.w13, moved.w13)
+    assert torch.equal(weights.w2, moved.w2)
+    x, topk_weights, topk_ids = (tensor.cuda() for tensor in call(on_cpu, min(model.top_k, 4)))
+    expected = fused_moe(x.cpu(), topk_weights.cpu(), topk_ids.cpu(), on_cpu).double().numpy()
+    assert error(fused_moe(x, topk_weights, topk_ids, weights).cpu(), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("layer", "activation", "limit"), [(0, "swiglu", None), (1, "swiglu_step", 7.0)])
+def test_ling_has_a_limit_for_each_layer(tmp_path: Path, layer: int, activation: str, limit: float | None) -> None:
+    (model,) = [model for model in MODELS if model.name.startswith("Ling")]
+    path, _ = write_model(tmp_path, model, "weight-scale-inv")
+    weights = MoEWeights.from_pretrained(path, layer=layer)
+    assert (weights.activation.value, weights.limit) == (activation, limit)
+
+
+def test_a_square_down_projection_is_transposed_by_name(tmp_path: Path) -> None:
+    """gpt-oss has H = I, so that no shape tells [in, out] from [out, in]."""
+    layer = checkpoints.layer_of("gpt-oss-bf16", 4, 96, 96)
+    checkpoints.write(tmp_path, checkpoints.tensors_of("gpt-oss-bf16", layer, 0))
+    weights = MoEWeights.from_pretrained(tmp_path, layer=0)
+    x, topk_weights, topk_ids = call(weights, 2)
+    expected = oracles.dense_moe(x, topk_weights, topk_ids, layer)
+    assert error(fused_moe(x, topk_weights, topk_ids, weights), expected) <= TOLERANCE
+    wrong = {**layer, "w2": torch.from_numpy(np.ascontiguousarray(layer["w2"].numpy()[:, ::-1]))}
+    assert (
+        error(fused_moe(x, topk_weights, topk_ids, weights), oracles.dense_moe(x, topk_weights, topk_ids, wrong)) > 0.1
+    )

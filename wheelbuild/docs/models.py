@@ -1,0 +1,157 @@
+"""docs/models.md: the models that the loaders know, what each needs and whether it runs, and how checkpoints are named.
+
+`python -m wheelbuild.docs.models` writes it, from the package's _checkpoints/models.py and schemes.py; `--check` says
+whether it is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wheelbuild import ROOT, tile_model
+
+if TYPE_CHECKING:
+    from mxfp4_moe import activations
+    from mxfp4_moe._checkpoints import config, models, schemes
+else:  # by path, as tile_model.py loads `tiles`: the package need not be installed
+    import importlib
+
+    _PACKAGE = tile_model.archs.__package__
+    activations = importlib.import_module(f"{_PACKAGE}.activations")
+    config, models, schemes = (
+        importlib.import_module(f"{_PACKAGE}._checkpoints.{name}") for name in ("config", "models", "schemes")
+    )
+
+DOCUMENT = Path("docs/models.md")
+MAX_EXPERTS = 1024  # csrc/moe/moe.h, kMaxExperts
+
+INTRODUCTION = """# Models
+
+Written by `python -m wheelbuild.docs.models` from `_checkpoints/models.py` and `schemes.py`; a test keeps it current.
+
+```
+mxfp4-moe inspect PATH         # layers, naming, sizes, activation, and the call that loads a layer
+```
+
+```python
+weights = mxfp4_moe.MoEWeights.from_pretrained("PATH", layer=3, device="cuda")
+```
+
+PATH is a model's directory, one of its .safetensors files, or its index. Names, dtypes and shapes come from the files'
+headers; the activation and its numbers from the config.json beside them, whose sizes must be those of the tensors. What
+you pass wins, with a warning where it contradicts. `ep_rank`, `ep_size`, `tp_rank` and `tp_size` read one rank's part.
+
+## What each model needs
+
+"Runs" is about the experts: sizes, activation and number of experts that this version has kernels for. Every model has
+been loaded from a small checkpoint in each of its namings, written by the tests, and compared with float64 on CPU.
+
+"""
+
+NAMINGS = """
+## Namings
+
+N is a layer's number, E an expert's. Whatever stands before `layers.` fits, so that language models inside of others
+load too; where several fit, `prefix=` says which, and where names alone do not tell, `scheme=` with a name from here.
+uint8, int8 and float4_e2m1fn_x2 are taken as codes, uint8 and float8_e8m0fnu as scales: bytes, all of them.
+
+Weights in bfloat16, float16 or float32 are quantized to MXFP4 when they are loaded. FP8, MXFP8, NVFP4 and integer
+weights have the same names in places and are refused by their dtypes.
+
+"""
+
+COLUMNS = (
+    *("Model", "hidden", "intermediate", "experts", "per token", "activation", "router"),
+    *("routed by", "namings", "runs"),
+)
+
+
+def _row(model: models.Model) -> list[str]:
+    between, reason = _between(model)
+    return [
+        model.name,
+        *(f"{size}" for size in (model.hidden_size, model.intermediate_size, model.num_experts, model.top_k)),
+        between,
+        model.router + (f"; {model.note}" if model.note else ""),
+        f"`{model.router_call}`" if model.router_call else "the caller: `fused_moe(topk_weights, topk_ids)`",
+        ", ".join(f"`{name}`" for name in model.schemes),
+        reason or "yes",
+    ]
+
+
+def _between(model: models.Model) -> tuple[str, str]:
+    """What stands between the model's GEMMs, and why it does not run, or ""."""
+    stated = config.expert_config(Path("config.json"), model.config)
+    reasons = [f"more than {MAX_EXPERTS} experts"] if model.num_experts > MAX_EXPERTS else []
+    reasons += ["sizes"] if model.hidden_size % 32 or model.intermediate_size % 32 else []
+    said = []
+    for layer in (0, 1):  # limits may differ from layer to layer
+        try:
+            between = stated.between(layer)
+        except ValueError:
+            act = stated.raw.get("hidden_act")
+            return f"{act}", "; ".join([*reasons, f"not yet: no kernel for {act}"])
+        numbers = [("alpha", between.alpha), ("beta", between.beta)] if between.activation == "swiglu_oai" else []
+        numbers += [("limit", between.limit)] if between.limit is not None else []
+        text = ", ".join([f"`{activations.Activation(between.activation).value}`", *(f"{n} {v:g}" for n, v in numbers)])
+        said += [text] if text not in said else []
+    return " or ".join(said), "; ".join(reasons)
+
+
+def _scheme(scheme: schemes.Scheme) -> str:
+    prefix = f"{scheme.containers[0]}."
+    rows = []
+    for projection in scheme.projections:
+        for suffix in filter(None, (scheme.codes, scheme.scales, scheme.bias)):
+            rows.append(scheme.tensor(prefix, "N", projection, suffix, "E"))
+        if scheme.codes == "":
+            rows.insert(-1, scheme.tensor(prefix, "N", projection, "", "E"))
+    order = {"interleaved": "gate and up rows in turns", "gate_up": "gates, then ups"}[scheme.gate_up_order]
+    layout = "one tensor for each expert" if scheme.per_expert else "experts stacked"
+    facts = [layout, order if len(scheme.w13) == 1 else "gate and up in tensors of their own"]
+    facts += [] if scheme.is_mxfp4 else ["floating point" + (", stored [E, in, out]" if scheme.transposed else "")]
+    facts += ["biases, where they are there" if not scheme.needs_bias else "biases"] if scheme.bias else []
+    text = f"**`{scheme.name}`**: {scheme.written_by}; {', '.join(facts)}. Read in {'; '.join(scheme.sources)}."
+    return _paragraph(text) + "\n\n```\n" + "\n".join(rows) + "\n```\n"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, width=120, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; numbers to the right."""
+    rule = ["--:" if name in ("hidden", "intermediate", "experts", "per token") else ":--" for name in COLUMNS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, rule, *rows)) + "\n"
+
+
+def document() -> str:
+    """The text of docs/models.md."""
+    by_sources: dict[tuple[str, ...], list[str]] = {}
+    for model in models.MODELS:
+        by_sources.setdefault(model.sources, []).append(model.name)
+    sources = [_paragraph(f"{', '.join(names)}: {'; '.join(read)}.") for read, names in by_sources.items()]
+    read_in = "\nSizes, keys of config.json and routers were read in:\n\n" + "\n\n".join(sources) + "\n"
+    namings = NAMINGS + "\n".join(_scheme(scheme) for scheme in schemes.SCHEMES)
+    return INTRODUCTION + _table([_row(model) for model in models.MODELS]) + read_in + namings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help=f"only say whether {DOCUMENT} is current")
+    path, text = ROOT / DOCUMENT, document()
+    if not parser.parse_args().check:
+        path.write_text(text, encoding="utf-8")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        print(f"{DOCUMENT} is not current: python -m wheelbuild.docs.models", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
