@@ -12,7 +12,9 @@ if [[ -z $(newest_wheel) || ! -x $build_env/bin/python ]]; then
   bash "$root/ci/build.sh"
 fi
 MXFP4_MOE_WHEEL=$(newest_wheel)
-export MXFP4_MOE_WHEEL MXFP4_MOE_BUILD_ENV=$build_env
+# What tests compile is compiled with what compiled the wheel.
+toolchain=$(PYTHONPATH=$root "$build_env/bin/python" -m wheelbuild.versions toolchain)
+export MXFP4_MOE_WHEEL MXFP4_MOE_BUILD_ENV=$build_env MXFP4_MOE_TOOLCHAIN=${MXFP4_MOE_TOOLCHAIN-$toolchain}
 
 say "Test environment: $run_env with $(basename "$MXFP4_MOE_WHEEL")"
 [[ -x $run_env/bin/python ]] || "$(find_python)" -m venv "$run_env"

@@ -171,7 +171,12 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
             "sha256": "0" * 64,
             "instructions": {arch: {"total": 9} for arch in machine},
         },
-        **{"kernels": {}, "main_loop": {} if env else {arch: {"mma": 4} for arch in machine}, "emulated": {"calls": 4}},
+        **{
+            "kernels": {},
+            "block_scaled": {},
+            "main_loop": {} if env else {arch: {"mma": 4} for arch in machine},
+            "emulated": {"calls": 4},
+        },
     }
     loaded = {"ops": [], "facts": {arch: {"stages": 3} for arch in chosen.archs}}
     record = "Compiling entry function '_Z1k' for 'sm_90a'\n  0 bytes stack frame, 0 bytes spill stores, 4 bytes spill "

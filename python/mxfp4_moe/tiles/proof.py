@@ -15,8 +15,8 @@ TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks
 _ACT_ROW_BYTES = TILE_K  # E4M3
 WEIGHT_BLOCK_ROWS = 64
 WEIGHT_BLOCK_BYTES = WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and one scale word per row
-_SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
-_SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
+SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
+SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
 _REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
 MAX_STAGES = 8
 MAX_BLOCKS_PER_SM = 4
@@ -28,7 +28,7 @@ MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's act
 
 def max_smem_per_block(arch: str) -> int:
     """Bytes of shared memory that a block may opt in to."""
-    return _SMEM_PER_SM[check_arch(arch)[0]] - _SMEM_RESERVED_PER_BLOCK
+    return SMEM_PER_SM[check_arch(arch)[0]] - SMEM_RESERVED_PER_BLOCK
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -113,7 +113,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
     Raises:
         ArchError: the kernel has no code for the arch.
     """
-    smem_per_sm = _SMEM_PER_SM[check_arch(arch)[0]]
+    smem_per_sm = SMEM_PER_SM[check_arch(arch)[0]]
     m, n, swap = tile.m, tile.n, tile.swap_ab
     refusals = _shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
@@ -144,7 +144,7 @@ def prove(tile: Tile, arch: str) -> TileProof:
     amax_bytes = (n // (warp_m if swap else warp_n)) * m * 4 if activates else 0
 
     def stages_for(blocks: int) -> int:
-        budget = smem_per_sm // blocks - _SMEM_RESERVED_PER_BLOCK - amax_bytes
+        budget = smem_per_sm // blocks - SMEM_RESERVED_PER_BLOCK - amax_bytes
         return min(MAX_STAGES, budget // stage_and_barriers)
 
     # Several blocks hide each other's latencies, as long as each has three stages and registers for its accumulators.

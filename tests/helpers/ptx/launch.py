@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from mxfp4_moe import tiles
+from mxfp4_moe.tiles import proof
 from wheelbuild import toolchain
 from wheelbuild.kernel_ptx import compile_source_to_ptx, compile_to_ptx
 from wheelbuild.toolchain import Cuda
@@ -32,7 +33,7 @@ from wheelbuild.toolchain import Cuda
 from . import abi, recorder
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 ARENA_BYTES = 32 << 20
 _CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from ptx import recorder; recorder.main(*sys.argv[2:])"
 _THREADS_PER_SM = {9: 2048, 12: 1536}  # CUDA programming guide, "Compute Capabilities"
@@ -204,7 +205,7 @@ class Recorder:
     def device(self, sms: int, arch: str) -> int:
         if (arch, sms) not in self._devices:
             major = 12 if arch.startswith("12") else 9
-            smem = (tiles._SMEM_PER_SM[major], tiles.max_smem_per_block(arch), tiles._SMEM_RESERVED_PER_BLOCK)
+            smem = (proof.SMEM_PER_SM[major], tiles.max_smem_per_block(arch), proof.SMEM_RESERVED_PER_BLOCK)
             number = self._ask("add_device", major, 0, sms, *smem, _THREADS_PER_SM[major])
             self._devices[arch, sms] = number
         return self._devices[arch, sms]
