@@ -104,9 +104,7 @@ def _words(instruction: Instruction) -> int:
     return int(wide[1]) // 32 if wide else 1
 
 
-def find_main_loop(
-    kernel: Sequence[Instruction], mma: str, *, by_width: bool = False
-) -> tuple[MainLoop | None, int]:
+def find_main_loop(kernel: Sequence[Instruction], mma: str, *, by_width: bool = False) -> tuple[MainLoop | None, int]:
     """The innermost loop around this kernel's MMAs (opcode `mma`), and how many MMAs are outside of every loop.
 
     Of several such loops the one with most instructions per MMA; None when no loop has an MMA. `by_width`: of a kernel

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from wheelbuild import ROOT, emulation
 from wheelbuild.block_scaled import OPCODE as BLOCK_SCALED
@@ -102,7 +102,7 @@ def tile_defines(tile: Tile) -> tuple[str, ...]:
     return (f"-DLOGICAL_TILE_M={tile.m}", f"-DLOGICAL_TILE_N={tile.n}", f"-DSWAP_AB={int(tile.swap_ab)}")
 
 
-def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, object]]:
+def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {arch: tile_model.facts(tile, arch) for arch in archs}
 
 
@@ -111,8 +111,9 @@ def _main_loop(tile: Tile, arch: str, kernel: Kernel, thresholds: Thresholds) ->
 
     Activations take two 8 x 16 byte matrices per 8 rows, folded ones, of bf16, four; wgmma reads them from shared
     memory itself. Packed weights take one word per lane, four of which stand side by side where the warp has as many
-    groups of 8 rows (csrc/shared/weight_layout.cuh). What wgmma's loop multiplies depends on the registers that there
-    are, but it loads weights for 8 steps: 4 of a K tile that another follows, 3 or 1 of the last, whose first are there.
+    groups of 8 rows (csrc/shared/weight_layout.cuh). How many MMAs wgmma's loop has depends on how many columns one
+    takes, but it loads weights for 8 steps: 4 in a K tile that another follows, and in the last, whose first step's are
+    there, 3 or, where half of it is padding, 1.
     """
     proof = tile_model.prove(tile, arch, kernel)
     folded, wgmma = kernel == tile_model.Kernel.FOLDED, proof.function == "grouped_gemm_wgmma"

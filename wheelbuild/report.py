@@ -126,7 +126,7 @@ def make_costs(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any], costs: dict[str, Any]) -> str:
-    """The numbers of both as a table, one line per tile, arch and kernel; what a tile's kernels share is in its first."""
+    """The numbers of both as a table, one line per tile, arch and kernel; what kernels share is in the first."""
     rows = ["tile arch kernel stages smem regs loop NOP MMA LDSM per-MMA total CPU-s MB".split()]
     for name, tile in report["tiles"].items():
         for arch, data in tile["archs"].items():

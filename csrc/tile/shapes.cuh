@@ -1,5 +1,5 @@
-// Which kernels a tile has on its arch, what each is, and what that means to a layer. Host code: tests compile it alone,
-// and tiles.kernels_of and tiles.prove mirror it.
+// Which kernels a tile has on its arch, what each is, and what that means to a layer. Host code: tests compile it
+// alone, and tiles.kernels_of and tiles.prove mirror it.
 #pragma once
 
 #include <type_traits>

@@ -49,7 +49,7 @@ def _modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile,
 
 @functools.cache
 def loop_instructions(arch: str) -> dict[str, float]:
-    """Tile name -> instructions of a plain kernel's warp in a K tile, as the build report has them; without it, none."""
+    """Tile name -> instructions of a plain kernel's warp in a K tile, by the build report; without it, none."""
     report = wheel.read_report() or {}
     known = {}
     for tile in wheel.built_tiles():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..archs import check_arch
 from .proof import TileProof, prove_plain
 from .sm90 import has_mma_sync, has_parallel_k, has_wgmma, prove_mma_sync, prove_parallel_k, prove_wgmma
@@ -32,14 +34,14 @@ def prove(tile: Tile, arch: str, kernel: Kernel = Kernel.PLAIN) -> TileProof:
     if kernel not in has:
         names = ", ".join(each.name for each in has)
         raise ValueError(f"kernel: expected one that {tile.name} has on sm_{arch} ({names}), got {kernel.name}")
-    if kernel is Kernel.PARALLEL_K:
+    if kernel == Kernel.PARALLEL_K:
         return prove_parallel_k(tile, arch)
-    if kernel is Kernel.FOLDED:
+    if kernel == Kernel.FOLDED:
         return prove_mma_sync(tile, arch) if has_mma_sync(*tile.mn) else prove_wgmma(tile, arch)
     return prove_plain(tile, arch)
 
 
-def facts(tile: Tile, arch: str) -> dict[str, object]:
+def facts(tile: Tile, arch: str) -> dict[str, Any]:
     """What the compiled tile must report for this arch: its shape, and by label the facts of each kernel.
 
     Raises:
