@@ -1,7 +1,7 @@
 // The one contract between a tile extension and the code that calls it (csrc/moe, the tile's own torch op).
 //
 // A tile extension is a shared library of its own, so nothing but C crosses the border: a struct of facts that the
-// build compares with the proof in tiles.py, a struct of arguments, and a function that launches or says why not.
+// build compares with tiles.prove, a struct of arguments, and a function that launches or says why not.
 #pragma once
 
 #include <stdint.h>
