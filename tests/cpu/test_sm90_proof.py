@@ -100,7 +100,7 @@ def test_other_kernels_are_refused_for_what_they_lack(monkeypatch: pytest.Monkey
     row = "[[tile]]\nm = 8\nn = 64\nswap_ab = true\n"
     text = 'archs = ["90a"]\ndefault_profile = "a"\n[profile.a]\nquantization = ["q"]\nout_dtypes = ["d"]\n' + row
     assert tiles.parse_manifest(text).tiles[0].mn == (8, 64)
-    monkeypatch.setattr(stages, "_SMEM_PER_SM", {9: 48 * 1024, 12: 100 * 1024})
+    monkeypatch.setattr(stages, "SMEM_PER_SM", {9: 48 * 1024, 12: 100 * 1024})
     tile = Tile(m=8, n=64, swap_ab=True)
     assert tiles.prove(tile, "90a").legal
     (refusal,) = tiles.prove(tile, "90a", tiles.Kernel.PARALLEL_K).refusals

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..archs import check_arch
 
-_SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
+SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
 SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
 _REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
 MAX_STAGES = 8
@@ -20,7 +20,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def smem_per_sm(arch: str) -> int:
     """Bytes of shared memory of a multiprocessor."""
-    return _SMEM_PER_SM[check_arch(arch)[0]]
+    return SMEM_PER_SM[check_arch(arch)[0]]
 
 
 def max_smem_per_block(arch: str) -> int:
