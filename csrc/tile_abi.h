@@ -1,7 +1,7 @@
 // The one contract between a tile extension and the code that calls it (csrc/moe, the tile's own torch op).
 //
 // A tile extension is a shared library of its own, so nothing but C crosses the border: a struct of facts that the
-// build compares with the proof in tiles.py, a struct of arguments, and a function that launches or says why not.
+// build compares with tiles.prove, a struct of arguments, and a function that launches or says why not.
 #pragma once
 
 #include <stdint.h>
@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 5
+#define MXFP4_MOE_TILE_ABI_VERSION 6
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -24,14 +24,15 @@ enum Mxfp4MoeActFormat {
   MXFP4_MOE_ACT_FOLDED = 1,  // bf16, for MMAs that take no scales (shared/folded.cuh)
 };
 
-// The kernels of a tile. All give the same bits. A layer asks for BY_SIZE; the other numbers are for tests, and for
-// Mxfp4MoeTileFacts::kernels.
+// The kernels of a tile. All give the same bits. A layer asks for BY_SIZE; the other numbers are for tests, and the
+// places of Mxfp4MoeTileFacts::kernels.
 enum Mxfp4MoeKernel {
   MXFP4_MOE_KERNEL_BY_SIZE = 0,     // the rule in tile/launcher.cuh: by act_format and the call's size
   MXFP4_MOE_KERNEL_PLAIN = 1,       // tile/plain_kernel.cuh, which every tile has
   MXFP4_MOE_KERNEL_PARALLEL_K = 2,  // tile/sm90/parallel_k_kernel.cuh; a tile without it refuses
   MXFP4_MOE_KERNEL_FOLDED = 3,      // tile/sm90/, for folded activations (shared/folded.cuh)
 };
+#define MXFP4_MOE_KERNELS 3  // that a tile may have
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
 // one expert. The list is made on the device (csrc/moe/route.cu); the host never reads it.
@@ -90,19 +91,23 @@ typedef struct {
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;
 
-// What a tile is on one arch: its plain kernel, as the compiler was told, and what a layer has to know. Compared after
-// each build with the proof in tiles.py.
+// One kernel of a tile on one arch, as the compiler was told. Compared after each build with tiles.prove.
+typedef struct {
+  int32_t kernel;  // Mxfp4MoeKernel; 0 where the tile does not have it, and all else is 0 too
+  int32_t threads;
+  int32_t stages;
+  int32_t stage_bytes;  // that a stage loads
+  int32_t smem_bytes;   // dynamic shared memory of one block
+  int32_t blocks_per_sm;
+  int32_t accumulator_registers;  // per thread
+} Mxfp4MoeKernelFacts;
+
+// What a tile is on one arch: its kernels, and what a layer has to know.
 typedef struct {
   const char* arch;  // "90a" or "120f"
   int32_t tile_m, tile_n, swap_ab;
-  int32_t threads;
-  int32_t stages;
-  int32_t stage_bytes;
-  int32_t smem_bytes;  // dynamic shared memory of one block
-  int32_t blocks_per_sm;
-  int32_t accumulator_registers;  // per thread
-  int32_t kernels;                // bit 1 << Mxfp4MoeKernel of each kernel that it has
-  int32_t activates;              // whether Mxfp4MoeGemmArgs::activate may be set
+  Mxfp4MoeKernelFacts kernels[MXFP4_MOE_KERNELS];  // kernel 1 first
+  int32_t activates;                               // whether Mxfp4MoeGemmArgs::activate may be set
   // Mxfp4MoeActFormat of the rows that a layer gives GEMM1, and of those that GEMM1's epilogue writes for GEMM2. A tile
   // that reads folded rows reads MXFP8 too.
   int32_t gemm1_format, gemm2_format;

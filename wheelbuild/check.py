@@ -23,6 +23,7 @@ from wheelbuild.machine_code import (
     Code,
     Resources,
     has_ptx,
+    is_instance,
     parse_ptxas,
     performance_losses,
     read_sass,
@@ -32,7 +33,6 @@ from wheelbuild.main_loop import MainLoop, find_main_loop
 from wheelbuild.thresholds import THRESHOLDS
 
 LOCAL_MEMORY = ("LDL", "STL")
-SHARED_KERNEL = "12grouped_gemmI"  # csrc/tile/plain_kernel.cuh, as its instances are mangled
 
 
 def check_archs(library: str, code: Mapping[str, Code], archs: Sequence[str]) -> None:
@@ -75,15 +75,35 @@ def check_memory(library: str, code: Mapping[str, Code], resources: Sequence[Res
                 )
 
 
-def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, Any]) -> MainLoop:
-    """The loop around the MMA: there is one, it holds every MMA, loads activations by LDSM and weights by LDS as wide
-    as can be, and is short enough.
+def check_main_loops(
+    library: str, arch: str, code: Code, expect: Mapping[str, Mapping[str, Any]]
+) -> dict[str, MainLoop]:
+    """`check_main_loop` of every kernel, by its label; each must be there once, and none besides."""
+    loops = {}
+    rest = dict(code.kernels)
+    for label, wanted in expect.items():
+        names = [name for name in code.kernels if is_instance(name, wanted["function"])]
+        if len(names) != 1:
+            raise BuildError(
+                f"{library} on sm_{arch}: expected {wanted['function']}, its {label} kernel, once, got it "
+                f"{len(names)} times among {', '.join(sorted(code.kernels)) or 'no kernels'}"
+            )
+        kernel = Code(kernels={names[0]: rest.pop(names[0])})
+        loops[label] = check_main_loop(f"{library} on sm_{arch}, {label} kernel", kernel, wanted)
+    if rest:
+        raise BuildError(f"{library} on sm_{arch}: {min(rest)} is none of its kernels: {', '.join(expect)}")
+    return loops
 
-    `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations, `words_per_step` of weights in a lane: what
-    one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `limit`, instructions per MMA or None.
+
+def check_main_loop(where: str, code: Code, expect: Mapping[str, Any]) -> MainLoop:
+    """The loop around the MMA of a kernel: there is one, it holds every MMA, loads activations by LDSM and weights by
+    LDS as wide as can be, and is short enough.
+
+    `expect`: `opcode`; `matrices_per_step` of activations, `words_per_step` of weights in a lane: what one step of
+    K = 32 takes; `mma_per_step`, or in its place `steps`, for how many of them the loop loads; `words_per_load`, how
+    many words an LDS brings; `by_width` as find_main_loop has it; `limit`, instructions per MMA or None.
     """
     opcode = expect["opcode"]
-    where = f"{library} on sm_{arch}"
     if not code.count(opcode):
         raise BuildError(f"{where}: no {opcode} among {code.counts()['total']} instructions")
     if waterfalls := code.waterfalls(opcode):
@@ -91,27 +111,29 @@ def check_main_loop(library: str, arch: str, code: Code, expect: Mapping[str, An
             f"{where}: {waterfalls} loops over the lanes of a warp around {opcode}; an operand that the instruction "
             "wants uniform (the scale selector) is not a constant"
         )
-    found = {name: find_main_loop(kernel, opcode) for name, kernel in code.kernels.items()}
-    outside = sum(count for _, count in found.values())
+    (kernel,) = code.kernels.values()
+    loop, outside = find_main_loop(kernel, opcode, by_width=expect["by_width"])
     if outside:
         raise BuildError(f"{where}: {outside} of {code.count(opcode)} {opcode} are in no loop, expected one around all")
-    loops = {name: loop for name, (loop, _) in found.items() if loop is not None}
-    # SM90 has kernels of its own beside it, with loops for what is seldom; compared is what all archs have.
-    shared = [loop for name, loop in loops.items() if SHARED_KERNEL in name]
-    loop = max(shared or loops.values(), key=lambda loop: loop.instructions_per_mma)
-    needed = -(-loop.mma * expect["matrices_per_step"] // expect["mma_per_step"])
-    if loop.ldsm_matrices < needed:
+    if loop is None:
+        raise BuildError(f"{where}: every loop around {opcode} reads global memory, expected one that does not")
+
+    def needed(per_step: int) -> int:
+        if "steps" in expect:
+            return int(expect["steps"]) * per_step
+        return -(-loop.mma * per_step // int(expect["mma_per_step"]))
+
+    if loop.ldsm_matrices < (wanted := needed(expect["matrices_per_step"])):
         raise BuildError(
             f"{where}: LDSM loads {loop.ldsm_matrices} matrices for {loop.mma} {opcode} in the main loop, which need "
-            f"{needed} of activations; another instruction loads the rest"
+            f"{wanted} of activations; another instruction loads the rest"
         )
     wide = expect["words_per_load"]
-    needed = -(-loop.mma * expect["words_per_step"] // expect["mma_per_step"])
     loaded = sum(count * words for count, words in zip(loop.lds, (1, 2, 4), strict=True) if words >= wide)
-    if loaded < needed:
+    if loaded < (wanted := needed(expect["words_per_step"])):
         raise BuildError(
             f"{where}: LDS of {wide * 32} bits load {loaded} words for {loop.mma} {opcode} in the main loop, which "
-            f"need {needed} of weights; narrower loads bring the rest"
+            f"need {wanted} of weights; narrower loads bring the rest"
         )
     limit = expect["limit"]
     if limit is not None and loop.instructions_per_mma > limit:
@@ -160,7 +182,7 @@ def check_library(
     """Every check of one library's code, and what they saw, for the report; BuildError for the first failure.
 
     `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop` and
-    `block_scaled`, by arch, or `emulated` in their place.
+    `block_scaled`, by arch (and by kernel), or `emulated` in their place.
     """
     name = library.name
     check_compiling(name, records, expect["compile"])
@@ -172,7 +194,7 @@ def check_library(
     emulated = check_emulated_tile(name, code, expect["emulated"]) if "emulated" in expect else None
     if emulated is None:
         check_memory(name, code, resources)
-    loops = {arch: check_main_loop(name, arch, code[arch], want) for arch, want in expect.get("main_loop", {}).items()}
+    loops = {arch: check_main_loops(name, arch, code[arch], want) for arch, want in expect.get("main_loop", {}).items()}
     block_scaled = {
         arch: check_block_scaled(name, arch, code[arch], want) for arch, want in expect.get("block_scaled", {}).items()
     }
@@ -191,7 +213,7 @@ def check_library(
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "instructions": {arch: code[arch].counts() for arch in archs},
-        "main_loop": {arch: loop.report() for arch, loop in loops.items()},
+        "main_loop": {arch: {name: loop.report() for name, loop in each.items()} for arch, each in loops.items()},
         "block_scaled": block_scaled,
         **({"emulated": emulated} if emulated else {}),
         "kernels": {

@@ -22,6 +22,35 @@ from typing import Any
 from wheelbuild import REFUSED, BuildError
 
 
+def _proved_in(kernel: str | None) -> tuple[str, str]:
+    """The source and the proof that must agree about a kernel of a tile, or about the tile itself."""
+    if kernel in (None, "plain"):
+        return "csrc/tile/tile_shape.cuh", "tiles/proof.py"
+    return "csrc/tile/sm90", "tiles/sm90.py"
+
+
+def _compare(where: str, facts: Mapping[str, Any], wanted: Mapping[str, Any], kernel: str | None = None) -> None:
+    source, proof = _proved_in(kernel)
+    for key, value in wanted.items():
+        actual = facts.get(key)
+        if actual != value:
+            raise BuildError(
+                f"{where}: {key} is {actual} in the compiled tile and {value} in the proof of {proof}; {source} and "
+                f"{proof} must agree"
+            )
+
+
+def _check_kernels(where: str, kernels: object, wanted: Mapping[str, Mapping[str, int]]) -> None:
+    if not isinstance(kernels, dict) or sorted(kernels) != sorted(wanted):
+        has = sorted(kernels) if isinstance(kernels, dict) else kernels
+        raise BuildError(
+            f"{where}: has facts of the kernels {has}, expected {sorted(wanted)}; csrc/tile/shapes.cuh and "
+            "tiles/kernels.py must agree"
+        )
+    for name, facts in wanted.items():
+        _compare(f"{where}, {name} kernel", kernels[name], facts, name)
+
+
 def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
     """The operators and facts of a loaded library against what its manifest row and the proof say."""
     ops = loaded["ops"]
@@ -40,13 +69,9 @@ def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any
         has = sorted(facts) if isinstance(facts, dict) else facts
         raise BuildError(f"{library} has facts for archs {has}, expected {sorted(expect['facts'])}")
     for arch, wanted in expect["facts"].items():
-        for key, value in wanted.items():
-            actual = facts[arch].get(key)
-            if actual != value:
-                raise BuildError(
-                    f"{library} on sm_{arch}: {key} is {actual} in the compiled tile and {value} in the proof of "
-                    "tiles/proof.py; csrc/tile/tile_shape.cuh and tiles/proof.py must agree"
-                )
+        where = f"{library} on sm_{arch}"
+        _compare(where, facts[arch], {key: value for key, value in wanted.items() if key != "kernels"})
+        _check_kernels(where, facts[arch].get("kernels"), wanted["kernels"])
 
 
 def _load(library: Path, module: str) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def parse_ptxas(text: str) -> list[Resources]:
     return found
 
 
+def is_instance(kernel: str, function: str) -> bool:
+    """Whether a kernel, by its mangled name, is an instance of this template of csrc/tile."""
+    return f"{len(function)}{function}I" in kernel
+
+
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
     address: int

@@ -25,6 +25,7 @@ class MainLoop:
     ldsm: int
     ldsm_matrices: int  # 8 x 16 bytes each; an LDSM brings one, two or four
     lds: tuple[int, int, int]  # LDS of one 32-bit word, of two, of four
+    ldg: int = 0
 
     @property
     def instructions_per_mma(self) -> float:
@@ -103,10 +104,12 @@ def _words(instruction: Instruction) -> int:
     return int(wide[1]) // 32 if wide else 1
 
 
-def find_main_loop(kernel: Sequence[Instruction], mma: str) -> tuple[MainLoop | None, int]:
+def find_main_loop(kernel: Sequence[Instruction], mma: str, *, by_width: bool = False) -> tuple[MainLoop | None, int]:
     """The innermost loop around this kernel's MMAs (opcode `mma`), and how many MMAs are outside of every loop.
 
-    Of several such loops the one with most instructions per MMA; None when no loop has an MMA.
+    Of several such loops the one with most instructions per MMA; None when no loop has an MMA. `by_width`: of a kernel
+    that has a loop for every number of rows that it tells apart, which reads no global memory, and one for what is
+    seldom, which does: the loop for most rows, which has most instructions.
     """
     if not any(instruction.is_a(mma) for instruction in kernel):
         return None, 0
@@ -134,6 +137,9 @@ def find_main_loop(kernel: Sequence[Instruction], mma: str) -> tuple[MainLoop | 
                 ldsm=len(loads),
                 ldsm_matrices=sum(map(_matrices, loads)),
                 lds=(words.count(1), words.count(2), words.count(4)),
+                ldg=sum(instruction.is_a("LDG") for instruction in body),
             )
         )
+    if by_width:
+        return max((loop for loop in found if not loop.ldg), key=lambda loop: loop.instructions, default=None), outside
     return max(found, key=lambda loop: loop.instructions / loop.mma, default=None), outside

@@ -7,22 +7,24 @@ each compilation) stay in the build folder, as build_costs.json: with them no tw
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wheelbuild import emulation
-from wheelbuild.machine_code import parse_ptxas
+from wheelbuild.machine_code import is_instance, parse_ptxas
 from wheelbuild.tile_model import floors
+from wheelbuild.tile_model import tiles as tile_model
 
 if TYPE_CHECKING:
+    from mxfp4_moe.tiles import Tile
     from wheelbuild.plan import CompileJob, Plan
     from wheelbuild.settings import Settings
     from wheelbuild.toolchain import Toolchain
 
 REPORT_NAME = "build_report.json"
 COSTS_NAME = "build_costs.json"
-REPORT_SCHEMA = 1
+REPORT_SCHEMA = 2
 
 
 def _read(path: Path | None) -> dict[str, Any]:
@@ -41,14 +43,21 @@ def _cost(root: Path, jobs: Sequence[CompileJob]) -> dict[str, float]:
     }
 
 
-def _worst(root: Path, job: CompileJob, arch: str) -> dict[str, int]:
-    """Registers and memory of the greediest kernel that this job compiled into this arch's machine code."""
-    output = _read(root / job.record if job.record else None)["output"]
-    kernels = [kernel for kernel in parse_ptxas(output) if kernel.arch == arch]
-    return {
-        name: max((getattr(kernel, name) for kernel in kernels), default=0)
-        for name in ("registers", "stack_bytes", "spill_store_bytes", "spill_load_bytes")
-    }
+def _kernels(
+    root: Path, job: CompileJob, tile: Tile, facts: Mapping[str, Mapping[str, int]], loops: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """By label each kernel that this job compiled: its facts, its own registers and memory, and its main loop."""
+    (arch,), (machine,) = job.archs, job.machine_archs
+    compiled = parse_ptxas(_read(root / job.record if job.record else None)["output"])
+    kernels = {}
+    for kernel in tile_model.kernels_of(tile, arch):
+        function = tile_model.prove(tile, arch, kernel).function
+        (used,) = (each for each in compiled if each.arch == machine and is_instance(each.kernel, function))
+        names = ("registers", "stack_bytes", "spill_store_bytes", "spill_load_bytes")
+        resources = {name: getattr(used, name) for name in names}
+        loop = {"main_loop": loops[kernel.label]} if loops else {}
+        kernels[kernel.label] = {"function": function, **facts[kernel.label], **resources, **loop}
+    return kernels
 
 
 def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: str, root: Path) -> dict[str, Any]:
@@ -60,17 +69,12 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
         archs: dict[str, Any] = {}
         for job in plan.jobs_of(tile.module, "nvcc"):
             (arch,), (machine,) = job.archs, job.machine_archs
-            facts = loaded[tile.module]["facts"][arch]
-            facts = {key: value for key, value in facts.items() if isinstance(value, int)}
+            facts = loaded[tile.module]["facts"][arch]["kernels"]
+            loops = {} if settings.emulates else checked["main_loop"][arch]
             archs[arch] = {
-                **facts,
-                **_worst(root, job, machine),
+                "kernels": _kernels(root, job, tile, facts, loops),
                 "instructions": checked["instructions"][machine],
-                **(
-                    {"emulated": checked["emulated"]}
-                    if settings.emulates
-                    else {"main_loop": checked["main_loop"][arch]}
-                ),
+                **({"emulated": checked["emulated"]} if settings.emulates else {}),
             }
             if arch in checked["block_scaled"]:
                 archs[arch]["block_scaled"] = checked["block_scaled"][arch]
@@ -122,21 +126,22 @@ def make_costs(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any], costs: dict[str, Any]) -> str:
-    """The numbers of both as a table, one line per tile and arch."""
-    rows = ["tile arch stages smem regs total loop NOP MMA LDSM per-MMA CPU-s MB".split()]
+    """The numbers of both as a table, one line per tile, arch and kernel; what kernels share is in the first."""
+    rows = ["tile arch kernel stages smem regs loop NOP MMA LDSM per-MMA total CPU-s MB".split()]
     for name, tile in report["tiles"].items():
         for arch, data in tile["archs"].items():
             cost = costs["tiles"][name]["archs"][arch]
-            row = [name, f"sm_{arch}", data["stages"], data["smem_bytes"], data["registers"]]
-            row += [data["instructions"]["total"]]
-            if loop := data.get("main_loop"):
-                row += [loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
-                row += [f"{loop['instructions_per_mma']:.2f}"]
-            else:  # emulated: calls take the MMA's place
-                row += ["-", "-", data["emulated"]["calls"], "-", "-"]
-            row += [f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
-            rows.append([str(cell) for cell in row])
-    return "\n".join(aligned(rows, left=2))
+            shared = [data["instructions"]["total"], f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
+            for kernel, built in data["kernels"].items():
+                row = [name, f"sm_{arch}", kernel, built["stages"], built["smem_bytes"], built["registers"]]
+                if loop := built.get("main_loop"):
+                    row += [loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
+                    row += [f"{loop['instructions_per_mma']:.2f}"]
+                else:  # emulated: calls take the MMA's place
+                    row += ["-", "-", data["emulated"]["calls"], "-", "-"]
+                rows.append([str(cell) for cell in (*row, *shared)])
+                shared = [""] * len(shared)
+    return "\n".join(aligned(rows, left=3))
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:

@@ -1,7 +1,8 @@
 """ci/thresholds.toml: limits of what the build makes. A figure beyond its limit fails the build with a sentence.
 
-`python -m wheelbuild.thresholds --update build_report.json` writes the table of measured tiles anew: each tile's
-instructions per MMA in that report, and a twentieth more for another release of ptxas. What is set by hand stays.
+`python -m wheelbuild.thresholds --update build_report.json` writes the tables of what was measured anew: the
+instructions per MMA of each tile's kernel in that report, and a twentieth more for another release of ptxas. What is
+set by hand stays; a kernel of an arch with a table there, though it be empty, is measured.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ _MEASURED = "[instructions_per_mma.measured]"
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    instructions_per_mma: Mapping[str, Mapping[str, float]]  # by arch, then by tile
+    instructions_per_mma: Mapping[str, Mapping[str, Mapping[str, float]]]  # by arch, kernel and tile
     peak_mb: float  # of one run of nvcc
     wheel_bytes: int
+
+    def limit(self, arch: str, kernel: str, tile: str) -> float | None:
+        """Instructions per MMA in the main loop of this kernel of a tile; None where there is no limit."""
+        return self.instructions_per_mma.get(arch, {}).get(kernel, {}).get(tile)
 
 
 def parse_thresholds(text: str) -> Thresholds:
@@ -39,9 +44,13 @@ def parse_thresholds(text: str) -> Thresholds:
     try:
         data = tomllib.loads(text)
         tables = data["instructions_per_mma"]
+        measured, by_hand = tables["measured"], tables["set"]
         limits = {
-            arch: {**tables["measured"].get(arch, {}), **tables["set"].get(arch, {})}
-            for arch in {**tables["measured"], **tables["set"]}
+            arch: {
+                kernel: {**measured.get(arch, {}).get(kernel, {}), **by_hand.get(arch, {}).get(kernel, {})}
+                for kernel in {**measured.get(arch, {}), **by_hand.get(arch, {})}
+            }
+            for arch in {**measured, **by_hand}
         }
         return Thresholds(
             instructions_per_mma=limits,
@@ -64,14 +73,15 @@ def check_wheel(wheel: Path, thresholds: Thresholds) -> None:
 
 
 def updated(text: str, report: Mapping[str, Any]) -> str:
-    """`text` with the measured limits of the archs it has, and of every tile of `report` without one set by hand."""
+    """`text` with the measured limits of the kernels it has, and of every tile of `report` without one set by hand."""
     by_hand = tomllib.loads(text)["instructions_per_mma"]["set"]
     lines = []
-    for arch, fixed in by_hand.items():
-        lines += ["", f'[instructions_per_mma.measured."{arch}"]']
+    for arch, kernel, fixed in ((arch, *item) for arch, kernels in by_hand.items() for item in kernels.items()):
+        lines += ["", f'[instructions_per_mma.measured."{arch}".{kernel}]']
         for name, tile in report["tiles"].items():
-            if name not in fixed and arch in tile["archs"]:
-                figure = tile["archs"][arch]["main_loop"]["instructions_per_mma"]
+            built = tile["archs"].get(arch, {}).get("kernels", {}).get(kernel)
+            if name not in fixed and built is not None:
+                figure = built["main_loop"]["instructions_per_mma"]
                 lines.append(f"{name} = {math.ceil(round(figure * SLACK * 10, 6)) / 10}")
     head, marker, _ = text.partition(_MEASURED)
     return head + marker + "\n" + "\n".join(lines[1:]) + "\n"

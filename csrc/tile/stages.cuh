@@ -1,6 +1,6 @@
 // How shared memory and registers are divided: a multiprocessor's among blocks, a block's among the stages of its
-// pipeline. Once for all shapes (tile_shape.cuh and those in sm90). Host code: tests compile it alone, and tiles.py
-// mirrors it.
+// pipeline. Once for all shapes (tile_shape.cuh and those in sm90). Host code: tests compile it alone, and
+// tiles/stages.py mirrors it.
 #pragma once
 
 namespace mxfp4_moe {

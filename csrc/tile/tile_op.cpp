@@ -60,6 +60,19 @@ const Arch* arch_of(int32_t device) {
   return nullptr;
 }
 
+// As tiles.Kernel.label.
+const char* kernel_name(int32_t kernel) {
+  switch (kernel) {
+    case MXFP4_MOE_KERNEL_PLAIN:
+      return "plain";
+    case MXFP4_MOE_KERNEL_PARALLEL_K:
+      return "parallel_k";
+    case MXFP4_MOE_KERNEL_FOLDED:
+      return "folded";
+  }
+  return "unknown";
+}
+
 const Mxfp4MoeTileFacts* facts_of(int32_t device) {
   const Arch* arch = arch_of(device);
   return arch ? arch->facts : nullptr;
@@ -140,20 +153,39 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(refusal == nullptr, refusal);
 }
 
+// Puts a new reference into a dict; false, and a Python error, where either could not be.
+bool put(PyObject* dict, PyObject* key, PyObject* value) {
+  const bool done = dict && key && value && PyDict_SetItem(dict, key, value) == 0;
+  Py_XDECREF(key);
+  Py_XDECREF(value);
+  return done;
+}
+
+PyObject* kernels_of(const Mxfp4MoeTileFacts& facts) {
+  PyObject* kernels = PyDict_New();
+  for (const Mxfp4MoeKernelFacts& f : facts.kernels) {
+    if (f.kernel == 0) continue;
+    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i}", "threads", f.threads, "stages", f.stages, "stage_bytes",
+                                  f.stage_bytes, "smem_bytes", f.smem_bytes, "blocks_per_sm", f.blocks_per_sm,
+                                  "accumulator_registers", f.accumulator_registers);
+    if (!put(kernels, PyUnicode_FromString(kernel_name(f.kernel)), one)) {
+      Py_XDECREF(kernels);
+      return nullptr;
+    }
+  }
+  return kernels;
+}
+
 PyObject* facts(PyObject*, PyObject*) {
   PyObject* all = PyDict_New();
   for (const Arch& arch : kArchs) {
-    const Mxfp4MoeTileFacts* f = arch.facts;
-    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "tile_m", f->tile_m, "tile_n", f->tile_n,
-                                  "swap_ab", f->swap_ab, "threads", f->threads, "stages", f->stages, "stage_bytes",
-                                  f->stage_bytes, "smem_bytes", f->smem_bytes, "blocks_per_sm", f->blocks_per_sm,
-                                  "accumulator_registers", f->accumulator_registers, "kernels", f->kernels);
-    if (!one || PyDict_SetItemString(all, f->arch, one) < 0) {
-      Py_XDECREF(one);
-      Py_DECREF(all);
+    const Mxfp4MoeTileFacts& f = *arch.facts;
+    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:N}", "tile_m", f.tile_m, "tile_n", f.tile_n, "swap_ab", f.swap_ab,
+                                  "kernels", kernels_of(f));
+    if (!put(all, PyUnicode_FromString(f.arch), one)) {
+      Py_XDECREF(all);
       return nullptr;
     }
-    Py_DECREF(one);
   }
   return all;
 }

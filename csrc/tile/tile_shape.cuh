@@ -3,7 +3,7 @@
 // M counts activation rows (tokens of one expert), N weight rows (output features). Native tiles feed activations to
 // the MMA's A operand and weights to B; swapped tiles exchange them, so that the small side M becomes the MMA's
 // N = 8 granule. Everything is constexpr: the kernel, the launcher and the facts that the build compares with the
-// proof in tiles.py all read it from here. tiles.py mirrors this file, statement by statement.
+// proof all read it from here. tiles/proof.py mirrors this file, statement by statement.
 #pragma once
 
 #include "shared/weight_layout.cuh"

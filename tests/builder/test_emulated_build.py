@@ -164,6 +164,8 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
     chosen = settings(**env, MXFP4_MOE_TILES="m8n64_swap")
     made = make_plan(chosen)
     machine = [chosen.compiled_for(arch) for arch in chosen.archs]
+    (tile,) = made.tiles
+    labels = {arch: [kernel.label for kernel in build_tiles.kernels_of(tile, arch)] for arch in chosen.archs}
     checked = {
         **{
             "file": "_ext/x.so",
@@ -171,16 +173,18 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
             "sha256": "0" * 64,
             "instructions": {arch: {"total": 9} for arch in machine},
         },
-        **{
-            "kernels": {},
-            "block_scaled": {},
-            "main_loop": {} if env else {arch: {"mma": 4} for arch in machine},
-            "emulated": {"calls": 4},
-        },
+        **{"kernels": {}, "block_scaled": {}, "emulated": {"calls": 4}},
+        "main_loop": {} if env else {arch: {name: {"mma": len(name)} for name in has} for arch, has in labels.items()},
     }
-    loaded = {"ops": [], "facts": {arch: {"stages": 3} for arch in chosen.archs}}
-    record = "Compiling entry function '_Z1k' for 'sm_90a'\n  0 bytes stack frame, 0 bytes spill stores, 4 bytes spill "
-    record += "loads\nUsed 99 registers"
+    facts = {arch: {"kernels": {name: {"stages": len(name)} for name in has}} for arch, has in labels.items()}
+    loaded = {"ops": [], "facts": facts}
+    names = {KERNEL: 99, "_Z21grouped_gemm_mma_syncI5ShapeEv": 80, "_Z23grouped_gemm_parallel_kI5ShapeEv": 72}
+    record = "".join(
+        f"Compiling entry function '{name}' for 'sm_{arch}'\n  0 bytes stack frame, 0 bytes spill stores, 4 bytes "
+        f"spill loads\nUsed {registers} registers\n"
+        for arch in machine
+        for name, registers in names.items()
+    )
     for path, data in (
         *((made.check(module), checked) for module in made.modules),
         (made.load, dict.fromkeys(made.modules, loaded)),
@@ -190,10 +194,23 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / path).write_text(json.dumps(data))
     report = make_report(made, chosen, TOOLS, "0.1.0", tmp_path)
     assert report.get("emulates") == ({"arch": "120f", "on": "90a"} if env else None)
+    of_archs = report["tiles"]["m8n64_swap"]["archs"]
     if env:
-        arch = report["tiles"]["m8n64_swap"]["archs"]["120f"]
-        assert (arch["registers"], arch["instructions"], arch["emulated"]) == (99, {"total": 9}, {"calls": 4})
-        assert "main_loop" not in arch
+        arch = of_archs["120f"]
+        (plain,) = arch["kernels"].values()
+        assert (plain["registers"], arch["instructions"], arch["emulated"]) == (99, {"total": 9}, {"calls": 4})
+        assert "main_loop" not in plain
+    else:  # each kernel with its own of everything
+        seen = {
+            name: (of["stages"], of["registers"], of["main_loop"]) for name, of in of_archs["90a"]["kernels"].items()
+        }
+        assert seen == {
+            "plain": (5, 99, {"mma": 5}),
+            "parallel_k": (10, 72, {"mma": 10}),
+            "folded": (6, 80, {"mma": 6}),
+        }
+        assert [*of_archs["120f"]["kernels"]] == ["plain"]
+        assert "emulated" not in of_archs["90a"]
 
 
 # ---- who refuses it --------------------------------------------------------------------------------------------------

@@ -130,6 +130,33 @@ def test_of_several_loops_the_worst_counts_and_lone_mmas_are_told() -> None:
     assert main_loop_of("NOP", "BRA {0}") == (None, 0)
 
 
+def test_of_loops_by_width_the_longest_that_reads_no_global_memory_counts() -> None:
+    lines = (
+        "LDG.E.U8.STRONG.GPU R4, [R2]",  # 0: seldom, and worst
+        "HMMA.16816.F32 R4, R8, R12, R4",
+        "NOP",
+        "NOP",
+        "@P0 BRA {0}",
+        "HMMA.16816.F32 R4, R8, R12, R4",  # 5: few rows
+        "NOP",
+        "@P0 BRA {5}",
+        "HMMA.16816.F32 R4, R8, R12, R4",  # 8: all rows
+        "HMMA.16816.F32 R4, R8, R12, R4",
+        "NOP",
+        "@P0 BRA {8}",
+        "EXIT",
+    )
+    (kernel,) = code_of(*lines).kernels.values()
+    assert find_main_loop(kernel, "HMMA", by_width=True) == (
+        MainLoop(instructions=4, nops=1, mma=2, ldsm=0, ldsm_matrices=0, lds=(0, 0, 0)),
+        0,
+    )
+    worst = find_main_loop(kernel, "HMMA")[0]
+    assert worst == MainLoop(instructions=5, nops=2, mma=1, ldsm=0, ldsm_matrices=0, lds=(0, 0, 0), ldg=1)
+    (kernel,) = code_of(*lines[:5], "EXIT").kernels.values()
+    assert find_main_loop(kernel, "HMMA", by_width=True) == (None, 0)
+
+
 def test_an_indirect_branch_may_go_wherever_nothing_else_leads() -> None:
     loop, outside = main_loop_of(
         "LDS R4, [R2]",  # 0

@@ -34,17 +34,36 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
 
 
 def test_every_tile_of_the_manifest_has_a_limit_and_nothing_else_does() -> None:
+    """SM12x's kernel, and those that SM90's layers run where a tile has them."""
     limits = load_thresholds().instructions_per_mma
-    assert set(limits) == {arch for arch in MANIFEST.archs if archs.mma_opcode(arch) == "QMMA.SF"}
-    for arch, by_tile in limits.items():
-        legal = {tile.name for tile in tiles.CANDIDATES if tiles.prove(tile, arch).legal}
-        assert {tile.name for tile in MANIFEST.tiles} <= set(by_tile) <= legal
-        assert all(1 < limit < 40 for limit in by_tile.values())
+    limited = {
+        arch: {"plain"} if archs.mma_opcode(arch) == "QMMA.SF" else {"folded", "parallel_k"} for arch in MANIFEST.archs
+    }
+    assert {arch: set(kernels) for arch, kernels in limits.items()} == limited
+    for arch, kernels in limits.items():
+        for label, by_tile in kernels.items():
+            having = [
+                tile for tile in tiles.CANDIDATES if label in [kernel.label for kernel in tiles.kernels_of(tile, arch)]
+            ]
+            legal = {tile.name for tile in having if tiles.prove(tile, arch).legal}
+            assert {tile.name for tile in MANIFEST.tiles if tile in having} <= set(by_tile) <= legal
+            assert all(1 < limit < 40 for limit in by_tile.values())
+
+
+def test_a_kernel_without_a_limit_has_none() -> None:
+    thresholds = parse_thresholds(LIMITS)
+    assert thresholds.limit("120f", "plain", "m128n128") == 3.5
+    for arch, kernel, tile in (
+        ("120f", "plain", "m8n8"),
+        ("120f", "folded", "m128n128"),
+        ("90a", "plain", "m128n128"),
+    ):
+        assert thresholds.limit(arch, kernel, tile) is None
 
 
 def test_the_promised_limits() -> None:
     thresholds = load_thresholds()
-    limits = thresholds.instructions_per_mma["120f"]
+    limits = thresholds.instructions_per_mma["120f"]["plain"]
     assert limits["m128n128"] <= 3.5
     assert limits["m256n64"] <= 3.55
     assert (thresholds.peak_mb, thresholds.wheel_bytes) == (2000, 12_000_000)
@@ -55,30 +74,43 @@ LIMITS = """# By hand
 peak_mb = 2000
 [wheel]
 bytes = 10
-[instructions_per_mma.set."120f"]
+[instructions_per_mma.set."120f".plain]
 m128n128 = 3.5 # promised
 
 # Written
 [instructions_per_mma.measured]
-[instructions_per_mma.measured."120f"]
+[instructions_per_mma.measured."120f".plain]
 m128n128 = 9.0
 m64n64 = 8.0
 """
 
 
 def test_an_update_measures_anew_and_keeps_what_was_set_by_hand() -> None:
-    assert parse_thresholds(LIMITS).instructions_per_mma == {"120f": {"m128n128": 3.5, "m64n64": 8.0}}
+    assert parse_thresholds(LIMITS).instructions_per_mma == {"120f": {"plain": {"m128n128": 3.5, "m64n64": 8.0}}}
     figures = {"m128n128": 5.0, "m64n64": 6.0, "m64n32": 7.03}
     report = {
         "tiles": {
-            name: {"archs": {"120f": {"main_loop": {"instructions_per_mma": figure}}}}
+            name: {"archs": {"120f": {"kernels": {"plain": {"main_loop": {"instructions_per_mma": figure}}}}}}
             for name, figure in figures.items()
         }
     }
     text = updated(LIMITS, report)
-    assert text.startswith(LIMITS.split('[instructions_per_mma.measured."120f"]')[0])
-    assert parse_thresholds(text).instructions_per_mma == {"120f": {"m128n128": 3.5, "m64n64": 6.3, "m64n32": 7.4}}
+    assert text.startswith(LIMITS.split('[instructions_per_mma.measured."120f".plain]')[0])
+    limits = {"m128n128": 3.5, "m64n64": 6.3, "m64n32": 7.4}
+    assert parse_thresholds(text).instructions_per_mma == {"120f": {"plain": limits}}
     assert updated(text, report) == text
+
+
+def test_an_update_measures_every_kernel_that_has_a_table_and_no_other() -> None:
+    asked = LIMITS.replace("\n# Written", '\n[instructions_per_mma.set."90a".folded]\n\n# Written')
+    loops = {
+        "folded": {"main_loop": {"instructions_per_mma": 20.0}},
+        "plain": {"main_loop": {"instructions_per_mma": 9}},
+    }
+    report = {"tiles": {"m64n64": {"archs": {"90a": {"kernels": loops}}}, "m64n8": {"archs": {"90a": {"kernels": {}}}}}}
+    found = parse_thresholds(updated(asked, report)).instructions_per_mma
+    assert found["90a"] == {"folded": {"m64n64": 21.0}}
+    assert parse_thresholds(updated(asked, {"tiles": {}})).instructions_per_mma["90a"] == {"folded": {}}
 
 
 @pytest.mark.parametrize("text", ["[compile", "[compile]\n", LIMITS.replace("peak_mb", "peak"), "compile = 1\n"])
@@ -99,5 +131,6 @@ def test_a_wheel_that_is_too_large_is_refused(tmp_path: Path) -> None:
 def test_a_report_is_json_that_thresholds_read(tmp_path: Path) -> None:
     loop = find_main_loop(next(iter(code_of(*GOOD).kernels.values())), "HMMA")[0]
     assert loop is not None
-    report = {"tiles": {"m64n64": {"archs": {"120f": {"main_loop": json.loads(json.dumps(loop.report()))}}}}}
-    assert parse_thresholds(updated(LIMITS, report)).instructions_per_mma["120f"]["m64n64"] == 2.7
+    plain = {"main_loop": json.loads(json.dumps(loop.report()))}
+    report = {"tiles": {"m64n64": {"archs": {"120f": {"kernels": {"plain": plain}}}}}}
+    assert parse_thresholds(updated(LIMITS, report)).limit("120f", "plain", "m64n64") == 2.7

@@ -13,11 +13,11 @@ from wheelbuild.tile_model import tiles
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 
 
-def rows(text: str, arch: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The rows of one arch's table by (M, N), each by column."""
+def rows(text: str, arch: str) -> dict[tuple[str, str, str], dict[str, str]]:
+    """The rows of one arch's table by M, N and kernel, each by column."""
     (section,) = [part for part in text.split("\n## ") if part.startswith(f"sm_{arch}\n")]
     cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    return {(row[0], row[1]): dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]}
+    return {(row[0], row[1], row[3]): dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]}
 
 
 def number(cell: str) -> int:
@@ -32,16 +32,19 @@ def test_the_document_is_current() -> None:
 @pytest.mark.parametrize("arch", MANIFEST.archs)
 def test_every_candidate_has_a_row_with_its_numbers(arch: str) -> None:
     table = rows(document(MANIFEST), arch)
-    assert len(table) == len(tiles.CANDIDATES) == 27
-    for tile in tiles.CANDIDATES:
-        proof, row = tiles.prove(tile, arch), table[str(tile.m), str(tile.n)]
+    assert len(tiles.CANDIDATES) == 27
+    each = [(tile, kernel) for tile in tiles.CANDIDATES for kernel in tiles.kernels_of(tile, arch)]
+    assert len(table) == len(each) == {"90a": 27 + 16, "120f": 27}[arch]
+    for tile, kernel in each:
+        proof, row = tiles.prove(tile, arch, kernel), table[str(tile.m), str(tile.n), kernel.label]
         assert row["mode"] == ("swapped" if tile.swap_ab else "native")
         assert int(row["threads"]) == proof.threads
         assert int(row["stages"]) == proof.stages
-        parts = [number(row[name]) for name in ("activations", "weights and scales", "activation scales", "barriers")]
+        names = ("activations", "weights and scales", "activation scales", "block sums", "barriers")
+        parts = [number(row[name]) for name in names]
         assert sum(parts) == number(row["bytes per stage"])
-        table_bytes = number(row["activation table"])
-        assert number(row["shared memory"]) == proof.smem_bytes == proof.stages * sum(parts) + table_bytes
+        once = number(row["once per block"])
+        assert number(row["shared memory"]) == proof.smem_bytes == proof.stages * sum(parts) + once
         assert row["blocks per SM"] == (str(proof.blocks_per_sm) if proof.legal else "-")
         assert row["verdict"].startswith("impossible: ") != proof.legal
         assert all(refusal in row["verdict"] for refusal in proof.refusals)
@@ -53,8 +56,9 @@ def test_what_fits_and_is_not_built_is_not_said_to_be_in_the_wheel() -> None:
     for arch in MANIFEST.archs:
         before, after = rows(document(MANIFEST), arch), rows(document(fewer), arch)
         changed = [key for key in after if after[key] != before[key]]
-        assert changed == [(str(left_out.m), str(left_out.n))]
-        assert after[changed[0]]["verdict"] == "fits; not in the manifest"
+        of_tile = [kernel.label for kernel in tiles.kernels_of(left_out, arch)]
+        assert changed == [(str(left_out.m), str(left_out.n), label) for label in of_tile]
+        assert all(after[key]["verdict"] == "fits; not in the manifest" for key in changed)
 
 
 def test_what_the_archs_do_not_share_is_said() -> None:

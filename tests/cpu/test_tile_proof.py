@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tile_cases import ARCHS, CANDIDATES, IMPOSSIBLE, LEGAL, ROOT
+from tile_cases import ARCHS, CANDIDATES, IMPOSSIBLE, LEGAL, ROOT, SMEM_PER_SM, registers_per_thread
 
 from mxfp4_moe import tiles
 from mxfp4_moe.archs import ARCHS as ALL_ARCHS
@@ -142,16 +141,6 @@ def test_proof_against_numbers_worked_out_by_hand(name: str, arch: str) -> None:
     assert proof.legal
 
 
-# Shared memory of a multiprocessor (CUDA programming guide, "Technical specifications per compute capability").
-SMEM_PER_SM = {"90a": 233_472, "120f": 102_400}
-
-
-def registers_per_thread(blocks: int, threads: int) -> int:
-    """What ptxas may use: a quarter of the multiprocessor has 16,384 registers, and a thread's come by eights."""
-    warps = math.ceil(blocks * threads / 128)
-    return 16_384 // 32 // warps // 8 * 8
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("tile", CANDIDATES, ids=lambda tile: tile.name)
 def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str) -> None:
@@ -236,18 +225,12 @@ def test_proof_refuses_an_arch_it_does_not_know() -> None:
 def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Builds a program that prints what csrc/tile/shapes.cuh makes of these tiles on these archs, as JSON lines."""
     prints = "\n".join(
-        f"  show<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();" for arch in archs for t in shapes
+        f"  show_kernels<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();"
+        for arch in archs
+        for t in shapes
     )
-    fields = {
-        "tile_m": "M",
-        "tile_n": "N",
-        "swap_ab": "kSwap",
-        "threads": "kThreads",
-        "stages": "kStages",
-        "stage_bytes": "kStageBytes",
-        "smem_bytes": "kSmemBytes",
-        "blocks_per_sm": "kBlocksPerSm",
-        "accumulator_registers": "kAccumulators",
+    facts = ("kernel", "threads", "stages", "stage_bytes", "smem_bytes", "blocks_per_sm", "accumulator_registers")
+    members = {
         "warp_m": "kWarpM",
         "warp_n": "kWarpN",
         "act_bytes": "kActBytes",
@@ -255,15 +238,23 @@ def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> su
         "act_scale_bytes": "kActScaleBytes",
         "amax_bytes": "kAmaxBytes",
     }
-    names = ", ".join(f'\\"{name}\\": %d' for name in (*fields, "kernels"))
-    members = (*(f"S::{member}" for member in fields.values()), "Kernels<S>::kMask")
-    values = ", ".join(f"int({member})" for member in members)
+    names = ", ".join(f'\\"{name}\\": %d' for name in (*facts, *members))
+    values = ", ".join((*(f"f.{name}" for name in facts), *(f"S::{member}" for member in members.values())))
     source = folder / "shapes.cpp"
     source.write_text(
         f"""#include <cstdio>
 #include "tile/shapes.cuh"
 using namespace mxfp4_moe;
-template <class S> void show() {{ std::printf("{{{names}}}\\n", {values}); }}
+template <class S> void show(Mxfp4MoeKernelFacts f) {{
+  if constexpr (!std::is_void_v<S>) std::printf("{{{names}}}\\n", {values});
+  else if (f.kernel != 0) std::puts("a kernel without a shape");
+}}
+template <class T> void show_kernels() {{
+  using K = Kernels<T>;
+  show<T>(K::plain());
+  show<typename K::ParallelK>(K::parallel_k());
+  show<typename K::Folded>(K::folded());
+}}
 int main() {{
 {prints}
 }}
@@ -277,46 +268,19 @@ int main() {{
 
 
 def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
-    """For every arch that a manifest may name, not only those of ours."""
+    """Of every kernel, for every arch that a manifest may name, not only those of ours."""
     result = compile_shapes(tmp_path, LEGAL, ALL_ARCHS)
     assert result.returncode == 0, result.stderr
     lines = subprocess.run([tmp_path / "shapes"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == len(LEGAL) * len(ALL_ARCHS)
-    for (arch, tile), line in zip(product(ALL_ARCHS, LEGAL), lines, strict=True):
-        proof = tiles.prove(tile, arch)
+    kernels = [
+        (arch, tile, kernel) for arch, tile in product(ALL_ARCHS, LEGAL) for kernel in tiles.kernels_of(tile, arch)
+    ]
+    assert len(kernels) == len(LEGAL) * len(ALL_ARCHS) + 16, "SM90 has 15 that read folded rows, one of parallel K"
+    for (arch, tile, kernel), line in zip(kernels, lines, strict=True):
+        proof = tiles.prove(tile, arch, kernel)
         more = ("warp_m", "warp_n", "act_bytes", "weight_bytes", "act_scale_bytes", "amax_bytes")
-        assert json.loads(line) == proof.facts() | {name: getattr(proof, name) for name in more}
-
-
-PARALLEL_K = r"""
-#include <cstdio>
-#include "tile/sm90/parallel_k_shape.cuh"
-using namespace mxfp4_moe;
-using S = ParallelKShape<TileShape<8, 64, true, Sm90>>;
-int main() {
-  std::printf("%d %d %d %d %d ", S::kThreads, S::kBlocksPerSm, S::kStages, S::kSmemBytes, S::kFragments);
-  std::printf("%d", S::kParts);
-  for (int lane = 0; lane < 32; ++lane) std::printf(" %d", sum_slot(lane / 4, lane % 4));
-}
-"""
-
-
-def test_the_parallel_k_kernel_by_hand(tmp_path: Path) -> None:
-    """Beside a stage's 5,504 bytes stand 4 steps of 64 x 8 sums, 8,192, and three barriers; beside the table of amax,
-    128 bytes, a column of 64 sums: (116,736 - 1,024 - 128 - 256) // 13,720 = 8 stages. 4 + 8 + 1 warps.
-    """
-    compiler = shutil.which("g++")
-    assert compiler is not None, "this test compiles a header of csrc: install g++"
-    source = tmp_path / "parallel_k.cpp"
-    source.write_text(PARALLEL_K, encoding="utf-8")
-    subprocess.run([compiler, "-std=c++17", "-I", ROOT / "csrc", source, "-o", tmp_path / "parallel_k"], check=True)
-    output = subprocess.run([tmp_path / "parallel_k"], capture_output=True, text=True, check=True).stdout
-    threads, blocks, stages, smem, fragments, parts, *slots = map(int, output.split())
-    assert (threads, blocks, stages, smem, fragments, parts) == (416, 2, 8, 8 * 13_720 + 384, 2, 4)
-    assert sorted(slots) == list(range(32))
-    for first in range(0, 32, 8):  # lanes whose 16 bytes are accessed at once: each in its own eighth of the banks
-        assert {slot % 8 for slot in slots[first : first + 8]} == set(range(8))
-    assert [slots[4 * g] for g in range(8)] == list(range(8)), "a lone row's sums stand side by side"
+        expected = {"kernel": int(kernel)} | proof.facts() | {name: getattr(proof, name) for name in more}
+        assert json.loads(line) == expected, (tile.name, arch, kernel)
 
 
 def test_kernels_of_a_tile() -> None:
@@ -330,6 +294,12 @@ def test_kernels_of_a_tile() -> None:
         assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN, *more), f"{tile.name} on {arch}"
     with pytest.raises(ArchError, match="arch '100a'"):
         tiles.kernels_of(LEGAL[0], "100a")
+    for tile in LEGAL:
+        facts = tiles.facts(tile, "90a")
+        assert facts == {
+            **{"tile_m": tile.m, "tile_n": tile.n, "swap_ab": int(tile.swap_ab)},
+            "kernels": {k.label: tiles.prove(tile, "90a", k).facts() for k in tiles.kernels_of(tile, "90a")},
+        }
     numbers = {"BY_SIZE": 0, "PLAIN": 1, "PARALLEL_K": 2, "FOLDED": 3}
     assert {kernel.name: int(kernel) for kernel in tiles.Kernel} == numbers
     header = (ROOT / "csrc" / "tile_abi.h").read_text(encoding="utf-8")

@@ -136,7 +136,7 @@ def test_the_tests_run_against_the_installed_wheel(wheel: zipfile.ZipFile) -> No
 
 
 def test_the_report_says_with_what_it_was_built(report: dict[str, Any]) -> None:
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["profile"] == MANIFEST.default_profile
     assert report["archs"] == list(MANIFEST.archs)
     built_with = report["built_with"]
@@ -169,19 +169,42 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     assert (entry["m"], entry["n"], entry["swap_ab"]) == (tile.m, tile.n, tile.swap_ab)
     assert entry["ops"] == [f"mxfp4_moe::grouped_gemm_{tile.name}"]
     data = entry["archs"][arch]
-    assert tiles.prove(tile, arch).facts().items() <= data.items()
-    assert 32 <= data["registers"] <= 255
-    assert data["registers"] * data["threads"] * data["blocks_per_sm"] <= 65_536
-    assert data["spill_store_bytes"] == data["spill_load_bytes"] == 0
     assert set(data["instructions"]) == {"total", *COUNTED}
     assert data["instructions"][archs.mma_opcode(arch)] > 0
     assert data["instructions"]["LDL"] == data["instructions"]["STL"] == data["instructions"]["BRA.U.ANY"] == 0
+    assert [*data["kernels"]] == [kernel.label for kernel in tiles.kernels_of(tile, arch)]
+
+
+EVERY_KERNEL = [
+    (tile, arch, kernel)
+    for tile in MANIFEST.tiles
+    for arch in MANIFEST.archs
+    for kernel in tiles.kernels_of(tile, arch)
+]
+
+
+@pytest.mark.parametrize(
+    ("tile", "arch", "kernel"),
+    EVERY_KERNEL,
+    ids=[f"{tile.name}-{arch}-{kernel.label}" for tile, arch, kernel in EVERY_KERNEL],
+)
+def test_the_report_of_a_kernel_is_complete_and_agrees_with_the_proof(
+    tile: tiles.Tile, arch: str, kernel: tiles.Kernel, report: dict[str, Any]
+) -> None:
+    of_tile = report["tiles"][tile.name]["archs"][arch]
+    data, proof = of_tile["kernels"][kernel.label], tiles.prove(tile, arch, kernel)
+    assert data["function"] == proof.function
+    assert proof.facts().items() <= data.items()
+    assert 32 <= data["registers"] <= 255
+    assert data["registers"] * data["threads"] * data["blocks_per_sm"] <= 65_536
+    assert data["spill_store_bytes"] == data["spill_load_bytes"] == 0
     loop = data["main_loop"]
     assert set(loop) == {"instructions", "nops", "mma", "ldsm", "instructions_per_mma"}
-    assert loop["mma"] + loop["ldsm"] + loop["nops"] < loop["instructions"] <= data["instructions"]["total"]
+    assert loop["mma"] + loop["ldsm"] + loop["nops"] < loop["instructions"] <= of_tile["instructions"]["total"]
     assert loop["instructions_per_mma"] == round(loop["instructions"] / loop["mma"], 2)
-    assert loop["instructions_per_mma"] <= THRESHOLDS.instructions_per_mma.get(arch, {}).get(tile.name, math.inf)
-    assert loop["ldsm"] >= 2
+    limit = THRESHOLDS.limit(arch, kernel.label, tile.name)
+    assert loop["instructions_per_mma"] <= (math.inf if limit is None else limit)
+    assert loop["ldsm"] >= (0 if proof.function == "grouped_gemm_wgmma" else 2)
 
 
 def test_the_report_has_nothing_that_differs_from_build_to_build(wheel: zipfile.ZipFile) -> None:
@@ -272,7 +295,8 @@ def load(made: Plan, cuda: Cuda, output: Path, *paths: Path, **changes: object) 
     """
     expect = expected(made, "extensions", "load")
     for tile in expect.values():
-        tile |= {"facts": {arch: facts | changes for arch, facts in tile["facts"].items()}} if tile else {}
+        for kernels in (facts["kernels"] for facts in tile.get("facts", {}).values()):
+            kernels |= {label: facts | changes for label, facts in kernels.items()}
     words = ["--expect", json.dumps(expect), "--cudart", str(cuda.cudart), "--output", str(output), *map(str, paths)]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "wheelbuild.load", *words],
@@ -292,14 +316,17 @@ def test_the_checks_pass_what_is_in_the_wheel(made: Plan, cuda: Cuda, report: di
     seen = check(library(FIRST.module), FIRST, made, cuda)
     entry = report["tiles"][FIRST.name]
     assert seen["sha256"] == entry["library"]["sha256"]
-    assert seen["main_loop"] == {arch: entry["archs"][arch]["main_loop"] for arch in MANIFEST.archs}
+    assert seen["main_loop"] == {
+        arch: {name: kernel["main_loop"] for name, kernel in entry["archs"][arch]["kernels"].items()}
+        for arch in MANIFEST.archs
+    }
     assert seen["block_scaled"] == {"120f": entry["archs"]["120f"]["block_scaled"]}
 
     assert load(made, cuda, tmp_path / "load.json", *map(library, MODULES)) == []
     loaded = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     assert set(loaded) == set(MODULES)
     for tile in MANIFEST.tiles:
-        assert loaded[tile.module]["facts"] == {arch: tiles.prove(tile, arch).facts() for arch in MANIFEST.archs}
+        assert loaded[tile.module]["facts"] == {arch: tiles.facts(tile, arch) for arch in MANIFEST.archs}
         assert loaded[tile.module]["ops"] == report["tiles"][tile.name]["ops"]
 
 
@@ -334,7 +361,7 @@ def test_libraries_that_disagree_with_the_proof_are_refused(made: Plan, cuda: Cu
     paths = [library(tile.module) for tile in MANIFEST.tiles]
     for path, refusal in zip(paths, load(made, cuda, tmp_path / "load.json", *paths, stages=9), strict=True):
         sentence = (
-            r" on sm_\w+: stages is \d in the compiled tile and 9 in the proof of tiles/proof\.py; csrc/tile/tile_shape"
+            r" on sm_\w+, \w+ kernel: stages is \d in the compiled tile and 9 in the proof of tiles/\w+\.py; csrc/tile/"
         )
         assert re.match(re.escape(path.name) + sentence, refusal)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +31,10 @@ the MMA's A operand, which takes 16 rows at a time, and activations to B, which 
 
 Each K tile of 128 is one pipeline stage in shared memory: M x 128 bytes of E4M3 activations; 4,352 bytes of weights for
 each 64 rows of N or part of them, 64 of packed E2M1 and 4 of scales per row; 4 bytes of activation scales per row of M
-and 4 rows more, since an expert's rows start anywhere (in whole 128 bytes); and 16 bytes of barriers. A tile that
+and 4 rows more, since an expert's rows start anywhere (in whole 128 bytes); and 16 bytes of barriers. A kernel that
 applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for each row of M and warp
-along N. Those are the tiles with N of at least 64 and at most {activating} accumulators; with more, ptxas spills.
+along N. Of the plain ones those are the tiles with N of at least 64 and at most {activating} accumulators; with more,
+ptxas spills.
 
 A pipeline needs two stages, and is as deep as fits, up to {max_stages}. Up to {max_blocks} blocks share an SM, as many
 as leave each three stages, and its threads the registers that their accumulators ask for.
@@ -44,21 +44,23 @@ computes "warp tile" rows of A by columns of B, in whole MMAs of 16 x 8. One mor
 64 accumulators or more, it brings a whole warpgroup, whose registers go to the others.
 
 SM90 has more shared memory than SM12x, so its pipelines are deeper or more blocks run; what a stage holds is the same.
-{warps} The build compares this proof with the constants of every compiled tile, for each arch.
-The proof is of the kernel that all archs have.
+{warps} The build compares this proof with the constants of every compiled kernel, for each arch.
 
-On SM90 these tiles have a second one, `csrc/tile/sm90/mma_sync_shape.cuh` or `wgmma_shape.cuh`:
-{folded}.
-Of these, (8, 64) has a third, which multiplies several K tiles at once: `parallel_k_shape.cuh`.
+Every tile has the plain kernel on every arch. On SM90 {folded} of those that fit have a second one, for folded
+activations (`csrc/tile/sm90/mma_sync_shape.cuh`, or from M = 32 `wgmma_shape.cuh`): a stage's activations are M x 256
+bytes of bf16, which hold their scales, and weights are the MMA's A operand whatever the tile's mode. {parallel_k} has a
+third, which multiplies several K tiles at once (`parallel_k_shape.cuh`): a stage holds their block sums too, for the
+warps that add them, and a block 4 bytes more per row of N. A layer's GEMM1 runs the folded kernel where there is one,
+and GEMM2 whatever kernel reads the rows that GEMM1 wrote.
 
-`mxfp4-moe tiles` shows the tiles of an installed wheel with registers and instructions per MMA as compiled, and
+`mxfp4-moe tiles` shows the kernels of an installed wheel with registers and instructions per MMA as compiled, and
 `mxfp4-moe tiles --explain M,N` this proof for any tile.
 """
 
 COLUMNS = (
-    *("M", "N", "mode", "MMA warps", "warp tile", "threads", "accumulators"),
-    *("activations", "weights and scales", "activation scales", "barriers", "bytes per stage"),
-    *("stages", "activation table", "shared memory", "blocks per SM", "verdict"),
+    *("M", "N", "mode", "kernel", "MMA warps", "warp tile", "threads", "accumulators"),
+    *("activations", "weights and scales", "activation scales", "block sums", "barriers", "bytes per stage"),
+    *("stages", "once per block", "shared memory", "blocks per SM", "verdict"),
 )
 
 
@@ -66,11 +68,12 @@ def _cells(proof: TileProof, manifest: Manifest) -> list[str]:
     tile = proof.tile
     verdict = "in the wheel" if tile in manifest.tiles else "fits; not in the manifest"
     return [
-        *(f"{tile.m}", f"{tile.n}", "swapped" if tile.swap_ab else "native"),
+        *(f"{tile.m}", f"{tile.n}", "swapped" if tile.swap_ab else "native", proof.kernel.label),
         *(f"{proof.warps_m} x {proof.warps_n}", f"{proof.warp_m} x {proof.warp_n}"),
         *(f"{proof.threads}", f"{proof.accumulator_registers}"),
-        *(f"{proof.act_bytes:,}", f"{proof.weight_bytes:,}", f"{proof.act_scale_bytes:,}", f"{proof.barrier_bytes}"),
-        *(f"{proof.stage_bytes + proof.barrier_bytes:,}", f"{proof.stages}", f"{proof.amax_bytes:,}"),
+        *(f"{proof.act_bytes:,}", f"{proof.weight_bytes:,}", f"{proof.act_scale_bytes:,}", f"{proof.sum_bytes:,}"),
+        *(f"{proof.barrier_bytes}", f"{proof.stage_bytes + proof.sum_bytes + proof.barrier_bytes:,}"),
+        *(f"{proof.stages}", f"{proof.amax_bytes + proof.column_bytes:,}"),
         *(f"{proof.smem_bytes:,}", f"{proof.blocks_per_sm}" if proof.legal else "-"),
         verdict if proof.legal else "impossible: " + "; ".join(proof.refusals),
     ]
@@ -78,7 +81,7 @@ def _cells(proof: TileProof, manifest: Manifest) -> list[str]:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Markdown; numbers to the right."""
-    rule = [":--" if name in ("mode", "verdict") else "--:" for name in COLUMNS]
+    rule = [":--" if name in ("mode", "kernel", "verdict") else "--:" for name in COLUMNS]
     return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, rule, *rows)) + "\n"
 
 
@@ -86,8 +89,15 @@ def _listed(proofs: Sequence[TileProof]) -> str:
     return ", ".join(f"({proof.tile.m}, {proof.tile.n})" for proof in proofs)
 
 
-def _section(arch: str, proofs: Sequence[TileProof], manifest: Manifest) -> str:
+def _kernels(plain: TileProof) -> list[TileProof]:
+    """This proof, and those of the tile's other kernels on the same arch, if it can be at all."""
+    others = [k for k in tiles.kernels_of(plain.tile, plain.arch) if k != tiles.Kernel.PLAIN and plain.legal]
+    return [plain, *(tiles.prove(plain.tile, plain.arch, kernel) for kernel in others)]
+
+
+def _section(arch: str, plain: Sequence[TileProof], manifest: Manifest) -> str:
     """One arch: what its blocks have, which tiles have the shallowest pipeline, and the table."""
+    proofs = [proof for each in plain for proof in _kernels(each)]
     few = [proof for proof in proofs if proof.legal and proof.stages == 2]
     fit = f"Only two stages fit in {_listed(few)}." if few else "Every tile that fits has three stages or more."
     memory = f"A block has at most {tiles.max_smem_per_block(arch):,} bytes of shared memory. {fit}"
@@ -96,11 +106,6 @@ def _section(arch: str, proofs: Sequence[TileProof], manifest: Manifest) -> str:
 
 def _warps(proof: TileProof) -> tuple[int, ...]:
     return (proof.warps_m, proof.warps_n, proof.warp_m, proof.warp_n)
-
-
-def _filled(names: Sequence[str]) -> str:
-    """All of them in lines, none broken."""
-    return textwrap.fill(", ".join(name.replace(" ", "~") for name in names), 119).replace("~", " ")
 
 
 def document(manifest: Manifest) -> str:
@@ -118,7 +123,10 @@ def document(manifest: Manifest) -> str:
         max_stages=tiles.MAX_STAGES,
         max_blocks=tiles.MAX_BLOCKS_PER_SM,
         accumulators=tiles.MAX_ACCUMULATORS,
-        folded=_filled([str(tile.mn) for tile in legal if tiles.Kernel.FOLDED in tiles.kernels_of(tile, "90a")]),
+        folded=sum(tiles.Kernel.FOLDED in tiles.kernels_of(tile, "90a") for tile in legal),
+        parallel_k=", ".join(
+            str(tile.mn) for tile in legal if tiles.Kernel.PARALLEL_K in tiles.kernels_of(tile, "90a")
+        ),
         warps=f"Warps differ in {_listed(other_warps)} alone." if other_warps else "Warps are the same.",
     )
     return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)

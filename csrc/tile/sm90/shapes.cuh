@@ -1,4 +1,4 @@
-// The kernels that a tile has on SM90 beside the plain one (shapes.cuh).
+// The kernels that a tile has on SM90 beside the plain one (shapes.cuh). tiles/sm90.py mirrors this room's shapes.
 #pragma once
 
 #include <type_traits>

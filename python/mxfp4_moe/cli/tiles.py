@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from .. import __version__
 from .._install import wheel
-from ..tiles import MAX_ACCUMULATORS, Tile, TileProof, max_smem_per_block, prove
+from ..tiles import MAX_ACCUMULATORS, Kernel, Tile, TileProof, kernels_of, max_smem_per_block, prove
 
 HELP = "the table of tiles, or one tile's proof"
 
-_SCHEMA = 1
+_SCHEMA = 2
 _UNKNOWN = "-"
 
 
@@ -87,43 +87,49 @@ def table_data() -> dict[str, Any]:
 
 
 def _arch_data(tile: Tile, arch: str, built: dict[str, Any]) -> dict[str, Any]:
-    proof = prove(tile, arch).facts()
+    kernels = built.get("kernels") or {}
+    return {
+        "kernels": {
+            kernel.label: _kernel_data(prove(tile, arch, kernel), kernels.get(kernel.label, {}))
+            for kernel in kernels_of(tile, arch)
+        }
+    }
+
+
+def _kernel_data(proof: TileProof, built: dict[str, Any]) -> dict[str, Any]:
+    facts = proof.facts()
     names = ("stages", "smem_bytes", "threads", "blocks_per_sm", "accumulator_registers")
     return {
-        **{name: built.get(name, proof[name]) for name in names},
+        **{name: built.get(name, facts[name]) for name in names},
         "registers": built.get("registers"),
         "instructions_per_mma": (built.get("main_loop") or {}).get("instructions_per_mma"),
     }
 
 
 def table_text(data: dict[str, Any]) -> str:
-    archs = data["archs"]
-    head = ["tile", "mode", "archs", "stages", "shared memory"]
-    head += [f"registers {arch}" for arch in archs] + [f"instr/MMA {arch}" for arch in archs] + ["size"]
-    rows = [head]
+    """One row per tile, arch and kernel; a library has all of a tile's, and its size stands in the first."""
+    rows = [["tile", "mode", "arch", "kernel", "stages", "shared memory", "registers", "instr/MMA", "size"]]
     for tile in data["tiles"]:
-        each = [tile["archs"][arch] for arch in archs]
-        row = [tile["name"], tile["mode"], ", ".join(archs)]
-        row += [_joined(arch[name] for arch in each) for name in ("stages", "smem_bytes")]
-        row += [_number(arch["registers"]) for arch in each] + [_number(arch["instructions_per_mma"]) for arch in each]
-        row += ["missing" if tile["library"]["bytes"] is None else _number(tile["library"]["bytes"])]
-        rows.append(row)
+        size = "missing" if tile["library"]["bytes"] is None else _number(tile["library"]["bytes"])
+        for arch in data["archs"]:
+            for kernel, numbers in tile["archs"][arch]["kernels"].items():
+                row = [tile["name"], tile["mode"], arch, kernel]
+                row += [
+                    _number(numbers[name]) for name in ("stages", "smem_bytes", "registers", "instructions_per_mma")
+                ]
+                rows.append([*row, size])
+                size = ""
     sizes = [tile["library"]["bytes"] or 0 for tile in data["tiles"]]
     tail = f"mxfp4-moe {data['version']}: {len(data['tiles'])} tiles, {sum(sizes):,} bytes"
     if data["profile"]:
         tail += f", profile {data['profile']}, built with CUDA {(data['built_with'] or {}).get('cuda', 'unknown')}"
     else:
         tail += "; no build report, so only what can be proved"
-    return "\n".join([*_aligned(rows, left=3), "", tail])
+    return "\n".join([*_aligned(rows, left=4), "", tail])
 
 
 def _number(value: float | None) -> str:
     return _UNKNOWN if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-
-
-def _joined(values: Iterable[float]) -> str:
-    """One number for all archs where they agree, else one for each, in their order."""
-    return " / ".join(dict.fromkeys(map(_number, values)))
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
@@ -138,13 +144,25 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
 
+def _proofs(tile: Tile, arch: str) -> Iterator[TileProof]:
+    """Of every kernel that the tile has on the arch; of a tile that cannot be, of the plain one alone."""
+    plain = prove(tile, arch)
+    yield plain
+    if plain.legal:
+        yield from (prove(tile, arch, kernel) for kernel in kernels_of(tile, arch) if kernel != Kernel.PLAIN)
+
+
 def explain_data(tile: Tile) -> dict[str, Any]:
-    proofs = {}
+    archs = {}
     for arch in wheel.built_archs():
-        proof = prove(tile, arch)
-        proofs[arch] = {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch")}
-        limits = {"max_smem_bytes": max_smem_per_block(arch), "max_accumulator_registers": MAX_ACCUMULATORS}
-        proofs[arch] |= {**limits, "legal": proof.legal}
+        proofs = list(_proofs(tile, arch))
+        archs[arch] = {
+            "max_smem_bytes": max_smem_per_block(arch),
+            "max_accumulator_registers": MAX_ACCUMULATORS,
+            "legal": all(proof.legal for proof in proofs),
+            "refusals": [refusal for proof in proofs for refusal in proof.refusals],
+            "kernels": {proof.kernel.label: _proof_data(proof) for proof in proofs},
+        }
     return {
         "schema": _SCHEMA,
         "name": tile.name,
@@ -152,35 +170,41 @@ def explain_data(tile: Tile) -> dict[str, Any]:
         "n": tile.n,
         "mode": _mode(tile),
         "in_wheel": tile in wheel.built_tiles(),
-        "archs": proofs,
+        "archs": archs,
     }
 
 
+def _proof_data(proof: TileProof) -> dict[str, Any]:
+    return {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch", "kernel", "refusals")}
+
+
 def explain_text(tile: Tile) -> str:
-    """One proof where all archs have the same numbers, else one for each."""
+    """Of each kernel one proof where all archs have the same numbers, else one for each."""
     groups: dict[TileProof, list[TileProof]] = {}
-    for arch in wheel.built_archs():
-        proof = prove(tile, arch)
+    for proof in (proof for arch in wheel.built_archs() for proof in _proofs(tile, arch)):
         groups.setdefault(replace(proof, arch=""), []).append(proof)
     return "\n\n".join(_proof_text(alike[0], ", ".join(f"sm_{p.arch}" for p in alike)) for alike in groups.values())
 
 
 def _proof_text(proof: TileProof, archs: str) -> str:
     tile = proof.tile
-    roles = "A = weights, B = activations" if tile.swap_ab else "A = activations, B = weights"
-    stage = proof.stage_bytes + proof.barrier_bytes
+    swapped = tile.swap_ab or proof.kernel == Kernel.FOLDED  # which takes weights as A whatever the tile's mode
+    roles = "A = weights, B = activations" if swapped else "A = activations, B = weights"
+    stage = proof.stage_bytes + proof.barrier_bytes + proof.sum_bytes
     rows = [
         ("activations", proof.act_bytes),
         ("weights and scales", proof.weight_bytes),
         ("activation scales", proof.act_scale_bytes),
+        *([("block sums", proof.sum_bytes)] if proof.sum_bytes else []),
         ("barriers", proof.barrier_bytes),
         ("one stage", stage),
         ("activation table", proof.amax_bytes),
+        *([("a row's sums", proof.column_bytes)] if proof.column_bytes else []),
         (_count(proof.stages, "stage"), proof.smem_bytes),
         ("a block may have", max_smem_per_block(proof.arch)),
     ]
     lines = [
-        f"{tile.name} on {archs}",
+        f"{tile.name} on {archs}, {proof.kernel.label} kernel",
         f"  {_mode(tile)}: {roles}; physical tile {proof.physical_m} x {proof.physical_n}, K = 128 per stage",
         "  shared memory, bytes",
         *(f"    {name:<18}{size:>9,}" for name, size in rows),

@@ -4,21 +4,19 @@ Everything here is a pure function of its arguments and the standard library alo
 these files before the package exists. Importing a tile's extension module is done elsewhere.
 """
 
+from .kernels import facts, kernels_of, prove
 from .manifest import MANIFEST_NAME, Manifest, ManifestError, Profile, load_manifest, manifest_path, parse_manifest
 from .proof import (
     MAX_ACCUMULATORS,
     MAX_ACTIVATING_ACCUMULATORS,
-    MAX_BLOCKS_PER_SM,
-    MAX_STAGES,
     TILE_K,
     WEIGHT_BLOCK_BYTES,
     WEIGHT_BLOCK_ROWS,
     TileProof,
-    kernels_of,
-    max_smem_per_block,
-    prove,
 )
 from .selection import expected_rows_per_expert, nearest_tile, select_tile, select_tile_mn_for_sm120
+from .sm90 import PARALLEL_K_WARP_ROWS
+from .stages import MAX_BLOCKS_PER_SM, MAX_STAGES, max_smem_per_block
 from .tile import CANDIDATES, Kernel, Tile
 
 __all__ = [
@@ -28,6 +26,7 @@ __all__ = [
     "MAX_ACTIVATING_ACCUMULATORS",
     "MAX_BLOCKS_PER_SM",
     "MAX_STAGES",
+    "PARALLEL_K_WARP_ROWS",
     "TILE_K",
     "WEIGHT_BLOCK_BYTES",
     "WEIGHT_BLOCK_ROWS",
@@ -38,6 +37,7 @@ __all__ = [
     "Tile",
     "TileProof",
     "expected_rows_per_expert",
+    "facts",
     "kernels_of",
     "load_manifest",
     "manifest_path",

@@ -1,6 +1,6 @@
-"""Whether a tile can be, before anything is compiled: the formula that the kernels use, statement by statement.
+"""Whether a tile can be, before anything is compiled, by its plain kernel, which every arch has.
 
-It mirrors csrc/tile/tile_shape.cuh; the build compares the two after every compile.
+It mirrors csrc/tile/tile_shape.cuh, statement by statement; the build compares the two after every compile.
 """
 
 from __future__ import annotations
@@ -9,41 +9,30 @@ import math
 from dataclasses import dataclass
 
 from ..archs import check_arch
+from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, max_smem_per_block, smem_per_sm
 from .tile import Kernel, Tile
 
 TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks
 _ACT_ROW_BYTES = TILE_K  # E4M3
 WEIGHT_BLOCK_ROWS = 64
 WEIGHT_BLOCK_BYTES = WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and one scale word per row
-SMEM_PER_SM = {9: 228 * 1024, 12: 100 * 1024}  # by the major number of the arch
-SMEM_RESERVED_PER_BLOCK = 1024  # taken by the system from every block
-_REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps share four of these
-MAX_STAGES = 8
-MAX_BLOCKS_PER_SM = 4
 _REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (math.inf, 176))  # by accumulators, per thread
-_BARRIER_BYTES_PER_STAGE = 16
 MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
 MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's activation; beyond it ptxas spills
 
 
-def max_smem_per_block(arch: str) -> int:
-    """Bytes of shared memory that a block may opt in to."""
-    return SMEM_PER_SM[check_arch(arch)[0]] - SMEM_RESERVED_PER_BLOCK
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TileProof:
-    """What a tile becomes on one arch, in bytes, registers and threads, and every reason why it cannot be.
+    """What one kernel makes of a tile on one arch, in bytes, registers and threads, and every reason why it cannot be.
 
-    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage.
+    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage, but for `amax_bytes`
+    and `column_bytes`, which a block has once. `stage_bytes` are what a stage loads: neither barriers nor sums.
     """
 
     tile: Tile
     arch: str
+    kernel: Kernel
+    function: str  # the kernel's name in csrc/tile
     physical_m: int
     physical_n: int
     warps_m: int
@@ -56,7 +45,9 @@ class TileProof:
     weight_bytes: int
     act_scale_bytes: int
     barrier_bytes: int
-    amax_bytes: int
+    sum_bytes: int  # of K blocks, where warps that multiply leave them to warps that add
+    amax_bytes: int  # the largest magnitudes that GEMM1's activation needs
+    column_bytes: int  # the sums of a lone activation row, where other warps add than write
     stage_bytes: int
     blocks_per_sm: int
     stages: int
@@ -68,18 +59,14 @@ class TileProof:
         return not self.refusals
 
     def facts(self) -> dict[str, int]:
-        """The fields of Mxfp4MoeTileFacts (csrc/tile_abi.h) that the compiled tile must report for this arch."""
+        """Mxfp4MoeKernelFacts (csrc/tile_abi.h), which the compiled tile must report of this kernel on this arch."""
         return {
-            "tile_m": self.tile.m,
-            "tile_n": self.tile.n,
-            "swap_ab": int(self.tile.swap_ab),
             "threads": self.threads,
             "stages": self.stages,
             "stage_bytes": self.stage_bytes,
             "smem_bytes": self.smem_bytes,
             "blocks_per_sm": self.blocks_per_sm,
             "accumulator_registers": self.accumulator_registers,
-            "kernels": sum(1 << kernel for kernel in kernels_of(self.tile, self.arch)),
         }
 
 
@@ -105,15 +92,24 @@ def _shape_refusals(tile: Tile) -> list[str]:
     return refusals
 
 
-def prove(tile: Tile, arch: str) -> TileProof:
-    """Stages, shared memory by part, registers and threads of `tile` on `arch`, legal or not.
+def stage_refusals(*, stages: int, least: int, arch: str, **parts: int) -> list[str]:
+    """Why a pipeline of too few stages cannot be; `parts` are the bytes of each of a stage's."""
+    if stages >= least:
+        return []
+    stage = sum(parts.values())
+    each = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in parts.items())
+    count = {2: "two", 4: "four"}[least]
+    return [
+        f"shared memory: {count} pipeline stages need {least} x {stage:,} = {least * stage:,} bytes "
+        f"(per stage: {each}), a block has {max_smem_per_block(arch):,}"
+    ]
+
+
+def prove_plain(tile: Tile, arch: str) -> TileProof:
+    """`prove` for the plain kernel: TileShape.
 
     SM90 and SM12x differ in shared memory, hence in stages and blocks, and in the warps of (8, 128).
-
-    Raises:
-        ArchError: the kernel has no code for the arch.
     """
-    smem_per_sm = SMEM_PER_SM[check_arch(arch)[0]]
     m, n, swap = tile.m, tile.n, tile.swap_ab
     refusals = _shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
@@ -135,29 +131,22 @@ def prove(tile: Tile, arch: str) -> TileProof:
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
 
     act_bytes = m * _ACT_ROW_BYTES
-    weight_bytes = _ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
-    act_scale_bytes = _ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
+    weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
+    act_scale_bytes = ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
     stage_bytes = act_bytes + weight_bytes + act_scale_bytes
-    stage_and_barriers = stage_bytes + _BARRIER_BYTES_PER_STAGE
     # GEMM1's activation: the largest magnitude per row and warp.
     activates = n >= 64 and accumulators <= MAX_ACTIVATING_ACCUMULATORS
     amax_bytes = (n // (warp_m if swap else warp_n)) * m * 4 if activates else 0
 
-    def stages_for(blocks: int) -> int:
-        budget = smem_per_sm // blocks - SMEM_RESERVED_PER_BLOCK - amax_bytes
-        return min(MAX_STAGES, budget // stage_and_barriers)
-
-    # Several blocks hide each other's latencies, as long as each has three stages and registers for its accumulators.
-    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED if accumulators <= most)
-
-    def registers_for(blocks: int) -> int:
-        return _REGISTERS_PER_SUBPARTITION // _ceil_div(blocks * threads // 32, 4) // 8 * 8
-
-    fitting = (
-        b for b in range(MAX_BLOCKS_PER_SM, 1, -1) if stages_for(b) >= 3 and registers_for(b) >= registers_wanted
+    fits = Occupancy(
+        smem_per_sm=smem_per_sm(arch),
+        threads=threads,
+        stage_bytes=stage_bytes + BARRIER_BYTES_PER_STAGE,
+        once_bytes=amax_bytes,
     )
-    blocks_per_sm = next(fitting, 1)
-    stages = stages_for(blocks_per_sm)
+    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED if accumulators <= most)
+    blocks_per_sm = fits.blocks_that_fit(MAX_BLOCKS_PER_SM, registers_wanted)
+    stages = fits.stages_for(blocks_per_sm)
 
     if not refusals and (
         warp_m % 16 != 0
@@ -169,13 +158,15 @@ def prove(tile: Tile, arch: str) -> TileProof:
             f"{mma_warps} MMA warps as a {warps_m} x {warps_n} grid of {warp_m} x {warp_n} warp tiles do not cover "
             f"{physical_m} x {physical_n} in whole 16 x 8 fragments"
         )
-    if stages < 2:
-        refusals.append(
-            f"shared memory: two pipeline stages need 2 x {stage_and_barriers:,} = {2 * stage_and_barriers:,} bytes "
-            f"(per stage: activations {act_bytes:,}, weights {weight_bytes:,}, "
-            f"activation scales {act_scale_bytes:,}, barriers {_BARRIER_BYTES_PER_STAGE}), a block has "
-            f"{max_smem_per_block(arch):,}"
-        )
+    refusals += stage_refusals(
+        stages=stages,
+        least=2,
+        arch=arch,
+        activations=act_bytes,
+        weights=weight_bytes,
+        activation_scales=act_scale_bytes,
+        barriers=BARRIER_BYTES_PER_STAGE,
+    )
     if accumulators > MAX_ACCUMULATORS:
         refusals.append(
             f"registers: {accumulators} accumulators per thread ({warp_m} x {warp_n} per warp), at most "
@@ -184,6 +175,8 @@ def prove(tile: Tile, arch: str) -> TileProof:
     return TileProof(
         tile=tile,
         arch=arch,
+        kernel=Kernel.PLAIN,
+        function="grouped_gemm",
         physical_m=physical_m,
         physical_n=physical_n,
         warps_m=warps_m,
@@ -195,25 +188,13 @@ def prove(tile: Tile, arch: str) -> TileProof:
         act_bytes=act_bytes,
         weight_bytes=weight_bytes,
         act_scale_bytes=act_scale_bytes,
-        barrier_bytes=_BARRIER_BYTES_PER_STAGE,
+        barrier_bytes=BARRIER_BYTES_PER_STAGE,
+        sum_bytes=0,
+        amax_bytes=amax_bytes,
+        column_bytes=0,
         stage_bytes=stage_bytes,
         blocks_per_sm=blocks_per_sm,
         stages=stages,
-        smem_bytes=stages * stage_and_barriers + amax_bytes,
-        amax_bytes=amax_bytes,
+        smem_bytes=stages * fits.stage_bytes + amax_bytes,
         refusals=tuple(refusals),
     )
-
-
-def kernels_of(tile: Tile, arch: str) -> tuple[Kernel, ...]:
-    """The kernels that a tile has on an arch: csrc/tile/shapes.cuh; the build compares the two.
-
-    Raises:
-        ArchError: the kernel has no code for the arch.
-    """
-    if check_arch(arch)[0] != 9:
-        return (Kernel.PLAIN,)
-    has_few_rows = tile.m <= 64 and tile.n >= 64
-    reads_folded = has_few_rows or tile.mn in ((128, 64), (128, 128), (256, 128))
-    parallel_k = (Kernel.PARALLEL_K,) if tile.mn == (8, 64) else ()
-    return (Kernel.PLAIN, *parallel_k, *((Kernel.FOLDED,) if reads_folded else ()))

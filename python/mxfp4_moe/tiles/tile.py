@@ -42,6 +42,11 @@ class Kernel(IntEnum):
     PARALLEL_K = 2
     FOLDED = 3  # reads folded activations (csrc/shared/folded.cuh)
 
+    @property
+    def label(self) -> str:
+        """Its name in facts, reports and limits, such as 'parallel_k'."""
+        return self.name.lower()
+
 
 # Every tile that was considered for the wheel; the proof below says which of them can be.
 CANDIDATES = (

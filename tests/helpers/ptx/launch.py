@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mxfp4_moe import tiles
-from mxfp4_moe.tiles import proof
+from mxfp4_moe.tiles import stages
 from wheelbuild import toolchain
 from wheelbuild.kernel_ptx import compile_source_to_ptx, compile_to_ptx
 from wheelbuild.toolchain import Cuda
@@ -205,7 +205,7 @@ class Recorder:
     def device(self, sms: int, arch: str) -> int:
         if (arch, sms) not in self._devices:
             major = 12 if arch.startswith("12") else 9
-            smem = (proof.SMEM_PER_SM[major], tiles.max_smem_per_block(arch), proof.SMEM_RESERVED_PER_BLOCK)
+            smem = (stages.SMEM_PER_SM[major], tiles.max_smem_per_block(arch), stages.SMEM_RESERVED_PER_BLOCK)
             number = self._ask("add_device", major, 0, sms, *smem, _THREADS_PER_SM[major])
             self._devices[arch, sms] = number
         return self._devices[arch, sms]
