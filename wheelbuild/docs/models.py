@@ -136,7 +136,11 @@ def document() -> str:
     for model in models.MODELS:
         by_sources.setdefault(model.sources, []).append(model.name)
     sources = [_paragraph(f"{', '.join(names)}: {'; '.join(read)}.") for read, names in by_sources.items()]
-    read_in = "\nSizes, keys of config.json and routers were read in:\n\n" + "\n\n".join(sources) + "\n"
+    words = (
+        "Keys of config.json and routers were read in what follows. Sizes are those that the models' makers publish; "
+        "no model's own file was opened to compare them."
+    )
+    read_in = f"\n{_paragraph(words)}\n\n" + "\n\n".join(sources) + "\n"
     namings = NAMINGS + "\n".join(_scheme(scheme) for scheme in schemes.SCHEMES)
     return INTRODUCTION + _table([_row(model) for model in models.MODELS]) + read_in + namings
 
