@@ -1,6 +1,6 @@
 """The executor must be able to fail: mistakes in a tile's PTX, sources and launch, each of which it must notice.
 
-`pytest -s` prints what noticed each; so does `PYTHONPATH=tests:ci python -m ptx.mutants`.
+`./ci/test.sh -s tests/cpu/test_ptx_mutations.py` prints what noticed each.
 """
 
 from __future__ import annotations

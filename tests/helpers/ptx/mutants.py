@@ -1,6 +1,6 @@
 """Mistakes, one at a time, in a tile's PTX, its source or its launch; and what notices each.
 
-`PYTHONPATH=tests:ci python -m ptx.mutants` prints the table of mutations.py. A mistake counts as caught when the
+`./ci/test.sh -s tests/cpu/test_ptx_mutations.py` prints the table of mutations.py. A mistake counts as caught when the
 executor reports a fault or a result differs, under one of a few seeds: orders of warps and of copies.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -164,22 +162,3 @@ def table(rows: Sequence[tuple[Mutation, str]]) -> str:
         expected = "not noticed, as it must be" if mutation.harmless else "NOT NOTICED"
         lines.append(f"{number:3}  {mutation.name:58}  {mutation.tile:10}  {where:6}  {found or expected}")
     return "\n".join(lines)
-
-
-def main() -> int:
-    from .mutations import MUTATIONS  # which imports this module
-
-    start, rows = time.process_time(), []
-    for mutation in MUTATIONS:
-        rows.append((mutation, notices(mutation)))
-        print(table(rows).splitlines()[-1][:200], flush=True)
-    harmful = [found for mutation, found in rows if not mutation.harmless]
-    controls = [found for mutation, found in rows if mutation.harmless]
-    print(f"caught: {sum(map(bool, harmful))} of {len(harmful)}")
-    print(f"controls that pass: {sum(not found for found in controls)} of {len(controls)}")
-    print(f"{time.process_time() - start:.0f} s of CPU time, compilers not counted")
-    return 0 if all(harmful) and not any(controls) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
