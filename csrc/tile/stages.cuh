@@ -17,10 +17,10 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // What blocks per multiprocessor leave each block. kStageBytes includes the stage's barriers; kOnceBytes are what a
 // block has beside its stages.
-template <class Arch, int kThreads, int kStageBytes, int kOnceBytes, int kMostStages = kMaxStages>
+template <class Arch, int kThreads, int kStageBytes, int kOnceBytes>
 struct Occupancy {
   static constexpr int stages_for(int blocks) {
-    return min_of(kMostStages, (Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kOnceBytes) / kStageBytes);
+    return min_of(kMaxStages, (Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kOnceBytes) / kStageBytes);
   }
   static constexpr int registers_for(int blocks) {
     return kRegistersPerSubpartition / ceil_div(blocks * kThreads / 32, 4) / 8 * 8;
