@@ -89,7 +89,7 @@ def check_main_loop(where: str, code: Code, expect: Mapping[str, Any]) -> MainLo
     LDS as wide as can be, and is short enough.
 
     `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations, `words_per_step` of weights in a lane: what
-    one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `by_width` as find_main_loop has it;
+    one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `variants` as find_main_loop has it;
     `limit`, instructions per MMA or None.
     """
     opcode = expect["opcode"]
@@ -101,7 +101,7 @@ def check_main_loop(where: str, code: Code, expect: Mapping[str, Any]) -> MainLo
             "wants uniform (the scale selector) is not a constant"
         )
     (kernel,) = code.kernels.values()
-    loop, outside = find_main_loop(kernel, opcode, by_width=expect["by_width"])
+    loop, outside = find_main_loop(kernel, opcode, variants=expect["variants"])
     if outside:
         raise BuildError(f"{where}: {outside} of {code.count(opcode)} {opcode} are in no loop, expected one around all")
     if loop is None:

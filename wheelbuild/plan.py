@@ -124,7 +124,7 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
         "matrices_per_step": 0 if wgmma else act // 8 * (4 if proof.reads_bf16 else 2),
         "words_per_step": weight // 8,
         "words_per_load": min(weight // 8, 2 if wgmma else 4),
-        "by_width": proof.reads_bf16,
+        "variants": proof.reads_bf16,
         "limit": thresholds.limit(arch, tile.name),
     }
 
