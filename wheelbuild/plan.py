@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 
 from wheelbuild import ROOT, emulation
 from wheelbuild.block_scaled import OPCODE as BLOCK_SCALED
-from wheelbuild.tile_model import archs as arch_model
 from wheelbuild.tile_model import floors
 from wheelbuild.tile_model import tiles as tile_model
 
@@ -114,13 +113,12 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
     four where the warp has as many groups of 8 rows; of wgmma, two, those of a set of rows.
     """
     proof = tile_model.prove(tile, arch)
-    wgmma = proof.function == "grouped_gemm_wgmma"
+    wgmma = proof.opcode == "HGMMA"
     act, weight = (proof.warp_n, proof.warp_m) if proof.weights_are_a else (proof.warp_m, proof.warp_n)
-    columns = 1 if wgmma else proof.warp_n // 8  # of MMAs
     return {
         "function": proof.function,
-        "opcode": "HGMMA" if wgmma else arch_model.mma_opcode(arch),
-        "mma_per_step": proof.warp_m // 16 * columns * (32 // arch_model.mma_k(arch)),
+        "opcode": proof.opcode,
+        "mma_per_step": proof.mma_per_step,
         "matrices_per_step": 0 if wgmma else act // 8 * (4 if proof.reads_bf16 else 2),
         "words_per_step": weight // 8,
         "words_per_load": min(weight // 8, 2 if wgmma else 4),
@@ -137,7 +135,7 @@ def _emulated(tile: Tile) -> dict[str, int | bool]:
     proof = tile_model.prove(tile, emulation.ARCH)
     spare_warps = proof.threads // 32 - proof.warps_m * proof.warps_n
     return {
-        "mma_per_k_tile": proof.warp_m // 16 * (proof.warp_n // 8) * 4,
+        "mma_per_k_tile": proof.mma_per_step * 4,
         "moves_registers": spare_warps > 1,
     }
 
@@ -330,7 +328,9 @@ class _Planner:
             expect = {
                 "main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs},
                 "block_scaled": {
-                    arch: block_scaled(tile, arch) for arch in self.archs if arch_model.mma_opcode(arch) == BLOCK_SCALED
+                    arch: block_scaled(tile, arch)
+                    for arch in self.archs
+                    if tile_model.prove(tile, arch).opcode == BLOCK_SCALED
                 },
             }
         return [*objects, self.link(module, objects, library), self.check(module, library, objects, expect)]

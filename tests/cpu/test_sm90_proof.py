@@ -15,8 +15,8 @@ from mxfp4_moe.tiles import Tile, stages
 # tile: stage bytes, table bytes, accumulators, threads, blocks, stages, bytes
 BY_HAND = {
     # mma.sync, four warps and one that produces. Swapped, of 16 x 8 each: 2,048 + 4,352. Five blocks have 233,472 // 5
-    # - 1,024 - 128 = 45,542 // 6,416 = 7 stages, and registers for 25 warps: 512 // 7 // 8 * 8 = 72, of which 4 + 2 * 4 +
-    # 16 / 2 + 48 = 68 are wanted; six have only 64.
+    # - 1,024 - 128 = 45,542 // 6,416 = 7 stages, and registers for 25 warps: 512 // 7 // 8 * 8 = 72, of which 4 + 2 * 4
+    # + 16 / 2 + 48 = 68 are wanted; six have only 64.
     "m8n64_swap": (6_400, 128, 4, 160, 5, 7, 45_040),
     # 4,096 + 17,408; 64 x 16: 32 + 2 * 8 + 32 + 48 = 128 wanted, which three blocks have: 76,544 // 21,520 = 3
     "m16n256_swap": (21_504, 256, 32, 160, 3, 3, 64_816),
@@ -57,8 +57,10 @@ def test_which_kernel_a_tile_has() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "csrc/tile/sm90").glob("*_kernel.cuh"))
     for name in set(names.values()):
         assert sources.count(f"    grouped_gemm_{name}(") == 1
+    opcodes = {"mma_sync": "HMMA", "wgmma": "HGMMA"}
     for tile in LEGAL:
         proof = tiles.prove(tile, "90a")
+        assert proof.opcode == opcodes[names[tile.mn]]
         assert proof.weights_are_a == (tile.swap_ab or names[tile.mn] == "wgmma")
 
 

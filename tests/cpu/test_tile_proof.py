@@ -114,6 +114,9 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str)
             assert not (enough_memory and enough_registers), "more blocks could run"
     assert proof.accumulator_registers * proof.warps_m * proof.warps_n * 32 == tile.m * tile.n
     assert proof.accumulator_registers <= 128
+    flops = 2 * (tile.m * tile.n * 32) // (proof.warps_m * proof.warps_n)  # of a warp in a step
+    columns = proof.warp_n if proof.opcode == "HGMMA" else 8  # and a quarter of its 64 rows
+    assert proof.mma_per_step * 2 * 16 * columns * (32 if proof.opcode == "QMMA.SF" else 16) == flops
     assert (proof.warps_m * proof.warp_m, proof.warps_n * proof.warp_n) == (proof.physical_m, proof.physical_n)
     assert (proof.physical_m, proof.physical_n) == (tile.mn[::-1] if proof.weights_are_a else tile.mn)
     assert proof.weights_are_a or not tile.swap_ab

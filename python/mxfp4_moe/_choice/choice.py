@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .._install import wheel
-from ..archs import mma_k
 from ..tiles import Tile, prove, select_tile
 from . import cost_model, tuned
 from .facts import DeviceFacts, Layer
@@ -57,6 +56,5 @@ def loop_instructions(arch: str) -> dict[str, float]:
             per_mma = report["tiles"][tile.name]["archs"][arch]["main_loop"]["instructions_per_mma"]
         except (KeyError, TypeError):
             continue
-        proof = prove(tile, arch)
-        known[tile.name] = per_mma * (proof.warp_m // 16) * (proof.warp_n // 8) * (128 // mma_k(arch))
+        known[tile.name] = per_mma * prove(tile, arch).mma_per_step * 4
     return known

@@ -31,6 +31,7 @@ class TileProof:
     tile: Tile
     arch: str
     function: str  # the kernel's name in csrc/tile
+    opcode: str  # of its MMA in machine code
     reads_bf16: bool  # activations, and writes them so; else MXFP8
     activates: bool  # its epilogue can apply GEMM1's activation
     weights_are_a: bool  # of the MMA's operands; else activations
@@ -56,6 +57,12 @@ class TileProof:
     @property
     def legal(self) -> bool:
         return not self.refusals
+
+    @property
+    def mma_per_step(self) -> int:
+        """MMAs of a warp in a step of K = 32: QMMA.SF has all 32, the others 16; HGMMA has all of a warp's columns."""
+        columns = 1 if self.opcode == "HGMMA" else self.warp_n // 8
+        return self.warp_m // 16 * columns * (1 if self.opcode == "QMMA.SF" else 2)
 
     def facts(self) -> dict[str, int]:
         """What the compiled tile must report for this arch: facts() of csrc/tile/tile_op.cpp."""
@@ -174,6 +181,7 @@ def prove_sm12x(tile: Tile, arch: str) -> TileProof:
         tile=tile,
         arch=arch,
         function="grouped_gemm",
+        opcode="QMMA.SF",
         reads_bf16=False,
         activates=activates,
         weights_are_a=swap,

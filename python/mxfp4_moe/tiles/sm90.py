@@ -93,6 +93,7 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
         tile=tile,
         arch=arch,
         function="grouped_gemm_wgmma" if wgmma else "grouped_gemm_mma_sync",
+        opcode="HGMMA" if wgmma else "HMMA",
         reads_bf16=True,
         activates=activates,
         weights_are_a=swap,
