@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._install import troubles, wheel
 
 if TYPE_CHECKING:
+    from ._call.activation_format import activation_formats
     from ._call.fused_moe import fused_moe
     from ._call.modules import get_cutlass_fused_moe_module, prewarm_moe_tiles
     from .routing import fused_moe_from_logits, topk_softmax
@@ -33,6 +34,7 @@ __all__ = [
     "GateUpOrder",
     "MoEWeights",
     "__version__",
+    "activation_formats",
     "fused_moe",
     "fused_moe_from_logits",
     "get_cutlass_fused_moe_module",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "Activation": "weights",
     "GateUpOrder": "weights",
     "MoEWeights": "weights",
+    "activation_formats": "_call.activation_format",
     "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
     "get_cutlass_fused_moe_module": "_call.modules",

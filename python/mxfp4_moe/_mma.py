@@ -1,6 +1,6 @@
 """Steps of an MMA, many at once and exactly: what arithmetic.py's rules and accuracy.py's bound are computed with.
 
-Significands are integers in disguise, small enough for float64 (float32 in one place, which says why), so that no
+Significands are integers in disguise, small enough for float64 (for float32 where operands are codes), so that no
 operation here rounds unless the rule does.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .formats import BLOCK, E2M1_VALUES, decode_e4m3, decode_e8m0
+from .formats import BLOCK, E2M1_VALUES, decode_e4m3, decode_e8m0, mxfp8_to_bf16
 
 if TYPE_CHECKING:
     from .arithmetic import Arithmetic
@@ -23,32 +23,31 @@ Format = Literal["e4m3", "e2m1"]
 NAN_BITS = 0x7FFFFFFF  # the NaN that tensor cores write
 ZERO_EXPONENT = -133  # with which a zero takes part in the alignment; no step cuts below 2^(-133 - bits)
 
+_CENTER = 84  # keeps 64^exponent in float64's range for exponents down to -254 in one operand and -84 in the other
+_POSITIVE = 300  # more than any exponent's magnitude, so that what is divided is positive
+
 _STEP_BYTES_CPU = 1 << 20  # what stays in a core's cache
 _PLACES_CPU, _PLACES_CUDA = 1 << 13, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operand:
-    """Codes as values of their block's scale: value * 2^scale."""
+    """Numbers as values of a common scale: value * 2^scale."""
 
-    values: Tensor  # float32 [..., R, L]; NaN where the code or the scale is
-    weights: Tensor  # float32 [..., R, L]: 64^exponent, 0 for a zero
+    values: Tensor  # float32 of codes, float64 of bfloat16 [..., R, L]; NaN where the code or the scale is
+    weights: Tensor  # the same: 64^exponent, times 64^_CENTER of bfloat16, 0 for a zero
     scale: Tensor  # int32 [..., R]
-    unit: int  # all values are multiples of 2^unit
+    unit: Tensor  # int32 [..., R] or []: all values are multiples of 2^unit
     peak: int  # and all are below 2^peak
 
     def part(self, k: slice) -> Operand:
         return replace(self, values=self.values[..., k], weights=self.weights[..., k])
 
-    def by_step(self, products: int) -> Operand:
-        """From [R, blocks, 32] to [steps, R, L]."""
-        parts = BLOCK // products
-
-        def split(x: Tensor) -> Tensor:
-            return x.view(len(x), x.shape[1] * parts, products).transpose(0, 1).contiguous()
-
-        scale = self.scale.repeat_interleave(parts, -1).t().contiguous()
-        return replace(self, values=split(self.values), weights=split(self.weights), scale=scale)
+    def by_step(self) -> Operand:
+        """From [R, steps, L] to [steps, R, L]."""
+        turned = {name: getattr(self, name).transpose(0, 1).contiguous() for name in ("values", "weights")}
+        unit = self.unit.t().contiguous() if self.unit.dim() else self.unit
+        return replace(self, **turned, scale=self.scale.t().contiguous(), unit=unit)
 
     def rows(self, steps: slice, rows: slice = slice(None)) -> Operand:
         """Some steps and rows of what `by_step` gave."""
@@ -57,35 +56,60 @@ class Operand:
             values=self.values[steps, rows],
             weights=self.weights[steps, rows],
             scale=self.scale[steps, rows],
+            unit=self.unit[steps, rows] if self.unit.dim() else self.unit,
         )
 
 
-def operand(codes: Tensor, scale_bytes: Tensor, kind: Format, arithmetic: Arithmetic) -> Operand:
-    """uint8 [..., 32] codes of a format and uint8 [...] scales."""
+def operand(codes: Tensor, scale_bytes: Tensor, kind: Format) -> Operand:
+    """uint8 [..., L] codes of a format and uint8 [...] scales, for MMAs that take both."""
     if kind == "e4m3":
-        values, exponents, unit, peak = decode_e4m3(codes), (codes >> 3 & 15).clamp(min=1).int() - 7, -9, 9
-    elif kind == "e2m1":
-        values = torch.tensor(E2M1_VALUES, device=codes.device)[codes.long()]
-        exponents, unit, peak = (codes >> 1 & 3).clamp(min=1).int() - 1, -1, 3
+        exponents, unit, peak = (codes >> 3 & 15).clamp(min=1).int() - 7, -9, 9
     else:
-        raise ValueError(f"format: expected 'e4m3' or 'e2m1', got {kind!r}")
+        exponents, unit, peak = (codes >> 1 & 3).clamp(min=1).int() - 1, -1, 3
     nan = scale_bytes == 255
-    scale = (scale_bytes.int() - 127).masked_fill(nan, 0)
-    if arithmetic.operands == "bf16":
-        folded = (values * decode_e8m0(scale_bytes).unsqueeze(-1)).bfloat16()
-        values = (folded.double() * pow2(-scale).unsqueeze(-1)).float()
-        stored = (folded.view(torch.int16).int() >> 7 & 255).clamp(min=1) - 127
-        exponents = (stored - scale.unsqueeze(-1)).clamp(-9, 9)  # NaN's would leave the range
-    values = values.masked_fill(nan.unsqueeze(-1), float("nan"))
-    weights = pow2(6 * exponents).float().masked_fill(values == 0, 0.0)
-    return Operand(values=values, weights=weights, scale=scale, unit=unit, peak=peak)
+    values = decoded(codes, kind).masked_fill(nan.unsqueeze(-1), float("nan"))
+    return Operand(
+        values=values,
+        weights=pow2(6 * exponents).float().masked_fill(values == 0, 0.0),
+        scale=(scale_bytes.int() - 127).masked_fill(nan, 0),
+        unit=torch.tensor(unit, dtype=torch.int32, device=codes.device),
+        peak=peak,
+    )
+
+
+def bf16_operand(x: Tensor) -> Operand:
+    """bfloat16 [..., L], any; the scale is that of the largest."""
+    stored = x.view(torch.int16).int()
+    significand = (stored & 127) + 128 * (stored & 0x7F80 != 0).int()
+    exponents = (stored >> 7 & 255).clamp_(min=1).sub_(127)
+    scale = exponents.amax(-1)
+    exponents -= scale.unsqueeze(-1)
+    zero = significand == 0
+    # The exponent of the last bit that is set, as float32 stores it.
+    last = exponents - 7 + (((significand & -significand).float().view(torch.int32) >> 23) - 127)
+    return Operand(
+        values=x.double() * pow2(-scale).unsqueeze(-1),
+        weights=pow2(6 * (exponents + _CENTER)).masked_fill_(zero, 0.0),
+        scale=scale,
+        unit=last.masked_fill_(zero, 0).amin(-1),
+        peak=1,
+    )
+
+
+def decoded(codes: Tensor, kind: Format) -> Tensor:
+    """float32 values of uint8 codes; E2M1 as 0..15."""
+    if kind == "e4m3":
+        return decode_e4m3(codes)
+    if kind == "e2m1":
+        return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)[codes.long()]
+    raise ValueError(f"format: expected 'e4m3' or 'e2m1', got {kind!r}")
 
 
 class Steps:
     """Steps with operands [steps, M, L] and [steps, N, L]: what all of them need is computed at once.
 
-    Nothing is rounded product by product unless it must be: the sum of a step's products is exact in float64, and only
-    where the last bit kept lies above the products' lowest are they looked at one by one.
+    Nothing is rounded product by product unless it must be: only where the last bit kept lies above the products'
+    lowest are they looked at one by one. Elsewhere all of their bits are kept, and their sum is exact in float64.
     """
 
     def __init__(self, arithmetic: Arithmetic, a: Operand, b: Operand) -> None:
@@ -96,11 +120,18 @@ class Steps:
             return
         scaled = [(x.values.double() * pow2(x.scale).unsqueeze(-1)) for x in (a, b)]
         self.total = scaled[0] @ scaled[1].mT
-        # The largest exponent of a step's products, by a product of float32 matrices: 64^e of the largest outweighs the
-        # other 31, so the sum's own exponent is 6 e and at most 5 more. 10923 / 2^16 is a sixth, 21 keeps it positive.
+        self.lowest = _outer(a.unit, b.unit)  # the exponent of the last bit that products have
+        # The largest exponent of a step's products, by a product of matrices: 64^e of the largest outweighs the other
+        # 31, so the sum's own exponent is 6 e and at most 5 more. 10923 / 2^16 is a sixth.
         weight = a.weights @ b.weights.mT
-        largest = ((weight.view(torch.int32) >> 23) - 1) * 10923 >> 16
-        self.top = (largest - 21 + self.scale).masked_fill_(weight == 0, ZERO_EXPONENT)
+        if weight.dtype == torch.float32:
+            stored, zero_at = weight.view(torch.int32) >> 23, 127
+            center = 0
+        else:
+            stored, zero_at = (weight.view(torch.int64) >> 52).int(), 1023
+            center = 2 * _CENTER
+        largest = (stored - zero_at + 6 * _POSITIVE) * 10923 >> 16
+        self.top = (largest - (_POSITIVE + center) + self.scale).masked_fill_(weight == 0, ZERO_EXPONENT)
 
     def __iter__(self) -> Iterator[Steps]:
         for i in range(len(self.total)):
@@ -110,6 +141,7 @@ class Steps:
             step.scale, step.total = self.scale[one], self.total[one]
             if self.arithmetic.bits is not None:
                 step.top = self.top[one]
+                step.lowest = self.lowest[one] if self.lowest.dim() else self.lowest
             yield step
 
     def add(self, acc: Tensor) -> Tensor:
@@ -122,11 +154,10 @@ class Steps:
         per_one = ((2046 << 52) - one.view(torch.int64)).view(torch.float64)
         total = self.total * per_one
         level = last.sub_(self.scale)  # of the last bit kept, in the operands' own units
-        lowest = self.a.unit + self.b.unit
         none = self.a.peak + self.b.peak + (rule.rounding == "nearest")  # from here on nothing is left of a product
-        if bool((level > lowest).any()):
+        if bool((level > self.lowest).any()):
             total.masked_fill_((level >= none) & total.isfinite(), 0.0)
-            self._one_by_one(total, level, (level > lowest) & (level < none))
+            self._one_by_one(total, level, (level > self.lowest) & (level < none))
         total += whole(acc.double() * per_one, rule)
         return to_float32(total * one, rule)
 
@@ -139,31 +170,59 @@ class Steps:
         for place in torch.split(places, _PLACES_CUDA if total.is_cuda else _PLACES_CPU):
             row = place // n
             column = place - row * n + row // m * n
-            # Products are integers of at most 22 bits in their unit: float32 holds them, and what is left of them.
+            # Products of codes are integers of at most 22 bits in their unit, which float32 holds, and what is left of
+            # them; bfloat16 has fewer bits and a wider range.
             products = a.index_select(0, row) * b.index_select(0, column)
-            products *= pow2(-level[place]).float().unsqueeze(-1)
+            products *= pow2(-level[place]).to(products.dtype).unsqueeze(-1)
             total[place] = whole(products, self.arithmetic).sum(-1, dtype=torch.float64)
 
 
 def pieces(
-    arithmetic: Arithmetic, codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor
+    arithmetic: Arithmetic, rows: Tensor, row_scales: Tensor | None, packed: Tensor, scales: Tensor
 ) -> Iterator[tuple[tuple[slice, slice], Iterator[Steps]]]:
-    """A GEMM's output in pieces, each with its steps in k order, one at a time. Arguments as those of `gemm`."""
-    (m, k), n, products = codes.shape, packed.shape[0], arithmetic.products
-    weight_bytes, step_bytes = (512 << 20, 64 << 20) if codes.is_cuda else (128 << 20, _STEP_BYTES_CPU)
+    """A GEMM's output in pieces, each with its steps in k order, one at a time. Arguments as those of `gemm`.
+
+    The steps of a rule that takes bfloat16 have half of each weight (`half_weights`).
+    """
+    (m, k), n, products = rows.shape, packed.shape[0], arithmetic.products
+    weight_bytes, step_bytes = (512 << 20, 64 << 20) if rows.is_cuda else (128 << 20, _STEP_BYTES_CPU)
     columns = max(1, min(n, max(64, weight_bytes // (40 * max(k, 1)))))
-    rows = max(1, min(m, step_bytes // (32 * columns)))
-    many = max(1, step_bytes // (16 * rows * columns))  # steps whose sums are made at once
-    nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-    a = operand(codes.view(m, k // BLOCK, BLOCK), row_scales, "e4m3", arithmetic).by_step(products)
+    count = max(1, min(m, step_bytes // (32 * columns)))
+    many = max(1, step_bytes // (16 * count * columns))  # steps whose sums are made at once
+    in_bf16 = arithmetic.operands == "bf16"
+
+    def steps_of(codes: Tensor, bytes_: Tensor, kind: Format) -> Operand:
+        parts = BLOCK // products
+        made = operand(codes.view(len(codes), -1, products), bytes_.repeat_interleave(parts, -1), kind)
+        return made.by_step()
+
+    if in_bf16:
+        x = rows if row_scales is None else mxfp8_to_bf16(rows, row_scales)
+        a = bf16_operand(x.view(m, -1, products)).by_step()
+    else:
+        assert row_scales is not None
+        a = steps_of(rows, row_scales, "e4m3")
     for c in range(0, n, columns):
         some = slice(c, c + columns)
-        b = operand(nibbles[some].view(-1, k // BLOCK, BLOCK), scales[some], "e2m1", arithmetic).by_step(products)
-        for r in range(0, m, rows):
-            place = slice(r, r + rows), some
+        nibbles = torch.stack((packed[some] & 15, packed[some] >> 4), -1).flatten(-2)
+        if in_bf16:
+            b = bf16_operand(half_weights(nibbles, scales[some]).view(len(nibbles), -1, products)).by_step()
+        else:
+            b = steps_of(nibbles, scales[some], "e2m1")
+        for r in range(0, m, count):
+            place = slice(r, r + count), some
             starts = range(0, k // products, many)
             together = (Steps(arithmetic, a.rows(s, place[0]), b.rows(s)) for s in (slice(i, i + many) for i in starts))
             yield place, (step for steps in together for step in steps)
+
+
+def half_weights(nibbles: Tensor, scales: Tensor) -> Tensor:
+    """uint8 [N, K] codes and uint8 [N, K/32] scales as SM90's kernels multiply them: half the values, in bfloat16.
+
+    All scales that weights may have, up to 2^126, are exact so: 6 * 2^126 alone would not fit.
+    """
+    values = torch.unflatten(decoded(nibbles, "e2m1") * 0.5, -1, (-1, BLOCK))
+    return (values * decode_e8m0(scales).unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
 
 
 def outside(arithmetic: Arithmetic, acc: Tensor, total: Tensor, scale: Tensor) -> Tensor:
@@ -183,6 +242,11 @@ def outside(arithmetic: Arithmetic, acc: Tensor, total: Tensor, scale: Tensor) -
     # Where near is a float32 number that lies beyond the exact sum, the cut is the number before it.
     beyond = (cut.double() == near) & (lost * near < 0)
     return torch.where(beyond, torch.nextafter(cut, torch.zeros_like(cut)), cut)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of [..., M] and [..., N], or of two numbers."""
+    return a.unsqueeze(-1) + b.unsqueeze(-2) if a.dim() else a + b
 
 
 def pow2(exponents: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ _FLOAT64_ULP = 2.0**-52  # the exact sums are float64 sums of exact steps
 
 
 def sums_and_bound(
-    codes: Tensor,
-    row_scales: Tensor,
+    rows: Tensor,
+    row_scales: Tensor | None,
     packed: Tensor,
     scales: Tensor,
     expert_offsets: Tensor,
@@ -35,21 +35,23 @@ def sums_and_bound(
     a rule that takes bfloat16 exact in it.
 
     Args:
-        codes, row_scales, packed, scales, expert_offsets: as for `reference.grouped_gemm`.
+        rows, row_scales, packed, scales, expert_offsets: as for `reference.grouped_gemm`.
         arithmetic: the rule.
 
     Returns:
         float64 [R, N] twice; rows of no expert are zero.
     """
-    sums = torch.zeros(len(codes), packed.shape[1], dtype=torch.float64, device=codes.device)
+    sums = torch.zeros(len(rows), packed.shape[1], dtype=torch.float64, device=rows.device)
     bound = torch.zeros_like(sums)
+    unit = 2.0 if arithmetic.operands == "bf16" else 1.0  # as `arithmetic.gemm`
     for e, (begin, end) in enumerate(pairwise(expert_offsets.tolist())):
-        rows = slice(begin, end)
-        for place, steps in pieces(arithmetic, codes[rows], row_scales[rows], packed[e], scales[e]):
-            total, worst = torch.zeros_like(sums[rows][place]), torch.zeros_like(sums[rows][place])
+        own = slice(begin, end)
+        own_scales = None if row_scales is None else row_scales[own]
+        for place, steps in pieces(arithmetic, rows[own], own_scales, packed[e], scales[e]):
+            total, worst = torch.zeros_like(sums[own][place]), torch.zeros_like(sums[own][place])
             for step in steps:
                 total, worst = _after(step, total, worst)
-            sums[rows][place], bound[rows][place] = total, worst
+            sums[own][place], bound[own][place] = unit * total, unit * worst
     return sums, bound
 
 
@@ -73,7 +75,7 @@ def _after(step: Steps, sums: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
         added = step.total[0]
         last = torch.maximum(step.top[0], exponent(largest)) - rule.bits
         quantum = pow2(last)
-        lowest = step.a.unit + step.b.unit + step.scale[0]
+        lowest = (step.lowest[0] if step.lowest.dim() else step.lowest) + step.scale[0]
         products = torch.minimum(rule.products * quantum, size).masked_fill_(last <= lowest, 0.0)
         smallest = (sums.abs() - bound).clamp_(min=0.0)
         accumulator = torch.minimum(quantum, largest).masked_fill_(last <= exponent(smallest) - 23, 0.0)

@@ -18,11 +18,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._mma import ZERO_EXPONENT, Format, Steps, exponent, operand, outside, pieces, pow2, to_float32, whole
+from ._mma import (
+    ZERO_EXPONENT,
+    Format,
+    Steps,
+    bf16_operand,
+    decoded,
+    exponent,
+    operand,
+    outside,
+    pieces,
+    pow2,
+    to_float32,
+    whole,
+)
 from .archs import check_arch
-from .formats import BLOCK
+from .formats import BLOCK, decode_e8m0
 
-__all__ = ["FP32_CHAIN", "SM12X_MXF8F6F4", "SM90_BF16", "Arithmetic", "block_scaled_mma", "gemm", "mma_step", "of_arch"]
+__all__ = [
+    "SM12X_MXF8F6F4",
+    "SM90_BF16",
+    "Arithmetic",
+    "block_scaled_mma",
+    "family",
+    "gemm",
+    "mma_step",
+    "of_arch",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +78,6 @@ class Arithmetic:
         return f"{what} and the accumulator, {self.bits} bits, {self.rounding}"
 
 
-FP32_CHAIN = Arithmetic(
-    name="fp32 chain",
-    products=32,
-    bits=None,
-    rounding="nearest",
-    accumulator="outside",
-    source="csrc/tile: the MMA sums one block from +0, which is exact, and one fma per block adds it",
-)
 SM12X_MXF8F6F4 = Arithmetic(
     name="SM12x mxf8f6f4",
     products=32,
@@ -85,17 +99,17 @@ SM90_BF16 = Arithmetic(
 
 def of_arch(arch: str) -> Arithmetic:
     """What the kernels of an arch such as '120f' compute."""
-    return SM12X_MXF8F6F4 if check_arch(arch)[0] == 12 else FP32_CHAIN
+    return SM12X_MXF8F6F4 if check_arch(arch)[0] == 12 else SM90_BF16
 
 
 def family(published: Arithmetic) -> tuple[Arithmetic, ...]:
-    """The published rule, the other named ones, and neighbours: 20 to 30 bits, cut or nearest, accumulator in or out.
+    """The published rule, the other named one, and neighbours: 20 to 30 bits, cut or nearest, accumulator in or out.
 
     With the accumulator outside, bits make no difference from 20 on, for E4M3 x E2M1: the exponent of a product is at
     most 10, and its last bit is 2^-10.
     """
     rules: dict[str, Arithmetic] = {}
-    for rule in (published, SM12X_MXF8F6F4, SM90_BF16, FP32_CHAIN):
+    for rule in (published, SM12X_MXF8F6F4, SM90_BF16):
         rules.setdefault(rule.words(), rule)
     for rounding in ("cut", "nearest"):
         for bits in (*range(20, 31), None):
@@ -165,29 +179,41 @@ def block_scaled_mma(
     """
     batch, (m, n) = acc.shape[:-2], acc.shape[-2:]
     count = batch.numel()
-    a = operand(a_codes.reshape(count, m, BLOCK), a_scale.reshape(count, m), a_format, arithmetic)
-    b = operand(b_codes.reshape(count, n, BLOCK), b_scale.reshape(count, n), b_format, arithmetic)
+    operands = (
+        (a_codes.reshape(count, m, BLOCK), a_scale.reshape(count, m), a_format),
+        (b_codes.reshape(count, n, BLOCK), b_scale.reshape(count, n), b_format),
+    )
+    if arithmetic.operands == "bf16":
+        both = [(decoded(codes, kind) * decode_e8m0(scale).unsqueeze(-1)).bfloat16() for codes, scale, kind in operands]
     acc = acc.reshape(count, m, n)
     for k in range(0, BLOCK, arithmetic.products):
         part = slice(k, k + arithmetic.products)
-        acc = Steps(arithmetic, a.part(part), b.part(part)).add(acc)
+        if arithmetic.operands == "bf16":
+            a, b = (bf16_operand(x[..., part].contiguous()) for x in both)
+        else:
+            a, b = (operand(codes[..., part], scale, kind) for codes, scale, kind in operands)
+        acc = Steps(arithmetic, a, b).add(acc)
     return acc.reshape(*batch, m, n)
 
 
 def gemm(
-    arithmetic: Arithmetic, codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, out: Tensor
+    arithmetic: Arithmetic, rows: Tensor, row_scales: Tensor | None, packed: Tensor, scales: Tensor, out: Tensor
 ) -> None:
     """One expert's rows under a rule, K/L steps from +0; memory stays bounded, whatever the shape.
 
+    Under a rule that takes bfloat16 the kernels hold half of each weight, so that the largest ones fit, and double the
+    sums in the end. That is the same but at the ends of float32's range: a sum that leaves it for a while may come
+    back, and the last bits of subnormal ones are cut one bit earlier.
+
     Args:
-        codes: uint8 [M, K] E4M3, plain k order.
-        row_scales: uint8 [M, K/32] E8M0.
+        rows: uint8 [M, K] E4M3, plain k order; or bfloat16 [M, K], for a rule that takes it.
+        row_scales: uint8 [M, K/32] E8M0; None of bfloat16 rows.
         packed: uint8 [N, K/2] E2M1, low nibble = even k.
         scales: uint8 [N, K/32].
         out: float32 [M, N], written.
     """
-    for place, steps in pieces(arithmetic, codes, row_scales, packed, scales):
+    for place, steps in pieces(arithmetic, rows, row_scales, packed, scales):
         acc = torch.zeros_like(out[place]).unsqueeze(0)
         for step in steps:
             acc = step.add(acc)
-        out[place] = acc[0]
+        out[place] = 2 * acc[0] if arithmetic.operands == "bf16" else acc[0]

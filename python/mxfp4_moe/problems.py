@@ -14,8 +14,8 @@ from torch import Tensor
 from . import formats, reference
 from ._install import loading, wheel
 from .activations import Activation
-from .arithmetic import FP32_CHAIN, Arithmetic, of_arch
-from .tiles import Kernel, Tile, kernels_of
+from .arithmetic import SM12X_MXF8F6F4, Arithmetic, of_arch
+from .tiles import Tile
 from .weights import MoEWeights
 
 ROWS_PER_EXPERT = (0, 1, 7, 8, 9, 63, 64, 65, 129, 300, 0, 16)
@@ -37,8 +37,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 class GemmProblem:
     """Operands in plain order, and what must come out."""
 
-    codes: Tensor  # uint8 [R, K] E4M3
-    row_scales: Tensor  # uint8 [R, K/32]
+    rows: Tensor  # uint8 [R, K] E4M3; or bfloat16
+    row_scales: Tensor | None  # uint8 [R, K/32]; None of bfloat16 rows
     packed: Tensor  # uint8 [E, N, K/2]
     scales: Tensor  # uint8 [E, N, K/32]
     offsets: Tensor  # int32 [E+1]
@@ -47,22 +47,22 @@ class GemmProblem:
     @classmethod
     def with_oracle(
         cls,
-        codes: Tensor,
-        row_scales: Tensor,
+        rows: Tensor,
+        row_scales: Tensor | None,
         packed: Tensor,
         scales: Tensor,
         offsets: Tensor,
         arithmetic: Arithmetic | None = None,
     ) -> GemmProblem:
         """What must come out under a rule, by default that of the device's kernels."""
-        rule = arithmetic or arithmetic_here(codes.device)
-        expected = reference.grouped_gemm(codes, row_scales, packed, scales, offsets, arithmetic=rule)
-        return cls(codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected)
+        rule = arithmetic or arithmetic_here(rows.device)
+        expected = reference.grouped_gemm(rows, row_scales, packed, scales, offsets, arithmetic=rule)
+        return cls(rows=rows, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected)
 
     @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """The arguments of `reference.grouped_gemm`."""
-        return self.codes, self.row_scales, self.packed, self.scales, self.offsets
+        return self.rows, self.row_scales, self.packed, self.scales, self.offsets
 
     @property
     def valid(self) -> int:
@@ -76,49 +76,38 @@ class GemmProblem:
         experts = zip(self.packed, self.scales, strict=True)
         return torch.stack([formats.arrange_weights(packed, scales, order) for packed, scales in experts])
 
-    def run(self, tile: Tile, dtype: torch.dtype = torch.float32, kernel: Kernel = Kernel.BY_SIZE) -> Tensor:
+    @functools.cached_property
+    def act(self) -> tuple[Tensor, Tensor | None]:
+        """The activations and their scales as the kernels of their device read them."""
+        if self.row_scales is None:
+            return self.rows, None
+        if arithmetic_here(self.rows.device).operands == "bf16":
+            return formats.mxfp8_to_bf16(self.rows, self.row_scales), None
+        return formats.interleave_k(self.rows), formats.pack_row_scales(self.row_scales)
+
+    def run(self, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tile's result in an output poisoned with NaN.
 
         The m-tile list is as long as a caller who knows only the shapes must make it; behind its valid entries stand
         ones that would write to the rows of no expert.
         """
-        rows, experts = self.codes.shape[0], self.packed.shape[0]
+        rows, experts = self.rows.shape[0], self.packed.shape[0]
         tiles = reference.m_tiles(self.offsets, tile.m)
         bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(self.offsets[-1]), rows, 0]], dtype=torch.int32, device=tiles.device)
         out = torch.full((rows, self.packed.shape[1]), float("nan"), dtype=dtype, device=tiles.device)
-        if kernel is Kernel.FOLDED:
-            act, has_far = self.folded
-        else:
-            act, has_far = formats.interleave_k(self.codes), None
         loading.load_tile(tile)(
-            act,
-            formats.pack_row_scales(self.row_scales),
+            *self.act,
             self.weight,
             torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
             torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
             out,
-            int(kernel),
-            has_far,
         )
         return out
 
-    @functools.cached_property
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """The activations as bfloat16 [R, K] with their scales in them, and whether any is far: int32 [1]."""
-        return formats.fold_activations(self.codes, self.row_scales)
-
-    def runs(self, tile: Tile, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The results of each kernel that the tile has for this GPU."""
-        return [self.run(tile, dtype, kernel) for kernel in kernels_here(tile, self.codes.device)]
-
     def check(self, tile: Tile, dtype: torch.dtype = torch.float32) -> str:
-        """`mismatch` of the first of `runs` that has one, and of which kernel where there are several."""
-        kernels = kernels_here(tile, self.codes.device)
-        for kernel in kernels:
-            if found := self.mismatch(self.run(tile, dtype, kernel)):
-                return found if len(kernels) == 1 else f"kernel {kernel.name}: {found}"
-        return ""
+        """`mismatch` of the tile's result."""
+        return self.mismatch(self.run(tile, dtype))
 
     def mismatch(self, out: Tensor) -> str:
         """Empty when out has the expected bits, else where it differs and how."""
@@ -153,15 +142,9 @@ def places(wrong: Tensor, expected: Tensor, actual: Tensor) -> str:
 
 
 def arithmetic_here(device: torch.device) -> Arithmetic:
-    """What the kernels of a device compute; CPU tensors get the fp32 chain."""
+    """What the kernels of a device compute; of MXFP8 rows on a CPU, SM12x's."""
     arch = wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-    return FP32_CHAIN if arch is None else of_arch(arch)
-
-
-def kernels_here(tile: Tile, device: torch.device) -> tuple[Kernel, ...]:
-    """The kernels that a tile of this wheel has on a GPU."""
-    arch = wheel.arch_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-    return (Kernel.BY_SIZE,) if arch is None else kernels_of(tile, arch)
+    return SM12X_MXF8F6F4 if arch is None else of_arch(arch)
 
 
 def offsets_of(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:
@@ -268,7 +251,7 @@ def _with_exact_sums(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: 
     for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
         expected[begin:end] = (a[begin:end] @ b[e].T).float() + 0.0
     return GemmProblem(
-        codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected
+        rows=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected
     )
 
 
@@ -298,7 +281,7 @@ def layout_problem(device: torch.device) -> GemmProblem:
     expected = torch.zeros(rows, n, device=device)
     expected[valid] = value * exponent.float().exp2() + 0.0  # a sum that starts at +0 never ends at -0
     return GemmProblem(
-        codes=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected
+        rows=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._call import launch, operators
+from ._call.activation_format import check_format_on
 from ._call.checks import check_devices, check_hidden_states, check_limits, check_output, check_topk_softmax
 from ._call.fused_moe import fused_moe
 from ._call.gradient import refuse_gradient
@@ -64,6 +65,7 @@ def fused_moe_from_logits(
     auto_tile_select: bool = True,
     output: Tensor | None = None,
     intermediate_rounding: bool = False,
+    activation_format: str = "mxfp8",
 ) -> Tensor:
     """`topk_softmax` and `fused_moe` in one call, with the same result and, up to 512 tokens, one kernel less.
 
@@ -114,11 +116,19 @@ def fused_moe_from_logits(
             auto_tile_select=auto_tile_select,
             output=output,
             intermediate_rounding=intermediate_rounding,
+            activation_format=activation_format,
         )
     device = check_devices(hidden_states, weights)
     dtype = check_hidden_states(
-        hidden_states, hidden_states_scale, scale_layout, output_dtype, weights.hidden_size, device
+        hidden_states,
+        hidden_states_scale,
+        scale_layout,
+        output_dtype,
+        weights.hidden_size,
+        device,
+        activation_format,
     )
+    check_format_on(activation_format, device)
     check_limits(weights.num_experts, rows, top_k)
     check_output(output, dtype, rows, weights.hidden_size, device)
     tile = tile_of_call(tile_mn, auto_tile_select, rows, top_k, weights, device)
@@ -134,5 +144,6 @@ def fused_moe_from_logits(
         output,
         intermediate_rounding,
         renormalize,
+        activation_format,
     )
     return refuse_gradient("fused_moe_from_logits", output, hidden_states, router_logits)

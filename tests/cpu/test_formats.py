@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import oracles
@@ -123,19 +124,23 @@ class TestWordOrder:
     @pytest.mark.parametrize("order", ORDERS)
     def test_against_integers(self, order: formats.WordOrder) -> None:
         packed = random_bytes(2, 3, 64)
-        words = [oracles.weight_word(eight, order.value) for eight in codes_of(packed).reshape(-1, 8).tolist()]
+        blocks = codes_of(packed).reshape(-1, 32).tolist()
+        words = [word for block in blocks for word in oracles.weight_words(block, order.value)]
         made = formats.pack_words(packed, order)
         assert made.shape == packed.shape
         assert made.numpy().tobytes() == b"".join(word.to_bytes(4, "little") for word in words)
         assert torch.equal(formats.unpack_words(made, order), packed)
 
     @pytest.mark.parametrize("order", ORDERS)
-    def test_every_pair_of_neighbours_survives(self, order: formats.WordOrder) -> None:
-        pairs = torch.cartesian_prod(ALL_BYTES, ALL_BYTES)
-        packed = torch.cat((pairs, pairs.flip(0)), dim=1)
-        made = formats.pack_words(packed, order)
-        assert torch.equal(formats.unpack_words(made, order), packed)
-        assert len(made.view(torch.int32).unique()) == len(made)
+    def test_every_bit_has_a_place_of_its_own(self, order: formats.WordOrder) -> None:
+        bits = torch.zeros(128, 16, dtype=torch.uint8)
+        for i in range(128):
+            bits[i, i // 8] = 1 << i % 8
+        made = formats.pack_words(bits, order)
+        assert torch.equal(formats.unpack_words(made, order), bits)
+        places = torch.stack([made >> i & 1 for i in range(8)], -1).flatten(1)
+        assert torch.equal(places.sum(0), torch.ones(128, dtype=torch.int64))
+        assert torch.equal(places.sum(1), torch.ones(128, dtype=torch.int64))
 
     def test_containers_expand_as_the_kernel_expands_them(self) -> None:
         """SM12x: one mask for the even k, a rotation by 4 and the mask for the odd; codes in bits 5..2 of bytes."""
@@ -146,36 +151,34 @@ class TestWordOrder:
         assert np.array_equal(even.view(np.uint8), packed.numpy() & 15)
         assert np.array_equal(odd.view(np.uint8), packed.numpy() >> 4)
 
-    def test_halves_expand_as_the_kernel_expands_them(self) -> None:
-        """SM90: four pairs of float16 or bfloat16, the value times 2^-14 or 2^-126, by shifts and two masks."""
-        packed = torch.cat((random_bytes(64, 16), ALL_BYTES.view(16, 16)))
-        words = formats.pack_words(packed, formats.WordOrder.HALVES).numpy().view("<u4")
-        values = oracles.e2m1_values(packed.numpy()).reshape(len(packed), -1, 8)
-        sign, f16, bf16 = np.uint32(0x80008000), np.uint32(0x0E000E00), np.uint32(0x01C001C0)
-        for pair, sign_shift, shift in (((0, 2), 1, 0), ((4, 6), 0, 3), ((1, 3), 3, 6), ((5, 7), 2, 9)):
-            expected = values[..., list(pair)].astype(np.float32)
-            halves = (words << np.uint32(sign_shift) & sign) | (words << np.uint32(shift) & f16)
-            expanded = halves.view(np.float16).reshape(*words.shape, 2).astype(np.float32) * np.float32(2**14)
-            assert oracles.same_bits(expanded, expected)
-            at_bf16 = words >> np.uint32(3) if shift == 0 else words << np.uint32(shift - 3)
-            brain = torch.from_numpy(((words << np.uint32(sign_shift) & sign) | (at_bf16 & bf16)).view(np.int16).copy())
-            wide = brain.view(torch.bfloat16).float().numpy().reshape(*words.shape, 2).astype(np.float64)
-            assert oracles.same_bits((wide * 2.0**126).astype(np.float32), expected)
-
     def test_of_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         capability = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
         formats.word_order_of.cache_clear()
         orders = [formats.word_order_of(torch.device("cuda", index)) for index in capability]
         formats.word_order_of.cache_clear()
-        assert [order.value for order in orders] == ["halves", "containers", "containers", "containers"]
+        assert [order.value for order in orders] == ["pairs", "containers", "containers", "containers"]
         for name in ("cpu", "meta"):
             assert formats.word_order_of(torch.device(name)) is formats.WordOrder.CONTAINERS
 
-    def test_refuses_half_words(self) -> None:
+    def test_refuses_half_blocks(self) -> None:
         for order in ORDERS:
-            with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 4, got uint8 \[2, 6\]"):
-                formats.pack_words(random_bytes(2, 6), order)
+            with pytest.raises(ValueError, match=r"packed: expected .* a multiple of 16, got uint8 \[2, 24\]"):
+                formats.pack_words(random_bytes(2, 24), order)
+            with pytest.raises(ValueError, match=r"words: expected .* a multiple of 16, got uint8 \[2, 24\]"):
+                formats.unpack_words(random_bytes(2, 24), order)
+
+    def test_an_order_of_the_past_is_refused_where_weights_are_loaded(self) -> None:
+        """Its words have the sizes of today's, so nothing else would notice."""
+        with pytest.raises(ValueError, match="got 'halves', which SM90's kernels read no longer; prepare the weights"):
+            formats.WordOrder("halves")
+        with pytest.raises(ValueError, match="word order: expected 'containers' or 'pairs', got 'other'"):
+            formats.WordOrder("other")
+        stored = pickle.dumps(formats.WordOrder.PAIRS)
+        assert pickle.loads(stored) is formats.WordOrder.PAIRS
+        old = pickle.dumps(formats.WordOrder.PAIRS, protocol=0).replace(b"pairs", b"halves")
+        with pytest.raises(ValueError, match="prepare the weights from their checkpoint again"):
+            pickle.loads(old)
 
 
 class TestWeightBlocks:
@@ -191,10 +194,10 @@ class TestWeightBlocks:
         for row in range(n):
             for block in range(k // 32):
                 expected[oracles.weight_scale_offset(row, block, n, k)] = scales[row, block]
-                for t in range(4):
+                words = oracles.weight_words(codes[row, 32 * block :][:32].tolist(), order.value)
+                for t, word in enumerate(words):
                     at = oracles.weight_word_offset(row, block, t, n, k)
-                    eight = codes[row, 32 * block + 8 * t :][:8].tolist()
-                    expected[at : at + 4] = list(oracles.weight_word(eight, order.value).to_bytes(4, "little"))
+                    expected[at : at + 4] = list(word.to_bytes(4, "little"))
         assert np.array_equal(weight.numpy(), expected)
         back, back_scales = formats.restore_weights(weight, n, k, order)
         assert torch.equal(back, packed)
@@ -222,7 +225,7 @@ class TestWeightBlocks:
             assert torch.equal(reordered.cpu(), formats.reorder_words(expected, n, k, order, new))
 
     def test_rows_in_pieces(self) -> None:
-        n, k, order = 210, 288, formats.WordOrder.HALVES
+        n, k, order = 210, 288, formats.WordOrder.PAIRS
         packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
         whole = formats.arrange_weights(packed, scales, order)
         weight = torch.full_like(whole, 0xEE)
@@ -289,32 +292,42 @@ class TestRowScales:
             formats.unpack_row_scales(random_bytes(2, 4, 4), 5, 160)
 
 
-def test_folded_activations_are_the_values_in_the_weights_order() -> None:
-    """csrc/shared/folded.cuh: position by position, every value exact for every scale."""
-    rows, k = 7, 32 * 8
-    codes = torch.randint(0, 256, (rows, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    codes[(codes & 0x7F) == formats.E4M3_NAN] = 0x08
-    scales = torch.tensor([0, 5, 46, 47, 127, 156, 157, 248], dtype=torch.uint8).expand(rows, -1)
-    folded, has_far = formats.fold_activations(codes, scales)
-    assert folded.dtype is torch.bfloat16
-    assert folded.isfinite().all()
-    assert has_far.tolist() == [1]
-    position = [i // 32 * 32 + i % 2 * 16 + i % 8 // 4 * 8 + i % 32 // 8 * 2 + i % 4 // 2 for i in range(k)]
-    assert sorted(position) == list(range(k))
-    values = formats.decode_e4m3(codes).double() * torch.repeat_interleave(scales.double() - 127, 32, -1).exp2()
-    shifts = torch.tensor([190] * 3 + [90] * 3 + [-10] * 2).repeat_interleave(32).double()
-    assert torch.equal(folded[:, position].double(), values * shifts.exp2())
+class TestMxfp8ToBf16:
+    """Against float64, which holds every code times every scale."""
 
+    CODES = torch.arange(256, dtype=torch.uint8).repeat(255, 1)
+    SCALES = torch.arange(255, dtype=torch.uint8)[:, None].expand(255, 8).contiguous()
+    EXACT = formats.decode_e4m3(CODES).double() * (SCALES[:, :1].double() - 127).exp2()
 
-def test_a_folded_block_is_far_by_its_scale_and_only_with_a_value_in_it() -> None:
-    one = torch.zeros(1, 32, dtype=torch.uint8)
-    one[0, 17] = 0x81
-    for byte in (0, 46, 47, 156, 157, 248):
-        scale = torch.tensor([[byte]], dtype=torch.uint8)
-        assert formats.fold_activations(one, scale)[1].tolist() == [int(byte in (0, 46, 157, 248))]
-        assert formats.fold_activations(one & 0x80, scale)[1].tolist() == [0]
-    poisoned = formats.fold_activations(
-        torch.full((1, 32), formats.E4M3_NAN, dtype=torch.uint8), scale.new_full((1, 1), 127)
-    )
-    assert poisoned[0].isnan().all()
-    assert poisoned[1].tolist() == [0]
+    def made(self) -> torch.Tensor:
+        out = formats.mxfp8_to_bf16(self.CODES, self.SCALES)
+        assert out.dtype is torch.bfloat16
+        assert out.shape == self.CODES.shape
+        return out.double()
+
+    def test_exact_from_2_to_the_minus_133_to_the_largest(self) -> None:
+        exact, size = self.EXACT, self.EXACT.abs()
+        fits = (size <= 2.0**128 - 2.0**120) & ((exact * 2.0**133).frac() == 0)
+        assert torch.equal(self.made()[fits], exact[fits])
+        assert fits.sum() > 250 * len(exact)
+        assert size[fits & (size > 0)].min() == 2.0**-133
+        assert size[fits].max() == 1.875 * 2.0**127
+
+    def test_below_multiples_of_2_to_the_minus_133_to_nearest_even(self) -> None:
+        small = self.EXACT.abs() < 2.0**-126
+        assert (self.EXACT[small] * 2.0**133).frac().any(), "otherwise nothing is rounded here"
+        assert torch.equal(self.made()[small] * 2.0**133, (self.EXACT[small] * 2.0**133).round())
+
+    def test_above_infinity_and_nan_stays_nan(self) -> None:
+        large = self.EXACT.abs() >= 2.0**128
+        assert large.any()
+        assert torch.equal(self.made()[large], self.EXACT[large].sign() * torch.inf)
+        assert torch.equal(self.made().isnan(), self.EXACT.isnan())
+        assert formats.mxfp8_to_bf16(self.CODES[:1, :32], torch.full((1, 1), 255, dtype=torch.uint8)).isnan().all()
+
+    def test_signs_of_zeros_stay(self) -> None:
+        assert torch.equal(self.made().signbit()[:, 128], torch.ones(255, dtype=torch.bool))
+
+    def test_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[1, 2\], got uint8 \[1, 1\]"):
+            formats.mxfp8_to_bf16(random_bytes(1, 64), random_bytes(1, 1))

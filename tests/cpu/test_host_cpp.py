@@ -7,6 +7,7 @@ what the GPU runs.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -154,28 +155,41 @@ def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: Module
 
 @pytest.mark.parametrize("order", formats.WordOrder)
 def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_path: Path) -> None:
-    """expand_weight itself, out of mma_mx.cuh, of SM12x and of SM90: every value of every two neighbouring bytes.
+    """The very functions that the kernels call: every code in every place of a block, whatever stands beside it.
 
     SM90 does not execute SM12x's, so this test is all that does.
     """
     program = tmp_path / "expand"
     source = str(ROOT / "tests" / "cpu" / "host" / "expand.cpp")
     chosen = ["-DMXFP4_MOE_ORDER_CONTAINERS"] if order is formats.WordOrder.CONTAINERS else []
-    command = [str(toolchain.find_cxx(os.environ)), "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}"]
+    header = (ROOT / "csrc" / "tile" / "sm90" / "bf16_operands.cuh").read_text()
+    (body,) = re.findall(r"^__device__ __forceinline__ void expand\(.*?^}\n", header, re.MULTILINE | re.DOTALL)
+    (tmp_path / "expand_pairs.inc").write_text(body)
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{tmp_path}"]
+    command = [str(toolchain.find_cxx(os.environ)), "-std=c++17", "-O1", *includes]
     built = subprocess.run([*command, *chosen, source, "-o", str(program)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
-    outer, inner = torch.cat((pairs, pairs.flip(0)), 1), torch.cat((pairs[:, :1], pairs.flip(0), pairs[:, 1:]), 1)
-    packed = torch.cat((outer, inner))
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # k = 0 .. 7
+    random = torch.randint(0, 256, (4096, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    one, all_ = torch.zeros(32, 16, 32, dtype=torch.uint8), torch.full((32, 16, 32), 15, dtype=torch.uint8)
+    for k in range(32):
+        one[k, :, k] = torch.arange(16)
+        all_[k, :, k] = torch.arange(16)
+    codes = torch.cat((one.view(-1, 32), all_.view(-1, 32)))
+    packed = torch.cat((codes[:, 0::2] | codes[:, 1::2] << 4, random))
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
     words = formats.pack_words(packed, order).numpy().tobytes()
     expanded = subprocess.run([program], input=words, capture_output=True, check=True).stdout
-    registers = torch.frombuffer(bytearray(expanded), dtype=torch.uint8).reshape(len(packed), -1)
-    if order is formats.WordOrder.CONTAINERS:  # two registers: the even k and the odd k, codes in bits 5 .. 2 of bytes
-        assert torch.equal(registers, codes[:, [0, 2, 4, 6, 1, 3, 5, 7]] << 2)
-    else:  # four pairs of float16, each the code's value times 2^-14
-        values = formats.decode_e2m1(packed)[:, [0, 2, 4, 6, 1, 3, 5, 7]].to(torch.float32) * 2.0**-14
-        assert torch.equal(registers, values.to(torch.float16).view(torch.uint8).reshape(len(packed), -1))
+    registers = torch.frombuffer(bytearray(expanded), dtype=torch.uint8).reshape(len(packed), 4, -1)
+    for t in range(4):
+        if order is formats.WordOrder.CONTAINERS:  # two registers: even k and odd k, codes in bits 5 .. 2 of bytes
+            ks = [8 * t + i for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+            expected = codes[:, ks] << 2
+        else:  # four pairs of bfloat16, each the code's value times 2^-126
+            ks = [k for pair in range(4) for k in (8 * pair + 2 * t, 8 * pair + 2 * t + 1)]
+            values = torch.tensor(formats.E2M1_VALUES, dtype=torch.float64)[codes[:, ks].long()] * 2.0**-126
+            expected = values.to(torch.bfloat16).view(torch.uint8)
+            assert torch.equal(expected.view(torch.bfloat16).double(), values)
+        assert torch.equal(registers[:, t], expected), f"word {t}"
 
 
 # --- schedule --------------------------------------------------------------------------------------------------------

@@ -40,11 +40,18 @@ def e4m3_codes(values: np.ndarray) -> np.ndarray:
 
 
 def mma_block(
-    a: np.ndarray, b: np.ndarray, a_scale: np.ndarray, b_scale: np.ndarray, acc: np.ndarray, rule: Arithmetic
+    a: np.ndarray,
+    b: np.ndarray,
+    a_scale: np.ndarray,
+    b_scale: np.ndarray,
+    acc: np.ndarray,
+    rule: Arithmetic,
+    *,
+    unit: Fraction = Fraction(1),
 ) -> np.ndarray:
     """One block under a rule, in fractions: E4M3 codes [M, 32], E2M1 codes [N, 32] as 0..15, E8M0, float32 [M, N].
 
-    Everything must be finite.
+    Everything must be finite. The operands b of a rule that takes bfloat16 are multiplied by the unit.
     """
     out = np.empty_like(acc)
     for i, j in np.ndindex(acc.shape):
@@ -53,7 +60,9 @@ def mma_block(
         y = [_parts(value, 0) for value in b[j].view(E2M1).astype(np.float64)]
         if rule.operands == "bf16":
             x = [_parts(value * Fraction(2) ** e * Fraction(2) ** (int(a_scale[i]) - 127), -126) for value, e in x]
-            y = [_parts(value * Fraction(2) ** e * Fraction(2) ** (int(b_scale[j]) - 127), -126) for value, e in y]
+            y = [
+                _parts(value * Fraction(2) ** e * Fraction(2) ** (int(b_scale[j]) - 127) * unit, -126) for value, e in y
+            ]
             scale = 0
         value = float(acc[i, j])
         for k in range(0, 32, rule.products):
@@ -138,19 +147,34 @@ def scale_offset(row: int, block: int, k: int) -> int:
     return row // 128 * k_tiles * 512 + block // 4 * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
 
 
-def chain_gemm(codes: np.ndarray, row_scales: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """[M, K] x [N, K] of one expert by the fp32 chain over k-blocks, one output at a time."""
-    a, b = e4m3_values(codes), e2m1_values(packed)
-    out = np.empty((len(a), len(b)), dtype=np.float32)
-    with np.errstate(all="ignore"):
-        for r in range(len(a)):
-            for c in range(len(b)):
-                acc = np.float32(0)
-                for i in range(a.shape[1] // 32):
-                    block = np.float32(math.fsum(a[r, 32 * i : 32 * i + 32] * b[c, 32 * i : 32 * i + 32]))
-                    sa, sb = (np.float32(2.0 ** (int(s) - 127)) for s in (row_scales[r, i], scales[c, i]))
-                    acc = acc + block * (sa * sb)
-                out[r, c] = acc
+def gemm(
+    a: np.ndarray, row_scales: np.ndarray, b: np.ndarray, scales: np.ndarray, rule: Arithmetic, *, unit: Fraction
+) -> np.ndarray:
+    """Sums over K under a rule, in fractions: `mma_block` after `mma_block`, with weights in a unit.
+
+    E4M3 codes [M, K], E2M1 codes [N, K] as 0..15, E8M0 scales [M, K/32] and [N, K/32] -> float32 [M, N].
+    """
+    out = np.zeros((len(a), len(b)), dtype=np.float32)
+    for i in range(a.shape[1] // 32):
+        k = slice(32 * i, 32 * i + 32)
+        out = mma_block(a[:, k], b[:, k], row_scales[:, i], scales[:, i], out, rule, unit=unit)
+    return (out / np.float32(unit)).astype(np.float32)
+
+
+def bf16_gemm(a: np.ndarray, b: np.ndarray, scales: np.ndarray, rule: Arithmetic) -> np.ndarray:
+    """The same of activations that are bfloat16 numbers, float64 [M, K], with half weights as SM90 has them."""
+    out = np.zeros((len(a), len(b)), dtype=np.float32)
+    values = b.view(E2M1).astype(np.float64)
+    for i, j in np.ndindex(out.shape):
+        acc = 0.0
+        x = [_parts(value, -126) for value in a[i]]
+        y = [
+            _parts(Fraction(v) * Fraction(2) ** (int(scales[j, k // 32]) - 128), -126) for k, v in enumerate(values[j])
+        ]
+        for k in range(0, a.shape[1], rule.products):
+            step = slice(k, k + rule.products)
+            acc = _mma_step([(s * t, e + f) for (s, e), (t, f) in zip(x[step], y[step], strict=True)], 0, acc, rule)
+        out[i, j] = 2 * acc
     return out
 
 
@@ -170,22 +194,36 @@ def weight_scale_offset(row: int, block: int, n: int, k: int) -> int:
 
 
 def weight_word_offset(row: int, block: int, t: int, n: int, k: int) -> int:
-    """Where the word of a row and k = 32 * block + 8t .. 8t+7 lies in one expert's prepared weight [n, k]."""
+    """Where word t of a row and block of 32 k lies in one expert's prepared weight [n, k]."""
     in_block = row % 64
     word = in_block // 32 * 512 + (in_block % 8 * 4 + t) * 16 + in_block // 8 % 4 * 4
     return _weight_block(row, block // 4, n, k) + 256 + block % 4 * 1024 + word
 
 
-def weight_word(codes: list[int], order: str) -> int:
-    """The 32-bit word of eight codes of 4 bits, in "containers" or "halves" order."""
-    if order == "containers":
-        word = sum(code << 4 * i for i, code in enumerate(codes))
-        return (word << 2 | word >> 30) & 0xFFFFFFFF
-    word = 0
-    for pair, sign_at, magnitude_at in (((0, 2), 14, 9), ((4, 6), 15, 6), ((1, 3), 12, 3), ((5, 7), 13, 0)):
-        for half, k in enumerate(pair):
-            word |= (codes[k] >> 3) << (sign_at + 16 * half) | (codes[k] & 7) << (magnitude_at + 16 * half)
-    return word
+_PAIRS = (  # for each of the pairs k = 2t, 2t + 8, 2t + 16, 2t + 24: where in its half the bits m, e0, e1 and s stand
+    ((6, 7, 8), 15),
+    ((2, 3, 4), 11),
+    ((12, 13, 14), 5 + 16),  # 16 more: in the other half
+    ((0, 9, 10), 1 + 16),
+)
+
+
+def weight_words(codes: list[int], order: str) -> list[int]:
+    """The four 32-bit words of a block of 32 codes of 4 bits, in "containers" or "pairs" order."""
+    words = []
+    for t in range(4):
+        word = 0
+        if order == "containers":
+            for i, code in enumerate(codes[8 * t : 8 * t + 8]):
+                word |= code << 4 * i
+            word = (word << 2 | word >> 30) & 0xFFFFFFFF
+        else:
+            for pair, (magnitude, sign) in enumerate(_PAIRS):
+                for half, code in enumerate(codes[8 * pair + 2 * t :][:2]):
+                    for bit, place in enumerate((*magnitude, sign)):
+                        word |= (code >> bit & 1) << (place + 16 * half) % 32
+        words.append(word)
+    return words
 
 
 def gate_up_rows(order: str, intermediate_size: int) -> tuple[list[int], list[int]]:

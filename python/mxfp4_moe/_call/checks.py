@@ -12,6 +12,7 @@ from .. import reference
 from .._arguments import require_contiguous, require_tensor
 from ..formats import BLOCK, WordOrder, word_order_of
 from ..weights import MoEWeights
+from .activation_format import check_activation_format, check_format_on
 
 MAX_EXPERTS = 1024  # csrc/moe/kernels.h, kMaxExperts
 MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/checks.h, kMaxSlots
@@ -33,6 +34,7 @@ def check_layer(
     hidden_states_scale: Tensor | None,
     scale_layout: str,
     output_dtype: torch.dtype | None,
+    activation_format: str = "mxfp8",
 ) -> torch.dtype:
     """Checks everything of a call but its output and its tile.
 
@@ -52,7 +54,9 @@ def check_layer(
         output_dtype,
         weights.hidden_size,
         device,
+        activation_format,
     )
+    check_format_on(activation_format, device)
     check_limits(weights.num_experts, *topk_ids.shape)
     return dtype
 
@@ -99,6 +103,7 @@ def check_call(
     output_dtype: torch.dtype | None,
     hidden_size: int,
     device: torch.device,
+    activation_format: str = "mxfp8",
 ) -> torch.dtype:
     """Checks the tensors of a call; also on fake ones, while a graph is traced.
 
@@ -108,7 +113,9 @@ def check_call(
     Raises:
         TypeError, ValueError: as `fused_moe`.
     """
-    dtype = check_hidden_states(hidden_states, hidden_states_scale, scale_layout, output_dtype, hidden_size, device)
+    dtype = check_hidden_states(
+        hidden_states, hidden_states_scale, scale_layout, output_dtype, hidden_size, device, activation_format
+    )
     tokens = hidden_states.shape[0]
     top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2 else 0
     _check("topk_ids", topk_ids, _IDS, (tokens, top_k), (tokens, "k"), device)
@@ -125,8 +132,9 @@ def check_hidden_states(
     output_dtype: torch.dtype | None,
     hidden_size: int,
     device: torch.device,
+    activation_format: str = "mxfp8",
 ) -> torch.dtype:
-    """The part of `check_call` that is about the hidden states and the output dtype.
+    """The part of `check_call` that is about the hidden states, their format and the output dtype.
 
     Returns:
         The output dtype.
@@ -144,6 +152,7 @@ def check_hidden_states(
         if scale_layout == "swizzled":
             shape = (-(-tokens // 128) * -(-hidden_size // 128) * 512,)
         _check("hidden_states_scale", hidden_states_scale, _UINT8, shape, shape, device)
+    check_activation_format(activation_format, hidden_states_scale is not None)
     if output_dtype is None:
         return hidden_states.dtype if hidden_states_scale is None else torch.bfloat16
     if output_dtype not in _HALVES:

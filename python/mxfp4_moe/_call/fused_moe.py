@@ -32,11 +32,13 @@ def fused_moe(
     auto_tile_select: bool = True,
     output: Tensor | None = None,
     intermediate_rounding: bool = False,
+    activation_format: str = "mxfp8",
 ) -> Tensor:
     """One MoE layer with MXFP4 weights: sum over a token's experts of topk_weight * (w2 . act(w13 . x + b13) + b2).
 
     T tokens, k experts per token, E experts, H hidden size. Activations are quantized to MXFP8 before each of the two
-    GEMMs. A token's result depends on nothing but that token: the same bits in every batch and with every tile.
+    GEMMs, or only rounded to bfloat16 (activation_format). A token's result depends on nothing but that token: the same
+    bits in every batch and with every tile.
     For inference: a gradient that is asked for is an error of the backward pass. Work is queued on the current CUDA
     stream, without synchronization; CUDA graphs capture it, and any number of threads and streams may call at once. All
     tensors are contiguous and on one device.
@@ -66,6 +68,9 @@ def fused_moe(
         intermediate_rounding: round GEMM1's values, before their bias, and the activation's to the output dtype, as
             FlashInfer does; there a value beyond float16's range becomes an infinity, which makes its token NaN unless
             the activation clamps it. Without it they stay in float32 until MXFP8, which is closer to the exact layer.
+        activation_format: to what the values that each GEMM reads are brought before: "mxfp8", or "bf16", which is
+            closer to the exact layer, and on SM90 as fast. CPU tensors and SM90 take both, SM12x "mxfp8"
+            (`activation_formats`); hidden states that are MXFP8 stay it.
 
     Returns:
         [T, H] in the output dtype: `output` where it was given.
@@ -73,7 +78,8 @@ def fused_moe(
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: an argument of another shape, device or stride; a tile that is not in the manifest; weights on
-            another device, or in another's word order; more experts or slots than the limits.
+            another device, or in another's word order; more experts or slots than the limits; an activation_format
+            that is none, or that the device has no kernels for.
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch; data
             not aligned to 16 bytes.
     """
@@ -89,12 +95,20 @@ def fused_moe(
             scale_layout,
             output_dtype,
             intermediate_rounding,
+            activation_format,
         )
         return result if output is None else output.copy_(result)
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
     output_dtype = check_layer(
-        hidden_states, topk_weights, topk_ids, weights, hidden_states_scale, scale_layout, output_dtype
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        weights,
+        hidden_states_scale,
+        scale_layout,
+        output_dtype,
+        activation_format,
     )
     device, (tokens, top_k) = hidden_states.device, topk_ids.shape
     check_output(output, output_dtype, tokens, weights.hidden_size, device)
@@ -111,6 +125,7 @@ def fused_moe(
                 scale_layout=scale_layout,
                 output_dtype=output_dtype,
                 intermediate_rounding=intermediate_rounding,
+                activation_format=activation_format,
             )
             if output is not None:
                 result = output.copy_(result)
@@ -126,6 +141,7 @@ def fused_moe(
         weights,
         output,
         intermediate_rounding,
+        activation_format=activation_format,
     )
     return refuse_gradient("fused_moe", output, hidden_states, topk_weights)
 
@@ -139,6 +155,7 @@ def _traced(
     scale_layout: str,
     output_dtype: torch.dtype | None,
     intermediate_rounding: bool,
+    activation_format: str,
 ) -> Tensor:
     """The call as a compiled graph sees it: tensors and constants, and no tile that would tie it to T."""
     if output_dtype is None:
@@ -169,5 +186,6 @@ def _traced(
         output_dtype,
         intermediate_rounding,
         weights.num_global_experts,
+        activation_format,
     )
     return result

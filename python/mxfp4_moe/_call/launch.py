@@ -12,6 +12,7 @@ from .._install import errors, loading, wheel
 from .._install.troubles import DOCTOR
 from ..tiles import Tile
 from ..weights import MoEWeights
+from .activation_format import code_of
 
 
 def run(
@@ -24,6 +25,7 @@ def run(
     output: Tensor,
     intermediate_rounding: bool,
     renormalize: bool = True,
+    activation_format: str = "mxfp8",
 ) -> None:
     """Launches a checked call on the GPU; routing: topk_weights and topk_ids, or router_logits and top_k.
 
@@ -37,6 +39,8 @@ def run(
         rare = {**rare, "hidden_states_scale": hidden_states_scale, "scale_is_swizzled": scale_layout == "swizzled"}
     if intermediate_rounding or not renormalize:
         rare = {**rare, "intermediate_rounding": intermediate_rounding, "renormalize": renormalize}
+    if activation_format != "mxfp8":
+        rare = {**rare, "activation_format": code_of(activation_format)}
     try:
         op(hidden_states, *routing, *arguments, tile.m, tile.n, output, **rare)
     except RuntimeError as error:

@@ -29,7 +29,8 @@ class FusedMoEModule:
     def grouped_gemm(self) -> Any:
         """The tile's own torch operator, (act, act_scale, weight, m_tiles, num_m_tiles, out) -> None.
 
-        Layouts as in csrc/tile_abi.h. The first use loads the tile.
+        Layouts as in csrc/tile_abi.h; act_scale is None where act is bfloat16, as SM90's tiles read it. The first use
+        loads the tile.
 
         Raises:
             RuntimeError: the tile does not load here; the message says what it was built for and what is here.
@@ -48,6 +49,7 @@ class FusedMoEModule:
         output_dtype: torch.dtype | None = None,
         output: Tensor | None = None,
         intermediate_rounding: bool = False,
+        activation_format: str = "mxfp8",
     ) -> Tensor:
         """`mxfp4_moe.fused_moe` with this tile."""
         return fused_moe(
@@ -61,6 +63,7 @@ class FusedMoEModule:
             tile_mn=self.tile.mn,
             output=output,
             intermediate_rounding=intermediate_rounding,
+            activation_format=activation_format,
         )
 
 

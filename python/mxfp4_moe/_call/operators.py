@@ -19,6 +19,7 @@ from .._install import errors
 from ..formats import WordOrder
 from ..weights import Activation, MoEWeights
 from . import gradient, launch
+from .activation_format import check_format_on, code_of
 from .checks import check_call, check_layer, check_limits, check_topk_softmax, check_word_order
 from .selection import select
 
@@ -48,6 +49,7 @@ class LayerCall(NamedTuple):
     output_dtype: torch.dtype
     intermediate_rounding: bool = False
     num_global_experts: int = 0  # of the layer of which w13 is a part, for the choice of a tile; 0: those of w13
+    activation_format: str = "mxfp8"
 
     def check(self, device: torch.device) -> None:
         """Checks the tensors that come with each call; also fake ones."""
@@ -60,6 +62,7 @@ class LayerCall(NamedTuple):
             self.output_dtype,
             self.hidden_size,
             device,
+            self.activation_format,
         )
 
     def weights(self) -> MoEWeights:
@@ -91,7 +94,9 @@ _SCHEMA_TYPES = {
 
 
 def _layer_schema() -> str:
-    defaults = {name: f"={value}" for name, value in LayerCall._field_defaults.items()}
+    defaults = {
+        name: "=" + (f'"{v}"' if isinstance(v, str) else f"{v}") for name, v in LayerCall._field_defaults.items()
+    }
     types = get_type_hints(LayerCall)
     return ", ".join(f"{_SCHEMA_TYPES[types[name]]} {name}{defaults.get(name, '')}" for name in LayerCall._fields)
 
@@ -99,7 +104,7 @@ def _layer_schema() -> str:
 def _moe_layer_cpu(*arguments: object) -> Tensor:
     call = LayerCall(*arguments)  # type: ignore[arg-type]  # by the schema
     rows, weights = (call.hidden_states, call.topk_weights, call.topk_ids), call.weights()
-    check_layer(*rows, weights, call.hidden_states_scale, call.scale_layout, call.output_dtype)
+    check_layer(*rows, weights, call.hidden_states_scale, call.scale_layout, call.output_dtype, call.activation_format)
     with torch.no_grad():
         return reference.fused_moe(
             *rows,
@@ -108,6 +113,7 @@ def _moe_layer_cpu(*arguments: object) -> Tensor:
             scale_layout=call.scale_layout,
             output_dtype=call.output_dtype,
             intermediate_rounding=call.intermediate_rounding,
+            activation_format=call.activation_format,
         )
 
 
@@ -116,6 +122,7 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
     hidden_states, device = call.hidden_states, call.hidden_states.device
     check_word_order(WordOrder(call.word_order), device)
     call.check(device)
+    check_format_on(call.activation_format, device)
     experts, (tokens, top_k) = call.w13.shape[0], call.topk_ids.shape
     check_limits(experts, tokens, top_k)
     sizes = call.hidden_size, call.intermediate_size
@@ -149,6 +156,7 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
             call.hidden_states_scale,
             call.scale_layout == "swizzled",
             call.intermediate_rounding,
+            code_of(call.activation_format),
         )
     except RuntimeError as error:
         errors.explain(f"mxfp4_moe::moe_layer cannot run on {device}", error)

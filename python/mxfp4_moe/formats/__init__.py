@@ -21,12 +21,12 @@ from .numbers import (
     encode_e2m1,
     encode_e4m3,
     encode_e8m0,
+    mxfp8_to_bf16,
     quantize_mxfp4,
     quantize_mxfp8,
 )
 from .row_layouts import (
     deinterleave_k,
-    fold_activations,
     interleave_k,
     pack_row_scales,
     swizzle_scales,
@@ -66,8 +66,8 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "encode_e8m0",
-    "fold_activations",
     "interleave_k",
+    "mxfp8_to_bf16",
     "pack_row_scales",
     "pack_words",
     "quantize_mxfp4",

@@ -170,6 +170,22 @@ def dequantize_mxfp8(codes: Tensor, scales: Tensor) -> Tensor:
     return _scale_blocks(decode_e4m3(codes), scales)
 
 
+def mxfp8_to_bf16(codes: Tensor, scales: Tensor) -> Tensor:
+    """MXFP8 rows as SM90's kernels read them: code times scale, rounded to nearest even in bfloat16.
+
+    Both have few bits, so the product is exact from 2^-133 up to bfloat16's largest number, 2^128 - 2^120. What lies
+    below becomes a multiple of 2^-133, zero among them; what lies above becomes infinity. Scale byte 255 is NaN.
+
+    Args:
+        codes: uint8 [..., K], plain k order.
+        scales: uint8 [..., K/32].
+
+    Returns:
+        bfloat16 [..., K], plain k order.
+    """
+    return dequantize_mxfp8(codes, scales).to(torch.bfloat16)  # float32 has all of them, or infinity
+
+
 def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     """MXFP4: packed E2M1 codes and one E8M0 scale per 32 values, by OCP MX v1.0 section 6.3.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import describe, require_blocks, require_multiple, require_tensor
-from .numbers import BLOCK, decode_e4m3
+from .numbers import BLOCK
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:
@@ -69,30 +69,6 @@ def deinterleave_k(codes: Tensor) -> Tensor:
     """The inverse of `interleave_k`."""
     require_blocks("codes", codes, BLOCK)
     return torch.unflatten(codes, -1, (-1, 2, 16)).transpose(-1, -2).flatten(-3)
-
-
-def fold_activations(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/shared/folded.cuh.
-
-    Args:
-        codes: uint8 [R, K] E4M3 in plain order.
-        scales: uint8 [R, K/32] E8M0, at most 248.
-
-    Returns:
-        bfloat16 [R, K], each value times its scale and 2^90, exactly, and int32 [1]: whether any block is far. Blocks
-        with scales below byte 47 are stored times 2^190, those above 156 times 2^-10, and are far unless all zeros. In
-        each block of 32, k = 8 t + c stands at 16 (c % 2) + 8 (c // 4) + 2 t + c // 2 % 2.
-    """
-    require_tensor("scales", scales, torch.uint8, ("R", "K/32"))
-    values = decode_e4m3(codes).double()
-    low, high = scales < 47, scales > 156
-    shifts = 90 + 100 * (low.double() - high.double())
-    exponents = torch.repeat_interleave(scales.double() - 127 + shifts, BLOCK, dim=-1)
-    folded = (values * exponents.exp2()).to(torch.bfloat16)
-    is_far = (low | high) & (torch.unflatten(codes & 0x7F, -1, (-1, BLOCK)) != 0).any(-1)
-    # [..., t, c // 4, c // 2 % 2, c % 2] to [..., c % 2, c // 4, t, c // 2 % 2]
-    ordered = torch.unflatten(folded, -1, (-1, 4, 2, 2, 2)).permute(0, 1, 5, 3, 2, 4).flatten(1)
-    return ordered, is_far.any().int().reshape(1)
 
 
 def pack_row_scales(scales: Tensor) -> Tensor:

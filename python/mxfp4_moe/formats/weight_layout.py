@@ -22,13 +22,22 @@ _STEP_BYTES = WEIGHT_BLOCK_ROWS * 16
 
 
 class WordOrder(str, Enum):
-    """Order of the eight codes k = 8t .. 8t+7 inside a 32-bit word of prepared weights; a device reads one of the two.
+    """Which eight codes of a row's block of 32 share a 32-bit word of prepared weights, and where in it they stand.
 
-    Each is what its GPUs expand with the fewest instructions into what their MMA takes (csrc/tile/mma_mx.cuh).
+    A device reads one of the two: what its GPUs expand with the fewest instructions into what their MMA takes.
     """
 
-    CONTAINERS = "containers"  # SM12x, and every device but SM90: nibbles in k order, the word rotated left by 2
-    HALVES = "halves"  # SM90: two 16-bit halves, k = 0, 4, 1, 5 and 2, 6, 3, 7, signs above magnitudes
+    CONTAINERS = "containers"  # SM12x, and every device but SM90: k = 8t .. 8t+7, the word rotated left by 2
+    PAIRS = "pairs"  # SM90: four pairs of neighbours, an element of each in either half, for bf16 MMAs of 16 k
+
+    @classmethod
+    def _missing_(cls, value: object) -> WordOrder:
+        if value == "halves":  # what SM90's kernels read once: other bits in tensors of the same sizes
+            raise ValueError(
+                "word order: expected 'containers' or 'pairs', got 'halves', which SM90's kernels read no longer; "
+                "prepare the weights from their checkpoint again"
+            )
+        raise ValueError(f"word order: expected 'containers' or 'pairs', got {value!r}")
 
 
 @functools.cache
@@ -39,48 +48,66 @@ def word_order_of(device: torch.device) -> WordOrder:
         device: with its index, as tensors have it.
     """
     if device.type == "cuda" and wheel.served_as(torch.cuda.get_device_capability(device))[0] == 9:
-        return WordOrder.HALVES
+        return WordOrder.PAIRS
     return WordOrder.CONTAINERS
 
 
 def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
-    """Every little-endian 32-bit word with its eight codes in the order that a kernel wants.
+    """The bytes of every block of 32 values as four little-endian 32-bit words t = 0 .. 3, as a kernel wants them.
 
-    CONTAINERS rotates the word left by 2 bits. A byte's low nibble (even k) then sits in bits 5..2, where mxf8f6f4 MMA
-    wants an E2M1 code (PTX ISA, "mma"), and one rotation right by 4 brings the odd k there.
+    CONTAINERS: word t has k = 8t .. 8t+7, nibbles in k order, rotated left by 2 bits. A byte's low nibble (even k) then
+    sits in bits 5..2, where mxf8f6f4 MMA wants an E2M1 code (PTX ISA, "mma"), and one rotation right by 4 brings the
+    odd k there.
 
-    HALVES puts k = 0, 4, 1, 5 into the low 16 bits and k = 2, 6, 3, 7 into the high ones, alike: with a code as
-    sign s and magnitude eem, the first has s at bit 14 and eem at bits 11..9, the second 15 and 8..6, the third 12 and
-    5..3, the fourth 13 and 2..0. Shifted to where the second stands, and masked, each is a bfloat16 of 2^-126 times its
-    value, and three bits to the left of that a float16 of 2^-14 times it.
+    PAIRS: word t has the pairs k = 2t, 2t + 8, 2t + 16 and 2t + 24 with the k after each: those that lane t of a quad
+    holds of two bf16 MMAs of 16 k (PTX ISA, "mma.m16n8k16"). The even k of a pair stands in the low 16 bits, the odd
+    one in the high ones, alike: with a code as sign s and magnitude eem, the first has s at bit 15 and eem at bits
+    8..6; the second s at 11 and eem at 4..2; the third eem at 14..12; the fourth ee at 10..9 and m at 0. The signs of
+    the third and fourth stand in the *other* half, at bits 5 and 1. So each pair is one shift or rotation away from
+    bfloat16 numbers of 2^-126 times the values, but for the fourth's m (csrc/tile/sm90/bf16_operands.cuh).
 
     Args:
-        packed: uint8 [..., K/2], low nibble = even k, K/2 a multiple of 4.
+        packed: uint8 [..., K/2], low nibble = even k, K a multiple of 32.
         order: the order to make.
 
     Returns:
         uint8, same shape.
     """
-    words = _words("packed", packed)
+    require_tensor("packed", packed, torch.uint8)
+    require_blocks("packed", packed, BLOCK // 2)
     if order is WordOrder.CONTAINERS:
+        words = _words(packed)
         return (words << 2 | (words >> 30 & 0x3)).view(torch.uint8)
-    split = torch.unflatten(words.view(torch.uint8), -1, (-1, 4))
-    a, b = split[..., :2], split[..., 2:]  # of each half, k = 1, 0 and k = 5, 4 (high nibble, low nibble)
-    low = (b & 0x03) << 6 | (a & 0x70) >> 1 | (b & 0x70) >> 4
-    high = (b & 0x08) << 4 | (a & 0x08) << 3 | (b & 0x80) >> 2 | (a & 0x80) >> 3 | (a & 0x07) << 1 | (b & 0x04) >> 2
-    return torch.stack((low, high), -1).flatten(-3)
+    # [pair, t]; a byte has the pair's even k in its low nibble.
+    a, b, c, d = torch.unflatten(packed, -1, (-1, 4, 4)).unbind(-2)
+    halves = []
+    for h in range(2):
+        x, y = (a, b, c, d) if h == 0 else (a >> 4, b >> 4, c >> 4, d >> 4), (c >> 4, d >> 4) if h == 0 else (c, d)
+        halves.append((x[0] & 3) << 6 | (y[0] & 8) << 2 | (x[1] & 7) << 2 | (y[1] & 8) >> 2 | x[3] & 1)
+        halves.append((x[0] & 8) << 4 | (x[2] & 7) << 4 | x[1] & 8 | x[3] & 6 | (x[0] & 4) >> 2)
+    return torch.stack(halves, -1).flatten(-3)
 
 
 def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
     """The inverse of `pack_words`: uint8 [..., K/2] to the same."""
-    made = _words("words", words)
+    require_tensor("words", words, torch.uint8)
+    require_blocks("words", words, BLOCK // 2)
     if order is WordOrder.CONTAINERS:
+        made = _words(words)
         return ((made >> 2 & 0x3FFFFFFF) | made << 30).view(torch.uint8)
-    split = torch.unflatten(made.view(torch.uint8), -1, (-1, 4))
-    low, high = split[..., 0::2], split[..., 1::2]
-    a = (high & 0x40) >> 3 | (high & 0x10) << 3 | (high & 0x0E) >> 1 | (low & 0x38) << 1
-    b = (high & 0x20) << 2 | (high & 0x80) >> 4 | (high & 0x01) << 2 | low >> 6 | (low & 0x07) << 4
-    return torch.cat((a, b), -1).flatten(-2)
+    low0, high0, low1, high1 = torch.unflatten(words, -1, (-1, 4, 4)).unbind(-1)
+
+    def codes(low: Tensor, high: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        """Of one half and the other's low byte, the four codes."""
+        return (
+            high >> 4 & 8 | (high & 1) << 2 | low >> 6,
+            high & 8 | low >> 2 & 7,
+            other >> 2 & 8 | high >> 4 & 7,
+            (other & 2) << 2 | high & 6 | low & 1,
+        )
+
+    pairs = zip(codes(low0, high0, low1), codes(low1, high1, low0), strict=True)
+    return torch.stack([even | odd << 4 for even, odd in pairs], -2).flatten(-3)
 
 
 def weight_bytes(n: int, k: int) -> int:
@@ -98,13 +125,13 @@ def arrange_weights(packed: Tensor, scales: Tensor, order: WordOrder) -> Tensor:
 
     For each K tile, the blocks of all rows (padded to 64 with zeros). A block begins with 256 bytes of scales: the word
     of row r, four k-blocks of which the padding ones are 0, at ``r/32*128 + r%8*16 + p*4`` with p = 0, 2, 1, 3 for
-    r/8%4 = 0 .. 3. Then come 1024 bytes for each step of K = 32 that the tile has: the word (`pack_words`) of row r and
-    k = 8t .. 8t+7 at ``r/32*512 + (r%8*4 + t)*16 + r/8%4*4``.
+    r/8%4 = 0 .. 3. Then come 1024 bytes for each step of K = 32 that the tile has: word t (`pack_words`) of row r
+    at ``r/32*512 + (r%8*4 + t)*16 + r/8%4*4``.
 
     Args:
         packed: uint8 [N, K/2], low nibble = even k.
         scales: uint8 [N, K/32], E8M0.
-        order: of the codes inside a word.
+        order: of the codes in words.
 
     Returns:
         uint8 [weight_bytes(N, K)].
@@ -124,7 +151,7 @@ def restore_weights(weight: Tensor, n: int, k: int, order: WordOrder) -> tuple[T
         weight: uint8 [weight_bytes(n, k)].
         n: rows.
         k: K in values, a multiple of 32.
-        order: of the codes inside a word.
+        order: of the codes in words.
 
     Returns:
         packed uint8 [n, k/2], scales uint8 [n, k/32].
@@ -200,11 +227,7 @@ def reorder_words(weight: Tensor, n: int, k: int, old: WordOrder, new: WordOrder
     Returns:
         uint8 [weight_bytes(n, k)], a copy.
     """
-    result = weight.clone()
-    for _, _, blocks in _weight_tiles(result, n, k):
-        words = blocks[..., _BLOCK_SCALE_BYTES:]
-        words.copy_(pack_words(unpack_words(words, old), new))
-    return result
+    return arrange_weights(*restore_weights(weight, n, k, old), new)
 
 
 def _weight_tiles(weight: Tensor, n: int, k: int) -> Iterator[tuple[slice, int, Tensor]]:
@@ -220,9 +243,7 @@ def _weight_tiles(weight: Tensor, n: int, k: int) -> Iterator[tuple[slice, int, 
         yield slice(whole, whole + 1), rest, tail
 
 
-def _words(name: str, packed: Tensor) -> Tensor:
+def _words(packed: Tensor) -> Tensor:
     """uint8 [..., 4 n] as int32 [..., n]: little-endian words."""
-    require_tensor(name, packed, torch.uint8)
-    require_blocks(name, packed, 4)
     packed = packed.contiguous()
     return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)

@@ -1,12 +1,13 @@
 """The library's mathematics in plain torch: the CPU implementation, and the oracle that the kernels are compared with.
 
-One call flows through `route` -> `quantize_mxfp8` -> `grouped_gemm` -> `activate` -> `quantize_mxfp8` ->
-`grouped_gemm` -> `finalize`; `fused_moe` is that chain. All of it runs on CPU and CUDA tensors. `topk_softmax` is the
-router in front of it.
+One call flows through `route` -> `as_rows` -> `grouped_gemm` -> `activate` -> `as_rows` -> `grouped_gemm` ->
+`finalize`; `fused_moe` is that chain. All of it runs on CPU and CUDA tensors. `topk_softmax` is the router in front of
+it.
 
 Routing, quantization and the two GEMMs are what the kernels do bit for bit, the GEMMs under the arithmetic of their
-architecture: `arithmetic.of_arch`. Who names none gets the fp32 chain, as CPU tensors do. `activate` and the softmax
-evaluate the same float32 formulas with torch's exp instead of the kernel's, so they agree closely, not bitwise.
+architecture: `arithmetic.of_arch`. Who names none gets SM12x's of MXFP8 activations, and SM90's of bfloat16, as CPU
+tensors do. `activate` and the softmax evaluate the same float32 formulas with torch's exp instead of the kernel's, so
+they agree closely, not bitwise.
 
 Words: T tokens, k experts per token, E experts, H hidden size, I intermediate size. A slot is one (token, choice)
 pair, number t*k+j; a row is one slot's place in the activations sorted by expert; R = T*k.
@@ -14,8 +15,10 @@ pair, number t*k+j; a row is one slot's place in the activations sorted by exper
 
 from .activation import activate
 from .chain import (
+    ACTIVATION_FORMATS,
     MXFP8_INPUT_SCALE_MAX,
     SCALE_LAYOUTS,
+    as_rows,
     default_output_dtype,
     finalize,
     fused_moe,
@@ -28,9 +31,11 @@ from .chain import (
 from .gemm import grouped_gemm
 
 __all__ = [
+    "ACTIVATION_FORMATS",
     "MXFP8_INPUT_SCALE_MAX",
     "SCALE_LAYOUTS",
     "activate",
+    "as_rows",
     "default_output_dtype",
     "finalize",
     "fused_moe",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
-from ..arithmetic import FP32_CHAIN, Arithmetic
+from ..arithmetic import Arithmetic
 from ..formats import (
     BLOCK,
     E4M3_NAN,
@@ -20,10 +20,11 @@ from ..formats import (
 )
 from ..weights import MoEWeights
 from .activation import activate
-from .gemm import _grouped_gemm
+from .gemm import Rows, _grouped_gemm
 
 _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)
+ACTIVATION_FORMATS = ("mxfp8", "bf16")  # csrc/moe/kernels.h, ActivationFormat, in this order
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_LAYOUTS = ("linear", "swizzled")
 MXFP8_INPUT_SCALE_MAX = 248  # the E8M0 byte of 2^121; csrc/moe/permute.cu says why
@@ -154,12 +155,13 @@ def fused_moe(
     scale_layout: str = "linear",
     output_dtype: torch.dtype | None = None,
     intermediate_rounding: bool = False,
-    arithmetic: Arithmetic = FP32_CHAIN,
+    activation_format: str = "mxfp8",
+    arithmetic: Arithmetic | None = None,
 ) -> Tensor:
     """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
 
-    Activations are quantized to MXFP8 before each GEMM (`quantize_mxfp8`), and the second GEMM's rows are rounded to
-    the output dtype before the weighted sum.
+    Activations are quantized to MXFP8 (`quantize_mxfp8`) or rounded to bfloat16 before each GEMM, and the second GEMM's
+    rows are rounded to the output dtype before the weighted sum.
 
     Args:
         hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn.
@@ -169,7 +171,8 @@ def fused_moe(
         hidden_states_scale, scale_layout: as for `mxfp8_rows`.
         output_dtype: bfloat16 or float16; None: the dtype of hidden_states, bfloat16 where that is MXFP8.
         intermediate_rounding: `activate` with the output dtype as its rounding.
-        arithmetic: of the two GEMMs.
+        activation_format: "mxfp8"; or "bf16", not of hidden states that are MXFP8.
+        arithmetic: of the two GEMMs; None: as for `grouped_gemm`.
 
     Returns:
         [T, H] in the output dtype.
@@ -184,10 +187,10 @@ def fused_moe(
         output_dtype = default_output_dtype(hidden_states, hidden_states_scale)
     rounding = output_dtype if intermediate_rounding else None
 
-    def between(gemm1: Tensor, row_expert: Tensor) -> tuple[Tensor, Tensor]:
+    def between(gemm1: Tensor, row_expert: Tensor) -> Rows:
         numbers = (weights.alpha, weights.beta, weights.limit)
         values = activate(gemm1, row_expert, weights.w13_bias, weights.activation, *numbers, rounding=rounding)
-        return quantize_mxfp8(values)
+        return as_rows(values, activation_format)
 
     return layer(
         hidden_states,
@@ -198,8 +201,16 @@ def fused_moe(
         hidden_states_scale=hidden_states_scale,
         scale_layout=scale_layout,
         output_dtype=output_dtype,
+        activation_format=activation_format,
         arithmetic=arithmetic,
     )
+
+
+def as_rows(values: Tensor, activation_format: str) -> Rows:
+    """Floats [R, K] as a GEMM reads them: `quantize_mxfp8`, or bfloat16 alone."""
+    if activation_format not in ACTIVATION_FORMATS:
+        raise ValueError(f"activation_format: expected 'mxfp8' or 'bf16', got {activation_format!r}")
+    return (values.to(torch.bfloat16), None) if activation_format == "bf16" else quantize_mxfp8(values)
 
 
 def layer(
@@ -207,18 +218,19 @@ def layer(
     topk_weights: Tensor,
     topk_ids: Tensor,
     weights: MoEWeights,
-    between: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    between: Callable[[Tensor, Tensor], Rows],
     *,
     hidden_states_scale: Tensor | None = None,
     scale_layout: str = "linear",
     output_dtype: torch.dtype | None = None,
-    arithmetic: Arithmetic = FP32_CHAIN,
+    activation_format: str = "mxfp8",
+    arithmetic: Arithmetic | None = None,
 ) -> Tensor:
     """`fused_moe` with another step between the GEMMs; with the kernel's own, the whole is the kernels' bit for bit.
 
     Args:
         between: (GEMM1's output float32 [R, 2I] or [R, I], row_expert int64 [R]) -> MXFP8 codes uint8 [R, I] in plain
-            k order, scales uint8 [R, I/32]. R counts the valid rows.
+            k order and scales uint8 [R, I/32], or bfloat16 [R, I] and None. R counts the valid rows.
     """
     tokens, hidden = hidden_states.shape[0], weights.hidden_size
     shape = ("T", hidden)
@@ -246,11 +258,16 @@ def layer(
     token = row_slot // max(topk_ids.shape[1], 1)
 
     if hidden_states_scale is None:
-        codes, scales = quantize_mxfp8(hidden_states)
+        rows, scales = as_rows(hidden_states, activation_format)
+    elif activation_format == "mxfp8":
+        rows, scales = mxfp8_rows(hidden_states, hidden_states_scale, scale_layout)
     else:
-        codes, scales = mxfp8_rows(hidden_states, hidden_states_scale, scale_layout)
-    gemm1 = _grouped_gemm(codes[token], scales[token], w13, gemm1_width, offsets, experts, arithmetic)
-    gemm2 = _grouped_gemm(*between(gemm1, row_expert), w2, hidden, offsets, experts, arithmetic)
+        raise ValueError(
+            f"activation_format: expected 'mxfp8' for hidden_states that are MXFP8, got {activation_format!r}"
+        )
+    own = rows[token], None if scales is None else scales[token]
+    gemm1 = _grouped_gemm(own, w13, gemm1_width, offsets, experts, arithmetic)
+    gemm2 = _grouped_gemm(between(gemm1, row_expert), w2, hidden, offsets, experts, arithmetic)
     return finalize(gemm2.to(output_dtype), topk_weights, slot_row, row_expert, weights.w2_bias)
 
 

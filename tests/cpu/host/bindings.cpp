@@ -12,7 +12,7 @@
 #include "shared/scale_layout.cuh"
 #include "shared/schedule.cuh"
 #include "shared/weight_layout.cuh"
-#include "tile/mma_mx.cuh"
+#include "tile/lane_maps.cuh"
 #include "tile/sm12x/emulated_mma.cuh"
 #include "tile/tile_shape.cuh"
 

@@ -5,7 +5,7 @@ It asks four questions of each tile (checks.py makes the problems):
 - layout: is every value where it belongs? Problems whose partial sums are exact in any plausible arithmetic, so bits
   must be equal.
 - accuracy: is every sum within the bound that any plausible arithmetic keeps (accuracy.py)?
-- agreement: do all tiles, kernels, output types and batch sizes give the same bits?
+- agreement: do all tiles, output types and batch sizes give the same bits?
 - arithmetic: are the bits those of the architecture's published rule (arithmetic.py)?
 
 A tile that fails one of the first three is blocked. One that only adds up by another rule than the published one

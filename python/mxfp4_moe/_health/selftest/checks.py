@@ -1,7 +1,7 @@
 """What a tile is asked: problems with what must come out of them, made once, and the answers of one tile.
 
 The GEMMs have tails in K and N, fewer and more pipeline steps than stages, and rows with tails of every kind and
-experts without rows (problems.ROWS_PER_EXPERT). Every kernel that a tile has on the GPU is run.
+experts without rows (problems.ROWS_PER_EXPERT).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Family:
     def _gives(rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
         packed, scales = (x[:, :columns].contiguous() for x in (problem.packed, problem.scales))
         given = reference.grouped_gemm(
-            problem.codes, problem.row_scales, packed, scales, problem.offsets, arithmetic=rule
+            problem.rows, problem.row_scales, packed, scales, problem.offsets, arithmetic=rule
         )
         rows = slice(problem.valid)
         return torch.equal(bits(given[rows]), bits(out[rows, :columns].contiguous()))
@@ -180,41 +180,30 @@ def tile_runner(device: torch.device, published: arithmetic.Arithmetic) -> RunTi
 def ask_layout(tile: Tile, given: Mapping[str, GemmProblem], answers: Answers) -> None:
     """Bits must be equal, in every output type."""
     for name, problem in given.items():
-        for kernel in problems.kernels_here(tile, problem.codes.device):
-            for dtype in (torch.float32, *_HALVES):
-                where = f"GEMM, {name}, {_short(dtype)}{_which(tile, problem, kernel.name)}"
-                answers.note("layout", where, problem.mismatch(problem.run(tile, dtype, kernel)))
+        for dtype in (torch.float32, *_HALVES):
+            answers.note("layout", f"GEMM, {name}, {_short(dtype)}", problem.check(tile, dtype))
 
 
 def ask_integers(tile: Tile, given: Mapping[str, GemmProblem], answers: Answers) -> None:
     """Sums that any arithmetic with 20 bits or more gets right: here the bound is 0."""
     for name, problem in given.items():
-        for kernel in problems.kernels_here(tile, problem.codes.device):
-            out = problem.run(tile, torch.float32, kernel)
-            where = f"GEMM, {name}{_which(tile, problem, kernel.name)}"
-            answers.note("layout", where, problem.stray(out))
-            answers.note("accuracy", where, problem.wrong_sums(out, problem.expected))
+        out = problem.run(tile)
+        answers.note("layout", f"GEMM, {name}", problem.stray(out))
+        answers.note("accuracy", f"GEMM, {name}", problem.wrong_sums(out, problem.expected))
 
 
 def ask_random(tile: Tile, name: str, given: RandomSums, answers: Answers) -> Tensor:
-    """The float32 output of the tile's first kernel, with which its other outputs must agree."""
-    problem, first = given.problem, None
-    for kernel in problems.kernels_here(tile, problem.codes.device):
-        where = f"GEMM, {name}{_which(tile, problem, kernel.name)}"
-        out = problem.run(tile, torch.float32, kernel)
-        answers.note("layout", where, problem.stray(out))
-        answers.note("accuracy", where, given.too_far(out))
-        if first is None:
-            first = out
-        else:
-            answers.note("agreement", f"{where}, against the tile's first kernel", problem.wrong_sums(out, first))
-        for dtype in _HALVES:
-            half = problem.run(tile, dtype, kernel)
-            wrong = problem.wrong_sums(half, first)
-            answers.note("layout", f"{where}, {_short(dtype)}", problem.stray(half))
-            answers.note("agreement", f"{where}, {_short(dtype)} against its float32 output rounded", wrong)
-    assert first is not None
-    return first
+    """The tile's float32 output, with which its 16-bit ones must agree."""
+    problem, where = given.problem, f"GEMM, {name}"
+    out = problem.run(tile)
+    answers.note("layout", where, problem.stray(out))
+    answers.note("accuracy", where, given.too_far(out))
+    for dtype in _HALVES:
+        half = problem.run(tile, dtype)
+        wrong = problem.wrong_sums(half, out)
+        answers.note("layout", f"{where}, {_short(dtype)}", problem.stray(half))
+        answers.note("agreement", f"{where}, {_short(dtype)} against its float32 output rounded", wrong)
+    return out
 
 
 def compare(outs: Mapping[str, Tensor], family: Family, digests: Mapping[str, str], answers: Answers) -> Arithmetic:
@@ -242,8 +231,3 @@ def raw(x: Tensor) -> bytes:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _which(tile: Tile, problem: GemmProblem, kernel: str) -> str:
-    """Names the kernel where a tile has several."""
-    return f", kernel {kernel}" if len(problems.kernels_here(tile, problem.codes.device)) > 1 else ""
