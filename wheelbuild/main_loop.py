@@ -117,14 +117,12 @@ def _usual_way(body: set[int], blocks: Sequence[Sequence[Instruction]], mma: str
     def way(first: int) -> set[int]:
         return {block for block in body if dominators[block] >> first & 1}
 
-    def length(of: set[int]) -> int:
-        return sum(len(blocks[block]) for block in of)
-
     for branch in sorted(body):
         sides = [side for side in following[branch] if side in body]
         ways = [way(side) for side in sides if branch not in way(side) and before[side] - way(side) == {branch}]
         if len(ways) == 2 and all(way & mmas for way in ways):
-            return _usual_way(body - max(ways, key=length), blocks, mma)
+            longer = max(ways, key=lambda way: sum(len(blocks[block]) for block in way))
+            return _usual_way(body - longer, blocks, mma)
     return body
 
 
