@@ -66,7 +66,7 @@ class Epilogue:
 
 
 def junk(tile: Tile, k: int) -> list[range]:
-    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (csrc/tile/sm12x/plain_kernel.cuh)."""
+    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (sm12x/plain_kernel.cuh)."""
     proof = prove(tile, "120f")
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
     first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
