@@ -1,6 +1,6 @@
 // What one logical tile (M, N) becomes on SM90: warps, fragments, pipeline stages, shared memory; of both kernels
-// (mma_sync_kernel.cuh, wgmma_kernel.cuh). The names are those of tile/tile_shape.cuh, so that the pipeline, the schedule
-// and the epilogues are the same code. tiles/sm90.py mirrors this file, statement by statement.
+// (mma_sync_kernel.cuh, wgmma_kernel.cuh). The names are those of tile/tile_shape.cuh, so that the pipeline, the
+// schedule and the epilogues are the same code. tiles/sm90.py mirrors this file, statement by statement.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,8 @@
 
 namespace mxfp4_moe {
 
-// Which of the two a tile has. Below 32 activation rows mma.sync needs fewer instructions; wgmma takes 64 weight rows at
-// least.
+// Which of the two a tile has. Below 32 activation rows mma.sync needs fewer instructions; wgmma takes 64 weight rows
+// at least.
 constexpr bool has_wgmma(int m, int n) { return m >= 32 && n >= 64; }
 
 // A tile of M activation rows by N weight rows; of both, what is common. kWarpM and kWarpN are a warp's part.
