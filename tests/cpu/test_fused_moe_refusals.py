@@ -304,14 +304,14 @@ def test_cpu_reads_either_word_order(activation: str) -> None:
     weights = MoEWeights.from_mxfp4(**checkpoint, activation=activation)
     sizes = {"w13": (weights.w13_rows, H), "w2": (H, INTER)}
     old, new = formats.WordOrder.CONTAINERS, formats.WordOrder.PAIRS
-    halves = {
+    pairs = {
         name: torch.stack([formats.reorder_words(expert, *size, old, new) for expert in getattr(weights, name)])
         for name, size in sizes.items()
     }
     call = make_call() | {"weights": weights}
     expected = mxfp4_moe.fused_moe(**call)
-    assert torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **halves, word_order=new)}), expected)
-    assert not torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **halves)}), expected)
+    assert torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **pairs, word_order=new)}), expected)
+    assert not torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **pairs)}), expected)
 
 
 def test_limits_are_stated_before_anything_is_allocated() -> None:
