@@ -305,10 +305,10 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("given", EXACT, ids=lambda given: f"{given.codes.shape[1]}, {given.packed.shape[1]}")
+@pytest.mark.parametrize("given", EXACT, ids=lambda given: f"{given.rows.shape[1]}, {given.packed.shape[1]}")
 def test_exact_problems_are_exact_under_every_rule(given: problems.GemmProblem) -> None:
     for rule in arithmetic.family(SM12X_MXF8F6F4):
-        if given.codes.shape[1] == 2880 and rule.bits not in (20, 25, None):
+        if given.rows.shape[1] == 2880 and rule.bits not in (20, 25, None):
             continue  # the long ones under the coarsest and the named rules
         out = reference.grouped_gemm(*given.operands, arithmetic=rule)
         out[given.valid :] = float("nan")
@@ -322,19 +322,19 @@ def test_layout_problems_are_exact_at_eight_bits() -> None:
     for given in EXACT[:4]:
         magnitudes = dataclasses.replace(
             given,
-            codes=given.codes & 0x7F,
+            rows=given.rows & 0x7F,
             packed=given.packed & 0x77,
         )
         sums = reference.grouped_gemm(*magnitudes.operands)
         assert torch.equal(given.expected.bfloat16().float(), given.expected)
-        hot = (given.codes & 0x7F).count_nonzero(1)
+        hot = (given.rows & 0x7F).count_nonzero(1)
         if int(hot.max()) > 1:
             assert float(sums.max()) <= 128, "all are multiples of a half"
 
 
 def test_sparse_rows_reach_every_k() -> None:
     for k, n in checks.SPARSE:
-        codes = problems.sparse_problem(k, n, CPU).codes
+        codes = problems.sparse_problem(k, n, CPU).rows
         assert bool((codes != 0).any(0).all())
 
 
