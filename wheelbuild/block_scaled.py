@@ -2,7 +2,7 @@
 
 `QMMA.SF D, A, B, C, SFA, SFB, UR` takes four registers of A, two of B, four of C, a scale word of each operand, and in
 UR which scale of the words it means: A's byte in bits 1..0, B's in bits 4..3, and in bits 2 and 6..5 which lanes have
-the words (csrc/tile/mma_mx.cuh reads selector 0's). No public manual says so; the positions follow from what ptxas
+the words (csrc/tile/sm12x/mma.cuh reads selector 0's). No public manual says so; the positions follow from what ptxas
 makes of each selector that PTX can name.
 
 In every tile, step s of K = 32 takes byte s of both words; the weights' registers are containers, the odd k's from the

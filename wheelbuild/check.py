@@ -75,33 +75,22 @@ def check_memory(library: str, code: Mapping[str, Code], resources: Sequence[Res
                 )
 
 
-def check_main_loops(
-    library: str, arch: str, code: Code, expect: Mapping[str, Mapping[str, Any]]
-) -> dict[str, MainLoop]:
-    """`check_main_loop` of every kernel, by its label; each must be there once, and none besides."""
-    loops = {}
-    rest = dict(code.kernels)
-    for label, wanted in expect.items():
-        names = [name for name in code.kernels if is_instance(name, wanted["function"])]
-        if len(names) != 1:
-            raise BuildError(
-                f"{library} on sm_{arch}: expected {wanted['function']}, its {label} kernel, once, got it "
-                f"{len(names)} times among {', '.join(sorted(code.kernels)) or 'no kernels'}"
-            )
-        kernel = Code(kernels={names[0]: rest.pop(names[0])})
-        loops[label] = check_main_loop(f"{library} on sm_{arch}, {label} kernel", kernel, wanted)
-    if rest:
-        raise BuildError(f"{library} on sm_{arch}: {min(rest)} is none of its kernels: {', '.join(expect)}")
-    return loops
+def check_kernel(library: str, arch: str, code: Code, function: str) -> None:
+    """One kernel, an instance of the template `function`, and none besides."""
+    if len(code.kernels) != 1 or not is_instance(next(iter(code.kernels)), function):
+        raise BuildError(
+            f"{library} on sm_{arch}: expected {function}, once and alone, got "
+            f"{', '.join(sorted(code.kernels)) or 'no kernels'}"
+        )
 
 
 def check_main_loop(where: str, code: Code, expect: Mapping[str, Any]) -> MainLoop:
     """The loop around the MMA of a kernel: there is one, it holds every MMA, loads activations by LDSM and weights by
     LDS as wide as can be, and is short enough.
 
-    `expect`: `opcode`; `matrices_per_step` of activations, `words_per_step` of weights in a lane: what one step of
-    K = 32 takes; `mma_per_step`, or in its place `steps`, for how many of them the loop loads; `words_per_load`, how
-    many words an LDS brings; `by_width` as find_main_loop has it; `limit`, instructions per MMA or None.
+    `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations, `words_per_step` of weights in a lane: what
+    one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `variants` as find_main_loop has it;
+    `limit`, instructions per MMA or None.
     """
     opcode = expect["opcode"]
     if not code.count(opcode):
@@ -112,15 +101,13 @@ def check_main_loop(where: str, code: Code, expect: Mapping[str, Any]) -> MainLo
             "wants uniform (the scale selector) is not a constant"
         )
     (kernel,) = code.kernels.values()
-    loop, outside = find_main_loop(kernel, opcode, by_width=expect["by_width"])
+    loop, outside = find_main_loop(kernel, opcode, variants=expect["variants"])
     if outside:
         raise BuildError(f"{where}: {outside} of {code.count(opcode)} {opcode} are in no loop, expected one around all")
     if loop is None:
         raise BuildError(f"{where}: every loop around {opcode} reads global memory, expected one that does not")
 
     def needed(per_step: int) -> int:
-        if "steps" in expect:
-            return int(expect["steps"]) * per_step
         return -(-loop.mma * per_step // int(expect["mma_per_step"]))
 
     if loop.ldsm_matrices < (wanted := needed(expect["matrices_per_step"])):
@@ -182,7 +169,7 @@ def check_library(
     """Every check of one library's code, and what they saw, for the report; BuildError for the first failure.
 
     `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop` and
-    `block_scaled`, by arch (and by kernel), or `emulated` in their place.
+    `block_scaled`, by arch, or `emulated` in their place.
     """
     name = library.name
     check_compiling(name, records, expect["compile"])
@@ -194,7 +181,10 @@ def check_library(
     emulated = check_emulated_tile(name, code, expect["emulated"]) if "emulated" in expect else None
     if emulated is None:
         check_memory(name, code, resources)
-    loops = {arch: check_main_loops(name, arch, code[arch], want) for arch, want in expect.get("main_loop", {}).items()}
+    loops = {}
+    for arch, want in expect.get("main_loop", {}).items():
+        check_kernel(name, arch, code[arch], want["function"])
+        loops[arch] = check_main_loop(f"{name} on sm_{arch}", code[arch], want)
     block_scaled = {
         arch: check_block_scaled(name, arch, code[arch], want) for arch, want in expect.get("block_scaled", {}).items()
     }
@@ -213,7 +203,7 @@ def check_library(
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "instructions": {arch: code[arch].counts() for arch in archs},
-        "main_loop": {arch: {name: loop.report() for name, loop in each.items()} for arch, each in loops.items()},
+        "main_loop": {arch: loop.report() for arch, loop in loops.items()},
         "block_scaled": block_scaled,
         **({"emulated": emulated} if emulated else {}),
         "kernels": {

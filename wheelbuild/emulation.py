@@ -24,7 +24,7 @@ DEFINE = "-DMXFP4_MOE_EMULATES_SM12X"
 VARIANT = "sm12x.emulated"  # of the version
 
 _TENSOR_CORE = ("QMMA", "HMMA", "HGMMA", "QGMMA", "IMMA", "IGMMA", "OMMA")
-_KERNEL = "grouped_gemm"  # csrc/tile/plain_kernel.cuh
+_KERNEL = "grouped_gemm"  # csrc/tile/sm12x/plain_kernel.cuh
 
 
 def refuse_emulated(wheel: Path) -> None:
@@ -42,7 +42,7 @@ def refuse_emulated(wheel: Path) -> None:
 def check_emulated_tile(library: str, code: Mapping[str, Code], expect: Mapping[str, Any]) -> dict[str, int]:
     """What a tile's machine code must be instead of tensor cores' in a main loop within its limits.
 
-    One kernel, the one that all archs have, which brings operands by TMA and LDSM, keeps the tensor cores idle, and
+    One kernel, SM12x's, which brings operands by TMA and LDSM, keeps the tensor cores idle, and
     calls the emulated instruction: so many times in each K tile (`expect["mma_per_k_tile"]`), or in each of several
     that are unrolled. Spills are allowed: the function needs registers that the instruction does not.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TABLE = Path("python/mxfp4_moe/probe/kernel.toml")
 COMMAND = "python -m wheelbuild.kernel_ptx"
-PATHS = {"SM90": "90a", "SM12x": "120f"}  # csrc/tile/mma_mx.cuh: one path below __CUDA_ARCH__ 1200, one from there on
+PATHS = {"SM90": "90a", "SM12x": "120f"}  # an arch's kernel is that of its family: csrc/tile/archs.cuh
 
 HEAD = f"""# What the tile kernel is made of, by path: each PTX instruction once that is more than scalar arithmetic, in
 # program order over all tiles. Written by `{COMMAND}` from what nvcc emits.

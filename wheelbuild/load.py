@@ -22,33 +22,27 @@ from typing import Any
 from wheelbuild import REFUSED, BuildError
 
 
-def _proved_in(kernel: str | None) -> tuple[str, str]:
-    """The source and the proof that must agree about a kernel of a tile, or about the tile itself."""
-    if kernel in (None, "plain"):
-        return "csrc/tile/tile_shape.cuh", "tiles/proof.py"
-    return "csrc/tile/sm90", "tiles/sm90.py"
+def _proved_in(arch: str) -> tuple[str, str]:
+    """The source and the proof that must agree about a tile on this arch."""
+    if arch.startswith("9"):
+        return "csrc/tile/sm90/tile_shape.cuh", "tiles/sm90.py"
+    return "csrc/tile/tile_shape.cuh", "tiles/proof.py"
 
 
-def _compare(where: str, facts: Mapping[str, Any], wanted: Mapping[str, Any], kernel: str | None = None) -> None:
-    source, proof = _proved_in(kernel)
-    for key, value in wanted.items():
-        actual = facts.get(key)
-        if actual != value:
-            raise BuildError(
-                f"{where}: {key} is {actual} in the compiled tile and {value} in the proof of {proof}; {source} and "
-                f"{proof} must agree"
-            )
-
-
-def _check_kernels(where: str, kernels: object, wanted: Mapping[str, Mapping[str, int]]) -> None:
-    if not isinstance(kernels, dict) or sorted(kernels) != sorted(wanted):
-        has = sorted(kernels) if isinstance(kernels, dict) else kernels
+def _compare(library: str, arch: str, facts: object, wanted: Mapping[str, int]) -> None:
+    source, proof = _proved_in(arch)
+    if not isinstance(facts, dict) or sorted(facts) != sorted(wanted):
+        has = sorted(facts) if isinstance(facts, dict) else facts
         raise BuildError(
-            f"{where}: has facts of the kernels {has}, expected {sorted(wanted)}; csrc/tile/shapes.cuh and "
-            "tiles/kernels.py must agree"
+            f"{library} on sm_{arch}: has the facts {has}, expected {sorted(wanted)}; csrc/tile/tile_op.cpp and "
+            "tiles/proof.py must agree"
         )
-    for name, facts in wanted.items():
-        _compare(f"{where}, {name} kernel", kernels[name], facts, name)
+    for key, value in wanted.items():
+        if facts[key] != value:
+            raise BuildError(
+                f"{library} on sm_{arch}: {key} is {facts[key]} in the compiled tile and {value} in the proof of "
+                f"{proof}; {source} and {proof} must agree"
+            )
 
 
 def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
@@ -69,9 +63,7 @@ def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any
         has = sorted(facts) if isinstance(facts, dict) else facts
         raise BuildError(f"{library} has facts for archs {has}, expected {sorted(expect['facts'])}")
     for arch, wanted in expect["facts"].items():
-        where = f"{library} on sm_{arch}"
-        _compare(where, facts[arch], {key: value for key, value in wanted.items() if key != "kernels"})
-        _check_kernels(where, facts[arch].get("kernels"), wanted["kernels"])
+        _compare(library, arch, facts[arch], wanted)
 
 
 def _load(library: Path, module: str) -> dict[str, Any]:

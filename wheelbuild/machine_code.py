@@ -135,11 +135,17 @@ def parse_sass(text: str) -> dict[str, Code]:
     return code
 
 
-_LOSS = re.compile(r"ptxas info\s*: (\(C\d+\) Potential Performance Loss: .*)")
+_LOSS = re.compile(
+    r"ptxas \w+\s*: (\(C\d+\) (?:Potential Performance Loss: .*|.*wgmma\.mma_async instructions are serialized.*))"
+)
 
 
 def performance_losses(text: str) -> list[str]:
-    """What ptxas gave up, in its words, such as "(C7508) Potential Performance Loss: 'setmaxnreg' ignored; ..."."""
+    """What ptxas gave up, in its words, such as "(C7508) Potential Performance Loss: 'setmaxnreg' ignored; ...".
+
+    Or "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...", with which each of
+    Hopper's asynchronous MMAs waits for the one before it.
+    """
     return [line.strip() for line in _LOSS.findall(text)]
 
 

@@ -104,12 +104,35 @@ def _words(instruction: Instruction) -> int:
     return int(wide[1]) // 32 if wide else 1
 
 
-def find_main_loop(kernel: Sequence[Instruction], mma: str, *, by_width: bool = False) -> tuple[MainLoop | None, int]:
+def _usual_way(body: set[int], blocks: Sequence[Sequence[Instruction]], mma: str) -> set[int]:
+    """A loop's blocks without its dearer alternatives: of a branch both of whose ways have MMAs, the longer way.
+
+    A way is what only one side of the branch leads to.
+    """
+    following = successors(blocks)
+    dominators = _dominators(following)
+    before = {block: {source for source in body if block in following[source]} for block in body}
+    mmas = {index for index in body if any(instruction.is_a(mma) for instruction in blocks[index])}
+
+    def way(first: int) -> set[int]:
+        return {block for block in body if dominators[block] >> first & 1}
+
+    for branch in sorted(body):
+        sides = [side for side in following[branch] if side in body]
+        ways = [way(side) for side in sides if branch not in way(side) and before[side] - way(side) == {branch}]
+        if len(ways) == 2 and all(way & mmas for way in ways):
+            longer = max(ways, key=lambda way: sum(len(blocks[block]) for block in way))
+            return _usual_way(body - longer, blocks, mma)
+    return body
+
+
+def find_main_loop(kernel: Sequence[Instruction], mma: str, *, variants: bool = False) -> tuple[MainLoop | None, int]:
     """The innermost loop around this kernel's MMAs (opcode `mma`), and how many MMAs are outside of every loop.
 
-    Of several such loops the one with most instructions per MMA; None when no loop has an MMA. `by_width`: of a kernel
-    that has a loop for every number of rows that it tells apart, which reads no global memory, and one for what is
-    seldom, which does: the loop for most rows, which has most instructions.
+    Of several such loops the one with most instructions per MMA; None when no loop has an MMA. `variants`: of a kernel
+    that has a loop for every number of rows that it tells apart, around all of which is one that reads global memory,
+    and in each loop a second way for what is seldom: the loop for most rows, which has most instructions, with the
+    shorter of the two ways.
     """
     if not any(instruction.is_a(mma) for instruction in kernel):
         return None, 0
@@ -126,6 +149,7 @@ def find_main_loop(kernel: Sequence[Instruction], mma: str, *, by_width: bool = 
             innermost.append(around)
     found = []
     for loop in innermost:
+        loop = _usual_way(loop, blocks, mma) if variants else loop
         body = [instruction for index in sorted(loop) for instruction in blocks[index]]
         loads = [instruction for instruction in body if instruction.is_a("LDSM")]
         words = [_words(instruction) for instruction in body if instruction.is_a("LDS")]
@@ -140,6 +164,6 @@ def find_main_loop(kernel: Sequence[Instruction], mma: str, *, by_width: bool = 
                 ldg=sum(instruction.is_a("LDG") for instruction in body),
             )
         )
-    if by_width:
+    if variants:
         return max((loop for loop in found if not loop.ldg), key=lambda loop: loop.instructions, default=None), outside
     return max(found, key=lambda loop: loop.instructions / loop.mma, default=None), outside

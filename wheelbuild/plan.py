@@ -12,16 +12,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from wheelbuild import ROOT, emulation
 from wheelbuild.block_scaled import OPCODE as BLOCK_SCALED
-from wheelbuild.tile_model import archs as arch_model
 from wheelbuild.tile_model import floors
 from wheelbuild.tile_model import tiles as tile_model
 
 if TYPE_CHECKING:
-    from mxfp4_moe.tiles import Kernel, Tile
+    from mxfp4_moe.tiles import Tile
     from wheelbuild.settings import Settings
     from wheelbuild.thresholds import Thresholds
     from wheelbuild.toolchain import Toolchain
@@ -102,39 +101,30 @@ def tile_defines(tile: Tile) -> tuple[str, ...]:
     return (f"-DLOGICAL_TILE_M={tile.m}", f"-DLOGICAL_TILE_N={tile.n}", f"-DSWAP_AB={int(tile.swap_ab)}")
 
 
-def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, int]]:
     return {arch: tile_model.facts(tile, arch) for arch in archs}
 
 
-def _main_loop(tile: Tile, arch: str, kernel: Kernel, thresholds: Thresholds) -> dict[str, str | float | None]:
-    """What wheelbuild.check.check_main_loop expects of a kernel: per step of K = 32, a warp's MMAs and what they read.
+def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str | float | None]:
+    """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, a warp's MMAs and what they read.
 
-    Activations take two 8 x 16 byte matrices per 8 rows, folded ones, of bf16, four; wgmma reads them from shared
-    memory itself. Packed weights take one word per lane, four of which stand side by side where the warp has as many
-    groups of 8 rows (csrc/shared/weight_layout.cuh). How many MMAs wgmma's loop has depends on how many columns one
-    takes, but it loads weights for 8 steps: 4 in a K tile that another follows, and in the last, whose first step's are
-    there, 3 or, where half of it is padding, 1.
+    Activations take two 8 x 16 byte matrices per 8 rows, bf16 four; wgmma reads them from shared memory itself. Packed
+    weights take one word per lane, of which as many come at once as stand side by side (csrc/shared/weight_layout.cuh):
+    four where the warp has as many groups of 8 rows; of wgmma, two, those of a set of rows.
     """
-    proof = tile_model.prove(tile, arch, kernel)
-    folded, wgmma = kernel == tile_model.Kernel.FOLDED, proof.function == "grouped_gemm_wgmma"
-    warp_m = tile_model.PARALLEL_K_WARP_ROWS if kernel == tile_model.Kernel.PARALLEL_K else proof.warp_m
-    act, weight = (proof.warp_n, warp_m) if tile.swap_ab or folded else (warp_m, proof.warp_n)
-    mma_per_step = warp_m // 16 * (proof.warp_n // 8) * (32 // arch_model.mma_k(arch))
+    proof = tile_model.prove(tile, arch)
+    wgmma = proof.opcode == "HGMMA"
+    act, weight = (proof.warp_n, proof.warp_m) if proof.weights_are_a else (proof.warp_m, proof.warp_n)
     return {
         "function": proof.function,
-        "opcode": "HGMMA" if wgmma else arch_model.mma_opcode(arch),
-        **({"steps": 8} if wgmma else {"mma_per_step": mma_per_step}),
-        "matrices_per_step": 0 if wgmma else act // 8 * (4 if folded else 2),
+        "opcode": proof.opcode,
+        "mma_per_step": proof.mma_per_step,
+        "matrices_per_step": 0 if wgmma else act // 8 * (4 if proof.reads_bf16 else 2),
         "words_per_step": weight // 8,
-        "words_per_load": min(weight // 8, 4),
-        "by_width": folded,
-        "limit": thresholds.limit(arch, kernel.label, tile.name),
+        "words_per_load": min(weight // 8, 2 if wgmma else 4),
+        "variants": proof.reads_bf16,
+        "limit": thresholds.limit(arch, tile.name),
     }
-
-
-def _main_loops(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, dict[str, str | float | None]]:
-    kernels = tile_model.kernels_of(tile, arch)
-    return {kernel.label: _main_loop(tile, arch, kernel, thresholds) for kernel in kernels}
 
 
 def _emulated(tile: Tile) -> dict[str, int | bool]:
@@ -145,7 +135,7 @@ def _emulated(tile: Tile) -> dict[str, int | bool]:
     proof = tile_model.prove(tile, emulation.ARCH)
     spare_warps = proof.threads // 32 - proof.warps_m * proof.warps_n
     return {
-        "mma_per_k_tile": proof.warp_m // 16 * (proof.warp_n // 8) * 4,
+        "mma_per_k_tile": proof.mma_per_step * 4,
         "moves_registers": spare_warps > 1,
     }
 
@@ -336,9 +326,11 @@ class _Planner:
             expect = {"emulated": _emulated(tile)}
         else:
             expect = {
-                "main_loop": {arch: _main_loops(tile, arch, self.thresholds) for arch in self.archs},
+                "main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs},
                 "block_scaled": {
-                    arch: block_scaled(tile, arch) for arch in self.archs if arch_model.mma_opcode(arch) == BLOCK_SCALED
+                    arch: block_scaled(tile, arch)
+                    for arch in self.archs
+                    if tile_model.prove(tile, arch).opcode == BLOCK_SCALED
                 },
             }
         return [*objects, self.link(module, objects, library), self.check(module, library, objects, expect)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "build_report.json"
 COSTS_NAME = "build_costs.json"
-REPORT_SCHEMA = 2
+REPORT_SCHEMA = 3
 
 
 def _read(path: Path | None) -> dict[str, Any]:
@@ -43,21 +43,15 @@ def _cost(root: Path, jobs: Sequence[CompileJob]) -> dict[str, float]:
     }
 
 
-def _kernels(
-    root: Path, job: CompileJob, tile: Tile, facts: Mapping[str, Mapping[str, int]], loops: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """By label each kernel that this job compiled: its facts, its own registers and memory, and its main loop."""
+def _kernel(root: Path, job: CompileJob, tile: Tile, facts: Mapping[str, int]) -> dict[str, Any]:
+    """The tile's kernel that this job compiled: its name, facts, registers and memory."""
     (arch,), (machine,) = job.archs, job.machine_archs
+    function = tile_model.prove(tile, arch).function
     compiled = parse_ptxas(_read(root / job.record if job.record else None)["output"])
-    kernels = {}
-    for kernel in tile_model.kernels_of(tile, arch):
-        function = tile_model.prove(tile, arch, kernel).function
-        (used,) = (each for each in compiled if each.arch == machine and is_instance(each.kernel, function))
-        names = ("registers", "stack_bytes", "spill_store_bytes", "spill_load_bytes")
-        resources = {name: getattr(used, name) for name in names}
-        loop = {"main_loop": loops[kernel.label]} if loops else {}
-        kernels[kernel.label] = {"function": function, **facts[kernel.label], **resources, **loop}
-    return kernels
+    (used,) = (each for each in compiled if each.arch == machine and is_instance(each.kernel, function))
+    names = ("registers", "stack_bytes", "spill_store_bytes", "spill_load_bytes")
+    of_kernel = {key: value for key, value in facts.items() if key not in ("tile_m", "tile_n", "swap_ab")}
+    return {"function": function, **of_kernel, **{name: getattr(used, name) for name in names}}
 
 
 def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: str, root: Path) -> dict[str, Any]:
@@ -69,12 +63,14 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
         archs: dict[str, Any] = {}
         for job in plan.jobs_of(tile.module, "nvcc"):
             (arch,), (machine,) = job.archs, job.machine_archs
-            facts = loaded[tile.module]["facts"][arch]["kernels"]
-            loops = {} if settings.emulates else checked["main_loop"][arch]
             archs[arch] = {
-                "kernels": _kernels(root, job, tile, facts, loops),
+                **_kernel(root, job, tile, loaded[tile.module]["facts"][arch]),
+                **(
+                    {"emulated": checked["emulated"]}
+                    if settings.emulates
+                    else {"main_loop": checked["main_loop"][arch]}
+                ),
                 "instructions": checked["instructions"][machine],
-                **({"emulated": checked["emulated"]} if settings.emulates else {}),
             }
             if arch in checked["block_scaled"]:
                 archs[arch]["block_scaled"] = checked["block_scaled"][arch]
@@ -126,21 +122,19 @@ def make_costs(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any], costs: dict[str, Any]) -> str:
-    """The numbers of both as a table, one line per tile, arch and kernel; what kernels share is in the first."""
+    """The numbers of both as a table, one line per tile and arch."""
     rows = ["tile arch kernel stages smem regs loop NOP MMA LDSM per-MMA total CPU-s MB".split()]
     for name, tile in report["tiles"].items():
-        for arch, data in tile["archs"].items():
+        for arch, built in tile["archs"].items():
             cost = costs["tiles"][name]["archs"][arch]
-            shared = [data["instructions"]["total"], f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
-            for kernel, built in data["kernels"].items():
-                row = [name, f"sm_{arch}", kernel, built["stages"], built["smem_bytes"], built["registers"]]
-                if loop := built.get("main_loop"):
-                    row += [loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
-                    row += [f"{loop['instructions_per_mma']:.2f}"]
-                else:  # emulated: calls take the MMA's place
-                    row += ["-", "-", data["emulated"]["calls"], "-", "-"]
-                rows.append([str(cell) for cell in (*row, *shared)])
-                shared = [""] * len(shared)
+            row = [name, f"sm_{arch}", built["function"], built["stages"], built["smem_bytes"], built["registers"]]
+            if loop := built.get("main_loop"):
+                row += [loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]
+                row += [f"{loop['instructions_per_mma']:.2f}"]
+            else:  # emulated: calls take the MMA's place
+                row += ["-", "-", built["emulated"]["calls"], "-", "-"]
+            row += [built["instructions"]["total"], f"{cost['cpu_seconds']:.1f}", cost["peak_mb"]]
+            rows.append([str(cell) for cell in row])
     return "\n".join(aligned(rows, left=3))
 
 

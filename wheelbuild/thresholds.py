@@ -1,8 +1,8 @@
 """ci/thresholds.toml: limits of what the build makes. A figure beyond its limit fails the build with a sentence.
 
 `python -m wheelbuild.thresholds --update build_report.json` writes the tables of what was measured anew: the
-instructions per MMA of each tile's kernel in that report, and a twentieth more for another release of ptxas. What is
-set by hand stays; a kernel of an arch with a table there, though it be empty, is measured.
+instructions per MMA of each tile in that report, and a twentieth more for another release of ptxas. What is set by hand
+stays; an arch with a table there, though it be empty, is measured.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MEASURED = "[instructions_per_mma.measured]"
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    instructions_per_mma: Mapping[str, Mapping[str, Mapping[str, float]]]  # by arch, kernel and tile
+    instructions_per_mma: Mapping[str, Mapping[str, float]]  # by arch and tile
     peak_mb: float  # of one run of nvcc
     wheel_bytes: int
 
-    def limit(self, arch: str, kernel: str, tile: str) -> float | None:
-        """Instructions per MMA in the main loop of this kernel of a tile; None where there is no limit."""
-        return self.instructions_per_mma.get(arch, {}).get(kernel, {}).get(tile)
+    def limit(self, arch: str, tile: str) -> float | None:
+        """Instructions per MMA in the main loop of a tile's kernel; None where there is no limit."""
+        return self.instructions_per_mma.get(arch, {}).get(tile)
 
 
 def parse_thresholds(text: str) -> Thresholds:
@@ -46,10 +46,7 @@ def parse_thresholds(text: str) -> Thresholds:
         tables = data["instructions_per_mma"]
         measured, by_hand = tables["measured"], tables["set"]
         limits = {
-            arch: {
-                kernel: {**measured.get(arch, {}).get(kernel, {}), **by_hand.get(arch, {}).get(kernel, {})}
-                for kernel in {**measured.get(arch, {}), **by_hand.get(arch, {})}
-            }
+            arch: {tile: float(limit) for tile, limit in {**measured.get(arch, {}), **by_hand.get(arch, {})}.items()}
             for arch in {**measured, **by_hand}
         }
         return Thresholds(
@@ -73,13 +70,13 @@ def check_wheel(wheel: Path, thresholds: Thresholds) -> None:
 
 
 def updated(text: str, report: Mapping[str, Any]) -> str:
-    """`text` with the measured limits of the kernels it has, and of every tile of `report` without one set by hand."""
+    """`text` with the measured limits of the archs it has, and of every tile of `report` without one set by hand."""
     by_hand = tomllib.loads(text)["instructions_per_mma"]["set"]
     lines = []
-    for arch, kernel, fixed in ((arch, *item) for arch, kernels in by_hand.items() for item in kernels.items()):
-        lines += ["", f'[instructions_per_mma.measured."{arch}".{kernel}]']
+    for arch, fixed in by_hand.items():
+        lines += ["", f'[instructions_per_mma.measured."{arch}"]']
         for name, tile in report["tiles"].items():
-            built = tile["archs"].get(arch, {}).get("kernels", {}).get(kernel)
+            built = tile["archs"].get(arch)
             if name not in fixed and built is not None:
                 figure = built["main_loop"]["instructions_per_mma"]
                 lines.append(f"{name} = {math.ceil(round(figure * SLACK * 10, 6)) / 10}")

@@ -1,4 +1,4 @@
-// Which lane of a warp holds what of the block-scaled MMA's operands (mma_mx.cuh). Tests compare it, element by
+// Which lane of a warp holds what of the block-scaled MMA's operands (sm12x/mma.cuh). Tests compare it, element by
 // element, with CuTe's MMA_Traits of SM120_16x8x32_TN_VS.
 #pragma once
 

@@ -1,5 +1,5 @@
 // How shared memory and registers are divided: a multiprocessor's among blocks, a block's among the stages of its
-// pipeline. Once for all shapes (tile_shape.cuh and those in sm90). Host code: tests compile it alone, and
+// pipeline. Once for all shapes (tile_shape.cuh, sm90/tile_shape.cuh). Host code: tests compile it alone, and
 // tiles/stages.py mirrors it.
 #pragma once
 
@@ -17,10 +17,10 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // What blocks per multiprocessor leave each block. kStageBytes includes the stage's barriers; kOnceBytes are what a
 // block has beside its stages.
-template <class Arch, int kThreads, int kStageBytes, int kOnceBytes, int kMostStages = kMaxStages>
+template <class Arch, int kThreads, int kStageBytes, int kOnceBytes>
 struct Occupancy {
   static constexpr int stages_for(int blocks) {
-    return min_of(kMostStages, (Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kOnceBytes) / kStageBytes);
+    return min_of(kMaxStages, (Arch::kSmemPerSm / blocks - kSmemReservedPerBlock - kOnceBytes) / kStageBytes);
   }
   static constexpr int registers_for(int blocks) {
     return kRegistersPerSubpartition / ceil_div(blocks * kThreads / 32, 4) / 8 * 8;

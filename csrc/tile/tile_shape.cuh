@@ -18,8 +18,18 @@ constexpr int kBlockK = 32;            // OCP MX block, and the MMA's K
 constexpr int kActRowBytes = kTileK;   // E4M3: TMA 128-byte swizzle
 constexpr int kMaxAccumulators = 128;  // fp32 registers per thread; beyond it ptxas spills
 
+// What every arch asks of a tile.
+template <int M, int N, bool kSwap>
+struct PossibleTile {
+  static_assert(kSwap ? (M == 8 || M == 16 || M == 32) && N % 64 == 0 : M % 64 == 0,
+                "native tiles need M % 64 == 0, swapped ones M in 8/16/32 and N % 64 == 0");
+  static_assert(N >= 8 && N <= 256 && M <= 256, "a TMA box has at most 256 rows");
+  static_assert(kWeightBlockRows % N == 0 || N % kWeightBlockRows == 0,
+                "a tile has whole weight blocks, or shares one");
+};
+
 template <int M_, int N_, bool kSwap_, class Arch_>
-struct TileShape {
+struct TileShape : PossibleTile<M_, N_, kSwap_> {
   using Arch = Arch_;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_;
@@ -78,14 +88,9 @@ struct TileShape {
   using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
 
-  static_assert(kSwap ? (M == 8 || M == 16 || M == 32) && N % 64 == 0 : M % 64 == 0,
-                "native tiles need M % 64 == 0, swapped ones M in 8/16/32 and N % 64 == 0");
-  static_assert(N >= 8 && N <= 256 && M <= 256, "a TMA box has at most 256 rows");
   static_assert(kWarpM % 16 == 0 && kWarpN % 8 == 0, "a warp tile is whole MMA fragments");
   static_assert(kWarpsM * kWarpsN == kMmaWarps && kWarpsM * kWarpM == kPhysM && kWarpsN * kWarpN == kPhysN,
                 "the warp grid covers the tile");
-  static_assert(kWeightBlockRows % N == 0 || N % kWeightBlockRows == 0,
-                "a tile has whole weight blocks, or shares one");
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
   static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");

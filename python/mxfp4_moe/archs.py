@@ -78,20 +78,6 @@ def oldest_cuda(arch: str) -> Version:
     return _OLDEST_CUDA[arch]
 
 
-def mma_opcode(arch: str) -> str:
-    """The SASS opcode of the MMA that every tile of this arch is built around.
-
-    SM12x executes the block-scaled MMA as one QMMA.SF. SM90 has no FP8 mma.sync in hardware: ptxas unpacks E4M3 to
-    FP16, which is exact, and issues HMMA.
-    """
-    return "QMMA.SF" if check_arch(arch)[0] == 12 else "HMMA"
-
-
-def mma_k(arch: str) -> int:
-    """How much of K one such MMA covers: a block-scaled step of 32 is one QMMA.SF, or two HMMA."""
-    return 32 if mma_opcode(arch) == "QMMA.SF" else 16
-
-
 def check_arch(arch: str) -> tuple[int, int, str]:
     """Major, minor and suffix of an arch that the kernel can be built for, such as (12, 0, 'f') of '120f'.
 

@@ -115,54 +115,51 @@ def test_loading_is_compared_with_the_proof() -> None:
 
 def test_the_check_knows_what_the_main_loop_must_hold() -> None:
     made = make_plan()
-    # A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16 bytes, and
-    # 32 rows of weights, of which a lane has a word of every eighth.
-    plain = {"function": "grouped_gemm", "by_width": False}
-    loads = {"matrices_per_step": 16, "words_per_step": 4, "words_per_load": 4, **plain}
     check = expected(made, "tile_m128n128", "check")
     assert set(check) == {"compile", "main_loop", "block_scaled"}
     assert check["compile"] == {"peak_mb": 2000}
-    assert check["main_loop"]["90a"]["plain"] == {"opcode": "HMMA", "mma_per_step": 32, "limit": None} | loads
-    assert check["main_loop"]["120f"] == {"plain": {"opcode": "QMMA.SF", "mma_per_step": 16, "limit": 3.5} | loads}
-    # Swapped (8, 128): 8 rows of activations; 32 of weights on SM90, in 2 x 1 MMAs of two HMMA, on SM12x 64, in 4 x 1.
-    swapped = expected(made, "tile_m8n128_swap", "check")["main_loop"]
-    loads = {"matrices_per_step": 2, "words_per_step": 4, "words_per_load": 4} | plain
-    assert swapped["90a"]["plain"] == {"opcode": "HMMA", "mma_per_step": 4, "limit": None} | loads
-    loads = {"matrices_per_step": 2, "words_per_step": 8, "words_per_load": 4} | plain
-    assert swapped["120f"]["plain"] == {"opcode": "QMMA.SF", "mma_per_step": 4, "limit": None} | loads
-    # 16 rows of weights per warp of swapped (8, 64), 8 of (64, 8): two words side by side, and one.
-    names = ("tile_m8n64_swap", "tile_m64n8")
-    narrow = [expected(made, name, "check")["main_loop"]["120f"]["plain"] for name in names]
-    assert [(loop["words_per_step"], loop["words_per_load"]) for loop in narrow] == [(2, 2), (1, 1)]
     assert "main_loop" not in expected(made, "moe", "check")
 
+    def loop(name: str, arch: str) -> dict[str, Any]:
+        found: dict[str, Any] = expected(made, name, "check")["main_loop"][arch]
+        return found
 
-def test_the_check_knows_the_main_loops_of_every_kernel() -> None:
+    # SM12x. A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16
+    # bytes, and 32 rows of weights, of which a lane has a word of every eighth. Swapped (8, 128) has 8 rows of
+    # activations and 64 of weights, in 4 x 1.
+    sm12x = {"function": "grouped_gemm", "opcode": "QMMA.SF", "variants": False}
+    loads = {"matrices_per_step": 16, "words_per_step": 4, "words_per_load": 4}
+    assert loop("tile_m128n128", "120f") == {"mma_per_step": 16, "limit": 3.5, **loads, **sm12x}
+    loads = {"matrices_per_step": 2, "words_per_step": 8, "words_per_load": 4}
+    assert loop("tile_m8n128_swap", "120f") == {"mma_per_step": 4, "limit": None, **loads, **sm12x}
+    # 16 rows of weights per warp of swapped (8, 64), 8 of (64, 8): two words side by side, and one.
+    narrow = [loop(name, "120f") for name in ("tile_m8n64_swap", "tile_m64n8")]
+    assert [(each["words_per_step"], each["words_per_load"]) for each in narrow] == [(2, 2), (1, 1)]
+
+
+def test_the_check_knows_the_main_loops_of_both_kernels_of_sm90() -> None:
     made = make_plan()
-    for tile in MANIFEST.tiles:
-        for arch, loops in expected(made, tile.module, "check")["main_loop"].items():
-            assert [*loops] == sorted(kernel.label for kernel in tiles.kernels_of(tile, arch))
-    # (8, 64): a warp of the kernel for folded rows has 16 weight rows, 1 x 1 MMAs of two HMMA, and 8 rows of 64 bytes,
-    # of bf16; one that multiplies one of several K tiles has 32, in 2 x 1, and activations of 32 bytes as ever.
-    loops = expected(made, "tile_m8n64_swap", "check")["main_loop"]["90a"]
-    for loop in loops.values():
-        del loop["limit"]
-    assert loops["folded"] == {
-        **{"function": "grouped_gemm_mma_sync", "by_width": True, "opcode": "HMMA", "mma_per_step": 2},
-        **{"matrices_per_step": 4, "words_per_step": 2, "words_per_load": 2},
-    }
-    assert loops["parallel_k"] == {
-        **{"function": "grouped_gemm_parallel_k", "by_width": False, "opcode": "HMMA", "mma_per_step": 4},
-        **{"matrices_per_step": 2, "words_per_step": 4, "words_per_load": 4},
-    }
-    # Hopper's own MMA reads activations itself; a warp has 32 weight rows of (64, 128), of (128, 128) 16.
-    for name, words in (("tile_m64n128", 4), ("tile_m128n128", 2)):
-        loop = expected(made, name, "check")["main_loop"]["90a"]["folded"]
-        del loop["limit"]
-        assert loop == {
-            **{"function": "grouped_gemm_wgmma", "by_width": True, "opcode": "HGMMA", "steps": 8},
-            **{"matrices_per_step": 0, "words_per_step": words, "words_per_load": words},
-        }
+
+    def loop(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = expected(made, name, "check")["main_loop"]["90a"]
+        assert (found.pop("variants"), found.pop("limit")) == (True, None)
+        return found
+
+    # A warp of (8, 64) has 16 weight rows, 1 x 1 MMAs of two HMMA, and 8 rows of 64 bytes, of bf16; of (64, 16) it has
+    # 16 rows of activations and as many of weights, of (8, 256) 64 of weights.
+    mma_sync = {"function": "grouped_gemm_mma_sync", "opcode": "HMMA"}
+    for name, mmas, matrices, words, at_once in (
+        ("tile_m8n64_swap", 2, 4, 2, 2),
+        ("tile_m64n16", 4, 8, 2, 2),
+        ("tile_m8n256_swap", 8, 4, 8, 4),
+    ):
+        loads = {"matrices_per_step": matrices, "words_per_step": words, "words_per_load": at_once}
+        assert loop(name) == {"mma_per_step": mmas, **loads, **mma_sync}
+    # Hopper's own MMA takes all columns and reads activations itself; a warp has 16 rows of (128, 64)'s weights, and
+    # two sets of (128, 128)'s, of each of which it loads two words at once.
+    wgmma = {"function": "grouped_gemm_wgmma", "opcode": "HGMMA", "matrices_per_step": 0, "words_per_load": 2}
+    for name, sets in (("tile_m128n64", 1), ("tile_m128n128", 2)):
+        assert loop(name) == {"mma_per_step": 2 * sets, "words_per_step": 2 * sets, **wgmma}
 
 
 def test_the_check_knows_where_block_scaled_mmas_read() -> None:
@@ -178,7 +175,7 @@ def test_the_check_knows_where_block_scaled_mmas_read() -> None:
 
 def test_a_threshold_of_one_tile_reruns_that_tiles_check_only() -> None:
     before = {job.output: job.command for job in make_plan().jobs}
-    tighter = dataclasses.replace(THRESHOLDS, instructions_per_mma={"120f": {"plain": {"m128n128": 3.0}}})
+    tighter = dataclasses.replace(THRESHOLDS, instructions_per_mma={"120f": {"m128n128": 3.0}})
     after = plan(settings(), TOOLCHAIN, tighter, MOE_SOURCES, Path("build/x/ninja"))
     assert [job.name for job in after.jobs if before[job.output] != job.command] == ["tile_m128n128.check"]
 

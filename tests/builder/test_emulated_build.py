@@ -23,7 +23,7 @@ from mxfp4_moe._choice.facts import Layer, from_properties
 from mxfp4_moe._health.checks import check_gpus
 from mxfp4_moe._install import wheel
 from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4
-from mxfp4_moe.tiles import Kernel, Tile, load_manifest
+from mxfp4_moe.tiles import load_manifest
 from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.emulation import check_emulated_tile, refuse_emulated
 from wheelbuild.machine_code import Code, parse_sass
@@ -37,7 +37,6 @@ from wheelbuild.thresholds import Thresholds
 from wheelbuild.tile_model import tiles as build_tiles
 
 EMULATING = {emulation.VARIABLE: "1"}
-TILE = Tile.from_mn((8, 64))
 TOOLS: Any = SimpleNamespace(
     cuda=SimpleNamespace(
         version=(13, 0, 88),
@@ -143,7 +142,7 @@ def test_a_good_tile_is_reported() -> None:
 @pytest.mark.parametrize(
     ("lines", "kernel", "message"),
     [
-        (GOOD, "_ZN9mxfp4_moe20grouped_gemm_split_kI", "expected grouped_gemm alone, which sm_120f has, got _ZN9"),
+        (GOOD, "_ZN9mxfp4_moe21grouped_gemm_mma_syncI", "expected grouped_gemm alone, which sm_120f has, got _ZN9"),
         ((*GOOD, "HMMA.16816.F32 R4, R8, R12, R4"), KERNEL, "1 HMMA, but the MMA is emulated and none allowed"),
         ((*GOOD, "QMMA.SF.16832.F32.E4M3.E2M1.E8 R4, R8"), KERNEL, "1 QMMA, but the MMA is emulated"),
         ((*GOOD, "HGMMA.64x8x16.F32.BF16 R24, R4"), KERNEL, "1 HGMMA, but the MMA is emulated"),
@@ -164,21 +163,15 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
     chosen = settings(**env, MXFP4_MOE_TILES="m8n64_swap")
     made = make_plan(chosen)
     machine = [chosen.compiled_for(arch) for arch in chosen.archs]
-    (tile,) = made.tiles
-    labels = {arch: [kernel.label for kernel in build_tiles.kernels_of(tile, arch)] for arch in chosen.archs}
     checked = {
-        **{
-            "file": "_ext/x.so",
-            "bytes": 1,
-            "sha256": "0" * 64,
-            "instructions": {arch: {"total": 9} for arch in machine},
-        },
+        **{"file": "_ext/x.so", "bytes": 1, "sha256": "0" * 64},
+        "instructions": {arch: {"total": 9} for arch in machine},
         **{"kernels": {}, "block_scaled": {}, "emulated": {"calls": 4}},
-        "main_loop": {} if env else {arch: {name: {"mma": len(name)} for name in has} for arch, has in labels.items()},
+        "main_loop": {} if env else {arch: {"mma": len(arch)} for arch in chosen.archs},
     }
-    facts = {arch: {"kernels": {name: {"stages": len(name)} for name in has}} for arch, has in labels.items()}
+    facts = {arch: {"tile_m": 8, "tile_n": 64, "swap_ab": 1, "stages": len(arch)} for arch in chosen.archs}
     loaded = {"ops": [], "facts": facts}
-    names = {KERNEL: 99, "_Z21grouped_gemm_mma_syncI5ShapeEv": 80, "_Z23grouped_gemm_parallel_kI5ShapeEv": 72}
+    names = {KERNEL: 99, "_Z21grouped_gemm_mma_syncI5ShapeEv": 80}
     record = "".join(
         f"Compiling entry function '{name}' for 'sm_{arch}'\n  0 bytes stack frame, 0 bytes spill stores, 4 bytes "
         f"spill loads\nUsed {registers} registers\n"
@@ -195,22 +188,16 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
     report = make_report(made, chosen, TOOLS, "0.1.0", tmp_path)
     assert report.get("emulates") == ({"arch": "120f", "on": "90a"} if env else None)
     of_archs = report["tiles"]["m8n64_swap"]["archs"]
+    shared = {"stack_bytes": 0, "spill_store_bytes": 0, "spill_load_bytes": 4, "instructions": {"total": 9}}
+    sm12x = {"function": "grouped_gemm", "stages": 4, "registers": 99, **shared}
     if env:
-        arch = of_archs["120f"]
-        (plain,) = arch["kernels"].values()
-        assert (plain["registers"], arch["instructions"], arch["emulated"]) == (99, {"total": 9}, {"calls": 4})
-        assert "main_loop" not in plain
-    else:  # each kernel with its own of everything
-        seen = {
-            name: (of["stages"], of["registers"], of["main_loop"]) for name, of in of_archs["90a"]["kernels"].items()
+        assert of_archs == {"120f": {**sm12x, "emulated": {"calls": 4}}}
+    else:  # each arch with its own of everything
+        sm90 = {"function": "grouped_gemm_mma_sync", "stages": 3, "registers": 80, **shared}
+        assert of_archs == {
+            "90a": {**sm90, "main_loop": {"mma": 3}},
+            "120f": {**sm12x, "main_loop": {"mma": 4}},
         }
-        assert seen == {
-            "plain": (5, 99, {"mma": 5}),
-            "parallel_k": (10, 72, {"mma": 10}),
-            "folded": (6, 80, {"mma": 6}),
-        }
-        assert [*of_archs["120f"]["kernels"]] == ["plain"]
-        assert "emulated" not in of_archs["90a"]
 
 
 # ---- who refuses it --------------------------------------------------------------------------------------------------
@@ -282,7 +269,6 @@ def test_an_sm90_gpu_is_served_as_sm12x() -> None:
     assert wheel.served_as((8, 0)) == (8, 0)
     device = torch.device("cuda", 0)
     assert formats.word_order_of(device) is formats.WordOrder.CONTAINERS
-    assert problems.kernels_here(TILE, device) == (Kernel.PLAIN,)
     assert problems.arithmetic_here(device) == SM12X_MXF8F6F4
     assert problems.arithmetic_here(torch.device("cpu")) == FP32_CHAIN
 

@@ -130,7 +130,7 @@ def test_of_several_loops_the_worst_counts_and_lone_mmas_are_told() -> None:
     assert main_loop_of("NOP", "BRA {0}") == (None, 0)
 
 
-def test_of_loops_by_width_the_longest_that_reads_no_global_memory_counts() -> None:
+def test_of_variants_the_longest_loop_that_reads_no_global_memory_counts() -> None:
     lines = (
         "LDG.E.U8.STRONG.GPU R4, [R2]",  # 0: seldom, and worst
         "HMMA.16816.F32 R4, R8, R12, R4",
@@ -147,14 +147,45 @@ def test_of_loops_by_width_the_longest_that_reads_no_global_memory_counts() -> N
         "EXIT",
     )
     (kernel,) = code_of(*lines).kernels.values()
-    assert find_main_loop(kernel, "HMMA", by_width=True) == (
+    assert find_main_loop(kernel, "HMMA", variants=True) == (
         MainLoop(instructions=4, nops=1, mma=2, ldsm=0, ldsm_matrices=0, lds=(0, 0, 0)),
         0,
     )
     worst = find_main_loop(kernel, "HMMA")[0]
     assert worst == MainLoop(instructions=5, nops=2, mma=1, ldsm=0, ldsm_matrices=0, lds=(0, 0, 0), ldg=1)
     (kernel,) = code_of(*lines[:5], "EXIT").kernels.values()
-    assert find_main_loop(kernel, "HMMA", by_width=True) == (None, 0)
+    assert find_main_loop(kernel, "HMMA", variants=True) == (None, 0)
+
+
+def test_of_two_ways_through_a_loop_the_shorter_counts() -> None:
+    mma = "HMMA.16816.F32 R4, R8, R12, R4"
+    ways = (
+        "LDS R4, [R2]",  # 0
+        "@P0 BRA {5}",
+        mma,  # 2: the usual way
+        mma,
+        "BRA {8}",
+        "HMUL2.BF16_V2 R4, R4, R5",  # 5: the dearer way, with one instruction more
+        mma,
+        mma,
+        "NOP",  # 8: both
+        "@P1 BRA {0}",
+        "EXIT",
+    )
+
+    def counts(lines: tuple[str, ...], variants: bool = True) -> tuple[int, int]:
+        (kernel,) = code_of(*lines).kernels.values()
+        loop, outside = find_main_loop(kernel, "HMMA", variants=variants)
+        assert loop is not None
+        assert outside == 0
+        return loop.instructions, loop.mma
+
+    assert counts(ways, variants=False) == (10, 4)
+    assert counts(ways) == (7, 2)
+    without_mma = tuple("NOP" if place in (6, 7) else line for place, line in enumerate(ways))
+    assert counts(without_mma) == (10, 2), "a way without an MMA is no alternative"
+    joined = tuple("BRA {5}" if place == 4 else line for place, line in enumerate(ways))
+    assert counts(joined) == (10, 4), "what both sides lead to is neither's"
 
 
 def test_an_indirect_branch_may_go_wherever_nothing_else_leads() -> None:

@@ -15,7 +15,7 @@ import pytest
 import mxfp4_moe
 from mxfp4_moe import cli
 from mxfp4_moe._install import wheel
-from mxfp4_moe.tiles import Kernel, Tile, TileProof, kernels_of, load_manifest, max_smem_per_block, prove
+from mxfp4_moe.tiles import Tile, TileProof, load_manifest, max_smem_per_block, prove
 
 NATIVE, SWAPPED = Tile(m=128, n=128, swap_ab=False), Tile(m=8, n=128, swap_ab=True)
 
@@ -25,10 +25,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel of two tiles: one with all that a report can say, one from before reports had main loops."""
     archs = {
         NATIVE.name: {
-            "90a": {
-                "kernels": fake_wheel.kernel_entry(NATIVE, "90a", Kernel.PLAIN, 168, 10.4)
-                | fake_wheel.kernel_entry(NATIVE, "90a", Kernel.FOLDED, 160, 27.63)
-            },
+            "90a": fake_wheel.arch_entry(NATIVE, "90a", 200, 27.63),
             "120f": fake_wheel.arch_entry(NATIVE, "120f", 162, 3.25),
         },
         SWAPPED.name: {arch: fake_wheel.arch_entry(SWAPPED, arch, 89, None) for arch in fake_wheel.ARCHS},
@@ -112,7 +109,7 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
 
 def test_as_a_module_and_into_a_closed_pipe() -> None:
     whole = python("-m", "mxfp4_moe.cli", "tiles", "--json")
-    assert json.loads(whole.stdout)["schema"] == 2
+    assert json.loads(whole.stdout)["schema"] == 3
     command = f"{sys.executable} -m mxfp4_moe.cli tiles --json | true"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     closed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=env)
@@ -175,14 +172,12 @@ def test_the_table(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head, *rows, _, tail = out.splitlines()
     assert status == 0
     assert head.split() == "tile mode arch kernel stages shared memory registers instr/MMA size".split()
-    # Each kernel's own stages and shared memory, worked out in test_tile_proof.py; the library's size stands once.
+    # Stages and shared memory: test_tile_proof.py and test_sm90_proof.py; a library's size stands once.
     assert [row.split() for row in rows] == [
-        "m128n128 native 90a plain 8 208,000 168 10.40 4,096".split(),
-        "m128n128 native 90a folded 5 211,536 160 27.63".split(),
-        "m128n128 native 120f plain 3 79,280 162 3.25".split(),
-        "m8n128_swap swapped 90a plain 5 49,488 89 - missing".split(),
-        "m8n128_swap swapped 90a folded 5 53,968 - -".split(),
-        "m8n128_swap swapped 120f plain 3 29,680 89 -".split(),
+        "m128n128 native 90a grouped_gemm_wgmma 5 209,488 200 27.63 4,096".split(),
+        "m128n128 native 120f grouped_gemm 3 79,280 162 3.25".split(),
+        "m8n128_swap swapped 90a grouped_gemm_mma_sync 5 53,968 89 - missing".split(),
+        "m8n128_swap swapped 120f grouped_gemm 3 29,680 89 -".split(),
     ]
     assert tail.startswith(f"mxfp4-moe {mxfp4_moe.__version__}: 2 tiles, 4,096 bytes, profile mxfp4_minimal")
 
@@ -195,18 +190,10 @@ def test_the_table_for_machines(package: Path, capsys: pytest.CaptureFixture[str
     native, swapped = data["tiles"]
     assert set(native) == {"name", "m", "n", "mode", "library", "archs"}
     assert native["library"] == {"file": f"_ext/{NATIVE.module}.abi3.so", "bytes": 4096, "sha256": "0" * 64}
-    built = {
-        ("120f", Kernel.PLAIN): (162, 3.25),
-        ("90a", Kernel.PLAIN): (168, 10.4),
-        ("90a", Kernel.FOLDED): (160, 27.63),
-    }
-    assert [(arch, *native["archs"][arch]["kernels"]) for arch in data["archs"]] == [
-        ("90a", "plain", "folded"),
-        ("120f", "plain"),
-    ]
-    for (arch, kernel), (registers, instructions_per_mma) in built.items():
-        proof = prove(NATIVE, arch, kernel)
-        assert native["archs"][arch]["kernels"][kernel.label] == {
+    for arch, registers, instructions_per_mma in (("120f", 162, 3.25), ("90a", 200, 27.63)):
+        proof = prove(NATIVE, arch)
+        assert native["archs"][arch] == {
+            "function": proof.function,
             "stages": proof.stages,
             "smem_bytes": proof.smem_bytes,
             "threads": proof.threads,
@@ -215,7 +202,7 @@ def test_the_table_for_machines(package: Path, capsys: pytest.CaptureFixture[str
             "registers": registers,
             "instructions_per_mma": instructions_per_mma,
         }
-    assert swapped["archs"]["90a"]["kernels"]["plain"]["instructions_per_mma"] is None
+    assert swapped["archs"]["90a"]["instructions_per_mma"] is None
 
 
 def test_without_a_report_the_table_has_what_can_be_proved(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,10 +210,7 @@ def test_without_a_report_the_table_has_what_can_be_proved(package: Path, capsys
     status, out = run(capsys, "tiles")
     assert status == 0
     lines = out.splitlines()
-    kernels = [
-        kernel for tile in load_manifest().tiles for arch in fake_wheel.ARCHS for kernel in kernels_of(tile, arch)
-    ]
-    assert len(lines) == len(kernels) + 3
+    assert len(lines) == len(load_manifest().tiles) * len(fake_wheel.ARCHS) + 3
     assert lines[-1].endswith("no build report, so only what can be proved")
 
 
@@ -236,25 +220,16 @@ def test_the_proof_of_a_legal_tile(swap: bool, package: Path, capsys: pytest.Cap
     status, out = run(capsys, "tiles", "--explain", f"{tile.m},{tile.n}" + (",swap" if swap else ""))
     assert status == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    proofs = [prove(tile, arch, kernel) for arch in fake_wheel.ARCHS for kernel in kernels_of(tile, arch)]
+    proofs = [prove(tile, arch) for arch in fake_wheel.ARCHS]
     assert [line for line in lines if line.startswith(tile.name)] == [
-        f"{tile.name} on sm_{proof.arch}, {proof.kernel.label} kernel" for proof in proofs
+        f"{tile.name} on sm_{proof.arch}: {proof.function}" for proof in proofs
     ]
-    assert len(proofs) == 3
     for section, proof in zip("\n".join(lines).split("\n\n"), proofs, strict=True):
         check_proof(section.splitlines(), proof)
     roles = [line.split(";")[0] for line in lines if "A = " in line]
     weights_first, mode = "A = weights, B = activations", "swapped" if swap else "native"
-    native_roles = weights_first if swap else "A = activations, B = weights"
-    assert roles == [f"{mode}: {each}" for each in (native_roles, weights_first, native_roles)]
-
-
-def test_the_proof_of_the_kernel_with_parts_of_its_own(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out = run(capsys, "tiles", "--explain", "8,64,swap")
-    (section,) = [part for part in out.split("\n\n") if "parallel_k kernel" in part]
-    lines = [" ".join(line.split()) for line in section.splitlines()]
-    assert {"block sums 8,192", "barriers 24", "one stage 13,720", "a row's sums 256", "8 stages 110,144"} < set(lines)
-    assert out.count("block sums") == out.count("a row's sums") == 1
+    on_sm12x = weights_first if swap else "A = activations, B = weights"
+    assert roles == [f"{mode}: {weights_first}, both bf16", f"{mode}: {on_sm12x}"]
 
 
 def check_proof(lines: list[str], proof: TileProof) -> None:
@@ -286,9 +261,8 @@ def test_one_proof_where_the_archs_have_the_same_numbers(
     _, out = run(capsys, "tiles", "--explain", "128,128")
     titles = [line for line in out.splitlines() if line.startswith("m128n128")]
     assert titles == [
-        "m128n128 on sm_120f, sm_121a, plain kernel",
-        "m128n128 on sm_90a, plain kernel",
-        "m128n128 on sm_90a, folded kernel",
+        "m128n128 on sm_120f, sm_121a: grouped_gemm",
+        "m128n128 on sm_90a: grouped_gemm_wgmma",
     ]
 
 
@@ -316,7 +290,6 @@ def test_the_proof_of_an_impossible_tile(
     _, data = run_json(capsys, "tiles", "--explain", shape)
     for arch in fake_wheel.ARCHS:
         assert not data["archs"][arch]["legal"]
-        assert [*data["archs"][arch]["kernels"]] == ["plain"], "what cannot be has no other kernels"
         assert all(refusal in flat for refusal in data["archs"][arch]["refusals"]), "every refusal is printed"
 
 
@@ -334,16 +307,13 @@ def test_the_proof_for_machines(package: Path, capsys: pytest.CaptureFixture[str
     assert verdict["refusals"] == []
     assert (verdict["max_smem_bytes"], verdict["max_accumulator_registers"]) == (101_376, 128)
     assert data["archs"]["90a"]["max_smem_bytes"] == 232_448
-    assert [(arch, *of["kernels"]) for arch, of in data["archs"].items()] == [
-        ("90a", "plain", "folded"),
-        ("120f", "plain"),
-    ]
-    for proof in (proof for of in data["archs"].values() for proof in of["kernels"].values()):
+    for arch, of in data["archs"].items():
+        proof = of["proof"]
+        assert proof["function"] == {"90a": "grouped_gemm_wgmma", "120f": "grouped_gemm"}[arch]
         stages = proof["stages"] * (proof["stage_bytes"] + proof["barrier_bytes"])
         assert proof["smem_bytes"] == stages + proof["amax_bytes"]
         parts = ("act_bytes", "weight_bytes", "act_scale_bytes")
         assert proof["stage_bytes"] == sum(proof[part] for part in parts)
-    assert data["archs"]["90a"]["kernels"]["folded"]["function"] == "grouped_gemm_wgmma"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ SOURCES = sorted(
 # A room, and the rooms that its files may include beside their own; "" is csrc's top.
 ROOMS = {"": (), "shared": ("",), "moe": ("", "shared"), "tile": ("", "shared"), "sm90": ("", "shared", "tile")}
 ROOMS["sm12x"] = ROOMS["sm90"]
-SEAMS = ("tile/archs.cuh", "tile/shapes.cuh", "tile/mma_mx.cuh", "tile/launcher.cuh")  # where architectures plug in
+SEAMS = ("tile/archs.cuh", "tile/launcher.cuh")  # where architectures plug in
 
 
 def room(name: str) -> str:

@@ -227,7 +227,7 @@ def test_tile_coord_visits_every_tile_once_with_n_fastest(host: ModuleType, num_
 
 
 def test_proof_is_what_the_compiler_sees(host: ModuleType) -> None:
-    """prove() against tile_shape.cuh itself, for every candidate tile that compiles, on both archs."""
+    """prove() against the headers themselves, for every candidate tile that compiles, on both archs."""
     shapes = host.tile_shapes()
     assert len(shapes) == 2 * 26
     for shape in shapes:

@@ -110,13 +110,13 @@ def test_a_tile_launches_what_was_proved_of_it(tile: tiles.Tile) -> None:
     proof = tiles.prove(tile, "120f")
     recorder = launch.shared_recorder()
     n_tiles = -(-80 // tile.n)
-    for sms, kernel in ((1, tiles.Kernel.PLAIN), (100, tiles.Kernel.PLAIN)):
-        [one] = recorder.gemm(tile, gemm_args(kernel=int(kernel), max_m_tiles=50), sms=sms)
+    for sms in (1, 100):
+        [one] = recorder.gemm(tile, gemm_args(max_m_tiles=50), sms=sms)
         assert one.kernel in launch.entries(ptx)
         assert (one.block, one.smem_bytes) == ((proof.threads, 1, 1), proof.smem_bytes)
         assert one.programmatic
         assert one.cluster == (1, 1, 1)
-        per_sm = one.grid[0] if sms == 1 else recorder.gemm(tile, gemm_args(kernel=1, max_m_tiles=50))[0].grid[0] // 2
+        per_sm = one.grid[0] if sms == 1 else recorder.gemm(tile, gemm_args(max_m_tiles=50))[0].grid[0] // 2
         assert one.grid == (min(50 * n_tiles, sms * per_sm), 1, 1)
         assert per_sm >= proof.blocks_per_sm
     assert recorder.gemm(tile, gemm_args(rows=0)) == []
@@ -127,7 +127,7 @@ def test_the_operands_are_described_as_they_lie() -> None:
     tile = tiles.Tile(m=64, n=64, swap_ab=False)
     launch.ptx_of_tile(tile)
     rows, n, k, experts = 10, 80, 160, 2
-    [one] = launch.shared_recorder().gemm(tile, gemm_args(kernel=1))
+    [one] = launch.shared_recorder().gemm(tile, gemm_args())
     act, scale, weight, tail = (tensor_map(one.params[0], number) for number in range(4))
     assert act == {
         **{"data_type": UINT8, "rank": 2, "address": 0x10000, "extents": (k, rows), "strides": (k,)},
@@ -153,7 +153,7 @@ def test_the_operands_are_described_as_they_lie() -> None:
         ({"k": 33}, "k: expected a positive multiple of 32, got 33"),
         ({"n": 72}, "n: expected a positive multiple of 16, got 72"),
         ({"act": 0x10008}, "act: expected an address that is a multiple of 16"),
-        ({"kernel": 3}, "no kernel for folded activations on this GPU"),
+        ({"act_format": 1}, r"act_format: expected 0, the rows that tile \(64, 8\) reads on this GPU, got 1"),
     ],
 )
 def test_a_launcher_refuses_in_its_own_words(changes: dict[str, Any], why: str) -> None:

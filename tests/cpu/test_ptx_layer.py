@@ -154,11 +154,11 @@ def test_layer(case: str) -> None:
         codes, scales = reference.mxfp8_rows(layer.hidden_states, layer.hidden_scale, "swizzled")
     token = row_slot[:valid] // top_k
     codes, scales = codes[token], scales[token]
-    assert torch.equal(own["codes1"][:valid], formats.interleave_k(codes))
+    assert torch.equal(own["rows1"][:valid], formats.interleave_k(codes))
     assert torch.equal(own["scales1"][:, :valid], formats.pack_row_scales(scales)[:, :valid])
 
     # Tensor copies fetch whole boxes: rows of no expert too, which are multiplied and stored nowhere.
-    run.allow_unwritten(own["codes1"])
+    run.allow_unwritten(own["rows1"])
     run.allow_unwritten(own["scales1"])
     run.next("grouped_gemm", junk(tile, hidden))
     packed, packed_scales = plain(weights.w13, weights.w13_rows, hidden)
@@ -170,14 +170,14 @@ def test_layer(case: str) -> None:
     rounding = dtype if layer.rounds else None
     values = reference.activate(gemm1, row_expert, weights.w13_bias, *numbers, rounding=rounding)
     expected_codes, expected_scales = formats.quantize_mxfp8(values)
-    codes2 = formats.deinterleave_k(own["codes2"][:valid]).clone()
+    codes2 = formats.deinterleave_k(own["rows2"][:valid]).clone()
     scales2 = formats.unpack_row_scales(own["scales2"], tokens * top_k, inter)[:valid].clone()
     assert torch.equal(scales2, expected_scales)
     off = (ordinal(codes2) - ordinal(expected_codes)).abs()
     assert off.max() <= 1
     assert off.count_nonzero() <= 2e-3 * off.numel() + 1
 
-    run.allow_unwritten(own["codes2"])
+    run.allow_unwritten(own["rows2"])
     run.allow_unwritten(own["scales2"])
     run.next("grouped_gemm", junk(tile, inter))
     packed, packed_scales = plain(weights.w2, hidden, inter)

@@ -1,8 +1,9 @@
-"""The proof that a tile fits an arch: by hand, against the kernels' own header, and what it refuses."""
+"""The proof that a tile fits an arch: of SM12x by hand, of both against the headers, and what it refuses."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -22,123 +23,65 @@ from mxfp4_moe.tiles import Tile
 # By hand. A stage: activations m * 128, weights 4,352 (64 rows of 64 bytes of codes and 4 of scales) per 64 rows of n
 # or part of them, activation scales 4 * (m + 4) in whole 128 bytes; plus 16 for barriers. A tile with n of at least 64
 # and at most 64 accumulators has besides, for each warp along n and row of m, a word of the activation's table.
-# A block of b has 102,400 (SM12x) or 233,472 (SM90) // b, less 1,024 and the table; b is the largest, up to 4, with
+# A block of b has 102,400 // b, less 1,024 and the table; b is the largest, up to 4, with
 # which each block has three stages and each thread enough registers: of 512 in a quarter of the multiprocessor, 96 for
 # up to 8 accumulators, 112 for 16, 168 for 32, 176 for more. Threads of two, three and four blocks of five warps (160
 # threads) get 168, 128 and 96, of four blocks of three warps 168, of two blocks of nine 96 and of two of twelve 80.
-# tile: stage bytes, table bytes, accumulators, and by arch: threads, blocks, stages, bytes
-BY_HAND: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
+# tile: stage bytes, accumulators, table bytes, threads, blocks, stages, bytes
+BY_HAND = {
     # 16,384 + 8,704 + 640 = 25,728; 8 warps in 2 x 4, each 64 x 32 = 16 fragments of 4; table 4 * 128 * 4 = 2,048
-    "m128n128": (
-        25_728,
-        {
-            "120f": (64, 2_048, 384, 1, 3, 79_280),  # (101,376 - 2,048) // 25,744 = 3
-            "90a": (64, 2_048, 384, 1, 8, 208_000),  # (232,448 - 2,048) // 25,744 = 8
-        },
-    ),
+    "m128n128": (25_728, 64, 2_048, 384, 1, 3, 79_280),  # (101,376 - 2,048) // 25,744 = 3
     # 8,192 + 8,704 + 384 = 17,280; 4 warps in 1 x 4, each 64 x 32; table 4 * 64 * 4; two blocks have 168 registers
-    "m64n128": (
-        17_280,
-        {
-            "120f": (64, 1_024, 160, 1, 5, 87_504),  # (101,376 - 1,024) // 17,296 = 5
-            "90a": (64, 1_024, 160, 1, 8, 139_392),  # (232,448 - 1,024) // 17,296 = 13, and 8 are the most
-        },
-    ),
+    "m64n128": (17_280, 64, 1_024, 160, 1, 5, 87_504),  # (101,376 - 1,024) // 17,296 = 5
     # 32,768 + 4,352 + 1,152 = 38,272; 8 warps in 4 x 2, each 64 x 32; table 2 * 256 * 4
-    "m256n64": (
-        38_272,
-        {
-            "120f": (64, 2_048, 384, 1, 2, 78_624),  # (101,376 - 2,048) // 38,288 = 2
-            "90a": (64, 2_048, 384, 1, 6, 231_776),  # (232,448 - 2,048) // 38,288 = 6
-        },
-    ),
+    "m256n64": (38_272, 64, 2_048, 384, 1, 2, 78_624),  # (101,376 - 2,048) // 38,288 = 2
     # 8,192 + 4,352 + 384 = 12,928; 4 warps in 4 x 1, each 16 x 8; too narrow to activate
-    "m64n8": (
-        12_928,
-        {
-            "120f": (4, 0, 160, 2, 3, 38_832),  # three: (34,133 - 1,024) // 12,944 = 2; two: 50,176 // 12,944 = 3
-            "90a": (4, 0, 160, 4, 4, 51_776),  # four: (58,368 - 1,024) // 12,944 = 4
-        },
-    ),
-    # 1,024 + 8,704 + 128 = 9,856; on SM12x 2 warps of 64 x 8, table 2 * 8 * 4; on SM90 4 of 32 x 8, table 4 * 8 * 4
-    "m8n128_swap": (
-        9_856,
-        {
-            "120f": (16, 64, 96, 3, 3, 29_680),  # four: (25,600 - 1,088) // 9,872 = 2; three: 33,045 // 9,872 = 3
-            "90a": (8, 128, 160, 4, 5, 49_488),  # four: (58,368 - 1,152) // 9,872 = 5
-        },
-    ),
+    "m64n8": (12_928, 4, 0, 160, 2, 3, 38_832),  # three: (34,133 - 1,024) // 12,944 = 2; two: 50,176 // 12,944 = 3
+    # 1,024 + 8,704 + 128 = 9,856; 2 warps, each 64 x 8; table 2 * 8 * 4
+    "m8n128_swap": (9_856, 16, 64, 96, 3, 3, 29_680),  # four: (25,600 - 1,088) // 9,872 = 2; three: 33,045 // 9,872 = 3
     # 2,048 + 8,704 + 128 = 10,880; 4 warps, each 32 x 16, so at most three blocks; table 4 * 16 * 4
-    "m16n128_swap": (
-        10_880,
-        {
-            "120f": (16, 256, 160, 3, 3, 32_944),  # (34,133 - 1,280) // 10,896 = 3
-            "90a": (16, 256, 160, 3, 7, 76_528),  # (77,824 - 1,280) // 10,896 = 7
-        },
-    ),
+    "m16n128_swap": (10_880, 16, 256, 160, 3, 3, 32_944),  # (34,133 - 1,280) // 10,896 = 3
     # 4,096 + 8,704 + 256 = 13,056; 4 warps, each 32 x 32, so at most two blocks; table 4 * 32 * 4
-    "m32n128_swap": (
-        13_056,
-        {
-            "120f": (32, 512, 160, 2, 3, 39_728),  # (51,200 - 1,536) // 13,072 = 3
-            "90a": (32, 512, 160, 2, 8, 105_088),  # (116,736 - 1,536) // 13,072 = 8
-        },
-    ),
+    "m32n128_swap": (13_056, 32, 512, 160, 2, 3, 39_728),  # (51,200 - 1,536) // 13,072 = 3
     # 16,384 + 17,408 + 640 = 34,432; 8 warps in 1 x 8, each 128 x 32: too many accumulators to activate
-    "m128n256": (
-        34_432,
-        {
-            "120f": (128, 0, 384, 1, 2, 68_896),  # 101,376 // 34,448 = 2
-            "90a": (128, 0, 384, 1, 6, 206_688),  # 232,448 // 34,448 = 6
-        },
-    ),
+    "m128n256": (34_432, 128, 0, 384, 1, 2, 68_896),  # 101,376 // 34,448 = 2
     # 1,024 + 4,352 + 128 = 5,504; 4 warps, each 16 x 8; table 4 * 8 * 4
-    "m8n64_swap": (
-        5_504,
-        {
-            "120f": (4, 128, 160, 4, 4, 22_208),  # (25,600 - 1,152) // 5,520 = 4
-            "90a": (4, 128, 160, 4, 8, 44_288),  # (58,368 - 1,152) // 5,520 = 10, and 8 are the most
-        },
-    ),
+    "m8n64_swap": (5_504, 4, 128, 160, 4, 4, 22_208),  # (25,600 - 1,152) // 5,520 = 4
     # 1,024 + 17,408 + 128 = 18,560; 4 warps, each 64 x 8, so at most three blocks; table 4 * 8 * 4
     "m8n256_swap": (
         18_560,
-        {
-            "120f": (16, 128, 160, 1, 5, 93_008),  # two: (51,200 - 1,152) // 18,576 = 2; one: 101,248 // 18,576 = 5
-            "90a": (16, 128, 160, 3, 4, 74_432),  # three: (77,824 - 1,152) // 18,576 = 4
-        },
-    ),
+        16,
+        128,
+        160,
+        1,
+        5,
+        93_008,
+    ),  # two: (51,200 - 1,152) // 18,576 = 2; one: 101,248 // 18,576 = 5
     # 2,048 + 17,408 + 128 = 19,584; 4 warps, each 64 x 16, so at most two blocks; table 4 * 16 * 4
     "m16n256_swap": (
         19_584,
-        {
-            "120f": (32, 256, 160, 1, 5, 98_256),  # two: (51,200 - 1,280) // 19,600 = 2; one: 101,120 // 19,600 = 5
-            "90a": (32, 256, 160, 2, 5, 98_256),  # (116,736 - 1,280) // 19,600 = 5
-        },
-    ),
+        32,
+        256,
+        160,
+        1,
+        5,
+        98_256,
+    ),  # two: (51,200 - 1,280) // 19,600 = 2; one: 101,120 // 19,600 = 5
     # 4,096 + 17,408 + 256 = 21,760; 8 warps, each 32 x 32, too small to move registers; table 8 * 32 * 4
-    "m32n256_swap": (
-        21_760,
-        {
-            "120f": (32, 1_024, 288, 1, 4, 88_128),  # (101,376 - 1,024) // 21,776 = 4
-            "90a": (32, 1_024, 288, 1, 8, 175_232),  # (232,448 - 1,024) // 21,776 = 10, and 8 are the most
-        },
-    ),
+    "m32n256_swap": (21_760, 32, 1_024, 288, 1, 4, 88_128),  # (101,376 - 1,024) // 21,776 = 4
 }
 
 
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", BY_HAND)
-def test_proof_against_numbers_worked_out_by_hand(name: str, arch: str) -> None:
+def test_proof_of_sm12x_against_numbers_worked_out_by_hand(name: str) -> None:
     (tile,) = [tile for tile in CANDIDATES if tile.name == name]
-    proof = tiles.prove(tile, arch)
-    stage_bytes, by_arch = BY_HAND[name]
-    assert proof.stage_bytes == stage_bytes
-    assert by_arch[arch] == (
-        *(proof.accumulator_registers, proof.amax_bytes, proof.threads),
+    proof = tiles.prove(tile, "120f")
+    assert BY_HAND[name] == (
+        *(proof.stage_bytes, proof.accumulator_registers, proof.amax_bytes, proof.threads),
         *(proof.blocks_per_sm, proof.stages, proof.smem_bytes),
     )
     assert proof.legal
+    assert (proof.function, proof.reads_bf16) == ("grouped_gemm", False)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -153,13 +96,15 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str)
         return
     smem = SMEM_PER_SM[arch]
     assert 2 <= proof.stages <= 8
-    assert 1 <= proof.blocks_per_sm <= 4
+    most_blocks = 6 if proof.function == "grouped_gemm_mma_sync" else 4
+    assert 1 <= proof.blocks_per_sm <= most_blocks
     assert proof.blocks_per_sm * (proof.smem_bytes + 1024) <= smem
     assert proof.smem_bytes <= tiles.max_smem_per_block(arch) == smem - 1024
     # One more stage would not fit (or is not wanted): the pipeline is as deep as shared memory allows.
     assert proof.stages == 8 or proof.blocks_per_sm * (proof.smem_bytes + stage + 1024) > smem
-    wanted = {4: 96, 8: 96, 16: 112, 32: 168}.get(proof.accumulator_registers, 176)
-    for blocks in range(2, 5):
+    moves_registers = proof.threads // 32 - proof.warps_m * proof.warps_n == 4
+    wanted = registers_wanted(proof)
+    for blocks in range(2, 1 if proof.reads_bf16 and moves_registers else most_blocks + 1):
         enough_memory = blocks * (3 * stage + proof.amax_bytes + 1024) <= smem
         enough_registers = registers_per_thread(blocks, proof.threads) >= wanted
         if blocks == proof.blocks_per_sm:
@@ -169,28 +114,28 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str)
             assert not (enough_memory and enough_registers), "more blocks could run"
     assert proof.accumulator_registers * proof.warps_m * proof.warps_n * 32 == tile.m * tile.n
     assert proof.accumulator_registers <= 128
+    flops = 2 * (tile.m * tile.n * 32) // (proof.warps_m * proof.warps_n)  # of a warp in a step
+    columns = proof.warp_n if proof.opcode == "HGMMA" else 8  # and a quarter of its 64 rows
+    assert proof.mma_per_step * 2 * 16 * columns * (32 if proof.opcode == "QMMA.SF" else 16) == flops
     assert (proof.warps_m * proof.warp_m, proof.warps_n * proof.warp_n) == (proof.physical_m, proof.physical_n)
-    assert (proof.physical_m, proof.physical_n) == (tile.mn[::-1] if tile.swap_ab else tile.mn)
+    assert (proof.physical_m, proof.physical_n) == (tile.mn[::-1] if proof.weights_are_a else tile.mn)
+    assert proof.weights_are_a or not tile.swap_ab
     # A weight block has 64 rows, of which a warp holds all, or two or four share them with whole groups of 16.
-    activates = tile.n >= 64 and proof.accumulator_registers <= 64
-    rows_of_warps = proof.warps_m if tile.swap_ab else proof.warps_n
-    assert proof.amax_bytes == (rows_of_warps * tile.m * 4 if activates else 0)
-    assert not activates or (proof.warp_m if tile.swap_ab else proof.warp_n) in (16, 32, 64)
+    assert proof.activates == (tile.n >= 64 and (proof.reads_bf16 or proof.accumulator_registers <= 64))
+    rows_of_warps = proof.warps_m if proof.weights_are_a else proof.warps_n
+    assert proof.amax_bytes == (rows_of_warps * tile.m * 4 if proof.activates else 0)
+    assert not proof.activates or (proof.warp_m if proof.weights_are_a else proof.warp_n) in (16, 32, 64)
 
 
-def test_archs_differ_in_memory_and_in_the_warps_of_one_tile() -> None:
-    """What the two archs do not share, and README.md says so: no more than this."""
-    for tile in LEGAL:
-        sm90, sm12x = (tiles.prove(tile, arch) for arch in ARCHS)
-        assert (sm90.act_bytes, sm90.weight_bytes, sm90.act_scale_bytes) == (
-            *(sm12x.act_bytes, sm12x.weight_bytes, sm12x.act_scale_bytes),
-        )
-        warps = [(proof.warps_m, proof.warps_n, proof.warp_m, proof.warp_n) for proof in (sm90, sm12x)]
-        if tile.mn == (8, 128):
-            assert warps == [(4, 1, 32, 8), (2, 1, 64, 8)]
-        else:
-            assert warps[0] == warps[1]
-            assert (sm90.threads, sm90.amax_bytes) == (sm12x.threads, sm12x.amax_bytes)
+def registers_wanted(proof: tiles.TileProof) -> int:
+    """Per thread, of a block that shares its multiprocessor."""
+    accumulators = proof.accumulator_registers
+    if not proof.reads_bf16:
+        return {4: 96, 8: 96, 16: 112, 32: 168}.get(accumulators, 176)
+    if proof.function == "grouped_gemm_wgmma":
+        return accumulators + 64
+    weights, acts = (proof.warp_m, proof.warp_n) if proof.weights_are_a else (proof.warp_n, proof.warp_m)
+    return accumulators + 2 * (acts // 8 * 4) + weights // 2 + 48  # two K blocks of activations, four words a row
 
 
 def test_the_impossible_candidate_is_refused_for_memory_and_for_registers() -> None:
@@ -202,7 +147,10 @@ def test_the_impossible_candidate_is_refused_for_memory_and_for_registers() -> N
     assert registers == (
         "registers: 256 accumulators per thread (256 x 32 per warp), at most 128 leave room for the rest"
     )
-    assert tiles.prove(IMPOSSIBLE, "90a").refusals == (registers,), "SM90 has the memory"
+    assert tiles.prove(IMPOSSIBLE, "90a").refusals == (
+        "registers: 128 accumulators per thread (16 x 256 per warp) want 192 with the rest, a block of 544 threads has "
+        "96 for each",
+    ), "SM90 has the memory"
 
 
 @example(m=600, n=600, swap_ab=False, arch="90a")
@@ -222,38 +170,44 @@ def test_proof_refuses_an_arch_it_does_not_know() -> None:
         tiles.prove(LEGAL[0], "100a")
 
 
+MEMBERS = {
+    "threads": "kThreads",
+    "stages": "kStages",
+    "stage_bytes": "kStageBytes",
+    "smem_bytes": "kSmemBytes",
+    "blocks_per_sm": "kBlocksPerSm",
+    "accumulator_registers": "kAccumulators",
+    "reads_bf16": "kReadsBf16",
+    "activates": "kActivates",
+    "weights_are_a": "kSwap",
+    "warp_m": "kWarpM",
+    "warp_n": "kWarpN",
+    "act_bytes": "kActBytes",
+    "weight_bytes": "kWeightBytes",
+    "act_scale_bytes": "kActScaleBytes",
+    "amax_bytes": "kAmaxBytes",
+}
+
+
 def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Builds a program that prints what csrc/tile/shapes.cuh makes of these tiles on these archs, as JSON lines."""
+    """Builds a program that prints what csrc/tile makes of these tiles on these archs, as JSON lines."""
     prints = "\n".join(
-        f"  show_kernels<TileShape<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();"
-        for arch in archs
-        for t in shapes
+        f"  show<ShapeOf<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();" for arch in archs for t in shapes
     )
-    facts = ("kernel", "threads", "stages", "stage_bytes", "smem_bytes", "blocks_per_sm", "accumulator_registers")
-    members = {
-        "warp_m": "kWarpM",
-        "warp_n": "kWarpN",
-        "act_bytes": "kActBytes",
-        "weight_bytes": "kWeightBytes",
-        "act_scale_bytes": "kActScaleBytes",
-        "amax_bytes": "kAmaxBytes",
-    }
-    names = ", ".join(f'\\"{name}\\": %d' for name in (*facts, *members))
-    values = ", ".join((*(f"f.{name}" for name in facts), *(f"S::{member}" for member in members.values())))
+    names = ", ".join(f'\\"{name}\\": %d' for name in MEMBERS)
+    values = ", ".join(f"S::{member}" for member in MEMBERS.values())
     source = folder / "shapes.cpp"
     source.write_text(
         f"""#include <cstdio>
-#include "tile/shapes.cuh"
+#include "tile/sm90/tile_shape.cuh"
 using namespace mxfp4_moe;
-template <class S> void show(Mxfp4MoeKernelFacts f) {{
-  if constexpr (!std::is_void_v<S>) std::printf("{{{names}}}\\n", {values});
-  else if (f.kernel != 0) std::puts("a kernel without a shape");
-}}
-template <class T> void show_kernels() {{
-  using K = Kernels<T>;
-  show<T>(K::plain());
-  show<typename K::ParallelK>(K::parallel_k());
-  show<typename K::Folded>(K::folded());
+template <int M, int N, bool kSwap> const char* name(TileShape<M, N, kSwap, Sm12x>*) {{ return "grouped_gemm"; }}
+template <int M, int N, bool kSwap> const char* name(MmaSyncShape<M, N, kSwap>*) {{ return "grouped_gemm_mma_sync"; }}
+template <int M, int N> const char* name(WgmmaShape<M, N>*) {{ return "grouped_gemm_wgmma"; }}
+template <class Of> void show() {{
+  [[maybe_unused]] const Of checks_the_tile{{}};
+  using S = typename Of::Type;
+  std::printf("{{\\"function\\": \\"%s\\", {names}}}\\n", name((S*)nullptr), {values});
 }}
 int main() {{
 {prints}
@@ -267,58 +221,46 @@ int main() {{
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_proof_is_what_the_kernels_header_computes(tmp_path: Path) -> None:
-    """Of every kernel, for every arch that a manifest may name, not only those of ours."""
+def test_proof_is_what_the_headers_compute(tmp_path: Path) -> None:
+    """For every arch that a manifest may name, not only those of ours."""
     result = compile_shapes(tmp_path, LEGAL, ALL_ARCHS)
     assert result.returncode == 0, result.stderr
     lines = subprocess.run([tmp_path / "shapes"], capture_output=True, text=True, check=True).stdout.splitlines()
-    kernels = [
-        (arch, tile, kernel) for arch, tile in product(ALL_ARCHS, LEGAL) for kernel in tiles.kernels_of(tile, arch)
-    ]
-    assert len(kernels) == len(LEGAL) * len(ALL_ARCHS) + 16, "SM90 has 15 that read folded rows, one of parallel K"
-    for (arch, tile, kernel), line in zip(kernels, lines, strict=True):
-        proof = tiles.prove(tile, arch, kernel)
-        more = ("warp_m", "warp_n", "act_bytes", "weight_bytes", "act_scale_bytes", "amax_bytes")
-        expected = {"kernel": int(kernel)} | proof.facts() | {name: getattr(proof, name) for name in more}
-        assert json.loads(line) == expected, (tile.name, arch, kernel)
+    assert len(lines) == len(LEGAL) * len(ALL_ARCHS)
+    for (arch, tile), line in zip(product(ALL_ARCHS, LEGAL), lines, strict=True):
+        proof = tiles.prove(tile, arch)
+        expected = {name: getattr(proof, name) for name in ("function", *MEMBERS)}
+        assert json.loads(line) == expected, (tile.name, arch)
 
 
-def test_kernels_of_a_tile() -> None:
-    folded = {*product((8, 16, 32, 64), (64, 128, 256)), *product((128,), (64, 128)), (256, 128)}
+def test_facts_are_what_the_extension_tells() -> None:
+    """facts() of csrc/tile/tile_op.cpp, by its own words."""
+    told = (ROOT / "csrc" / "tile" / "tile_op.cpp").read_text(encoding="utf-8").split("Py_BuildValue(", 1)[1]
+    names = re.findall(r'"([a-z_]+)"', told.split(";", 1)[0])
     for arch, tile in product(ARCHS, LEGAL):
-        more = []
-        if arch == "90a" and tile.mn == (8, 64):
-            more.append(tiles.Kernel.PARALLEL_K)
-        if arch == "90a" and tile.mn in folded:
-            more.append(tiles.Kernel.FOLDED)
-        assert tiles.kernels_of(tile, arch) == (tiles.Kernel.PLAIN, *more), f"{tile.name} on {arch}"
+        facts, proof = tiles.facts(tile, arch), tiles.prove(tile, arch)
+        assert [*facts] == names
+        assert facts == proof.facts()
+        assert (facts.pop("tile_m"), facts.pop("tile_n"), facts.pop("swap_ab")) == (*tile.mn, int(tile.swap_ab))
+        assert facts == {name: getattr(proof, name) for name in facts}
     with pytest.raises(ArchError, match="arch '100a'"):
-        tiles.kernels_of(LEGAL[0], "100a")
-    for tile in LEGAL:
-        facts = tiles.facts(tile, "90a")
-        assert facts == {
-            **{"tile_m": tile.m, "tile_n": tile.n, "swap_ab": int(tile.swap_ab)},
-            "kernels": {k.label: tiles.prove(tile, "90a", k).facts() for k in tiles.kernels_of(tile, "90a")},
-        }
-    numbers = {"BY_SIZE": 0, "PLAIN": 1, "PARALLEL_K": 2, "FOLDED": 3}
-    assert {kernel.name: int(kernel) for kernel in tiles.Kernel} == numbers
-    header = (ROOT / "csrc" / "tile_abi.h").read_text(encoding="utf-8")
-    assert all(f"MXFP4_MOE_KERNEL_{name} = {number}," in header for name, number in numbers.items())
+        tiles.facts(LEGAL[0], "100a")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
-    ("tile", "sentence"),
+    ("tile", "arch", "sentence"),
     [
-        (IMPOSSIBLE, "too many accumulator registers per thread"),
-        (Tile(m=100, n=128, swap_ab=False), "native tiles need M % 64 == 0"),
-        (Tile(m=64, n=128, swap_ab=True), "native tiles need M % 64 == 0, swapped ones M in 8/16/32"),
-        (Tile(m=128, n=192, swap_ab=False), "the warp grid covers the tile"),
-        (Tile(m=64, n=48, swap_ab=False), "a tile has whole weight blocks, or shares one"),
+        (IMPOSSIBLE, "120f", "too many accumulator registers per thread"),
+        (IMPOSSIBLE, "90a", "a block's threads have too few registers"),
+        *((Tile(m=100, n=128, swap_ab=False), arch, "native tiles need M % 64 == 0") for arch in ARCHS),
+        *((Tile(m=64, n=128, swap_ab=True), arch, "native tiles need M % 64 == 0, swapped ones") for arch in ARCHS),
+        (Tile(m=128, n=192, swap_ab=False), "120f", "the warp grid covers the tile"),
+        (Tile(m=128, n=192, swap_ab=False), "90a", "a warpgroup has four warps"),
+        *((Tile(m=64, n=48, swap_ab=False), arch, "a tile has whole weight blocks, or shares one") for arch in ARCHS),
     ],
     ids=lambda value: value.name if isinstance(value, Tile) else "",
 )
-def test_what_the_proof_refuses_does_not_compile(tile: Tile, sentence: str, arch: str, tmp_path: Path) -> None:
+def test_what_the_proof_refuses_does_not_compile(tile: Tile, arch: str, sentence: str, tmp_path: Path) -> None:
     assert not tiles.prove(tile, arch).legal
     result = compile_shapes(tmp_path, [tile], [arch])
     assert result.returncode != 0

@@ -13,7 +13,7 @@ import pytest
 
 from mxfp4_moe._install import wheel
 from mxfp4_moe._install.elf import MACHINES
-from mxfp4_moe.tiles import Kernel, Tile, prove
+from mxfp4_moe.tiles import Tile, prove
 
 VERSION = "0.1.0+cu130"
 ARCHS = ("90a", "120f")
@@ -27,18 +27,13 @@ def elf(module: str, size: int = 4096) -> bytes:
     return (header + segment + f"\0PyInit_{module}\0".encode()).ljust(size, b"\0")
 
 
-def kernel_entry(
-    tile: Tile, arch: str, kernel: Kernel, registers: int, instructions_per_mma: float | None
-) -> dict[str, Any]:
-    entry: dict[str, Any] = {**prove(tile, arch, kernel).facts(), "registers": registers}
+def arch_entry(tile: Tile, arch: str, registers: int, instructions_per_mma: float | None) -> dict[str, Any]:
+    """What the report says of a tile on this arch."""
+    proof = prove(tile, arch)
+    entry: dict[str, Any] = {"function": proof.function, **proof.facts(), "registers": registers}
     if instructions_per_mma is not None:
         entry["main_loop"] = {"instructions_per_mma": instructions_per_mma}
-    return {kernel.label: entry}
-
-
-def arch_entry(tile: Tile, arch: str, registers: int, instructions_per_mma: float | None) -> dict[str, Any]:
-    """Of a tile's plain kernel on this arch."""
-    return {"kernels": kernel_entry(tile, arch, Kernel.PLAIN, registers, instructions_per_mma)}
+    return entry
 
 
 def install(
@@ -48,7 +43,7 @@ def install(
     package = folder / "mxfp4_moe"
     (package / "_ext").mkdir(parents=True)
     report = {
-        "schema": 2,
+        "schema": 3,
         "version": VERSION,
         "profile": "mxfp4_minimal",
         "archs": list(ARCHS),

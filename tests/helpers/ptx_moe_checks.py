@@ -130,7 +130,7 @@ def check_quantize_permute_behind_route() -> None:
     own = intermediates(done.recording, **sizes, gemm1_width=0, from_logits=True)
     _, row_slot, _ = reference.route(reference.topk_softmax(logits, top_k)[1], experts)
     codes, scales = formats.quantize_mxfp8(x)
-    assert torch.equal(own["codes1"], formats.interleave_k(codes[row_slot // top_k]))
+    assert torch.equal(own["rows1"], formats.interleave_k(codes[row_slot // top_k]))
     assert torch.equal(own["scales1"][:, :27], formats.pack_row_scales(scales[row_slot // top_k])[:, :27])
 
 

@@ -29,37 +29,32 @@ native M in 64, 128, 256 by N in 8 to 256, and swapped M in 8, 16, 32 by N in 64
 the MMA's A operand, which takes 16 rows at a time, and activations to B, which takes 8, so a small M wastes little.
 {verdict}
 
-Each K tile of 128 is one pipeline stage in shared memory: M x 128 bytes of E4M3 activations; 4,352 bytes of weights for
-each 64 rows of N or part of them, 64 of packed E2M1 and 4 of scales per row; 4 bytes of activation scales per row of M
-and 4 rows more, since an expert's rows start anywhere (in whole 128 bytes); and 16 bytes of barriers. A kernel that
-applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for each row of M and warp
-along N. Of the plain ones those are the tiles with N of at least 64 and at most {activating} accumulators; with more,
-ptxas spills.
+Each arch has one kernel for a tile. Each K tile of 128 is one pipeline stage in shared memory: activations; 4,352 bytes
+of weights for each 64 rows of N or part of them, 64 of packed E2M1 and 4 of scales per row; and 16 bytes of barriers. A
+kernel that applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for each row of M
+and warp along N. A pipeline needs two stages, and is as deep as fits, up to {max_stages}. A block's warps compute "warp
+tile" rows of A by columns of B each, and one more warp fetches.
 
-A pipeline needs two stages, and is as deep as fits, up to {max_stages}. Up to {max_blocks} blocks share an SM, as many
+**SM12x** (`csrc/tile/tile_shape.cuh`): a stage's activations are M x 128 bytes of E4M3, and 4 bytes of scales per row
+of M and 4 rows more, since an expert's rows start anywhere (in whole 128 bytes). A thread holds at most {accumulators}
+fp32 accumulators; more leave too few of 255 registers for operands. Tiles with N of at least 64 and at most
+{activating} accumulators activate; with more, ptxas spills. Where eight warps hold 64 accumulators or more, the warp
+that fetches brings a whole warpgroup, whose registers go to the others. Up to {max_blocks} blocks share an SM, as many
 as leave each three stages, and its threads the registers that their accumulators ask for.
 
-A thread holds at most {accumulators} fp32 accumulators; more leave too few of 255 registers for operands. Its warp
-computes "warp tile" rows of A by columns of B, in whole MMAs of 16 x 8. One more warp fetches; where eight warps hold
-64 accumulators or more, it brings a whole warpgroup, whose registers go to the others.
+**SM90** (`csrc/tile/sm90/tile_shape.cuh`): a stage's activations are M x 256 bytes of bf16, which need no scales. From
+M = 32 and N = 64 on a tile's kernel is `grouped_gemm_wgmma`, where weights are A whatever the tile's mode, 64 or 128
+rows to a warpgroup; the others have `grouped_gemm_mma_sync`. Tiles with N of at least 64 activate.
 
-SM90 has more shared memory than SM12x, so its pipelines are deeper or more blocks run; what a stage holds is the same.
-{warps} The build compares this proof with the constants of every compiled kernel, for each arch.
+The build compares this proof with the constants of every compiled kernel, for each arch.
 
-Every tile has the plain kernel on every arch. On SM90 {folded} of those that fit have a second one, for folded
-activations (`csrc/tile/sm90/mma_sync_shape.cuh`, or from M = 32 `wgmma_shape.cuh`): a stage's activations are M x 256
-bytes of bf16, which hold their scales, and weights are the MMA's A operand whatever the tile's mode. {parallel_k} has a
-third, which multiplies several K tiles at once (`parallel_k_shape.cuh`): a stage holds their block sums too, for the
-warps that add them, and a block 4 bytes more per row of N. A layer's GEMM1 runs the folded kernel where there is one,
-and GEMM2 whatever kernel reads the rows that GEMM1 wrote.
-
-`mxfp4-moe tiles` shows the kernels of an installed wheel with registers and instructions per MMA as compiled, and
+`mxfp4-moe tiles` shows the tiles of an installed wheel with registers and instructions per MMA as compiled, and
 `mxfp4-moe tiles --explain M,N` this proof for any tile.
 """
 
 COLUMNS = (
     *("M", "N", "mode", "kernel", "MMA warps", "warp tile", "threads", "accumulators"),
-    *("activations", "weights and scales", "activation scales", "block sums", "barriers", "bytes per stage"),
+    *("activations", "weights and scales", "activation scales", "barriers", "bytes per stage"),
     *("stages", "once per block", "shared memory", "blocks per SM", "verdict"),
 )
 
@@ -68,12 +63,12 @@ def _cells(proof: TileProof, manifest: Manifest) -> list[str]:
     tile = proof.tile
     verdict = "in the wheel" if tile in manifest.tiles else "fits; not in the manifest"
     return [
-        *(f"{tile.m}", f"{tile.n}", "swapped" if tile.swap_ab else "native", proof.kernel.label),
+        *(f"{tile.m}", f"{tile.n}", "swapped" if tile.swap_ab else "native", f"`{proof.function}`"),
         *(f"{proof.warps_m} x {proof.warps_n}", f"{proof.warp_m} x {proof.warp_n}"),
         *(f"{proof.threads}", f"{proof.accumulator_registers}"),
-        *(f"{proof.act_bytes:,}", f"{proof.weight_bytes:,}", f"{proof.act_scale_bytes:,}", f"{proof.sum_bytes:,}"),
-        *(f"{proof.barrier_bytes}", f"{proof.stage_bytes + proof.sum_bytes + proof.barrier_bytes:,}"),
-        *(f"{proof.stages}", f"{proof.amax_bytes + proof.column_bytes:,}"),
+        *(f"{proof.act_bytes:,}", f"{proof.weight_bytes:,}", f"{proof.act_scale_bytes:,}"),
+        *(f"{proof.barrier_bytes}", f"{proof.stage_bytes + proof.barrier_bytes:,}"),
+        *(f"{proof.stages}", f"{proof.amax_bytes:,}"),
         *(f"{proof.smem_bytes:,}", f"{proof.blocks_per_sm}" if proof.legal else "-"),
         verdict if proof.legal else "impossible: " + "; ".join(proof.refusals),
     ]
@@ -89,23 +84,12 @@ def _listed(proofs: Sequence[TileProof]) -> str:
     return ", ".join(f"({proof.tile.m}, {proof.tile.n})" for proof in proofs)
 
 
-def _kernels(plain: TileProof) -> list[TileProof]:
-    """This proof, and those of the tile's other kernels on the same arch, if it can be at all."""
-    others = [k for k in tiles.kernels_of(plain.tile, plain.arch) if k != tiles.Kernel.PLAIN and plain.legal]
-    return [plain, *(tiles.prove(plain.tile, plain.arch, kernel) for kernel in others)]
-
-
-def _section(arch: str, plain: Sequence[TileProof], manifest: Manifest) -> str:
+def _section(arch: str, proofs: Sequence[TileProof], manifest: Manifest) -> str:
     """One arch: what its blocks have, which tiles have the shallowest pipeline, and the table."""
-    proofs = [proof for each in plain for proof in _kernels(each)]
     few = [proof for proof in proofs if proof.legal and proof.stages == 2]
     fit = f"Only two stages fit in {_listed(few)}." if few else "Every tile that fits has three stages or more."
     memory = f"A block has at most {tiles.max_smem_per_block(arch):,} bytes of shared memory. {fit}"
     return f"\n## sm_{arch}\n\n{memory}\n\n" + _table([_cells(proof, manifest) for proof in proofs])
-
-
-def _warps(proof: TileProof) -> tuple[int, ...]:
-    return (proof.warps_m, proof.warps_n, proof.warp_m, proof.warp_n)
 
 
 def document(manifest: Manifest) -> str:
@@ -115,7 +99,6 @@ def document(manifest: Manifest) -> str:
     legal = [alike[0].tile for alike in each if all(proof.legal for proof in alike)]
     refused = [alike[0] for alike in each if alike[0].tile not in legal]
     shipped = sum(tile in manifest.tiles for tile in legal)
-    other_warps = [alike[0] for alike in each if len(set(map(_warps, alike))) > 1]
     introduction = INTRODUCTION.format(
         count=len(each),
         verdict=f"{len(legal)} fit, {shipped} of them are in the wheel; {_listed(refused)} cannot be.",
@@ -123,11 +106,6 @@ def document(manifest: Manifest) -> str:
         max_stages=tiles.MAX_STAGES,
         max_blocks=tiles.MAX_BLOCKS_PER_SM,
         accumulators=tiles.MAX_ACCUMULATORS,
-        folded=sum(tiles.Kernel.FOLDED in tiles.kernels_of(tile, "90a") for tile in legal),
-        parallel_k=", ".join(
-            str(tile.mn) for tile in legal if tiles.Kernel.PARALLEL_K in tiles.kernels_of(tile, "90a")
-        ),
-        warps=f"Warps differ in {_listed(other_warps)} alone." if other_warps else "Warps are the same.",
     )
     return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)
 

@@ -3,9 +3,9 @@
 // (E2M1 in bits 5..2), or, in a development build for tests, the same computed on SM90 (emulated_mma.cuh).
 //
 // Registers (lane_maps.cuh): activations as ldmatrix brings them, one 32-bit word of eight FP4 codes per lane, row and
-// step, and per K tile one 32-bit word of four E8M0 scales in the lanes from which the instruction reads them with thread
-// selector 0: A's row g from lane 4g, row g+8 from lane 4g+1, B's column g from lane 4g. The selector picks the word's
-// scale, 0 to 3; it must be a constant (cute::C): one known only at run time costs a loop around every MMA.
+// step, and per K tile one 32-bit word of four E8M0 scales in the lanes from which the instruction reads them with
+// thread selector 0: A's row g from lane 4g, row g+8 from lane 4g+1, B's column g from lane 4g. The selector picks the
+// word's scale, 0 to 3; it must be a constant (cute::C): one known only at run time costs a loop around every MMA.
 #pragma once
 
 #include "tile/lane_maps.cuh"

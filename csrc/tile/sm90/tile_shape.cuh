@@ -60,6 +60,8 @@ struct Bf16Layout : Tile {
   using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, 0, kBarrierBytesPerStage, Tile::kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
+  static_assert(Tile::kMovesRegisters || Tile::Fits::registers_for(Tile::kBlocksPerSm) >= Tile::kRegistersWanted,
+                "a block's threads have too few registers");
 };
 
 // mma.sync: four warps and one that produces. Swapped, each has a quarter of the weight rows, which share what it loads
@@ -84,6 +86,7 @@ template <int M, int N>
 struct WgmmaTile : Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)> {
   using Tile = Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)>;
   static constexpr int kRowSets = Tile::kFragM;
+  static_assert(Tile::kMmaWarps % 4 == 0, "a warpgroup has four warps");
   // Beside the accumulators: two units of operands, scales, addresses.
   static constexpr int kRegistersWanted = Tile::kAccumulators + 64;
   static constexpr int kBlocksPerSm =
@@ -96,7 +99,7 @@ template <int M, int N>
 struct WgmmaShape : Bf16Layout<WgmmaTile<M, N>> {};
 
 template <int M, int N, bool kSwap>
-struct ShapeOf<M, N, kSwap, Sm90> {
+struct ShapeOf<M, N, kSwap, Sm90> : PossibleTile<M, N, kSwap> {
   using Type = std::conditional_t<has_wgmma(M, N), WgmmaShape<M, N>, MmaSyncShape<M, N, kSwap>>;
 };
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .._install import wheel
-from ..archs import mma_k
-from ..tiles import Kernel, Tile, prove, select_tile
+from ..tiles import Tile, prove, select_tile
 from . import cost_model, tuned
 from .facts import DeviceFacts, Layer
 
@@ -49,15 +48,13 @@ def _modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile,
 
 @functools.cache
 def loop_instructions(arch: str) -> dict[str, float]:
-    """Tile name -> instructions of a plain kernel's warp in a K tile, by the build report; without it, none."""
+    """Tile name -> instructions of a warp in a K tile, by the build report; without it, none."""
     report = wheel.read_report() or {}
     known = {}
     for tile in wheel.built_tiles():
         try:
-            plain = report["tiles"][tile.name]["archs"][arch]["kernels"][Kernel.PLAIN.label]
-            per_mma = plain["main_loop"]["instructions_per_mma"]
+            per_mma = report["tiles"][tile.name]["archs"][arch]["main_loop"]["instructions_per_mma"]
         except (KeyError, TypeError):
             continue
-        proof = prove(tile, arch)
-        known[tile.name] = per_mma * (proof.warp_m // 16) * (proof.warp_n // 8) * (128 // mma_k(arch))
+        known[tile.name] = per_mma * prove(tile, arch).mma_per_step * 4
     return known

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from .. import __version__
 from .._install import wheel
-from ..tiles import MAX_ACCUMULATORS, Kernel, Tile, TileProof, kernels_of, max_smem_per_block, prove
+from ..tiles import MAX_ACCUMULATORS, Tile, TileProof, max_smem_per_block, prove
 
 HELP = "the table of tiles, or one tile's proof"
 
-_SCHEMA = 2
+_SCHEMA = 3
 _UNKNOWN = "-"
 
 
@@ -87,19 +87,11 @@ def table_data() -> dict[str, Any]:
 
 
 def _arch_data(tile: Tile, arch: str, built: dict[str, Any]) -> dict[str, Any]:
-    kernels = built.get("kernels") or {}
-    return {
-        "kernels": {
-            kernel.label: _kernel_data(prove(tile, arch, kernel), kernels.get(kernel.label, {}))
-            for kernel in kernels_of(tile, arch)
-        }
-    }
-
-
-def _kernel_data(proof: TileProof, built: dict[str, Any]) -> dict[str, Any]:
+    proof = prove(tile, arch)
     facts = proof.facts()
     names = ("stages", "smem_bytes", "threads", "blocks_per_sm", "accumulator_registers")
     return {
+        "function": built.get("function", proof.function),
         **{name: built.get(name, facts[name]) for name in names},
         "registers": built.get("registers"),
         "instructions_per_mma": (built.get("main_loop") or {}).get("instructions_per_mma"),
@@ -107,18 +99,16 @@ def _kernel_data(proof: TileProof, built: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_text(data: dict[str, Any]) -> str:
-    """One row per tile, arch and kernel; a library has all of a tile's, and its size stands in the first."""
+    """One row per tile and arch; a library has all of a tile's, and its size stands in the first."""
     rows = [["tile", "mode", "arch", "kernel", "stages", "shared memory", "registers", "instr/MMA", "size"]]
     for tile in data["tiles"]:
         size = "missing" if tile["library"]["bytes"] is None else _number(tile["library"]["bytes"])
         for arch in data["archs"]:
-            for kernel, numbers in tile["archs"][arch]["kernels"].items():
-                row = [tile["name"], tile["mode"], arch, kernel]
-                row += [
-                    _number(numbers[name]) for name in ("stages", "smem_bytes", "registers", "instructions_per_mma")
-                ]
-                rows.append([*row, size])
-                size = ""
+            numbers = tile["archs"][arch]
+            row = [tile["name"], tile["mode"], arch, numbers["function"]]
+            row += [_number(numbers[name]) for name in ("stages", "smem_bytes", "registers", "instructions_per_mma")]
+            rows.append([*row, size])
+            size = ""
     sizes = [tile["library"]["bytes"] or 0 for tile in data["tiles"]]
     tail = f"mxfp4-moe {data['version']}: {len(data['tiles'])} tiles, {sum(sizes):,} bytes"
     if data["profile"]:
@@ -144,24 +134,16 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
 
-def _proofs(tile: Tile, arch: str) -> Iterator[TileProof]:
-    """Of every kernel that the tile has on the arch; of a tile that cannot be, of the plain one alone."""
-    plain = prove(tile, arch)
-    yield plain
-    if plain.legal:
-        yield from (prove(tile, arch, kernel) for kernel in kernels_of(tile, arch) if kernel != Kernel.PLAIN)
-
-
 def explain_data(tile: Tile) -> dict[str, Any]:
     archs = {}
     for arch in wheel.built_archs():
-        proofs = list(_proofs(tile, arch))
+        proof = prove(tile, arch)
         archs[arch] = {
             "max_smem_bytes": max_smem_per_block(arch),
             "max_accumulator_registers": MAX_ACCUMULATORS,
-            "legal": all(proof.legal for proof in proofs),
-            "refusals": [refusal for proof in proofs for refusal in proof.refusals],
-            "kernels": {proof.kernel.label: _proof_data(proof) for proof in proofs},
+            "legal": proof.legal,
+            "refusals": list(proof.refusals),
+            "proof": _proof_data(proof),
         }
     return {
         "schema": _SCHEMA,
@@ -175,36 +157,34 @@ def explain_data(tile: Tile) -> dict[str, Any]:
 
 
 def _proof_data(proof: TileProof) -> dict[str, Any]:
-    return {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch", "kernel", "refusals")}
+    return {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch", "refusals")}
 
 
 def explain_text(tile: Tile) -> str:
-    """Of each kernel one proof where all archs have the same numbers, else one for each."""
+    """One proof where all archs have the same numbers, else one for each."""
     groups: dict[TileProof, list[TileProof]] = {}
-    for proof in (proof for arch in wheel.built_archs() for proof in _proofs(tile, arch)):
+    for proof in (prove(tile, arch) for arch in wheel.built_archs()):
         groups.setdefault(replace(proof, arch=""), []).append(proof)
     return "\n\n".join(_proof_text(alike[0], ", ".join(f"sm_{p.arch}" for p in alike)) for alike in groups.values())
 
 
 def _proof_text(proof: TileProof, archs: str) -> str:
     tile = proof.tile
-    swapped = tile.swap_ab or proof.kernel == Kernel.FOLDED  # which takes weights as A whatever the tile's mode
-    roles = "A = weights, B = activations" if swapped else "A = activations, B = weights"
-    stage = proof.stage_bytes + proof.barrier_bytes + proof.sum_bytes
+    roles = "A = weights, B = activations" if proof.weights_are_a else "A = activations, B = weights"
+    if proof.reads_bf16:
+        roles += ", both bf16"
     rows = [
         ("activations", proof.act_bytes),
         ("weights and scales", proof.weight_bytes),
         ("activation scales", proof.act_scale_bytes),
-        *([("block sums", proof.sum_bytes)] if proof.sum_bytes else []),
         ("barriers", proof.barrier_bytes),
-        ("one stage", stage),
+        ("one stage", proof.stage_bytes + proof.barrier_bytes),
         ("activation table", proof.amax_bytes),
-        *([("a row's sums", proof.column_bytes)] if proof.column_bytes else []),
         (_count(proof.stages, "stage"), proof.smem_bytes),
         ("a block may have", max_smem_per_block(proof.arch)),
     ]
     lines = [
-        f"{tile.name} on {archs}, {proof.kernel.label} kernel",
+        f"{tile.name} on {archs}: {proof.function}",
         f"  {_mode(tile)}: {roles}; physical tile {proof.physical_m} x {proof.physical_n}, K = 128 per stage",
         "  shared memory, bytes",
         *(f"    {name:<18}{size:>9,}" for name, size in rows),

@@ -4,7 +4,7 @@ Everything here is a pure function of its arguments and the standard library alo
 these files before the package exists. Importing a tile's extension module is done elsewhere.
 """
 
-from .kernels import facts, kernels_of, prove
+from .kernels import facts, prove
 from .manifest import MANIFEST_NAME, Manifest, ManifestError, Profile, load_manifest, manifest_path, parse_manifest
 from .proof import (
     MAX_ACCUMULATORS,
@@ -15,9 +15,8 @@ from .proof import (
     TileProof,
 )
 from .selection import expected_rows_per_expert, nearest_tile, select_tile, select_tile_mn_for_sm120
-from .sm90 import PARALLEL_K_WARP_ROWS
 from .stages import MAX_BLOCKS_PER_SM, MAX_STAGES, max_smem_per_block
-from .tile import CANDIDATES, Kernel, Tile
+from .tile import CANDIDATES, Tile
 
 __all__ = [
     "CANDIDATES",
@@ -26,11 +25,9 @@ __all__ = [
     "MAX_ACTIVATING_ACCUMULATORS",
     "MAX_BLOCKS_PER_SM",
     "MAX_STAGES",
-    "PARALLEL_K_WARP_ROWS",
     "TILE_K",
     "WEIGHT_BLOCK_BYTES",
     "WEIGHT_BLOCK_ROWS",
-    "Kernel",
     "Manifest",
     "ManifestError",
     "Profile",
@@ -38,7 +35,6 @@ __all__ = [
     "TileProof",
     "expected_rows_per_expert",
     "facts",
-    "kernels_of",
     "load_manifest",
     "manifest_path",
     "max_smem_per_block",

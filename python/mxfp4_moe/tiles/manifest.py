@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..archs import ArchError, check_arch
-from .kernels import kernels_of, prove
+from .kernels import prove
 from .tile import Tile
 
 MANIFEST_NAME = "tile_manifest.toml"
@@ -139,9 +139,8 @@ def parse_manifest(text: str, source: str = MANIFEST_NAME) -> Manifest:
         if tile in tiles:
             raise ManifestError(f"{where}: duplicate of tile {tiles.index(tile) + 1}")
         for arch in archs:
-            for kernel in kernels_of(tile, arch):
-                if refusals := prove(tile, arch, kernel).refusals:
-                    raise ManifestError(f"{where}: impossible on sm_{arch}: {'; '.join(refusals)}")
+            if refusals := prove(tile, arch).refusals:
+                raise ManifestError(f"{where}: impossible on sm_{arch}: {'; '.join(refusals)}")
         tiles.append(tile)
     return Manifest(archs=archs, default_profile=default_profile, profiles=tuple(profiles), tiles=tuple(tiles))
 

@@ -1,6 +1,6 @@
-"""Whether a tile can be, before anything is compiled, by its plain kernel, which every arch has.
+"""Whether a tile can be, before anything is compiled: what a proof is, and that of SM12x's kernel.
 
-It mirrors csrc/tile/tile_shape.cuh, statement by statement; the build compares the two after every compile.
+`prove_sm12x` mirrors csrc/tile/tile_shape.cuh, statement by statement; the build compares the two after every compile.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..archs import check_arch
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, max_smem_per_block, smem_per_sm
-from .tile import Kernel, Tile
+from .tile import Tile
 
 TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks
 _ACT_ROW_BYTES = TILE_K  # E4M3
@@ -23,16 +22,19 @@ MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's act
 
 @dataclass(frozen=True, kw_only=True)
 class TileProof:
-    """What one kernel makes of a tile on one arch, in bytes, registers and threads, and every reason why it cannot be.
+    """What an arch's kernel makes of a tile, in bytes, registers and threads, and every reason why it cannot be.
 
-    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage, but for `amax_bytes`
-    and `column_bytes`, which a block has once. `stage_bytes` are what a stage loads: neither barriers nor sums.
+    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage, but for `amax_bytes`,
+    which a block has once. `stage_bytes` are what a stage loads: not its barriers.
     """
 
     tile: Tile
     arch: str
-    kernel: Kernel
     function: str  # the kernel's name in csrc/tile
+    opcode: str  # of its MMA in machine code
+    reads_bf16: bool  # activations, and writes them so; else MXFP8
+    activates: bool  # its epilogue can apply GEMM1's activation
+    weights_are_a: bool  # of the MMA's operands; else activations
     physical_m: int
     physical_n: int
     warps_m: int
@@ -45,9 +47,7 @@ class TileProof:
     weight_bytes: int
     act_scale_bytes: int
     barrier_bytes: int
-    sum_bytes: int  # of K blocks, where warps that multiply leave them to warps that add
     amax_bytes: int  # the largest magnitudes that GEMM1's activation needs
-    column_bytes: int  # the sums of a lone activation row, where other warps add than write
     stage_bytes: int
     blocks_per_sm: int
     stages: int
@@ -58,9 +58,18 @@ class TileProof:
     def legal(self) -> bool:
         return not self.refusals
 
+    @property
+    def mma_per_step(self) -> int:
+        """MMAs of a warp in a step of K = 32: QMMA.SF has all 32, the others 16; HGMMA has all of a warp's columns."""
+        columns = 1 if self.opcode == "HGMMA" else self.warp_n // 8
+        return self.warp_m // 16 * columns * (1 if self.opcode == "QMMA.SF" else 2)
+
     def facts(self) -> dict[str, int]:
-        """Mxfp4MoeKernelFacts (csrc/tile_abi.h), which the compiled tile must report of this kernel on this arch."""
+        """What the compiled tile must report for this arch: facts() of csrc/tile/tile_op.cpp."""
         return {
+            "tile_m": self.tile.m,
+            "tile_n": self.tile.n,
+            "swap_ab": int(self.tile.swap_ab),
             "threads": self.threads,
             "stages": self.stages,
             "stage_bytes": self.stage_bytes,
@@ -70,7 +79,8 @@ class TileProof:
         }
 
 
-def _shape_refusals(tile: Tile) -> list[str]:
+def shape_refusals(tile: Tile) -> list[str]:
+    """Why no arch has a tile of this shape."""
     m, n = tile.m, tile.n
     refusals = []
     if tile.swap_ab:
@@ -92,31 +102,27 @@ def _shape_refusals(tile: Tile) -> list[str]:
     return refusals
 
 
-def stage_refusals(*, stages: int, least: int, arch: str, **parts: int) -> list[str]:
-    """Why a pipeline of too few stages cannot be; `parts` are the bytes of each of a stage's."""
-    if stages >= least:
+def stage_refusals(*, stages: int, arch: str, **parts: int) -> list[str]:
+    """Why a pipeline of less than two stages cannot be; `parts` are the bytes of each of a stage's."""
+    if stages >= 2:
         return []
     stage = sum(parts.values())
     each = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in parts.items())
-    count = {2: "two", 4: "four"}[least]
     return [
-        f"shared memory: {count} pipeline stages need {least} x {stage:,} = {least * stage:,} bytes "
+        f"shared memory: two pipeline stages need 2 x {stage:,} = {2 * stage:,} bytes "
         f"(per stage: {each}), a block has {max_smem_per_block(arch):,}"
     ]
 
 
-def prove_plain(tile: Tile, arch: str) -> TileProof:
-    """`prove` for the plain kernel: TileShape.
-
-    SM90 and SM12x differ in shared memory, hence in stages and blocks, and in the warps of (8, 128).
-    """
+def prove_sm12x(tile: Tile, arch: str) -> TileProof:
+    """`prove` on SM12x: TileShape."""
     m, n, swap = tile.m, tile.n, tile.swap_ab
-    refusals = _shape_refusals(tile)
+    refusals = shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
 
     physical_m, physical_n = (n, m) if swap else (m, n)
     if swap:
-        long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128 and check_arch(arch)[0] == 12)
+        long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128)
         mma_warps = max(n // (16 if n <= 64 else 64 if long_warps else 32), 1)
     else:
         mma_warps = 8 if m * n >= 16384 else 4
@@ -160,7 +166,6 @@ def prove_plain(tile: Tile, arch: str) -> TileProof:
         )
     refusals += stage_refusals(
         stages=stages,
-        least=2,
         arch=arch,
         activations=act_bytes,
         weights=weight_bytes,
@@ -175,8 +180,11 @@ def prove_plain(tile: Tile, arch: str) -> TileProof:
     return TileProof(
         tile=tile,
         arch=arch,
-        kernel=Kernel.PLAIN,
         function="grouped_gemm",
+        opcode="QMMA.SF",
+        reads_bf16=False,
+        activates=activates,
+        weights_are_a=swap,
         physical_m=physical_m,
         physical_n=physical_n,
         warps_m=warps_m,
@@ -189,9 +197,7 @@ def prove_plain(tile: Tile, arch: str) -> TileProof:
         weight_bytes=weight_bytes,
         act_scale_bytes=act_scale_bytes,
         barrier_bytes=BARRIER_BYTES_PER_STAGE,
-        sum_bytes=0,
         amax_bytes=amax_bytes,
-        column_bytes=0,
         stage_bytes=stage_bytes,
         blocks_per_sm=blocks_per_sm,
         stages=stages,

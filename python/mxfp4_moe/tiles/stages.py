@@ -39,11 +39,10 @@ class Occupancy:
     threads: int
     stage_bytes: int
     once_bytes: int
-    most_stages: int = MAX_STAGES
 
     def stages_for(self, blocks: int) -> int:
         budget = self.smem_per_sm // blocks - SMEM_RESERVED_PER_BLOCK - self.once_bytes
-        return min(self.most_stages, budget // self.stage_bytes)
+        return min(MAX_STAGES, budget // self.stage_bytes)
 
     def registers_for(self, blocks: int) -> int:
         return _REGISTERS_PER_SUBPARTITION // ceil_div(blocks * self.threads // 32, 4) // 8 * 8

@@ -1,9 +1,8 @@
-"""A tile of the wheel, by name and shape, and the kernels that it may have."""
+"""A tile of the wheel, by name and shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -32,20 +31,6 @@ class Tile:
         """The tile of this shape; fewer than 64 rows means swapped operands."""
         m, n = tile_mn
         return cls(m=m, n=n, swap_ab=m < 64)
-
-
-class Kernel(IntEnum):
-    """Which kernel of a tile runs: Mxfp4MoeKernel of csrc/tile_abi.h. All give the same bits."""
-
-    BY_SIZE = 0  # csrc/tile/launcher.cuh decides, for every call of the layer
-    PLAIN = 1
-    PARALLEL_K = 2
-    FOLDED = 3  # reads folded activations (csrc/shared/folded.cuh)
-
-    @property
-    def label(self) -> str:
-        """Its name in facts, reports and limits, such as 'parallel_k'."""
-        return self.name.lower()
 
 
 # Every tile that was considered for the wheel; the proof below says which of them can be.

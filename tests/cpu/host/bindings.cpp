@@ -14,7 +14,7 @@
 #include "shared/weight_layout.cuh"
 #include "tile/lane_maps.cuh"
 #include "tile/sm12x/emulated_mma.cuh"
-#include "tile/tile_shape.cuh"
+#include "tile/sm90/tile_shape.cuh"
 
 namespace py = pybind11;
 using namespace mxfp4_moe;
@@ -81,7 +81,7 @@ std::vector<std::vector<int64_t>> offsets(int64_t rows, int64_t k, Offset offset
 
 template <int M, int N, bool kSwap, class Arch>
 void add_shape(py::list& shapes, const char* arch) {
-  using S = TileShape<M, N, kSwap, Arch>;
+  using S = typename ShapeOf<M, N, kSwap, Arch>::Type;
   py::dict d;
   d["arch"] = arch;
   d["m"] = M;

@@ -13,13 +13,13 @@ class PerExpert(ctypes.Structure):
 
 
 class Activate(ctypes.Structure):
-    """Mxfp4MoeActivate: GEMM1's epilogue; none while `codes` is null."""
+    """Mxfp4MoeActivate: GEMM1's epilogue; none while `rows` is null."""
 
     _fields_ = [
-        ("codes", c_void_p),
+        ("rows", c_void_p),
         ("scales", c_void_p),
-        ("has_far", c_void_p),
         ("bias", c_void_p),
+        ("quantizes", c_int32),
         ("activation", c_int32),
         ("rounding", c_int32),
         ("alpha", PerExpert),
@@ -34,7 +34,6 @@ class GemmArgs(ctypes.Structure):
     _fields_ = [
         ("act", c_void_p),
         ("act_scale", c_void_p),
-        ("has_far", c_void_p),
         ("weight", c_void_p),
         ("out", c_void_p),
         ("m_tiles", c_void_p),
@@ -47,7 +46,6 @@ class GemmArgs(ctypes.Structure):
         ("experts", c_int32),
         ("m_tiles_are_ready", c_int32),
         ("act_format", c_int32),
-        ("kernel", c_int32),
         ("activate", Activate),
         ("stream", c_void_p),
     ]

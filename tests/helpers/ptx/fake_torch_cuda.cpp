@@ -93,10 +93,10 @@ EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 EXPORT void fake_workspace(int64_t slots, int64_t hidden, int64_t intermediate, int64_t max_m_tiles,
                            int64_t gemm1_width, int from_logits, int64_t* offsets) {
   const mxfp4_moe::Workspace w(
-      {slots, hidden, intermediate, max_m_tiles, gemm1_width, from_logits != 0, /*folded=*/false, /*folded2=*/false});
+      {slots, hidden, intermediate, max_m_tiles, gemm1_width, from_logits != 0, /*in_bf16=*/false});
   for (const int64_t offset :
-       {w.slot_row, w.row_expert, w.m_tiles, w.num_m_tiles, w.valid_rows, w.topk_ids, w.topk_weights, w.codes1,
-        w.scales1, w.codes2, w.scales2, w.gemm1_out, w.gemm2_out, w.bytes})
+       {w.slot_row, w.row_expert, w.m_tiles, w.num_m_tiles, w.valid_rows, w.topk_ids, w.topk_weights, w.rows1,
+        w.scales1, w.rows2, w.scales2, w.gemm1_out, w.gemm2_out, w.bytes})
     *offsets++ = offset;
 }
 
@@ -115,10 +115,10 @@ EXPORT const Field fake_tile_abi[] = {
     FIELD(Mxfp4MoePerExpert, value),
     FIELD(Mxfp4MoePerExpert, values),
     WHOLE(Mxfp4MoeActivate),
-    FIELD(Mxfp4MoeActivate, codes),
+    FIELD(Mxfp4MoeActivate, rows),
     FIELD(Mxfp4MoeActivate, scales),
-    FIELD(Mxfp4MoeActivate, has_far),
     FIELD(Mxfp4MoeActivate, bias),
+    FIELD(Mxfp4MoeActivate, quantizes),
     FIELD(Mxfp4MoeActivate, activation),
     FIELD(Mxfp4MoeActivate, rounding),
     FIELD(Mxfp4MoeActivate, alpha),
@@ -127,7 +127,6 @@ EXPORT const Field fake_tile_abi[] = {
     WHOLE(Mxfp4MoeGemmArgs),
     FIELD(Mxfp4MoeGemmArgs, act),
     FIELD(Mxfp4MoeGemmArgs, act_scale),
-    FIELD(Mxfp4MoeGemmArgs, has_far),
     FIELD(Mxfp4MoeGemmArgs, weight),
     FIELD(Mxfp4MoeGemmArgs, out),
     FIELD(Mxfp4MoeGemmArgs, m_tiles),
@@ -140,7 +139,6 @@ EXPORT const Field fake_tile_abi[] = {
     FIELD(Mxfp4MoeGemmArgs, experts),
     FIELD(Mxfp4MoeGemmArgs, m_tiles_are_ready),
     FIELD(Mxfp4MoeGemmArgs, act_format),
-    FIELD(Mxfp4MoeGemmArgs, kernel),
     FIELD(Mxfp4MoeGemmArgs, activate),
     FIELD(Mxfp4MoeGemmArgs, stream),
     WHOLE(Mxfp4MoeTile),

@@ -66,7 +66,7 @@ class Epilogue:
 
 
 def junk(tile: Tile, k: int) -> list[range]:
-    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (csrc/tile/plain_kernel.cuh)."""
+    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (sm12x/plain_kernel.cuh)."""
     proof = prove(tile, "120f")
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
     first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
@@ -164,8 +164,8 @@ class Gemm:
         scales = torch.full((-(-n // 256), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
         args = self.args(m_tiles_are_ready)
         to = args.activate
-        to.codes, to.scales = self.output("codes", codes), self.output("scales", scales)
-        to.bias = self.constant("bias", epilogue.bias)
+        to.rows, to.scales = self.output("codes", codes), self.output("scales", scales)
+        to.bias, to.quantizes = self.constant("bias", epilogue.bias), 1
         to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
         for name in ("alpha", "beta", "limit"):
             number = getattr(epilogue, name)

@@ -12,7 +12,7 @@ from .mutants import Mutation, box, once
 
 MMA = r"mma\.sync[^;]*?"
 WAIT = r"\{ \.reg \.pred done; again: mbarrier\.try_wait[^}]*\}"
-KERNEL = "tile/plain_kernel.cuh"
+KERNEL = "tile/sm12x/plain_kernel.cuh"
 ACTIVATE = "tile/swiglu_epilogue.cuh"
 PIPELINE = "tile/pipeline.cuh"
 EPILOGUE = "tile/epilogue.cuh"
@@ -335,7 +335,7 @@ CONTROLS = [
         harmless=True,
         ptx=once(rf"({WAIT}.*?{WAIT}.*?){WAIT}(.*?){WAIT}(.*?){WAIT}(.*?){WAIT}", r"\1\2\3\4"),
     ),
-    # Lanes that the instruction does not read hold the same words (mma_mx.cuh).
+    # Lanes that the instruction does not read hold the same words (sm12x/mma.cuh).
     Mutation(
         "thread selector of A's scale",
         harmless=True,

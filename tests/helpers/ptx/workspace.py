@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .launch import Recording, shared_recorder
 
-_TYPES = {"codes1": torch.uint8, "scales1": torch.uint8, "codes2": torch.uint8, "scales2": torch.uint8}
+_TYPES = {"rows1": torch.uint8, "scales1": torch.uint8, "rows2": torch.uint8, "scales2": torch.uint8}
 _TYPES |= {"topk_weights": torch.float32, "gemm1_out": torch.float32}
 _ORDER = ("slot_row", "row_expert", "m_tiles", "num_m_tiles", "valid_rows", "topk_ids", "topk_weights")
-_ORDER += ("codes1", "scales1", "codes2", "scales2", "gemm1_out", "gemm2_out", "bytes")
+_ORDER += ("rows1", "scales1", "rows2", "scales2", "gemm1_out", "gemm2_out", "bytes")
 
 
 def intermediates(
@@ -47,7 +47,7 @@ def intermediates(
             "num_m_tiles": (1,),
             "valid_rows": (1,),
         },
-        **{"codes1": (slots, hidden), "codes2": (slots, inter), "gemm2_out": (slots, hidden)},
+        **{"rows1": (slots, hidden), "rows2": (slots, inter), "gemm2_out": (slots, hidden)},
         **{name: (tiles, -(-slots // 4) * 4, 4) for name, tiles in k_tiles.items()},
     }
     if from_logits:
