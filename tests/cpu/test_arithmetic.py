@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from mxfp4_moe import _mma, archs, arithmetic, formats, reference
-from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4, SM90_BF16, Arithmetic, block_scaled_mma, mma_step
+from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16, Arithmetic, block_scaled_mma, mma_step
 
 ORDERS = [("e4m3", "e2m1"), ("e2m1", "e4m3")]
 M, N = 48, 40
 FAMILY = arithmetic.family(SM12X_MXF8F6F4)  # the named rules first
+OUTSIDE = next(rule for rule in FAMILY if rule.accumulator == "outside" and rule.rounding == "nearest")
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_batches_are_blocks_of_their_own() -> None:
         assert_same(out[i // 3, i % 3], block_scaled_mma(*draw, a_format="e4m3", b_format="e2m1"))
 
 
-@pytest.mark.parametrize("rule", [SM12X_MXF8F6F4, SM90_BF16, FP32_CHAIN], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [SM12X_MXF8F6F4, SM90_BF16, OUTSIDE], ids=lambda rule: rule.words())
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_nothing_gives_nothing(shape: tuple[int, int], rule: Arithmetic) -> None:
     (m, n), byte = shape, torch.uint8
@@ -256,25 +257,108 @@ def problem(k: int, scales: tuple[int, int], seed: int = 0) -> tuple[torch.Tenso
 @pytest.mark.parametrize("rule", [*FAMILY[:3], *FAMILY[5::6]], ids=lambda rule: rule.words())
 def test_a_gemm_is_its_steps(rule: Arithmetic, scales: tuple[int, int]) -> None:
     codes, row_scales, packed, weight_scales, _ = args = problem(160, scales)
+    if rule.operands == "bf16":
+        weight_scales.clamp_(min=1)  # so that there is a byte of half of it
     out = reference.grouped_gemm(*args, arithmetic=rule)
     nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    unit = 2 if rule.operands == "bf16" else 1  # of half weights
     for e, rows in ((0, slice(0, 4)), (2, slice(4, 8))):
         acc = torch.zeros(4, 48)
         for i in range(5):
             block = slice(32 * i, 32 * i + 32)
-            operands = codes[rows, block], nibbles[e][:, block], row_scales[rows, i], weight_scales[e][:, i]
+            byte = weight_scales[e][:, i] - (unit - 1)
+            operands = codes[rows, block], nibbles[e][:, block], row_scales[rows, i], byte
             acc = block_scaled_mma(*operands, acc, a_format="e4m3", b_format="e2m1", arithmetic=rule)
+        acc *= unit
         same = (bits(out[rows]) == bits(acc)) | (out[rows].isnan() & acc.isnan())
         assert bool(same.all())
     assert not out[8].any(), "rows of no expert"
 
 
-def test_sizes_of_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = problem(2880, (97, 157))
-    whole = reference.grouped_gemm(*args, arithmetic=SM12X_MXF8F6F4)
+def any_bf16(*shape: int, seed: int) -> torch.Tensor:
+    """Random bits: every exponent as often, subnormal numbers, and now and then an infinity or NaN."""
+    words = torch.randint(-(2**15), 2**15, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int16)
+    return words.view(torch.bfloat16)
+
+
+BF16_ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "usual": lambda x: x.float().sign() * (1 + (x.view(torch.int16) & 1023).float() / 1024).pow(9),
+    "any bits": lambda x: x,
+    "finite": lambda x: torch.where(x.isfinite(), x, 1.0),
+    "tiny": lambda x: (x.view(torch.int16) & -0x7E01).view(torch.bfloat16),  # below 2^-123
+    "huge": lambda x: torch.where(x.isfinite(), (x.view(torch.int16) | 0x7800).view(torch.bfloat16), 0.0),
+    "sparse": lambda x: torch.where(x.view(torch.int16) % 3 == 0, x, 0.0).nan_to_num(0.0),
+}
+
+
+@pytest.mark.parametrize("scales", [(117, 132), (0, 253), (0, 3), (246, 253)], ids=str)
+@pytest.mark.parametrize("kind", BF16_ROWS)
+@pytest.mark.parametrize("instruction", ["MMA", "WGMMA"])
+def test_a_gemm_of_bf16_rows_is_hoppers(instruction: str, kind: str, scales: tuple[int, int], simulator: Any) -> None:
+    """Any bfloat16 rows, all scales that weights have: half weights in the MMAs, and twice the sum."""
+    k, n = 192, 40
+    rows = BF16_ROWS[kind](any_bf16(24, k, seed=len(kind))).bfloat16()
+    _, _, packed, weight_scales, _ = problem(k, scales)
+    out = reference.grouped_gemm(rows, None, packed[:1, :n], weight_scales[:1, :n], offsets_of(24))
+    values = formats.decode_e2m1(packed[0, :n]).double() * (
+        weight_scales[0, :n].double() - 128
+    ).exp2().repeat_interleave(32, -1)
+    weights = values.bfloat16()
+    assert torch.equal(weights.double(), values), "exact"
+    if instruction == "MMA":
+        model = simulator.sim.MMA("Hopper", "m16n8k16.f32.bf16.bf16.f32")
+    else:
+        model = simulator.sim.WGMMA("Hopper", "m64n8k16.f32.bf16.bf16")
+    expected = torch.zeros(24, n)
+    for at in range(0, k, 16):
+        expected = model(rows[:, at : at + 16], weights[:, at : at + 16].T, expected)
+    assert_same(out, 2 * expected)
+
+
+def offsets_of(rows: int) -> torch.Tensor:
+    return torch.tensor([0, rows], dtype=torch.int32)
+
+
+def test_a_gemm_of_mxfp8_rows_is_that_of_their_bf16_rows() -> None:
+    """Under SM90's rule; also where products of code and scale leave bfloat16's range."""
+    for scales in ((117, 132), (0, 20), (235, 248)):
+        codes, row_scales, *rest = problem(160, scales)
+        expected = reference.grouped_gemm(formats.mxfp8_to_bf16(codes, row_scales), None, *rest)
+        assert_same(reference.grouped_gemm(codes, row_scales, *rest, arithmetic=SM90_BF16), expected)
+
+
+def test_half_weights_differ_at_the_ends_of_float32_alone() -> None:
+    """A sum that leaves float32 and comes back stays a number, and the last bit of a subnormal one is cut earlier."""
+    one = torch.full((1, 1, 1), 127, dtype=torch.uint8)
+
+    def total(values: list[float], weights: list[float], scale: int = 127) -> float:
+        rows = torch.zeros(1, 32)
+        rows[0, : len(values)] = torch.tensor(values)
+        packed = torch.zeros(1, 1, 32)
+        packed[0, 0, : len(weights)] = torch.tensor(weights)
+        out = reference.grouped_gemm(
+            rows.bfloat16(), None, formats.encode_e2m1(packed), one + (scale - 127), offsets_of(1)
+        )
+        return out.item()
+
+    large = 2.0**127
+    assert total([large, large], [1, 0.5]) == 1.5 * 2.0**127
+    assert total([large, large], [1, 1]) == float("inf")
+    apart = [large] * 2 + [0.0] * 14 + [-large] * 2  # 2^128 after the first MMA
+    assert total(apart, [1] * 18) == 0.0
+    assert total([*apart, large], [1] * 19) == large
+    assert total([2.0**-133], [1], scale=127 - 15) == 2.0**-148
+    assert total([2.0**-133], [1], scale=127 - 16) == 0.0, "2^-150 in the accumulator, whose last bit is 2^-149"
+    assert total([2.0**-126], [6], scale=253) == 6.0
+
+
+@pytest.mark.parametrize("rule", [SM12X_MXF8F6F4, SM90_BF16], ids=lambda rule: rule.name)
+def test_sizes_of_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, rule: Arithmetic) -> None:
+    args = problem(960, (97, 157))
+    whole = reference.grouped_gemm(*args, arithmetic=rule)
     monkeypatch.setattr(_mma, "_STEP_BYTES_CPU", 1 << 12)
     monkeypatch.setattr(_mma, "_PLACES_CPU", 7)
-    assert_same(reference.grouped_gemm(*args, arithmetic=SM12X_MXF8F6F4), whole)
+    assert_same(reference.grouped_gemm(*args, arithmetic=rule), whole)
 
 
 def test_the_rules_differ_where_it_matters() -> None:
@@ -292,7 +376,7 @@ def test_the_rules_differ_where_it_matters() -> None:
 
 def test_every_arch_has_a_rule() -> None:
     for arch in archs.ARCHS:
-        assert arithmetic.of_arch(arch) is (FP32_CHAIN if arch.startswith("90") else SM12X_MXF8F6F4)
+        assert arithmetic.of_arch(arch) is (SM90_BF16 if arch.startswith("90") else SM12X_MXF8F6F4)
     with pytest.raises(archs.ArchError, match="arch '80'"):
         arithmetic.of_arch("80")
 
@@ -327,4 +411,4 @@ def test_a_sum_outside_that_is_cut_by_hand(sign: float) -> None:
     one = torch.full((1,), sign)
     assert mma_step(rule, significands, exponents, one).item() == sign * (1 - 2.0**-24)
     assert mma_step(rule, -significands, exponents, one).item() == sign
-    assert mma_step(FP32_CHAIN, significands, exponents, one).item() == sign
+    assert mma_step(OUTSIDE, significands, exponents, one).item() == sign

@@ -289,7 +289,7 @@ def test_unsupported_gpu_is_named_with_archs_and_versions(capability: tuple[int,
 
 def test_a_gpu_refuses_another_word_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The words are the only thing in which devices differ, so nothing else would tell."""
-    orders = {0: formats.WordOrder.HALVES, 1: formats.WordOrder.CONTAINERS}
+    orders = {0: formats.WordOrder.PAIRS, 1: formats.WordOrder.CONTAINERS}
     monkeypatch.setattr(checks, "word_order_of", lambda d: orders[d.index])
     for index, order in orders.items():
         check_word_order(order, torch.device("cuda", index))
@@ -303,15 +303,15 @@ def test_cpu_reads_either_word_order(activation: str) -> None:
     checkpoint = oracles.random_checkpoint(E, H, INTER, gated=gated)
     weights = MoEWeights.from_mxfp4(**checkpoint, activation=activation)
     sizes = {"w13": (weights.w13_rows, H), "w2": (H, INTER)}
-    old, new = formats.WordOrder.CONTAINERS, formats.WordOrder.HALVES
-    halves = {
+    old, new = formats.WordOrder.CONTAINERS, formats.WordOrder.PAIRS
+    pairs = {
         name: torch.stack([formats.reorder_words(expert, *size, old, new) for expert in getattr(weights, name)])
         for name, size in sizes.items()
     }
     call = make_call() | {"weights": weights}
     expected = mxfp4_moe.fused_moe(**call)
-    assert torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **halves, word_order=new)}), expected)
-    assert not torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **halves)}), expected)
+    assert torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **pairs, word_order=new)}), expected)
+    assert not torch.equal(mxfp4_moe.fused_moe(**call | {"weights": replace(weights, **pairs)}), expected)
 
 
 def test_limits_are_stated_before_anything_is_allocated() -> None:

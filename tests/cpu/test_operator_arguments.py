@@ -99,7 +99,7 @@ def test_every_argument_reaches_the_operator_under_its_name(
         **({"alpha": 0.0, "beta": 0.0, "limit": math.inf} if rare else {"alpha": 1.702, "beta": 1.0, "limit": 7.0}),
         **({"alphas": weights.alpha, "betas": weights.beta} if rare else {"alphas": None, "betas": None}),
         "limits": None,
-        **{"tile_m": 8, "tile_n": 128, "out": output, "intermediate_rounding": rounding, "fold": True},
+        **{"tile_m": 8, "tile_n": 128, "out": output, "intermediate_rounding": rounding, "activation_format": 0},
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []
@@ -123,6 +123,7 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
         scale_layout="linear",
         output_dtype=torch.float16,
         intermediate_rounding=True,
+        activation_format="bf16",
     )
     operators._moe_layer_cuda(*arguments)
     got = recorder.arguments()
@@ -137,10 +138,34 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
         **numbers,
         **({"limit": math.inf} if per_expert else {}),
         **each,
-        **{"hidden_states_scale": None, "scale_is_swizzled": False, "intermediate_rounding": True, "fold": True},
+        **{"hidden_states_scale": None, "scale_is_swizzled": False, "intermediate_rounding": True},
+        "activation_format": 1,
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_the_activation_format_reaches_the_operator_as_its_number(
+    monkeypatch: pytest.MonkeyPatch, from_logits: bool
+) -> None:
+    """csrc/moe/kernels.h: 0 is MXFP8, the default, and 1 bfloat16."""
+    hidden_states, output = torch.zeros(2, T, H, dtype=torch.bfloat16).unbind()
+    recorder = Recorder(monkeypatch)
+    launch.run(
+        Tile.from_mn((8, 128)),
+        hidden_states,
+        None,
+        "linear",
+        (None, None, output, 3) if from_logits else (output, output, None, 0),
+        make_weights(),
+        output,
+        False,
+        activation_format="bf16",
+    )
+    assert recorder.arguments()["activation_format"] == 1
+    source = (OPERATORS.parent / "kernels.h").read_text()
+    assert "enum class ActivationFormat : int { kMxfp8, kBf16 };" in source
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import oracles
@@ -12,7 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mxfp4_moe import formats, reference
-from mxfp4_moe.reference import gemm as reference_gemm
+from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16, Arithmetic
+
+RULES = [SM12X_MXF8F6F4, SM90_BF16]
 
 
 def random_bytes(low: int, high: int, *shape: int, seed: int) -> torch.Tensor:
@@ -38,23 +41,41 @@ class TestGroupedGemm:
             offsets_of(counts),
         )
 
-    @pytest.mark.parametrize("scales", [(117, 132), (0, 254)], ids=["usual scales", "every scale"])
+    @pytest.mark.parametrize("scales", [(117, 132), (70, 184)], ids=str)
+    @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
     @pytest.mark.parametrize(("counts", "n", "k"), [([3, 0, 1, 5], 16, 96), ([2], 48, 160), ([0, 7], 16, 32)])
-    def test_is_the_fp32_chain(self, counts: list[int], n: int, k: int, scales: tuple[int, int]) -> None:
+    def test_is_the_rule_in_fractions(
+        self, counts: list[int], n: int, k: int, rule: Arithmetic, scales: tuple[int, int]
+    ) -> None:
         codes, row_scales, packed, weight_scales, offsets = self.inputs(counts, n, k, scales)
-        out = reference.grouped_gemm(codes, row_scales, packed, weight_scales, offsets).numpy()
+        out = reference.grouped_gemm(codes, row_scales, packed, weight_scales, offsets, arithmetic=rule).numpy()
+        nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+        unit = Fraction(1, 2) if rule is SM90_BF16 else Fraction(1)
         for e in range(len(counts)):
             rows = slice(offsets[e], offsets[e + 1])
-            arrays = (t.numpy() for t in (codes[rows], row_scales[rows], packed[e], weight_scales[e]))
-            expected = oracles.chain_gemm(*arrays)
-            # Infinities and NaN appear where scales overflow, and must appear in the same places.
-            assert oracles.same_bits(out[rows], expected)
+            arrays = (t.numpy() for t in (codes[rows], row_scales[rows], nibbles[e], weight_scales[e]))
+            assert oracles.same_bits(out[rows], oracles.gemm(*arrays, rule, unit=unit))
 
-    def test_tiling_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        args = self.inputs([40, 9], 1040, 96)
-        whole = reference.grouped_gemm(*args)
-        monkeypatch.setattr(reference_gemm, "_MIB", 1)  # the smallest tiles: 128 columns, 1 row, 1 block
-        assert torch.equal(reference.grouped_gemm(*args), whole)
+    def test_bfloat16_rows_in_fractions(self) -> None:
+        """Exponents over 160 binades, so that sums lose whole products."""
+        k, n = 96, 16
+        _, _, packed, weight_scales, offsets = self.inputs([5], n, k)
+        generator = torch.Generator().manual_seed(4)
+        exponents = torch.randint(-100, 60, (5, k), generator=generator).double()
+        rows = (torch.randn(5, k, generator=generator, dtype=torch.float64) * exponents.exp2()).bfloat16()
+        rows[0] = torch.randn(k, generator=generator).bfloat16()
+        out = reference.grouped_gemm(rows, None, packed, weight_scales, offsets).numpy()
+        nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+        arrays = (t.numpy() for t in (rows.double(), nibbles[0], weight_scales[0]))
+        assert oracles.same_bits(out, oracles.bf16_gemm(*arrays, SM90_BF16))
+
+    def test_who_names_no_arithmetic_gets_that_of_the_format(self) -> None:
+        args = self.inputs([9], 48, 640, (100, 150))
+        given = {rule.name: reference.grouped_gemm(*args, arithmetic=rule) for rule in RULES}
+        assert torch.equal(reference.grouped_gemm(*args), given[SM12X_MXF8F6F4.name])
+        assert not torch.equal(*given.values())
+        rows = formats.mxfp8_to_bf16(*args[:2])
+        assert torch.equal(reference.grouped_gemm(rows, None, *args[2:]), given[SM90_BF16.name])
 
     def test_integers_are_exact(self) -> None:
         # Sums of at most 288 products of small integers at scale 1: every float32 step is exact.
@@ -68,30 +89,31 @@ class TestGroupedGemm:
         assert np.array_equal(out[:5], a[:5] @ b[0].T)
         assert np.array_equal(out[5:], a[5:] @ b[1].T)
 
-    def test_block_sums_are_rounded_once(self) -> None:
-        # 30 * 448*6 + 2^-8 + 2^-10 lies just above a float32 tie; adding in float32 loses the small terms one by one.
+    def test_block_sums_are_cut_once(self) -> None:
+        # 30 * 448*6 has a float32 ulp of 2^-7: two of 2^-8 count together; one by one in float32 they would be lost.
         experts = 32
         a = torch.full((32,), 448.0)
         b = torch.full((32,), 6.0)
-        a[:2], b[:2] = torch.tensor([2.0**-8, 2.0**-9]), torch.tensor([1.0, 0.5])
+        a[:2], b[:2] = 2.0**-8, 1.0
         a, b = (torch.stack([t.roll(i) for i in range(experts)]) for t in (a, b))
         one = torch.full((experts, 1), 127, dtype=torch.uint8)
         weights = formats.encode_e2m1(b).unsqueeze(1)
         out = reference.grouped_gemm(formats.encode_e4m3(a), one, weights, one.unsqueeze(1), offsets_of([1] * experts))
         assert (out == 30 * 448 * 6 + 2.0**-7).all()
 
-    def test_random_values_against_float64(self) -> None:
+    @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+    def test_random_values_against_float64(self, rule: Arithmetic) -> None:
         counts, n, k = [33, 0, 90], 80, 2880
         codes, row_scales, packed, weight_scales, offsets = self.inputs(counts, n, k)
-        out = reference.grouped_gemm(codes, row_scales, packed, weight_scales, offsets).numpy()
+        out = reference.grouped_gemm(codes, row_scales, packed, weight_scales, offsets, arithmetic=rule).numpy()
         a = oracles.mxfp8_values(codes.numpy(), row_scales.numpy())
         b = oracles.mxfp4_values(packed.numpy(), weight_scales.numpy())
-        blocks = k // 32
         for e in range(3):
             rows = slice(offsets[e], offsets[e + 1])
-            # Each block sum and each of the additions is rounded once: at most 2*blocks half-ulps of the running sum,
-            # which the sum of magnitudes bounds.
-            bound = 2 * blocks * 2.0**-24 * (np.abs(a[rows]) @ np.abs(b[e]).T)
+            # Each step cuts its L products and the accumulator 25 bits below the largest, and its sum to float32; no
+            # exponent is above that of the sum of magnitudes.
+            step = (rule.products + 1) * 2.0**-25 + 2.0**-23
+            bound = k // rule.products * step * (np.abs(a[rows]) @ np.abs(b[e]).T)
             assert (np.abs(out[rows] - a[rows] @ b[e].T) <= bound).all()
 
     def test_nan_stays_in_its_row_and_uncovered_rows_are_zero(self) -> None:
@@ -105,10 +127,14 @@ class TestGroupedGemm:
     def test_refuses(self) -> None:
         codes, row_scales, packed, weight_scales, offsets = self.inputs([2, 2], 16, 64)
         gemm = reference.grouped_gemm
-        with pytest.raises(TypeError, match=r"codes: expected uint8 \[R, K\], got float32 \[4, 64\]"):
+        with pytest.raises(TypeError, match=r"rows: expected uint8 \[R, K\], got float32 \[4, 64\]"):
             gemm(codes.float(), row_scales, packed, weight_scales, offsets)
-        with pytest.raises(ValueError, match=r"codes: expected K a multiple of 32, got uint8 \[4, 48\]"):
+        with pytest.raises(ValueError, match=r"rows: expected K a multiple of 32, got uint8 \[4, 48\]"):
             gemm(codes[:, :48], row_scales, packed, weight_scales, offsets)
+        with pytest.raises(TypeError, match=r"rows: expected bfloat16 \[R, K\], got uint8 \[4, 64\]"):
+            gemm(codes, None, packed, weight_scales, offsets)
+        with pytest.raises(ValueError, match="rows: expected MXFP8 for the arithmetic 'SM12x mxf8f6f4', got bfloat16"):
+            gemm(codes.bfloat16(), None, packed, weight_scales, offsets, arithmetic=SM12X_MXF8F6F4)
         with pytest.raises(ValueError, match=r"row_scales: expected uint8 \[4, 2\], got uint8 \[4, 1\]"):
             gemm(codes, row_scales[:, :1], packed, weight_scales, offsets)
         with pytest.raises(ValueError, match=r"packed: expected uint8 \[E, N, 32\], got uint8 \[2, 16, 16\]"):

@@ -21,8 +21,8 @@ from mxfp4_moe import accuracy, arithmetic, cli, formats, problems, reference
 from mxfp4_moe._health import remembered, selftest
 from mxfp4_moe._health.selftest import Report, Status, checks
 from mxfp4_moe._install import blocklist
-from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4, SM90_BF16
-from mxfp4_moe.tiles import Kernel, Tile
+from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16
+from mxfp4_moe.tiles import Tile
 
 TILES = [Tile.from_mn((m, 128)) for m in (8, 32, 64, 128)]
 FIRST, LAST = TILES[0].name, TILES[-1].name
@@ -38,7 +38,7 @@ from dataclasses import replace
 from mxfp4_moe import arithmetic, formats, problems, reference
 from mxfp4_moe._install import loading
 from mxfp4_moe._health import selftest
-from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4, SM90_BF16
+from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16
 from mxfp4_moe._health.selftest import checks
 
 torch.set_num_threads(1)
@@ -47,7 +47,7 @@ RULES = {
     "published": SM12X_MXF8F6F4,
     "24 bits": replace(SM12X_MXF8F6F4, bits=24),
     "nearest": replace(SM12X_MXF8F6F4, rounding="nearest"),
-    "outside": FP32_CHAIN,
+    "outside": next(rule for rule in arithmetic.family(SM12X_MXF8F6F4) if rule.words().endswith("outside, nearest")),
     "bf16 steps": SM90_BF16,
 }
 cache = {}
@@ -83,7 +83,7 @@ def gemm(problem, act):
     return gemm(problem, "published")
 
 
-def run(problem, tile, dtype=torch.float32, kernel=None):
+def run(problem, tile, dtype=torch.float32):
     act = behaviour.get(tile.name, behaviour[""])
     key = id(problem), act
     if key not in cache:
@@ -305,10 +305,10 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("given", EXACT, ids=lambda given: f"{given.codes.shape[1]}, {given.packed.shape[1]}")
+@pytest.mark.parametrize("given", EXACT, ids=lambda given: f"{given.rows.shape[1]}, {given.packed.shape[1]}")
 def test_exact_problems_are_exact_under_every_rule(given: problems.GemmProblem) -> None:
     for rule in arithmetic.family(SM12X_MXF8F6F4):
-        if given.codes.shape[1] == 2880 and rule.bits not in (20, 25, None):
+        if given.rows.shape[1] == 2880 and rule.bits not in (20, 25, None):
             continue  # the long ones under the coarsest and the named rules
         out = reference.grouped_gemm(*given.operands, arithmetic=rule)
         out[given.valid :] = float("nan")
@@ -322,19 +322,19 @@ def test_layout_problems_are_exact_at_eight_bits() -> None:
     for given in EXACT[:4]:
         magnitudes = dataclasses.replace(
             given,
-            codes=given.codes & 0x7F,
+            rows=given.rows & 0x7F,
             packed=given.packed & 0x77,
         )
         sums = reference.grouped_gemm(*magnitudes.operands)
         assert torch.equal(given.expected.bfloat16().float(), given.expected)
-        hot = (given.codes & 0x7F).count_nonzero(1)
+        hot = (given.rows & 0x7F).count_nonzero(1)
         if int(hot.max()) > 1:
             assert float(sums.max()) <= 128, "all are multiples of a half"
 
 
 def test_sparse_rows_reach_every_k() -> None:
     for k, n in checks.SPARSE:
-        codes = problems.sparse_problem(k, n, CPU).codes
+        codes = problems.sparse_problem(k, n, CPU).rows
         assert bool((codes != 0).any(0).all())
 
 
@@ -355,7 +355,7 @@ def test_the_problems_have_tails_of_every_kind() -> None:
 def test_no_rule_goes_beyond_its_bound_and_some_come_near(k: int, n: int, wide: bool) -> None:
     given = problems.random_problem(k, n, CPU, wide_scales=wide)
     rows = slice(given.valid)
-    for rule in (SM12X_MXF8F6F4, SM90_BF16, FP32_CHAIN, *arithmetic.family(SM12X_MXF8F6F4)[3::4]):
+    for rule in (SM12X_MXF8F6F4, SM90_BF16, *arithmetic.family(SM12X_MXF8F6F4)[2::4]):
         sums, bound = accuracy.sums_and_bound(*given.operands, arithmetic=rule)
         out = reference.grouped_gemm(*given.operands, arithmetic=rule)[rows]
         share = (out.double() - sums[rows]).abs() / bound[rows].clamp(min=1e-300)
@@ -381,7 +381,7 @@ def test_exact_sums_are_exact() -> None:
     given = problems.random_problem(96, 16, CPU)
     sums, _ = accuracy.sums_and_bound(*given.operands, arithmetic=SM12X_MXF8F6F4)
     a_scale, b_scale = formats.decode_e8m0(given.row_scales).double(), formats.decode_e8m0(given.scales).double()
-    a = formats.decode_e4m3(given.codes) * a_scale.repeat_interleave(32, 1)
+    a = formats.decode_e4m3(given.rows) * a_scale.repeat_interleave(32, 1)
     b = formats.decode_e2m1(given.packed) * b_scale.repeat_interleave(32, 2)
     for e, (begin, end) in enumerate(pairwise(given.offsets.tolist())):
         expected = a[begin:end] @ b[e].T
@@ -389,27 +389,27 @@ def test_exact_sums_are_exact() -> None:
         assert bool(((sums[begin:end] - expected).abs() <= 1e-14 * size).all())
 
 
-def test_kernels_of_a_tile_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a tile has two, each is asked, and their bits must be the same."""
-    monkeypatch.setattr(problems, "kernels_here", lambda tile, device: (Kernel.BY_SIZE, Kernel.FOLDED))
-    given = checks.RandomSums.make(problems.random_problem(96, 80, CPU), FP32_CHAIN)
-    asked: list[Kernel] = []
-
-    def run(problem: problems.GemmProblem, tile: Tile, dtype: torch.dtype, kernel: Kernel) -> torch.Tensor:
-        asked.append(kernel)
-        out = torch.full_like(problem.expected, float("nan"), dtype=dtype)
-        out[: problem.valid] = problem.expected[: problem.valid].to(dtype)
-        if kernel is Kernel.FOLDED:
-            out.view(torch.int32 if dtype is torch.float32 else torch.int16)[7, 3] ^= 1
-        return out
-
-    monkeypatch.setattr(problems.GemmProblem, "run", run)
-    answers = checks.Answers()
-    checks.ask_random(TILES[0], "K=96, N=80", given, answers)
-    assert asked == [Kernel.BY_SIZE] * 3 + [Kernel.FOLDED] * 3
-    assert answers.wrong["agreement"].startswith(
-        "GEMM, K=96, N=80, kernel FOLDED, against the tile's first kernel: 1 of 52960 values differ"
-    )
-    answers = checks.Answers()
-    checks.ask_layout(TILES[0], {"one-hot rows": problems.layout_problem(CPU)}, answers)
-    assert answers.wrong["layout"].startswith("GEMM, one-hot rows, float32, kernel FOLDED: 1 of ")
+@pytest.mark.parametrize("rule", [SM12X_MXF8F6F4, SM90_BF16], ids=lambda rule: rule.name)
+def test_a_tile_is_given_rows_as_it_reads_them(monkeypatch: pytest.MonkeyPatch, rule: arithmetic.Arithmetic) -> None:
+    """MXFP8 with even k first and its scales; or bfloat16 in plain order, without any."""
+    given = problems.random_problem(96, 80, CPU, arithmetic=rule)
+    calls: list[tuple[torch.Tensor | None, ...]] = []
+    monkeypatch.setattr(problems, "arithmetic_here", lambda device: rule)
+    monkeypatch.setattr(problems.loading, "load_tile", lambda tile: lambda *arguments: calls.append(arguments))
+    out = given.run(TILES[1], torch.float16)
+    ((act, act_scale, weight, m_tiles, num_m_tiles, written),) = calls
+    assert written is out
+    assert out.dtype is torch.float16
+    assert out.isnan().all()
+    assert weight is given.weight
+    assert len(m_tiles) > num_m_tiles.item() > 0
+    if rule is SM12X_MXF8F6F4:
+        assert torch.equal(act, formats.interleave_k(given.rows))
+        assert torch.equal(act_scale, formats.pack_row_scales(given.row_scales))
+    else:
+        assert torch.equal(act, formats.mxfp8_to_bf16(given.rows, given.row_scales))
+        assert act_scale is None
+    given = problems.GemmProblem.with_oracle(act, None, *given.operands[2:], SM90_BF16) if act_scale is None else given
+    given.run(TILES[1])
+    assert (calls[1][0] is act) == (act_scale is None), "bfloat16 rows as they are"
+    assert torch.equal(calls[1][0], act)

@@ -28,7 +28,7 @@ def restored(weights: MoEWeights, name: str) -> tuple[torch.Tensor, torch.Tensor
 
 def as_halves(weights: MoEWeights) -> MoEWeights:
     """The weights as SM90 has them."""
-    old, new = formats.WordOrder.CONTAINERS, formats.WordOrder.HALVES
+    old, new = formats.WordOrder.CONTAINERS, formats.WordOrder.PAIRS
     assert weights.word_order is old
     hidden, inter = weights.hidden_size, weights.intermediate_size
     return dataclasses.replace(
@@ -126,7 +126,7 @@ class TestRoundTrip:
     ) -> None:
         """CPU plays an SM90: the words are made in its order at once, and are those that `to` would have made."""
         expected = as_halves(MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order))
-        monkeypatch.setattr(layers, "word_order_of", lambda device: formats.WordOrder.HALVES)
+        monkeypatch.setattr(layers, "word_order_of", lambda device: formats.WordOrder.PAIRS)
         weights = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order)
         assert same(weights, expected)
         for name, tensor in weights.to_mxfp4()._asdict().items():
@@ -165,7 +165,7 @@ class TestRoundTrip:
         assert same(halves.to("cpu"), weights)
         assert torch.equal(halves.w13, before), "what is converted is a copy"
         for part in (halves.tensor_parallel(3, 5), halves.expert_parallel(1, 3)):
-            assert part.word_order is formats.WordOrder.HALVES
+            assert part.word_order is formats.WordOrder.PAIRS
         assert same(halves.tensor_parallel(3, 5).to("cpu"), weights.tensor_parallel(3, 5))
         assert same(halves.expert_parallel(1, 3).to("cpu"), weights.expert_parallel(1, 3))
         for name, tensor in halves.to_mxfp4()._asdict().items():

@@ -133,7 +133,7 @@ class TestRefuses:
             ("hidden_size", lambda h: 96.0, TypeError, "hidden_size: expected an integer, got float"),
             ("intermediate_size", lambda i: 0, ValueError, "intermediate_size: expected a multiple of 32, got 0"),
             ("intermediate_size", lambda i: 192, ValueError, r"w13: expected uint8 \[E, 19968\], got .*\[3, 16640\]"),
-            ("word_order", lambda o: "halves", TypeError, "word_order: expected a WordOrder, got 'halves'"),
+            ("word_order", lambda o: "pairs", TypeError, "word_order: expected a WordOrder, got 'pairs'"),
             (
                 "w13_bias",
                 lambda t: t.bfloat16(),

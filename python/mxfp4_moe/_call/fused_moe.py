@@ -155,7 +155,7 @@ def _traced(
     scale_layout: str,
     output_dtype: torch.dtype | None,
     intermediate_rounding: bool,
-    activation_format: str,
+    activation_format: str = "mxfp8",
 ) -> Tensor:
     """The call as a compiled graph sees it: tensors and constants, and no tile that would tie it to T."""
     if output_dtype is None:

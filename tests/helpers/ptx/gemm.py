@@ -32,7 +32,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 def under_sm12x(problem: GemmProblem) -> GemmProblem:
     """The problem with what SM12x's tensor cores make of it as its expectation."""
-    operands = (problem.codes, problem.row_scales, problem.packed, problem.scales, problem.offsets)
+    operands = (problem.rows, problem.row_scales, problem.packed, problem.scales, problem.offsets)
     return dataclasses.replace(problem, expected=reference.grouped_gemm(*operands, arithmetic=SM12X_MXF8F6F4))
 
 
@@ -79,13 +79,13 @@ class Gemm:
 
     def __init__(self, problem: GemmProblem, tile: Tile, machine: Machine) -> None:
         self.problem, self.tile, self.machine = problem, tile, machine
-        rows, experts = problem.codes.shape[0], problem.packed.shape[0]
+        rows, experts = problem.rows.shape[0], problem.packed.shape[0]
         tiles = reference.m_tiles(problem.offsets, tile.m)
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
         experts_weights = zip(problem.packed, problem.scales, strict=True)
         self.operands = {
-            "act": formats.interleave_k(problem.codes),
+            "act": formats.interleave_k(problem.rows),
             "act_scale": formats.pack_row_scales(problem.row_scales),
             "weight": torch.stack(
                 [formats.arrange_weights(p, s, formats.WordOrder.CONTAINERS) for p, s in experts_weights]
@@ -108,7 +108,7 @@ class Gemm:
         return tensor.data_ptr()
 
     def args(self, m_tiles_are_ready: bool) -> abi.GemmArgs:
-        rows, k = self.problem.codes.shape
+        rows, k = self.problem.rows.shape
         experts, n, _ = self.problem.packed.shape
         return abi.GemmArgs(
             **{name: tensor.data_ptr() for name, tensor in self.operands.items()},
@@ -133,7 +133,7 @@ class Gemm:
             one = change_launch(one)
         late = ["act", "act_scale"] if args.m_tiles_are_ready else ["act", "act_scale", "m_tiles", "num_m_tiles"]
         self.machine.pretend_kernel(late)
-        self.machine.run(ptx if change is None else change(ptx), one, junk=junk(self.tile, self.problem.codes.shape[1]))
+        self.machine.run(ptx if change is None else change(ptx), one, junk=junk(self.tile, self.problem.rows.shape[1]))
 
     def run(
         self,

@@ -1,0 +1,257 @@
+"""activation_format: which a device has, what it computes on CPU tensors, and what is refused in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from layers import INTER, E, H, T, make_call
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import mxfp4_moe
+from mxfp4_moe import formats, problems, reference
+from mxfp4_moe._call import activation_format, operators
+from mxfp4_moe._call.activation_format import check_format_on
+from mxfp4_moe._install import wheel
+from mxfp4_moe.arithmetic import SM90_BF16
+from mxfp4_moe.weights import MoEWeights
+
+GPUS = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Four of them, and a wheel for SM90 and SM12x."""
+
+    def forget() -> None:
+        activation_format._formats_of.cache_clear()
+        formats.word_order_of.cache_clear()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: GPUS[device.index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(wheel, "built_archs", lambda: ("90a", "120f"))
+    monkeypatch.setattr(wheel, "emulated_on", lambda: None)
+    forget()
+    yield monkeypatch
+    forget()
+
+
+def test_formats_of_devices(gpus: pytest.MonkeyPatch) -> None:
+    both, quantized = ("mxfp8", "bf16"), ("mxfp8",)
+    found = [mxfp4_moe.activation_formats(index) for index in GPUS]
+    assert found == [both, quantized, quantized, ()]
+    assert mxfp4_moe.activation_formats("cuda:0") == both
+    assert mxfp4_moe.activation_formats(torch.device("cuda")) == quantized, "the current one"
+    assert mxfp4_moe.activation_formats("cpu") == both
+    assert mxfp4_moe.activation_formats("meta") == ()
+
+
+def test_a_build_that_emulates_sm12x_reads_what_sm12x_reads(gpus: pytest.MonkeyPatch) -> None:
+    gpus.setattr(wheel, "built_archs", lambda: ("120f",))
+    gpus.setattr(wheel, "emulated_on", lambda: "90a")
+    assert mxfp4_moe.activation_formats(0) == ("mxfp8",)
+
+
+def test_a_gpu_that_reads_mxfp8_refuses_bf16_in_one_sentence(gpus: pytest.MonkeyPatch) -> None:
+    for index in GPUS:
+        check_format_on("mxfp8", torch.device("cuda", index))
+    check_format_on("bf16", torch.device("cuda", 0))
+    check_format_on("bf16", torch.device("cuda", 3))  # whose launch says that there are no kernels at all
+    with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', which is what the kernels for cuda:1"):
+        check_format_on("bf16", torch.device("cuda", 1))
+
+
+CALLS = {
+    "fused_moe": lambda call, **named: mxfp4_moe.fused_moe(**call, **named),
+    "from_logits": lambda call, **named: mxfp4_moe.fused_moe_from_logits(
+        call["hidden_states"], torch.zeros(T, E), 2, call["weights"], **named
+    ),
+    "module": lambda call, **named: mxfp4_moe.get_cutlass_fused_moe_module(tile_mn=(8, 128)).fused_moe(**call, **named),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("fp16", "expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; pass 'bf16', which takes"),
+        ("fp8", "expected 'mxfp8' or 'bf16', got 'fp8'$"),
+        (None, "expected 'mxfp8' or 'bf16', got None$"),
+    ],
+)
+def test_other_formats_are_refused(name: str, given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^activation_format: {words}"):
+        CALLS[name](make_call(), activation_format=given)
+
+
+def test_mxfp8_hidden_states_stay_mxfp8() -> None:
+    call = make_call()
+    codes, scales = formats.quantize_mxfp8(call["hidden_states"])
+    call |= {"hidden_states": codes, "hidden_states_scale": scales}
+    given = "activation_format: expected 'mxfp8' for hidden_states that are MXFP8"
+    with pytest.raises(ValueError, match=f"^{given} already, got 'bf16'; pass bfloat16 or float16"):
+        mxfp4_moe.fused_moe(**call, activation_format="bf16")
+    with pytest.raises(ValueError, match=f"^{given}, got 'bf16'"):
+        reference.fused_moe(**call, activation_format="bf16")
+    with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8' or 'bf16', got 'fp16'"):
+        reference.fused_moe(**make_call(), activation_format="fp16")
+
+
+# ---- what is computed ------------------------------------------------------------------------------------------------
+
+
+def exact_layer(call: dict[str, Any], checkpoint: dict[str, torch.Tensor], *, rounds: bool) -> torch.Tensor:
+    """In float64, token by token; `rounds` to bfloat16 what the GEMMs read."""
+
+    def brain(x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().double() if rounds else x.double()
+
+    w13 = torch.from_numpy(oracles.mxfp4_values(checkpoint["w13"].numpy(), checkpoint["w13_scale"].numpy()))
+    w2 = torch.from_numpy(oracles.mxfp4_values(checkpoint["w2"].numpy(), checkpoint["w2_scale"].numpy()))
+    out = torch.zeros(T, H, dtype=torch.float64)
+    for t in range(T):
+        for weight, e in zip(call["topk_weights"][t].double(), call["topk_ids"][t].tolist(), strict=True):
+            sums = w13[e] @ brain(call["hidden_states"][t]) + checkpoint["w13_bias"][e].double()
+            gate, up = sums[0::2].clamp(max=7.0), sums[1::2].clamp(-7.0, 7.0)
+            middle = brain(gate / (1 + (-1.702 * gate).exp()) * (up + 1.0))
+            out[t] += weight * (w2[e] @ middle + checkpoint["w2_bias"][e].double())
+    return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, torch.Tensor]:
+    return oracles.random_checkpoint(E, H, INTER)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bf16_rounds_what_gemms_read_and_nothing_else(dtype: torch.dtype, checkpoint: dict[str, torch.Tensor]) -> None:
+    call = make_call() | {"weights": MoEWeights.from_mxfp4(**checkpoint)}
+    call["hidden_states"] = (torch.randn(T, H, generator=torch.Generator().manual_seed(3)) * 1.001).to(dtype)
+    out = mxfp4_moe.fused_moe(**call, activation_format="bf16", output_dtype=torch.bfloat16).double()
+    expected = exact_layer(call, checkpoint, rounds=True)
+    off = float((out - expected).norm() / expected.norm())
+    assert off < 2.5e-3, "GEMM2's rows and the sum are bfloat16 too"
+    exact = exact_layer(call, checkpoint, rounds=False)
+    quantized = mxfp4_moe.fused_moe(**call, output_dtype=torch.bfloat16).double()
+    errors = [float((given - exact).norm() / exact.norm()) for given in (out, quantized)]
+    assert errors[0] < 4e-3
+    assert errors[1] > 8 * errors[0], "otherwise it would be of no use"
+
+
+def test_float16_hidden_states_are_rounded_to_bfloat16() -> None:
+    call = make_call()
+    call["hidden_states"] = (torch.randn(T, H, generator=torch.Generator().manual_seed(1)) * 1.01).half()
+    assert not torch.equal(call["hidden_states"].float(), call["hidden_states"].bfloat16().float())
+    out = mxfp4_moe.fused_moe(**call, activation_format="bf16")
+    assert out.dtype is torch.float16
+    call["hidden_states"] = call["hidden_states"].bfloat16()
+    assert torch.equal(mxfp4_moe.fused_moe(**call, activation_format="bf16", output_dtype=torch.float16), out)
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_the_steps_one_by_one(rounding: bool) -> None:
+    """The public call is the reference's steps: bfloat16 rows, SM90's rule, float32 between, bfloat16 again."""
+    call = make_call()
+    weights, tokens, ids = call["weights"], call["hidden_states"], call["topk_ids"]
+    packed = weights.to_mxfp4()
+    prepared = [
+        [formats.restore_weights(one, n, k, weights.word_order) for one in matrix]
+        for matrix, n, k in ((weights.w13, 2 * INTER, H), (weights.w2, H, INTER))
+    ]
+    (w13, w13_scale), (w2, w2_scale) = ((torch.stack(part) for part in zip(*one, strict=True)) for one in prepared)
+    assert torch.equal(w2, packed.w2)
+    offsets, row_slot, slot_row = reference.route(ids, E)
+    row_slot = row_slot[: int(offsets[-1])]
+    row_expert = torch.repeat_interleave(torch.arange(E), offsets.diff())
+    rows = tokens[row_slot // ids.shape[1]].bfloat16()
+    sums = reference.grouped_gemm(rows, None, w13, w13_scale, offsets, arithmetic=SM90_BF16)
+    middle = reference.activate(
+        sums, row_expert, weights.w13_bias, "swiglu_oai", rounding=torch.bfloat16 if rounding else None
+    )
+    out = reference.grouped_gemm(middle.bfloat16(), None, w2, w2_scale, offsets, arithmetic=SM90_BF16)
+    expected = reference.finalize(out.bfloat16(), call["topk_weights"], slot_row, row_expert, weights.w2_bias)
+    given = mxfp4_moe.fused_moe(**call, activation_format="bf16", intermediate_rounding=rounding)
+    assert torch.equal(given, expected)
+
+
+def test_every_way_to_the_layer_gives_the_same() -> None:
+    call = make_call()
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(2))
+    call["topk_weights"], call["topk_ids"] = mxfp4_moe.topk_softmax(logits, 2)
+    expected = mxfp4_moe.fused_moe(**call, activation_format="bf16")
+    assert not torch.equal(expected, mxfp4_moe.fused_moe(**call))
+    from_logits = mxfp4_moe.fused_moe_from_logits(
+        call["hidden_states"], logits, 2, call["weights"], activation_format="bf16"
+    )
+    assert torch.equal(from_logits, expected)
+    assert torch.equal(CALLS["module"](call, activation_format="bf16"), expected)
+    output = torch.empty_like(expected)
+    assert mxfp4_moe.fused_moe(**call, activation_format="bf16", output=output) is output
+    assert torch.equal(output, expected)
+    assert torch.equal(operators.moe_layer(*layer_call(call, "bf16")), expected)
+    assert torch.equal(operators.moe_layer(*layer_call(call, "mxfp8")), mxfp4_moe.fused_moe(**call))
+
+
+def layer_call(call: dict[str, Any], name: str) -> operators.LayerCall:
+    weights = call["weights"]
+    own = ("w13", "w13_bias", "w2", "w2_bias", "hidden_size", "intermediate_size", "alpha", "beta", "limit")
+    return operators.LayerCall(
+        **{key: call[key] for key in ("hidden_states", "topk_weights", "topk_ids")},
+        **{key: getattr(weights, key) for key in own},
+        word_order=weights.word_order.value,
+        activation=weights.activation.value,
+        alphas=None,
+        betas=None,
+        limits=None,
+        hidden_states_scale=None,
+        scale_layout="linear",
+        output_dtype=torch.bfloat16,
+        activation_format=name,
+    )
+
+
+def test_graphs_see_the_format_and_its_refusals() -> None:
+    call = layer_call(make_call(), "bf16")
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in call]
+        assert operators.moe_layer(*fake).shape == (T, H)
+        fake[-1] = "fp16"
+        with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8' or 'bf16', got 'fp16'"):
+            operators.moe_layer(*fake)
+    tensors = [x for x in call if isinstance(x, torch.Tensor)]
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        rest = iter(given)
+        result: torch.Tensor = operators.moe_layer(*(next(rest) if isinstance(x, torch.Tensor) else x for x in call))
+        return result
+
+    traced = make_fx(run, tracing_mode="fake")(*tensors)
+    (node,) = (node for node in traced.graph.nodes if "moe_layer" in str(node.target))
+    assert node.args[-1] == "bf16"
+    assert torch.equal(traced(*tensors), operators.moe_layer(*call))
+
+
+def test_nan_and_infinity_stay_in_their_token() -> None:
+    call = make_call()
+    clean = mxfp4_moe.fused_moe(**call, activation_format="bf16")
+    for poison in (float("nan"), float("inf")):
+        spoiled = call["hidden_states"].clone()
+        spoiled[2, 5] = poison
+        out = mxfp4_moe.fused_moe(**call | {"hidden_states": spoiled}, activation_format="bf16")
+        others = torch.arange(T) != 2
+        assert torch.equal(out[others], clean[others])
+        assert not torch.equal(out[2], clean[2])
+        assert poison == float("inf") or out[2].isnan().all()
+
+
+def test_a_token_alone_has_the_same_bits() -> None:
+    weights = problems.random_weights(4, 96, 64, torch.device("cpu"))
+    call = problems.random_call(9, 2, weights)
+    whole = mxfp4_moe.fused_moe(*call.args(), weights, activation_format="bf16")
+    for t in range(9):
+        alone = mxfp4_moe.fused_moe(*call.token(t).args(), weights, activation_format="bf16")
+        assert torch.equal(alone[0], whole[t])
