@@ -60,7 +60,8 @@ struct Bf16Layout : Tile {
   using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, 0, kBarrierBytesPerStage, Tile::kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
-  static_assert(Tile::kMovesRegisters || Tile::Fits::registers_for(Tile::kBlocksPerSm) >= Tile::kRegistersWanted,
+  static_assert((Tile::kMovesRegisters ? Tile::kMmaRegisters : Tile::Fits::registers_for(Tile::kBlocksPerSm)) >=
+                    Tile::kRegistersWanted,
                 "a block's threads have too few registers");
 };
 
