@@ -72,8 +72,8 @@ __device__ __forceinline__ void expand(uint32_t (&pair)[4], uint32_t w) {
   pair[3] = (__funnelshift_r(w, w, 2) & kHigh) | ((w << 6) & kLow);
 }
 
-// 128 in constant memory, because ptxas turns a multiplication by a number that it knows into a shift, which runs on
-// the ALU that expanding keeps busy; multiply-adds have a pipe of their own.
+// 128 in constant memory, because ptxas turns a multiplication by a number that it knows into a shift, which runs on the
+// ALU that expanding keeps busy; multiply-adds have a pipe of their own.
 static __constant__ uint32_t bf16_exponent_one = 1u << 7;
 
 // The factor of the scale word's byte `step`, below 128, for both halves: 2^(byte - 2).

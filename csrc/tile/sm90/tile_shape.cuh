@@ -60,6 +60,7 @@ struct Bf16Layout : Tile {
   using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, 0, kBarrierBytesPerStage, Tile::kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
+  static_assert(Tile::kMmaWarps % 4 == 0, "a warpgroup has four warps");
   static_assert((Tile::kMovesRegisters ? Tile::kMmaRegisters : Tile::Fits::registers_for(Tile::kBlocksPerSm)) >=
                     Tile::kRegistersWanted,
                 "a block's threads have too few registers");
@@ -87,7 +88,6 @@ template <int M, int N>
 struct WgmmaTile : Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)> {
   using Tile = Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)>;
   static constexpr int kRowSets = Tile::kFragM;
-  static_assert(Tile::kMmaWarps % 4 == 0, "a warpgroup has four warps");
   // Beside the accumulators: two units of operands, scales, addresses.
   static constexpr int kRegistersWanted = Tile::kAccumulators + 64;
   static constexpr int kBlocksPerSm =
