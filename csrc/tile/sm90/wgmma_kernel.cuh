@@ -2,9 +2,8 @@
 // are those of mma_sync_kernel.cuh.
 //
 // Fast because: wgmma takes the weights from registers, so that they are expanded once for all activation rows and
-// never stored; the next operands are expanded while MMAs run, also across K tiles; a warpgroup has two sets of 64
-// weight rows, where registers allow, which share barriers, loads and descriptors; sums stay in the tensor core; and
-// the activations' side is as narrow as the tile has rows.
+// never stored; the next operands are expanded while MMAs run, by as many warps as there are rows for; sums stay in the
+// tensor core; and the activations' side is as narrow as the tile has rows.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -83,47 +82,46 @@ __device__ __forceinline__ void start_block(float* sums, const uint32_t (&a)[8],
 
 // One output tile's sums, of its first kCols activation rows, for one warpgroup. Afterwards every stage is released.
 //
-// The MMAs of a K block and a set of weight rows are a unit. A unit's weights are expanded while the unit before it
-// runs, once the one before that is done, whose registers they take; the first ones of a K tile while the last unit of
-// the K tile before runs. No MMA runs from one K tile into the next: where they did, ptxas gave every width operands
-// of its own, and had none left.
+// A K block's weights are expanded while the MMAs of the block before it run, once those of the one before that are
+// done, whose registers they take; the first ones of a K tile while the last of the K tile before run. No MMA runs from
+// one K tile into the next: where they did, ptxas gave every width operands of its own, and had none left.
 template <class Shape, int kCols>
-__device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kFragN][4], int k,
-                                           const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
-                                           const Places& at) {
-  constexpr int kSets = Shape::kFragM;
-  uint32_t a[2][8], words[2][kSets * 2], scales[kSets * 2];
+__device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], int k, const SharedStorage<Shape>& smem,
+                                           Ring<Shape::kStages>& ring, const Places& at) {
+  // Where sums leave few registers, words are not loaded ahead.
+  constexpr int kAhead = Shape::kMmaWarps > 8 && Shape::M > 64 ? 0 : 1;
+  uint32_t a[2][8], words[1 + kAhead][2], scales[2];
   const uint32_t one = bf16_exponent_one();
   bool large;
 
-  const auto load_step = [&](int stage, auto step) {
-    constexpr int kStep = decltype(step)::value;
-    load_groups(words[kStep % 2], smem.weight(stage) + at.words + kStep * kWeightStepBytes);
+  const auto load_block = [&](int stage, auto block) {
+    constexpr int kBlock = decltype(block)::value;
+    load_words<2>(words[kBlock % (1 + kAhead)], smem.weight(stage) + at.words + kBlock * kWeightStepBytes);
   };
-  const auto expand_unit = [&](auto unit) {
-    constexpr int kUnit = decltype(unit)::value, kStep = kUnit / kSets, kSet = kUnit % kSets;
-    if (__builtin_expect(large, 0))
-      expand_rows<true>(a[kUnit % 2], words[kStep % 2] + kSet * 2, scales + kSet * 2, kStep, one);
-    else
-      expand_rows<false>(a[kUnit % 2], words[kStep % 2] + kSet * 2, scales + kSet * 2, kStep, one);
+  const auto expand_block = [&](auto block) {
+    constexpr int kBlock = decltype(block)::value;
+    expand_rows<false>(a[kBlock % 2], words[kBlock % (1 + kAhead)], scales, kBlock, one);
+  };
+  const auto start = [&](int stage, int block, const uint32_t (&operand)[8]) {
+    start_block<kCols>(&acc[0][0][0], operand, smem.act(stage) + block / 2 * Shape::kHalfBytes, block % 2);
   };
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
     load_scales(scales, smem.weight(ring.stage) + at.scales);
-    load_step(ring.stage, cute::C<0>{});
+    load_block(ring.stage, cute::C<0>{});
     large = has_large(scales);
-    expand_unit(cute::C<0>{});
+    expand_block(cute::C<0>{});
   };
-  const auto k_tile = [&](int stage, bool is_last, auto steps) {
-    constexpr int kUnits = decltype(steps)::value * kSets;
-    for_each_of<kUnits>([&](auto unit) {
-      constexpr int kUnit = decltype(unit)::value, kStep = kUnit / kSets;
-      if constexpr (kUnit % kSets == 0 && kUnit + kSets < kUnits) load_step(stage, cute::C<kStep + 1>{});
-      start_block<kCols>(&acc[kUnit % kSets][0][0], a[kUnit % 2], smem.act(stage) + kStep / 2 * Shape::kHalfBytes,
-                         kStep % 2);
-      if constexpr (kUnit > 0) cute::warpgroup_wait<1>();
-      if constexpr (kUnit + 1 < kUnits) {
-        expand_unit(cute::C<kUnit + 1>{});
+  const auto k_tile = [&](int stage, bool is_last, auto blocks) {
+    constexpr int kBlocks = decltype(blocks)::value;
+    for_each_of<kBlocks>([&](auto block) {
+      constexpr int kBlock = decltype(block)::value;
+      if constexpr (kAhead == 1 && kBlock + 1 < kBlocks) load_block(stage, cute::C<kBlock + 1>{});
+      start(stage, kBlock, a[kBlock % 2]);
+      if constexpr (kBlock > 0) cute::warpgroup_wait<1>();
+      if constexpr (kBlock + 1 < kBlocks) {
+        if constexpr (kAhead == 0) load_block(stage, cute::C<kBlock + 1>{});
+        expand_block(cute::C<kBlock + 1>{});
       } else if (!is_last) {
         open();
       }
@@ -131,10 +129,26 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kF
     cute::warpgroup_wait<0>();
     release(smem, stage);
   };
-  const auto multiply = [&](bool is_last, auto steps) {
+  // Scales that take two factors: seldom, so small and simple.
+  const auto large_k_tile = [&](int stage, bool is_last, int blocks) {
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      uint32_t at_once[2];
+      load_words<2>(at_once, smem.weight(stage) + at.words + block * kWeightStepBytes);
+      expand_rows<true>(a[0], at_once, scales, block, one);
+      start(stage, block, a[0]);
+      cute::warpgroup_wait<0>();
+    }
+    if (!is_last) open();
+    release(smem, stage);
+  };
+  const auto multiply = [&](bool is_last, auto blocks) {
     const int stage = ring.stage;
     ring.advance();
-    k_tile(stage, is_last, steps);
+    if (!large)
+      k_tile(stage, is_last, blocks);
+    else
+      large_k_tile(stage, is_last, blocks);
   };
 
   const bool half_tail = (k - 1) % kTileK < 64;
@@ -146,7 +160,7 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kF
 
 // As narrow as the rows allow.
 template <class Shape, int kCols>
-__device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][Shape::kFragN][4], int k,
+__device__ __forceinline__ void sum_rows(int rows, float (&acc)[1][Shape::kFragN][4], int k,
                                          const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
                                          const Places& at) {
   constexpr int kNarrower = narrower(Shape::M, kCols);
@@ -165,7 +179,7 @@ struct WgmmaSum {
   __device__ __forceinline__ WgmmaSum(const GemmParams& params, const SharedStorage<Shape>& storage, int, int)
       : p(params), smem(storage) {}
 
-  __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
+  __device__ __forceinline__ void operator()(float (&acc)[1][Shape::kFragN][4], Ring<Shape::kStages>& ring,
                                              const TileCoord& coord) const {
     const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
     const Places at = places(first_row(warp_id() * Shape::kWarpM + lane_id() / 4));
