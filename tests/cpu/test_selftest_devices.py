@@ -22,7 +22,6 @@ from mxfp4_moe._health import remembered, selftest
 from mxfp4_moe._health.selftest import Report, Status, checks
 from mxfp4_moe._install import blocklist
 from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16
-from mxfp4_moe.problems import bits
 from mxfp4_moe.tiles import Tile
 
 TILES = [Tile.from_mn((m, 128)) for m in (8, 32, 64, 128)]
@@ -414,4 +413,4 @@ def test_a_tile_is_given_rows_as_it_reads_them(monkeypatch: pytest.MonkeyPatch, 
         own.run(TILES[1])
         assert calls[1][0] is act, "bfloat16 rows as they are"
         assert calls[1][1] is None
-        assert torch.equal(bits(own.expected), bits(given.expected))
+        assert torch.equal(problems.bits(own.expected), problems.bits(given.expected))
