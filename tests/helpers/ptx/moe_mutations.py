@@ -181,8 +181,8 @@ MUTATIONS = (
         name="quantize to bf16: cut, not rounded",
         unit="quantize_permute",
         file="shared/bf16_rows.cuh",
-        old="cvt.rn.bf16x2.f32",
-        new="cvt.rz.bf16x2.f32",
+        old='"f"(high), "f"(low)',
+        new='"f"(__uint_as_float(__float_as_uint(high) & 0xFFFF0000u)), "f"(low)',
         case=lambda: cases.check_quantize_permute(160, torch.float16, 9, BF16),
     ),
     Mutation(
