@@ -83,8 +83,8 @@ const Mxfp4MoeTile kTile = {
     MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, &facts_of, &launch,
 };
 
-// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8 and
-// has act_scale, or bfloat16 and has none, as the device's tile reads it.
+// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8
+// and has act_scale, or bfloat16 and has none, as the device's tile reads it.
 void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, const Tensor& weight,
                   const Tensor& m_tiles, const Tensor& num_m_tiles, const Tensor& out) {
   const int32_t device = device_of("act", act);

@@ -1,5 +1,5 @@
-// What one logical tile (M, N, SWAP_AB) becomes on SM12x: warps, fragments, pipeline stages, shared memory; and what all
-// shapes have in common. SM90's are in sm90/tile_shape.cuh.
+// What one logical tile (M, N, SWAP_AB) becomes on SM12x: warps, fragments, pipeline stages, shared memory; and what
+// all shapes have in common. SM90's are in sm90/tile_shape.cuh.
 //
 // M counts activation rows (tokens of one expert), N weight rows (output features). Native tiles feed activations to
 // the MMA's A operand and weights to B; swapped tiles exchange them, so that the small side M becomes the MMA's

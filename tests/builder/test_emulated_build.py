@@ -22,7 +22,7 @@ from mxfp4_moe._choice import choice, cost_model, tuned
 from mxfp4_moe._choice.facts import Layer, from_properties
 from mxfp4_moe._health.checks import check_gpus
 from mxfp4_moe._install import wheel
-from mxfp4_moe.arithmetic import FP32_CHAIN, SM12X_MXF8F6F4
+from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16
 from mxfp4_moe.tiles import load_manifest
 from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.emulation import check_emulated_tile, refuse_emulated
@@ -270,7 +270,6 @@ def test_an_sm90_gpu_is_served_as_sm12x() -> None:
     device = torch.device("cuda", 0)
     assert formats.word_order_of(device) is formats.WordOrder.CONTAINERS
     assert problems.arithmetic_here(device) == SM12X_MXF8F6F4
-    assert problems.arithmetic_here(torch.device("cpu")) == FP32_CHAIN
 
 
 H100 = SimpleNamespace(
@@ -302,6 +301,8 @@ def test_an_ordinary_wheel_is_chosen_for_by_its_table(tmp_path: Path, monkeypatc
     fake_wheel.install(tmp_path, monkeypatch, load_manifest().tiles)
     assert wheel.emulated_on() is None
     assert wheel.served_as((9, 0)) == (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert problems.arithmetic_here(torch.device("cuda", 0)) == SM90_BF16
     layer = Layer(experts=128, top_k=4, hidden=2880, intermediate=2880)
     assert tuned.look_up(from_properties(H100), layer, 64) is not None
 

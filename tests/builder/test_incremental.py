@@ -191,7 +191,7 @@ def test_the_kernel_compiles_every_tile_for_every_arch_and_nothing_of_moe(tree: 
     made = tree.plan(ROWS)
     expected = names(made, "nvcc", "link", "check") | {"load"}
     assert len(expected) == len(ROWS) * 4 + 1
-    for header in ("plain_kernel.cuh", "mma_mx.cuh", "launcher.cuh", "tile.cu"):
+    for header in ("sm12x/plain_kernel.cuh", "sm90/wgmma_kernel.cuh", "launcher.cuh", "tile.cu"):
         with tree.touched(f"csrc/tile/{header}"):
             assert tree.scheduled(made) == expected
 
@@ -226,6 +226,6 @@ def test_the_build_code_checks_again_and_compiles_nothing(tree: Tree) -> None:
 
 
 def test_a_threshold_checks_its_tile_again_and_compiles_nothing(tree: Tree) -> None:
-    tighter = dataclasses.replace(LIMITS, instructions_per_mma={"120f": {"plain": {"m128n128": 3.0}}})
+    tighter = dataclasses.replace(LIMITS, instructions_per_mma={"120f": {"m128n128": 3.0}})
     assert tree.scheduled(tree.plan(ROWS, tighter)) == {"tile_m128n128.check"}
     assert tree.scheduled(tree.plan(ROWS, dataclasses.replace(LIMITS, wheel_bytes=1))) == set()

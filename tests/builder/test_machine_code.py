@@ -182,8 +182,11 @@ def test_of_two_ways_through_a_loop_the_shorter_counts() -> None:
 
     assert counts(ways, variants=False) == (10, 4)
     assert counts(ways) == (7, 2)
-    without_mma = tuple("NOP" if place in (6, 7) else line for place, line in enumerate(ways))
-    assert counts(without_mma) == (10, 2), "a way without an MMA is no alternative"
+    no_product = tuple("NOP" if place in (5, 6, 7) else line for place, line in enumerate(ways))
+    assert counts(no_product) == (10, 2), "a way that multiplies nothing is no alternative"
+    scales = ("HMUL2.BF16_V2 R4, R4, R5",)
+    operands = (*ways[:2], *scales * 2, ways[4], *scales * 3, *ways[8:9], mma, *ways[9:])
+    assert counts(operands) == (8, 1), "but one that multiplies operands"
     joined = tuple("BRA {5}" if place == 4 else line for place, line in enumerate(ways))
     assert counts(joined) == (10, 4), "what both sides lead to is neither's"
 

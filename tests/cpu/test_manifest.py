@@ -93,12 +93,12 @@ def test_a_profile_says_in_one_sentence_what_it_lacks() -> None:
         (HEAD + row(swap_ab="0"), r"tile 1 .*: swap_ab must be true or false, got 0"),
         (HEAD + row() + row(m=64) + row(), r"tile 3 \(m128n128\): duplicate of tile 1$"),
         (HEAD + row(m=100), r"tile 1 \(m100n128\): impossible on sm_90a: .* m divisible by 64, not 100"),
-        (HEAD + row() + row(m=256, n=256), r"tile 2 \(m256n256\): impossible on sm_90a: registers: 256 accumulators"),
+        (HEAD + row() + row(m=256, n=256), r"tile 2 \(m256n256\): impossible on sm_90a: registers: 128 accumulators"),
         (
             HEAD.replace('"90a", ', "") + row(m=256, n=256),
             r"tile 1 \(m256n256\): impossible on sm_120f: .*102,688 bytes.*101,376",
         ),
-        (HEAD + row(m=192, n=256), r"tile 1 \(m192n256\): impossible on sm_90a: registers: 192 accumulators"),
+        (HEAD + row(m=192, n=256), r"tile 1 \(m192n256\): impossible on sm_90a: registers: 96 accumulators"),
         (HEAD + row(m=8), r"tile 1 \(m8n128\): impossible on sm_90a: a native tile has m divisible by 64, not 8"),
         (HEAD + row(m=64, swap_ab="true"), r"a swapped tile has m in 8, 16, 32, not 64"),
         (HEAD + row(m=8, n=32, swap_ab="true"), r"a swapped tile has n of at least 64, not 32"),
@@ -107,9 +107,10 @@ def test_a_profile_says_in_one_sentence_what_it_lacks() -> None:
         (HEAD + row(n=12), r"n must be divisible by 8, the MMA's granule, not 12"),
         (HEAD + row(n=48), r"n must divide 64, the rows of a weight block, or be a multiple: 48"),
         (
-            HEAD + row(n=192),
+            HEAD.replace('"90a", ', "") + row(n=192),
             r"8 MMA warps as a 1 x 6 grid of 128 x 32 warp tiles do not cover 128 x 192 in whole 16 x 8",
         ),
+        (HEAD + row(n=192), r"6 warps of 32 weight rows are not whole warpgroups of 4"),
         (HEAD + row(m=-64, n=0), r"m divisible by 64, not -64"),
     ],
 )

@@ -1,6 +1,6 @@
 // What one logical tile (M, N) becomes on SM90: warps, fragments, pipeline stages, shared memory; of both kernels
-// (mma_sync_kernel.cuh, wgmma_kernel.cuh). The names are those of tile/tile_shape.cuh, so that the pipeline, the schedule
-// and the epilogues are the same code. tiles/sm90.py mirrors this file, statement by statement.
+// (mma_sync_kernel.cuh, wgmma_kernel.cuh). The names are those of tile/tile_shape.cuh, so that the pipeline, the
+// schedule and the epilogues are the same code. tiles/sm90.py mirrors this file, statement by statement.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,8 @@
 
 namespace mxfp4_moe {
 
-// Which of the two a tile has. Below 32 activation rows mma.sync needs fewer instructions; wgmma takes 64 weight rows at
-// least.
+// Which of the two a tile has. Below 32 activation rows mma.sync needs fewer instructions; wgmma takes 64 weight rows
+// at least.
 constexpr bool has_wgmma(int m, int n) { return m >= 32 && n >= 64; }
 
 // A tile of M activation rows by N weight rows; of both, what is common. kWarpM and kWarpN are a warp's part.
@@ -60,7 +60,9 @@ struct Bf16Layout : Tile {
   using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, 0, kBarrierBytesPerStage, Tile::kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
-  static_assert(Tile::kMovesRegisters || Tile::Fits::registers_for(Tile::kBlocksPerSm) >= Tile::kRegistersWanted,
+  static_assert(Tile::kMmaWarps % 4 == 0, "a warpgroup has four warps");
+  static_assert((Tile::kMovesRegisters ? Tile::kMmaRegisters : Tile::Fits::registers_for(Tile::kBlocksPerSm)) >=
+                    Tile::kRegistersWanted,
                 "a block's threads have too few registers");
 };
 
@@ -86,7 +88,6 @@ template <int M, int N>
 struct WgmmaTile : Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)> {
   using Tile = Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)>;
   static constexpr int kRowSets = Tile::kFragM;
-  static_assert(Tile::kMmaWarps % 4 == 0, "a warpgroup has four warps");
   // Beside the accumulators: two units of operands, scales, addresses.
   static constexpr int kRegistersWanted = Tile::kAccumulators + 64;
   static constexpr int kBlocksPerSm =

@@ -76,15 +76,16 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
 
     if wgmma and mma_warps % 4:
         refusals.append(f"{mma_warps} warps of {warp_m} weight rows are not whole warpgroups of 4")
-    there = fits.registers_for(blocks_per_sm)
+    here = fits.registers_for(blocks_per_sm)
     if moves_registers:
-        moved = mma_warps * _MMA_REGISTERS + 4 * _PRODUCER_REGISTERS
-        if moved > threads // 32 * there:
-            refusals.append(f"registers: warps take {moved} of a block's {threads // 32 * there}")
-    elif registers_wanted > there:
+        moved, there = mma_warps * _MMA_REGISTERS + 4 * _PRODUCER_REGISTERS, threads // 32 * here
+        if moved > there:
+            refusals.append(f"registers: warps take {moved} of a block's {there}")
+        here = _MMA_REGISTERS
+    if registers_wanted > here:
         refusals.append(
             f"registers: {accumulators} accumulators per thread ({warp_m} x {warp_n} per warp) want {registers_wanted} "
-            f"with the rest, a block of {threads} threads has {there} for each"
+            f"with the rest, a block of {threads} threads has {here} for each"
         )
     refusals += stage_refusals(
         stages=stages, arch=arch, activations=act_bytes, weights=weight_bytes, barriers=BARRIER_BYTES_PER_STAGE

@@ -49,7 +49,7 @@ def usual_problem(k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0)
     codes, row_scales = formats.quantize_mxfp8(torch.randn(rows, k, generator=g))
     packed = torch.randint(0, 256, (experts, n, k // 2), generator=g, dtype=torch.uint8)
     scales = torch.randint(119, 124, (experts, n, k // 32), generator=g, dtype=torch.uint8)
-    operands = {"codes": codes, "row_scales": row_scales, "packed": packed, "scales": scales, "offsets": offsets}
+    operands = {"rows": codes, "row_scales": row_scales, "packed": packed, "scales": scales, "offsets": offsets}
     return under_sm12x(GemmProblem(**operands, expected=torch.empty(rows, n)))
 
 
