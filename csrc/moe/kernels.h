@@ -111,8 +111,8 @@ struct ActivationArgs {
   int32_t intermediate;  // multiple of 32
   Activation activation;
   Rounding rounding;      // of gemm1's values before the bias, and of the activation's
-  PerExpert alpha, beta;  // of kSwigluOai
-  PerExpert limit;        // of kSwigluOai and kSwigluStep; +inf when there is none
+  PerExpert alpha, beta;  // of kSwigluOai; beta of kSitu too
+  PerExpert limit;        // of all that have_numbers; +inf when there is none
   uint8_t* codes;         // [rows, intermediate], even k first; or, with has_far, folded bf16
   uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]
   int32_t* has_far;       // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null

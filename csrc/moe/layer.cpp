@@ -82,8 +82,7 @@ struct Form {
 Form form_of(const Layer& layer, bool fold) {
   const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(layer.device);
   if (facts == nullptr) return {};  // the launch will say why
-  const bool can_fuse = layer.activation == Activation::kSwiglu || layer.activation == Activation::kSwigluOai;
-  return {facts->activates != 0 && can_fuse, fold && facts->gemm1_format == MXFP4_MOE_ACT_FOLDED,
+  return {facts->activates != 0 && is_fused(layer.activation), fold && facts->gemm1_format == MXFP4_MOE_ACT_FOLDED,
           fold && facts->gemm2_format == MXFP4_MOE_ACT_FOLDED};
 }
 
