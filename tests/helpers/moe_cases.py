@@ -58,4 +58,6 @@ def layer_of(
     each = {
         n: torch.tensor(v, device=device).float() if isinstance(v, list) else v for n, v in NUMBERS[numbers].items()
     }
+    if activation == "situ" and "beta" in each:
+        each["beta"] = each["beta"].abs() + 0.5  # a bound there
     return random_weights(experts, 32, inter, device, bias=bias, activation=activation, **each)
