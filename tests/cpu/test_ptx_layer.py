@@ -122,12 +122,13 @@ def tile_of(m: int, n: int, *, swap: bool = False) -> tiles.Tile:
 @pytest.mark.parametrize("case", CASES)
 def test_layer(case: str) -> None:
     layer = CASES[case]()
+    row_dtype = reference.ROW_DTYPES[layer.dtype]
     weights, top_k, tile, dtype = layer.weights, layer.top_k, layer.tile, layer.dtype
     tokens, (hidden, inter) = len(layer.hidden_states), (weights.hidden_size, weights.intermediate_size)
     out = torch.empty(tokens, hidden, dtype=dtype)
     run = start(layer, out)
     sizes: dict[str, Any] = {"slots": tokens * top_k, "hidden": hidden, "inter": inter, "experts": weights.num_experts}
-    sizes |= {"tile_m": tile.m, "gemm1_width": 0 if layer.fuses else weights.w13_rows, "dtype": dtype}
+    sizes |= {"tile_m": tile.m, "gemm1_width": 0 if layer.fuses else weights.w13_rows, "dtype": row_dtype}
     own = intermediates(run.recording, **sizes, from_logits=layer.logits is not None)
 
     run.next("route")
@@ -181,7 +182,7 @@ def test_layer(case: str) -> None:
     run.allow_unwritten(own["scales2"])
     run.next("grouped_gemm", junk(tile, inter))
     packed, packed_scales = plain(weights.w2, hidden, inter)
-    gemm2 = reference.grouped_gemm(codes2, scales2, packed, packed_scales, offsets, arithmetic=SM12X).to(dtype)
+    gemm2 = reference.grouped_gemm(codes2, scales2, packed, packed_scales, offsets, arithmetic=SM12X).to(row_dtype)
     assert torch.equal(bits(own["gemm2_out"][:valid]), bits(gemm2))
 
     run.next("finalize")

@@ -210,7 +210,7 @@ def test_finalize_is_exact(
     ids[3] = -1
     _, row_slot, slot_row = reference.route(ids, experts)
     row_expert = torch.where(row_slot >= 0, ids.flatten()[row_slot.long()], -1).to(torch.int32)
-    rows = torch.randn(tokens * top_k, width, generator=g, device=device).to(dtype)
+    rows = torch.randn(tokens * top_k, width, generator=g, device=device).to(reference.ROW_DTYPES[dtype])
     topk_weights = torch.rand(tokens, top_k, generator=g, device=device)
     bias = torch.randn(experts, width, generator=g, device=device) if with_bias else None
     out = ops().finalize(rows, slot_row, row_expert, topk_weights, bias)

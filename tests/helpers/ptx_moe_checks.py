@@ -226,7 +226,7 @@ def check_finalize(tokens: int, top_k: int, width: int, dtype: torch.dtype, with
     ids[3] = -1
     _, row_slot, slot_row = reference.route(ids, experts)
     row_expert = torch.where(row_slot >= 0, ids.flatten()[row_slot.long()], -1).to(torch.int32)
-    rows = torch.randn(tokens * top_k, width, generator=g).to(dtype)
+    rows = torch.randn(tokens * top_k, width, generator=g).to(reference.ROW_DTYPES[dtype])
     topk_weights = torch.rand(tokens, top_k, generator=g)
     bias = torch.randn(experts, width, generator=g) if with_bias else None
     inputs = {"gemm2": rows, "slot_row": slot_row, "row_expert": row_expert, "topk_weights": topk_weights}
