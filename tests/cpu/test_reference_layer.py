@@ -91,6 +91,29 @@ class TestActivate:
         assert out[~spoiled].isfinite().all()
         assert (out[~spoiled] == out[0, 5]).all()
 
+    def test_soft_clamps(self) -> None:
+        """Small values lose nothing, large ones end at the bounds, and a NaN is no large value."""
+        row = torch.zeros(1, dtype=torch.int32)
+        gate = np.float32([[1e-30, -1e-12, 1e-6, 1e-3, 3.0, 1e30, math.inf, -math.inf]])
+        up = np.float32([[1e-6, 1e-12, -1e-3, 30.0, 1e4, math.inf, -math.inf, 1.0]])
+        out = reference.activate(torch.from_numpy(self.prepared(gate, up)), row, None, "situ", 0.0, 4.0, 25.0)
+        expected = oracles.two_inputs(gate.astype(np.float64), up.astype(np.float64), "situ", 0.0, 4.0, 25.0)
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-6, atol=0)
+        assert out[0, 5:7].tolist() == [100.0, -100.0]  # 4 * 25, the most that it can be
+        for spoiled in ((math.nan, 1.0), (1.0, math.nan)):
+            columns = self.prepared(*(np.full((1, 8), x, np.float32) for x in spoiled))
+            assert reference.activate(torch.from_numpy(columns), row, None, "situ", 0.0, 4.0, 25.0).isnan().all()
+        x = torch.tensor([[-math.inf, -3.0, 0.0, 1e-12, 1e-3, 1.0, 1e30, math.inf]])
+        out = reference.activate(x, row, None, "clamped_relu2", limit=16.0)
+        expected = oracles.one_input(x.double().numpy(), "clamped_relu2", 16.0)
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-6, atol=0)
+        assert out[0, -1] == 16.0**2
+        for name in ("situ", "clamped_relu2"):  # without a limit the larger ones are let through
+            gemm1 = torch.full((1, 16 if name == "situ" else 8), 3e8)
+            near = 4.0 * 3e8 if name == "situ" else 3e8**2
+            out = reference.activate(gemm1, row, None, name, beta=4.0, limit=None)
+            torch.testing.assert_close(out, torch.full((1, 8), near), rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize("rounding", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("activation", list(Activation))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from moe_cases import ids_of, layer_of, special_rows
+from moe_cases import NUMBERS, ids_of, layer_of, ordinal, special_rows
 from ptx import launch
 from ptx.running import Run, execute
 from ptx.workspace import intermediates
@@ -182,6 +182,31 @@ def activated(
     padding = scales.transpose(0, 1)[:valid].flatten(1)[:, inter // 32 :]
     assert not padding.any(), "scale bytes past the row must be zero"
     return formats.deinterleave_k(codes[:valid]), formats.unpack_row_scales(scales, rows, inter)[:valid]
+
+
+def check_activation(
+    activation: str, with_bias: bool, rounding: torch.dtype | None, numbers: str | None = None
+) -> None:
+    """An exp's last bits move a code to its neighbour when the value lies near a tie, and nothing else."""
+    which = list(Activation).index(Activation(activation))
+    experts, rows, inter = 5, 6, (32, 160, 96)[which % 3]
+    numbers = numbers or list(NUMBERS)[(which + with_bias + (rounding is None)) % 3]
+    weights = layer_of(experts, inter, activation, numbers, bias=with_bias, device=CPU)
+    g = torch.Generator().manual_seed(inter)
+    gemm1 = torch.randn(rows, weights.w13_rows, generator=g) * 4
+    gemm1[0, 0], gemm1[1, 8], gemm1[2, 0] = torch.nan, torch.nan, torch.inf
+    gemm1[3, 0], gemm1[3, 1], gemm1[3, 9] = -200.0, 200.0, 1e30
+    row_expert = torch.arange(rows, dtype=torch.int32) % experts
+    codes, scales = activated(gemm1, row_expert, weights, rounding, rows - 1)
+    each = (weights.alpha, weights.beta, weights.limit)
+    values = reference.activate(gemm1, row_expert, weights.w13_bias, activation, *each, rounding=rounding)[:-1]
+    expected_codes, expected_scales = formats.quantize_mxfp8(values)
+    assert torch.equal(scales, expected_scales)
+    off = (ordinal(codes) - ordinal(expected_codes)).abs()
+    assert off.max() <= 1
+    assert off.sum() <= 2
+    if activation in ("relu", "relu2", "identity"):
+        assert not off.any()
 
 
 def check_activation_of_many_rows() -> None:
