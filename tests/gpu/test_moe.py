@@ -13,7 +13,7 @@ import torch
 from gpu_cases import HALVES, TILES, TOP_K, run, small
 from gpu_layers import exact_layer, poison_memory, same
 from gpu_problems import Call, bits, random_call, random_weights, relative_error
-from moe_cases import layer_of
+from moe_cases import layer_of, with_large_rows
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -68,6 +68,20 @@ def test_every_tile_gives_the_same_bits_without_folding(tokens: int, rounding: b
     for tile in TILES:
         out = run(call, weights, tile_mn=tile.mn, intermediate_rounding=rounding)
         assert torch.equal(expected, bits(out)), tile.name
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 65, 300])
+def test_float16_rows_beyond_its_range(tokens: int, device: torch.device) -> None:
+    """Every tile weighs them first: in fp32, as the reference does."""
+    weights = with_large_rows(random_weights(8, 160, 96, device))
+    call = random_call(tokens, 3, weights, dtype=torch.float16)
+    call = replace(call, topk_weights=call.topk_weights / 64)
+    rows = reference.fused_moe(call.hidden_states, torch.ones_like(call.topk_weights), call.topk_ids, weights)
+    assert rows.isinf().any(), "the case is none"
+    expected = exact_layer(call, weights)
+    assert expected.isfinite().all()
+    for tile in TILES:
+        assert same(run(call, weights, tile_mn=tile.mn), expected), tile.name
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["one token", "all tokens"])

@@ -52,6 +52,14 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_large_rows(weights: MoEWeights, exponent: int = 16) -> MoEWeights:
+    """The same layer, the outputs of its experts times 2^exponent (but for their biases)."""
+    stored = weights.to_mxfp4()._asdict()
+    stored["w2_scale"] = stored["w2_scale"] + exponent
+    numbers = {name: getattr(weights, name) for name in ("activation", "alpha", "beta", "limit", "gate_up_order")}
+    return MoEWeights.from_mxfp4(**stored, **numbers)
+
+
 def layer_of(
     experts: int, inter: int, activation: str, numbers: str, *, bias: bool, device: torch.device
 ) -> MoEWeights:
