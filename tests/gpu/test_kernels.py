@@ -126,7 +126,7 @@ def test_activation_is_close(
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "silu"])
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "situ", "silu", "clamped_relu2"])
 def test_activation_of_many_rows_is_that_of_few(activation: str, with_bias: bool, device: torch.device) -> None:
     """From 4096 rows on a block has eight, whose expert may change among them."""
     rows, inter = 4099, 160

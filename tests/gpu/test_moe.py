@@ -27,6 +27,7 @@ from mxfp4_moe.weights import MoEWeights
 UNWRITTEN = 0xEE
 # Both sides quantize the same values twice and round the same rows to bfloat16; what is left is exp's last bits.
 LAYER_TOLERANCE = 5e-3
+NUMBERS = (("alpha", 0.5, 2.0), ("beta", 0.5, 4.0), ("limit", 1.0, 25.0))
 
 
 @functools.cache
@@ -68,6 +69,21 @@ def test_every_tile_gives_the_same_bits_without_folding(tokens: int, rounding: b
     for tile in TILES:
         out = run(call, weights, tile_mn=tile.mn, intermediate_rounding=rounding)
         assert torch.equal(expected, bits(out)), tile.name
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 65, 300])
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "situ"])
+def test_every_tile_activates_as_the_kernel_does(
+    activation: str, rounding: bool, tokens: int, device: torch.device
+) -> None:
+    """In GEMM1's epilogue or behind stored sums; each expert has its own numbers."""
+    each = {name: torch.linspace(low, high, 8, device=device) for name, low, high in NUMBERS}
+    weights = random_weights(8, 160, 96, device, activation=activation, **each)
+    call = random_call(tokens, 3, weights)
+    expected = exact_layer(call, weights, intermediate_rounding=rounding)
+    for tile in TILES:
+        assert same(run(call, weights, tile_mn=tile.mn, intermediate_rounding=rounding), expected), tile.name
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 65, 300])
