@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 6
+#define MXFP4_MOE_TILE_ABI_VERSION 7
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -18,21 +18,11 @@ enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT16 = 2,
 };
 
-// The form of the rows that a GEMM reads.
+// The form of the rows that a tile's kernel reads, and that GEMM1's epilogue writes for GEMM2.
 enum Mxfp4MoeActFormat {
-  MXFP4_MOE_ACT_MXFP8 = 0,
-  MXFP4_MOE_ACT_FOLDED = 1,  // bf16, for MMAs that take no scales (shared/folded.cuh)
+  MXFP4_MOE_ACT_MXFP8 = 0,  // E4M3 codes and E8M0 scales, for MMAs that take scales
+  MXFP4_MOE_ACT_BF16 = 1,   // bf16, for MMAs that do not (shared/bf16_rows.cuh)
 };
-
-// The kernels of a tile. All give the same bits. A layer asks for BY_SIZE; the other numbers are for tests, and the
-// places of Mxfp4MoeTileFacts::kernels.
-enum Mxfp4MoeKernel {
-  MXFP4_MOE_KERNEL_BY_SIZE = 0,     // the rule in tile/launcher.cuh: by act_format and the call's size
-  MXFP4_MOE_KERNEL_PLAIN = 1,       // tile/plain_kernel.cuh, which every tile has
-  MXFP4_MOE_KERNEL_PARALLEL_K = 2,  // tile/sm90/parallel_k_kernel.cuh; a tile without it refuses
-  MXFP4_MOE_KERNEL_FOLDED = 3,      // tile/sm90/, for folded activations (shared/folded.cuh)
-};
-#define MXFP4_MOE_KERNELS 3  // that a tile may have
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
 // one expert. The list is made on the device (csrc/moe/route.cu); the host never reads it.
@@ -58,12 +48,12 @@ enum Mxfp4MoeFusedActivation {
 };
 
 // GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
-// of `out`, the activation (shared/nonlinearities.cuh) is written, as the MXFP8 rows that GEMM2 reads.
+// of `out`, the activation (shared/nonlinearities.cuh) is written, as the rows that GEMM2 reads.
 typedef struct {
-  uint8_t* codes;      // [rows, n / 2] E4M3, even k first, or folded (gemm2_format); null: no activation
-  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0
-  int32_t* has_far;    // device memory, one value: set to 1 where output is folded and a block is far
+  uint8_t* rows;       // [rows, n / 2] E4M3, even k first, or bf16 (act_format); null: no activation
+  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0, of E4M3 rows
   const float* bias;   // [experts, n] or null
+  int32_t quantizes;   // to MXFP8; else the values are rounded to bf16, which only bf16 rows can hold
   int32_t activation;  // Mxfp4MoeFusedActivation
   int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
   Mxfp4MoePerExpert alpha, beta, limit;  // of all but MXFP4_MOE_SWIGLU
@@ -71,11 +61,10 @@ typedef struct {
 
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
-  const void* act;         // uint8 E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or folded
-  const void* act_scale;   // uint8 E8M0 [ceil(k/128), rows padded to 4, 4]
-  const int32_t* has_far;  // device memory, one value: whether any row has a far block; read where act is folded
-  const void* weight;      // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in shared/weight_layout.cuh
-  void* out;               // [rows, n] of out_type
+  const void* act;        // E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or bf16 [rows, k]
+  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4], of E4M3 rows
+  const void* weight;     // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in shared/weight_layout.cuh
+  void* out;              // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value
   int32_t max_m_tiles;         // upper bound from shapes alone; sizes the grid
@@ -87,32 +76,23 @@ typedef struct {
   // Nonzero: the m-tiles were written by a kernel that was complete when the one just before this was running, so that
   // weights may be fetched before that one is done (programmatic dependent launch).
   int32_t m_tiles_are_ready;
-  int32_t act_format;  // Mxfp4MoeActFormat
-  int32_t kernel;      // Mxfp4MoeKernel
+  int32_t act_format;  // Mxfp4MoeActFormat of act: the tile's
   Mxfp4MoeActivate activate;
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;
 
-// One kernel of a tile on one arch, as the compiler was told. Compared after each build with tiles.prove.
+// What a tile is on one arch, as the compiler was told. Compared after each build with tiles.prove.
 typedef struct {
-  int32_t kernel;  // Mxfp4MoeKernel; 0 where the tile does not have it, and all else is 0 too
+  const char* arch;  // "90a" or "120f"
+  int32_t tile_m, tile_n, swap_ab;
   int32_t threads;
   int32_t stages;
   int32_t stage_bytes;  // that a stage loads
   int32_t smem_bytes;   // dynamic shared memory of one block
   int32_t blocks_per_sm;
   int32_t accumulator_registers;  // per thread
-} Mxfp4MoeKernelFacts;
-
-// What a tile is on one arch: its kernels, and what a layer has to know.
-typedef struct {
-  const char* arch;  // "90a" or "120f"
-  int32_t tile_m, tile_n, swap_ab;
-  Mxfp4MoeKernelFacts kernels[MXFP4_MOE_KERNELS];  // kernel 1 first
-  int32_t activates;                               // whether Mxfp4MoeGemmArgs::activate may be set
-  // Mxfp4MoeActFormat of the rows that a layer gives GEMM1, and of those that GEMM1's epilogue writes for GEMM2. A tile
-  // that reads folded rows reads MXFP8 too.
-  int32_t gemm1_format, gemm2_format;
+  int32_t activates;              // whether Mxfp4MoeGemmArgs::activate may be set
+  int32_t act_format;             // Mxfp4MoeActFormat
 } Mxfp4MoeTileFacts;
 
 typedef struct {

@@ -3,6 +3,7 @@
 // in   gemm1 fp32; gated: [R, 2I], columns in groups of 16, 8 gates, then the 8 ups of the same outputs; not gated:
 //      [R, I]; bias likewise [E, 2I] or [E, I]
 // out  codes [R, I] E4M3, each block of 32 stored even k first; scales [ceil(I/128), R padded to 4, 4] E8M0
+//      or bf16 [R, I] (shared/bf16_rows.cuh)
 // g += bias, u += bias (not gated: x += bias), then the activation (shared/nonlinearities.cuh). Where `rounding` says
 // so, it rounds what it reads from gemm1, and what it quantizes, to bf16 or fp16 (RNE; beyond fp16's range to
 // infinity): so do pipelines that keep these values in the output dtype. alpha, beta and limit are one number, or one
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
   const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
   const int64_t width = int64_t{args.intermediate} * (kGated ? 2 : 1);
   const int first_column = (column - threadIdx.x % 2 * kValuesPerLane) * (kGated ? 2 : 1);  // of the two lanes' groups
-  const RowsOut to = {args.codes, args.scales, args.has_far, args.rows, args.intermediate};
+  const RowsOut to = {args.format, args.out, args.scales, args.rows, args.intermediate};
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int valid_rows = __ldcg(args.valid_rows);
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
       }
       float x[kValuesPerLane];
       exchange(y, x);
-      store_k_tile(make_k_tile(quantize_quad(x), args.has_far != nullptr), row, k_tile, to);
+      store_k_tile(make_k_tile(x, args.format), row, k_tile, to);
     }
   }
 }

@@ -83,6 +83,10 @@ inline Activation check_activation(int64_t activation) {
   return static_cast<Activation>(check_range("activation", activation, 0, kNumActivations - 1));
 }
 
+inline ActivationFormat check_activation_format(int64_t format) {
+  return static_cast<ActivationFormat>(check_range("activation_format", format, 0, 1));
+}
+
 // A number of the activation; float32 [experts] where every expert has its own.
 inline PerExpert check_number(const char* name, double value, const std::optional<Tensor>& values, int64_t experts,
                               int32_t device) {

@@ -59,7 +59,6 @@ struct RouteArgs {
   int32_t* valid_rows;      // [1]
   Mxfp4MoeMTile* m_tiles;   // [max_m_tiles(slots, experts, tile_m)]
   int32_t* num_m_tiles;     // [1]
-  int32_t* has_far;         // [2], set to 0 for the kernels that follow; or null
   int32_t most_blocks;      // of a cluster; 1 where clusters are not to be used
 };
 // How many blocks every GPU that has clusters can run as one.
@@ -80,16 +79,26 @@ cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& ar
 // The same for at most kFewSlots and 256 experts; launch_topk_route calls it.
 cudaError_t launch_topk_route_few(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream);
 
+// To what a layer's activations are brought before each GEMM; _call/checks.py has the same numbers.
+enum class ActivationFormat : int { kMxfp8, kBf16 };
+
+// What the rows that a GEMM reads are.
+enum class RowFormat : int {
+  kMxfp8,        // E4M3 codes, even k first, and their scales
+  kMxfp8InBf16,  // the same values, codes times scales, as bf16 (shared/bf16_rows.cuh)
+  kBf16,         // as they came, rounded to bf16
+};
+
 struct QuantizePermuteArgs {
   const void* hidden;  // [T, hidden_size] of type, 16-byte aligned
   HalfType type;
   const int32_t* slot_row;  // [T * top_k], -1 for slots without a row
   int32_t tokens;
   int32_t top_k;
-  int32_t hidden_size;   // multiple of 32
-  uint8_t* codes;        // [T * top_k, hidden_size], even k first; or, with has_far, folded bf16
-  uint8_t* scales;       // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
-  int32_t* has_far;      // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null
+  int32_t hidden_size;  // multiple of 32
+  RowFormat format;
+  uint8_t* rows;         // [T * top_k, hidden_size]
+  uint8_t* scales;       // [ceil(hidden_size / 128), T * top_k padded to 4, 4], of kMxfp8
   bool hidden_is_ready;  // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
@@ -103,9 +112,9 @@ struct PermuteArgs {
   int32_t tokens;
   int32_t top_k;
   int32_t hidden_size;  // multiple of 32
-  uint8_t* codes;       // [T * top_k, hidden_size], even k first; or, with has_far, folded bf16
-  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4]
-  int32_t* has_far;     // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null
+  RowFormat format;     // not kBf16: these are quantized
+  uint8_t* rows;        // [T * top_k, hidden_size]
+  uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4], of kMxfp8
 };
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream);
 
@@ -120,9 +129,9 @@ struct ActivationArgs {
   Rounding rounding;      // of gemm1's values before the bias, and of the activation's
   PerExpert alpha, beta;  // of kSwigluOai; beta of kSitu too
   PerExpert limit;        // of all that have_numbers; +inf when there is none
-  uint8_t* codes;         // [rows, intermediate], even k first; or, with has_far, folded bf16
-  uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]
-  int32_t* has_far;       // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null
+  RowFormat format;
+  uint8_t* out;     // [rows, intermediate]
+  uint8_t* scales;  // [ceil(intermediate / 128), rows padded to 4, 4], of kMxfp8
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 

@@ -22,10 +22,13 @@ struct Layer {
   int32_t tokens, slots, experts, first_expert;
   int32_t hidden, intermediate, gemm1_width;
   bool is_mxfp8;  // hidden_states
+  bool in_bf16;   // the rows that the tile reads on this device
+  RowFormat rows;
   HalfType out_type;
   Activation activation;
   PerExpert alpha, beta, limit;
   Rounding rounding;  // of GEMM1's values and the activation's
+  bool gemm1_activates;
 };
 
 Layer check(const LayerArgs& args) {
@@ -70,31 +73,27 @@ Layer check(const LayerArgs& args) {
   layer.tile = tiles().find(args.tile_m, args.tile_n);
   STD_TORCH_CHECK(layer.tile != nullptr, "tile: expected one that is loaded, got (", args.tile_m, ", ", args.tile_n,
                   ")");
+  // Where the device has no machine code the launch says why.
+  const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(layer.device);
+  layer.in_bf16 = facts != nullptr && facts->act_format == MXFP4_MOE_ACT_BF16;
+  const bool quantizes = check_activation_format(args.activation_format) == ActivationFormat::kMxfp8;
+  STD_TORCH_CHECK(quantizes || layer.in_bf16,
+                  "activation_format: expected mxfp8, the only one that this GPU's kernels take, got bf16");
+  STD_TORCH_CHECK(quantizes || !layer.is_mxfp8,
+                  "activation_format: expected mxfp8 for hidden_states that are MXFP8 already, got bf16");
+  layer.rows = !layer.in_bf16 ? RowFormat::kMxfp8 : quantizes ? RowFormat::kMxfp8InBf16 : RowFormat::kBf16;
+  layer.gemm1_activates = facts != nullptr && facts->activates != 0 && is_fused(layer.activation);
   return layer;
 }
 
-// How the tile wants the rows of both GEMMs on this device, and what GEMM1 does with its sums.
-struct Form {
-  bool gemm1_activates;
-  bool folded1, folded2;  // the rows that GEMM1 and GEMM2 read
-};
-
-Form form_of(const Layer& layer, bool fold) {
-  const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(layer.device);
-  if (facts == nullptr) return {};  // the launch will say why
-  return {facts->activates != 0 && is_fused(layer.activation), fold && facts->gemm1_format == MXFP4_MOE_ACT_FOLDED,
-          fold && facts->gemm2_format == MXFP4_MOE_ACT_FOLDED};
-}
-
-Workspace::Shape workspace_of(const Layer& layer, const Form& form, int64_t max_m_tiles) {
+Workspace::Shape workspace_of(const Layer& layer, int64_t max_m_tiles) {
   return {layer.slots,
           layer.hidden,
           layer.intermediate,
           max_m_tiles,
-          form.gemm1_activates ? 0 : layer.gemm1_width,
+          layer.gemm1_activates ? 0 : layer.gemm1_width,
           layer.routing.from_logits,
-          form.folded1,
-          form.folded2,
+          layer.in_bf16,
           row_value_bytes(layer.out_type)};
 }
 
@@ -104,9 +103,8 @@ class Launches {
   Launches(const LayerArgs& args, const Layer& layer)
       : args_(args),
         layer_(layer),
-        form_(form_of(layer, args.fold)),
         max_m_tiles_(static_cast<int32_t>(max_m_tiles(layer.slots, layer.experts, layer.tile->tile_m))),
-        at_(workspace_of(layer, form_, max_m_tiles_)),
+        at_(workspace_of(layer, max_m_tiles_)),
         workspace_(empty({at_.bytes}, ScalarType::Byte, layer.device)),
         base_(data<uint8_t>(workspace_)),
         stream_(current_stream(layer.device)) {}
@@ -124,7 +122,6 @@ class Launches {
     route.valid_rows = ints(at_.valid_rows);
     route.m_tiles = m_tiles();
     route.num_m_tiles = ints(at_.num_m_tiles);
-    route.has_far = has_far1();
     route.most_blocks = most_cluster_blocks(layer_.device);
     topk_weights_ = layer_.routing.weights;
     if (!layer_.routing.from_logits) {
@@ -156,17 +153,16 @@ class Launches {
   }
 
   void gemm1() {
-    Mxfp4MoeGemmArgs gemm = gemm_args(form_.folded1);
-    gemm.act = base_ + at_.codes1;
+    Mxfp4MoeGemmArgs gemm = gemm_args();
+    gemm.act = base_ + at_.rows1;
     gemm.act_scale = base_ + at_.scales1;
-    gemm.has_far = ints(at_.has_far);
     gemm.out = base_ + at_.gemm1_out;
     gemm.out_type = MXFP4_MOE_OUT_FLOAT32;
-    if (form_.gemm1_activates) {
-      gemm.activate = {base_ + at_.codes2,
+    if (layer_.gemm1_activates) {
+      gemm.activate = {base_ + at_.rows2,
                        base_ + at_.scales2,
-                       ints(at_.has_far) + 1,
                        data<const float>(args_.w13_bias),
+                       layer_.rows != RowFormat::kBf16,
                        static_cast<int32_t>(layer_.activation),
                        static_cast<int32_t>(layer_.rounding),
                        layer_.alpha,
@@ -174,14 +170,13 @@ class Launches {
                        layer_.limit};
     }
     run("GEMM1", gemm, args_.w13, layer_.gemm1_width, layer_.hidden);
-    if (!form_.gemm1_activates) activation();
+    if (!layer_.gemm1_activates) activation();
   }
 
   void gemm2() {
-    Mxfp4MoeGemmArgs gemm = gemm_args(form_.folded2);
-    gemm.act = base_ + at_.codes2;
+    Mxfp4MoeGemmArgs gemm = gemm_args();
+    gemm.act = base_ + at_.rows2;
     gemm.act_scale = base_ + at_.scales2;
-    gemm.has_far = ints(at_.has_far) + 1;
     gemm.out = base_ + at_.gemm2_out;
     gemm.out_type = row_type(layer_.out_type);
     run("GEMM2", gemm, args_.w2, layer_.hidden, layer_.intermediate);
@@ -205,8 +200,6 @@ class Launches {
  private:
   int32_t* ints(int64_t offset) const { return reinterpret_cast<int32_t*>(base_ + offset); }
   Mxfp4MoeMTile* m_tiles() const { return reinterpret_cast<Mxfp4MoeMTile*>(base_ + at_.m_tiles); }
-  // Whether any of GEMM1's rows is far, and, behind it, any of GEMM2's; only of folded rows.
-  int32_t* has_far1() const { return form_.folded1 ? ints(at_.has_far) : nullptr; }
 
   // What both kernels that make GEMM1's rows have in common.
   template <typename Args>
@@ -215,20 +208,19 @@ class Launches {
     args.tokens = layer_.tokens;
     args.top_k = static_cast<int32_t>(layer_.routing.top_k);
     args.hidden_size = layer_.hidden;
-    args.codes = base_ + at_.codes1;
+    args.format = layer_.rows;
+    args.rows = base_ + at_.rows1;
     args.scales = base_ + at_.scales1;
-    args.has_far = has_far1();
     return args;
   }
 
   // What both GEMMs have in common.
-  Mxfp4MoeGemmArgs gemm_args(bool folded) const {
+  Mxfp4MoeGemmArgs gemm_args() const {
     Mxfp4MoeGemmArgs gemm = {};
     gemm.m_tiles = m_tiles();
     gemm.num_m_tiles = ints(at_.num_m_tiles);
     gemm.max_m_tiles = max_m_tiles_;
-    gemm.act_format = folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8;
-    gemm.kernel = MXFP4_MOE_KERNEL_BY_SIZE;
+    gemm.act_format = layer_.in_bf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8;
     gemm.rows = layer_.slots;
     gemm.experts = layer_.experts;
     gemm.m_tiles_are_ready = 1;
@@ -258,15 +250,14 @@ class Launches {
     activation.alpha = layer_.alpha;
     activation.beta = layer_.beta;
     activation.limit = layer_.limit;
-    activation.codes = base_ + at_.codes2;
+    activation.format = layer_.rows;
+    activation.out = base_ + at_.rows2;
     activation.scales = base_ + at_.scales2;
-    activation.has_far = form_.folded2 ? ints(at_.has_far) + 1 : nullptr;
     check_launch("activation", launch_activation(activation, stream_));
   }
 
   const LayerArgs& args_;
   const Layer& layer_;
-  const Form form_;
   const int32_t max_m_tiles_;
   const Workspace at_;  // offsets
   const Tensor workspace_;

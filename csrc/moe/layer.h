@@ -36,8 +36,8 @@ struct LayerArgs {
   bool intermediate_rounding;  // GEMM1's values and the activation's, to out's dtype
 
   int64_t tile_m, tile_n;
-  bool fold;          // false: MXFP8 rows for every kernel; that is how a layer of SM12x is tested on SM90
-  const Tensor& out;  // [T, H], written in its own dtype
+  int64_t activation_format;  // enum ActivationFormat: what the GEMMs' rows become first
+  const Tensor& out;          // [T, H], written in its own dtype
 };
 
 // Checks everything, then launches the layer's kernels on the current stream of hidden_states' device.

@@ -33,13 +33,13 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
                double beta, double limit, int64_t tile_m, int64_t tile_n, const Tensor& out, bool renormalize,
                int64_t first_expert, const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
                const std::optional<Tensor>& limits, const std::optional<Tensor>& hidden_states_scale,
-               bool scale_is_swizzled, bool intermediate_rounding, bool fold) {
+               bool scale_is_swizzled, bool intermediate_rounding, int64_t activation_format) {
   // clang-format off
   run_layer({hidden_states, hidden_states_scale, scale_is_swizzled,
              topk_weights, topk_ids, router_logits, top_k, renormalize, first_expert,
              w13, w13_bias, w2, w2_bias, intermediate_size,
              activation, alpha, beta, limit, alphas, betas, limits, intermediate_rounding,
-             tile_m, tile_n, fold, out});
+             tile_m, tile_n, activation_format, out});
   // clang-format on
 }
 
@@ -75,11 +75,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
   return {expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles};
 }
 
-// The MXFP8 rows of both quantizing kernels.
-std::tuple<Tensor, Tensor> empty_rows(int64_t rows, int64_t k, int32_t device) {
-  return {empty({rows, k}, ScalarType::Byte, device),
-          empty({scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
+// Rows of the kernels that make them, and their scales, of which bf16 rows have none.
+std::tuple<Tensor, Tensor> empty_rows(RowFormat format, int64_t rows, int64_t k, int32_t device) {
+  const bool is_mxfp8 = format == RowFormat::kMxfp8;
+  return {empty({rows, k}, is_mxfp8 ? ScalarType::Byte : ScalarType::BFloat16, device),
+          empty({is_mxfp8 ? scale_k_tiles(k) : 0, act_scale_rows(rows), 4}, ScalarType::Byte, device)};
 }
+RowFormat check_row_format(int64_t format) { return static_cast<RowFormat>(check_range("rows", format, 0, 2)); }
 
 // The number of valid rows is the last value of expert_offsets.
 const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
@@ -89,10 +91,12 @@ const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
   return data<const int32_t>(expert_offsets) + expert_offsets.numel() - 1;
 }
 
-// Returns codes [R, H] and scales.
-std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& slot_row, int64_t top_k) {
+// Returns rows [R, H] and scales. rows: RowFormat.
+std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& slot_row, int64_t top_k,
+                                            int64_t rows) {
   const int32_t device = device_of("hidden_states", hidden_states);
   QuantizePermuteArgs args = {};
+  args.format = check_row_format(rows);
   args.type = check_half("hidden_states", hidden_states);
   check_placed("hidden_states", hidden_states, device);
   args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
@@ -101,20 +105,22 @@ std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const T
   args.tokens = static_cast<int32_t>(hidden_states.size(0));
   check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
   const DeviceGuard guard(device);
-  const auto [codes, scales] = empty_rows(slots, args.hidden_size, device);
+  const auto [made, scales] = empty_rows(args.format, slots, args.hidden_size, device);
   args.hidden = hidden_states.data_ptr();
   args.slot_row = data<const int32_t>(slot_row);
-  args.codes = data<uint8_t>(codes);
+  args.rows = static_cast<uint8_t*>(made.data_ptr());
   args.scales = data<uint8_t>(scales);
   check_launch("quantize-permute", launch_quantize_permute(args, current_stream(device)));
-  return {codes, scales};
+  return {made, scales};
 }
 
 // The same of hidden_states that are MXFP8: uint8 E4M3 [T, H] and their scales.
 std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hidden_states_scale,
-                                   bool scale_is_swizzled, const Tensor& slot_row, int64_t top_k) {
+                                   bool scale_is_swizzled, const Tensor& slot_row, int64_t top_k, int64_t rows) {
   const int32_t device = device_of("hidden_states", hidden_states);
   PermuteArgs args = {};
+  args.format = check_row_format(rows);
+  STD_TORCH_CHECK(args.format != RowFormat::kBf16, "rows: expected 0 or 1, these are quantized, got 2");
   check_mxfp8(hidden_states, hidden_states_scale, scale_is_swizzled, device);
   args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
   args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
@@ -122,25 +128,26 @@ std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hi
   args.tokens = static_cast<int32_t>(hidden_states.size(0));
   check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
   const DeviceGuard guard(device);
-  const auto [codes, scales] = empty_rows(slots, args.hidden_size, device);
+  const auto [made, scales] = empty_rows(args.format, slots, args.hidden_size, device);
   args.hidden = data<const uint8_t>(hidden_states);
   args.hidden_scale = data<const uint8_t>(hidden_states_scale);
   args.scale_is_swizzled = scale_is_swizzled;
   args.slot_row = data<const int32_t>(slot_row);
-  args.codes = data<uint8_t>(codes);
+  args.rows = static_cast<uint8_t*>(made.data_ptr());
   args.scales = data<uint8_t>(scales);
   check_launch("permute", launch_permute(args, current_stream(device)));
-  return {codes, scales};
+  return {made, scales};
 }
 
-// Returns codes [R, I] and scales. rounding: 0 for none, else an Mxfp4MoeOutType.
+// Returns rows [R, I] and scales. rows: RowFormat; rounding: 0 for none, else an Mxfp4MoeOutType.
 std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_expert, const Tensor& expert_offsets,
                                       const std::optional<Tensor>& w13_bias, int64_t activation, double alpha,
                                       double beta, double limit, const std::optional<Tensor>& alphas,
                                       const std::optional<Tensor>& betas, const std::optional<Tensor>& limits,
-                                      int64_t rounding) {
+                                      int64_t rounding, int64_t rows) {
   const int32_t device = device_of("gemm1", gemm1);
   ActivationArgs args = {};
+  args.format = check_row_format(rows);
   args.activation = check_activation(activation);
   args.rounding =
       static_cast<Rounding>(check_range("rounding", rounding, MXFP4_MOE_OUT_FLOAT32, MXFP4_MOE_OUT_FLOAT16));
@@ -160,14 +167,14 @@ std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_exp
   args.beta = check_number("beta", beta, betas, experts, device);
   args.limit = check_number("limit", limit, limits, experts, device);
   const DeviceGuard guard(device);
-  const auto [codes, scales] = empty_rows(args.rows, args.intermediate, device);
+  const auto [made, scales] = empty_rows(args.format, args.rows, args.intermediate, device);
   args.gemm1 = data<const float>(gemm1);
   args.bias = data<const float>(w13_bias);
   args.row_expert = data<const int32_t>(row_expert);
-  args.codes = data<uint8_t>(codes);
+  args.out = static_cast<uint8_t*>(made.data_ptr());
   args.scales = data<uint8_t>(scales);
   check_launch("activation", launch_activation(args, current_stream(device)));
-  return {codes, scales};
+  return {made, scales};
 }
 
 // Returns out [T, H]: bfloat16 of bfloat16 rows, float16 of float32 rows.
@@ -239,17 +246,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "Tensor w13, Tensor? w13_bias, Tensor w2, Tensor? w2_bias, int intermediate_size, int activation, float alpha, "
       "float beta, float limit, int tile_m, int tile_n, Tensor(a!) out, bool renormalize=True, int first_expert=0, "
       "Tensor? alphas=None, Tensor? betas=None, Tensor? limits=None, Tensor? hidden_states_scale=None, "
-      "bool scale_is_swizzled=False, bool intermediate_rounding=False, bool fold=True) -> ()");
+      "bool scale_is_swizzled=False, bool intermediate_rounding=False, int activation_format=0) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k) -> (Tensor, Tensor)");
+  m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0) -> (Tensor, Tensor)");
   m.def(
-      "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor slot_row, int top_k) "
-      "-> "
-      "(Tensor, Tensor)");
+      "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor slot_row, int top_k, "
+      "int rows=0) -> (Tensor, Tensor)");
   m.def(
       "activation(Tensor gemm1, Tensor row_expert, Tensor expert_offsets, Tensor? w13_bias, int activation, "
-      "float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, int rounding=0) "
-      "-> (Tensor, Tensor)");
+      "float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, int rounding=0, "
+      "int rows=0) -> (Tensor, Tensor)");
   m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
   m.def("route_topk(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
 }

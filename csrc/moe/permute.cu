@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
                  ? QuadCodes{kPoisonCodes, kPoisonCodes, kPoisonScale}
                  : QuadCodes{__byte_perm(codes.x, codes.y, 0x6420), __byte_perm(codes.x, codes.y, 0x7531), scale};
     }
-    const KTile tiles[1] = {make_k_tile(quad, args.has_far != nullptr)};
+    const KTile tiles[1] = {make_k_tile(quad, args.format == RowFormat::kMxfp8InBf16)};
     store_to_rows(tiles, token, 0, k_tile, args);
   }
 }

@@ -13,7 +13,7 @@ constexpr int kChoicesAtOnce = 4;
 template <int kTokens, typename Args>
 __device__ __forceinline__ void store_to_rows(const KTile (&tiles)[kTokens], int64_t token, int64_t stride, int k_tile,
                                               const Args& args) {
-  const RowsOut to = {args.codes, args.scales, args.has_far, int64_t{args.tokens} * args.top_k, args.hidden_size};
+  const RowsOut to = {args.format, args.rows, args.scales, int64_t{args.tokens} * args.top_k, args.hidden_size};
   for (int j0 = 0; j0 < args.top_k; j0 += kChoicesAtOnce) {
     int rows[kTokens][kChoicesAtOnce];
 #pragma unroll

@@ -1,12 +1,12 @@
-// Quantize-permute: hidden_states to MXFP8 rows in expert order.
+// Quantize-permute: hidden_states to the rows that GEMM1 reads, in expert order.
 //
 // in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
-//      or, instead of codes, folded bf16 [R, H] (shared/folded.cuh)
+//      or bf16 [R, H], the same values or as they came (shared/bf16_rows.cuh)
 // Called by layer.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
 // Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
-// one 16-byte load and, folded, one 16-byte store per row, a quad finds amax with two shuffles, and a half-warp writes
+// one 16-byte load and, of bf16, one 16-byte store per row, a quad finds amax with two shuffles, and a half-warp writes
 // one scale word. Four choices' row numbers are asked for at once.
 #include "moe/halves.cuh"
 #include "moe/permuted_rows.cuh"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const Quanti
     for (int t = 0; t < kTokens; ++t) {
       float x[kValuesPerLane];
       widen<kType>(packed[t], x);
-      tiles[t] = make_k_tile(quantize_quad(x), args.has_far != nullptr);
+      tiles[t] = make_k_tile(x, args.format);
     }
     if (token == blockIdx.y) {
       wait_for_previous_kernel();

@@ -2,7 +2,7 @@
 //
 // in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
 //      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
-// out  slot_row [R], slot -> row or -1; row_expert [R]; valid_rows; has_far [2], zeros
+// out  slot_row [R], slot -> row or -1; row_expert [R]; valid_rows
 //      m_tiles: every expert's rows cut into pieces of at most tile_m, experts and rows ascending
 //      if wanted expert_offsets [E + 1] and row_slot [R], row -> slot, -1 past the valid rows
 // Called by layer.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
@@ -200,9 +200,6 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
       }
       *args.valid_rows = valid_rows;
       *args.num_m_tiles = num_m_tiles;
-      if (args.has_far != nullptr) {
-        args.has_far[0] = args.has_far[1] = 0;
-      }
     }
   }
   __syncthreads();

@@ -2,7 +2,7 @@
 // time.
 //
 // in   topk_ids [R = T * k] int32 or int64, R at most kFewSlots, or the router's logits [T, E], E at most 256
-// out  as in route.cu: slot_row, row_expert, valid_rows, has_far, m_tiles; if wanted expert_offsets and row_slot; from
+// out  as in route.cu: slot_row, row_expert, valid_rows, m_tiles; if wanted expert_offsets and row_slot; from
 //      logits topk_weights [T, k]. The same values, one block, no atomics
 // Called by route.cu. Why it is fast: there are few steps that wait for one another. A slot's row is the number of
 // slots with lower keys, expert first and slot second, and one pass over the keys in shared memory counts them, four to
@@ -88,9 +88,6 @@ __device__ __forceinline__ void route_few(const RouteArgs& args, const Ids& ids)
     if (slot == 0) {
       *args.num_m_tiles = all;
       *args.valid_rows = valid_rows;
-      if (args.has_far != nullptr) {
-        args.has_far[0] = args.has_far[1] = 0;
-      }
     }
   }
 

@@ -1,15 +1,14 @@
 // Where one call's intermediates live: offsets into a single allocation, from shapes alone.
 //
 // bytes = 2 * 4 R + 16 max_m_tiles + 4 + 4                       routing
-//       + max(R H + 4 ceil(H/128) R4, B R H)                     MXFP8 rows and scales of GEMM1, then GEMM2's output
-//       + R I + 4 ceil(I/128) R4                                 MXFP8 rows and scales of GEMM2
+//       + max(rows of GEMM1, B R H)                              which GEMM2's output overwrites
+//       + rows of GEMM2
 //       + 4 R N1, only where GEMM1 does not activate             GEMM1's output, fp32
 //       + 8 R, only where the layer starts from logits           topk_ids and topk_weights
-//       + 8, only where rows are folded                          whether any is far, of each GEMM
-// B is 2, or 4 where the layer's output is fp16 (kernels.h, row_type). R4 is R padded to 4; N1 is GEMM1's width, 2I
-// when the activation is gated and I when it is not; each term is rounded up to 256 (slot_row and so on are terms of
-// their own). Folded rows (shared/folded.cuh) have 2 R H and 2 R I bytes instead of R H and R I. The rows that GEMM1
-// reads are dead when GEMM2 writes, so the two share their bytes.
+// Rows of K values are R K + 4 ceil(K/128) R4 bytes as MXFP8, 2 R K as bf16. B is 2, or 4 where the layer's output is
+// fp16 (kernels.h, row_type). R4 is R padded to 4; N1 is GEMM1's width, 2I when the activation is gated and I when it is
+// not; each term is rounded up to 256 (slot_row and so on are terms of their own). The rows that GEMM1 reads are dead
+// when GEMM2 writes, so the two share their bytes.
 #pragma once
 
 #include <stdint.h>
@@ -24,15 +23,15 @@ namespace mxfp4_moe {
 constexpr int64_t kWorkspaceAlignment = 256;  // TMA needs 16; 256 is what torch's allocator gives
 
 struct Workspace {
-  int64_t slot_row, row_expert, m_tiles, num_m_tiles, valid_rows, has_far, topk_ids, topk_weights;
-  int64_t codes1, scales1, codes2, scales2, gemm1_out, gemm2_out;
+  int64_t slot_row, row_expert, m_tiles, num_m_tiles, valid_rows, topk_ids, topk_weights;
+  int64_t rows1, scales1, rows2, scales2, gemm1_out, gemm2_out;
   int64_t bytes;
 
   struct Shape {
     int64_t slots, hidden, intermediate, max_m_tiles;
     int64_t gemm1_width;  // of GEMM1's output in memory, 0 when there is none
     bool from_logits;
-    bool folded, folded2;     // what GEMM1 reads, what GEMM2 reads
+    bool in_bf16;             // what the GEMMs read
     int64_t row_value_bytes;  // of GEMM2's output
   };
 
@@ -48,15 +47,16 @@ struct Workspace {
     m_tiles = take(s.max_m_tiles * static_cast<int64_t>(sizeof(Mxfp4MoeMTile)));
     num_m_tiles = take(4);
     valid_rows = take(4);
-    has_far = take(s.folded ? 8 : 0);
     topk_ids = take(s.from_logits ? s.slots * 4 : 0);
     topk_weights = take(s.from_logits ? s.slots * 4 : 0);
     gemm2_out = bytes;
-    codes1 = take(s.slots * s.hidden * (s.folded ? 2 : 1));
-    scales1 = take(act_scale_bytes(s.slots, s.hidden));
+    const auto take_rows = [&](int64_t k, int64_t& rows, int64_t& scales) {
+      rows = take(s.slots * k * (s.in_bf16 ? 2 : 1));
+      scales = take(s.in_bf16 ? 0 : act_scale_bytes(s.slots, k));
+    };
+    take_rows(s.hidden, rows1, scales1);
     take(std::max<int64_t>(0, gemm2_out + s.slots * s.hidden * s.row_value_bytes - bytes));
-    codes2 = take(s.slots * s.intermediate * (s.folded2 ? 2 : 1));
-    scales2 = take(act_scale_bytes(s.slots, s.intermediate));
+    take_rows(s.intermediate, rows2, scales2);
     gemm1_out = take(s.slots * s.gemm1_width * 4);
   }
 };

@@ -1,9 +1,6 @@
 // The architectures of the manifest, each as a type: what shapes and launcher take from it (sm12x/arch.cuh,
 // sm90/arch.cuh).
 //   kSmemPerSm           bytes of shared memory of a multiprocessor; a block may opt in to 1 KB less
-//   kLongWarps           an output tile of 8 x 128 has two warps of 64 rows instead of four of 32: fewer instructions
-//                        per MMA, but fewer warps to hide latency
-//   kUnrolledFragments   up to so many MMA fragments per warp, the main loop is unrolled over the stages
 //   kFewWeightBytes      GEMMs that may read more than this load weights at L2's normal priority (launcher.cuh)
 #pragma once
 

@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "tile/mma_mx.cuh"
+#include "tile/lane_maps.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/swiglu_epilogue.cuh"
 
@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_tile(float (&acc)[Shape::kFragM][Shape::kF
                                            const Mxfp4MoeMTile& m_tile, int n_tile, int m0, int n0, const Lane& lane,
                                            uint32_t* amax) {
   if constexpr (Shape::kActivates) {
-    if (p.activate.codes != nullptr) {
+    if (p.activate.rows != nullptr) {
       store_activated<Shape>(acc, p.activate, m_tile, p.rows, p.n, n_tile * Shape::N, m0, n0, lane(), amax);
       return;
     }
@@ -106,7 +106,7 @@ struct OutputTiles {
 
   __device__ __forceinline__ void operator()(int warp, int lane) const {
     const int kept_n_tiles = ceil_div(p.n, Shape::N);
-    const auto num_n_tiles = [&] { return Shape::kFolded ? ceil_div(p.n, Shape::N) : kept_n_tiles; };
+    const auto num_n_tiles = [&] { return Shape::kReadsBf16 ? ceil_div(p.n, Shape::N) : kept_n_tiles; };
     const int num_tiles = Shape::kKeepsNothing ? 0 : uniform(load_num_m_tiles(p)) * num_n_tiles();
     const auto is_tile = [&](int tile) {
       return tile < (Shape::kKeepsNothing ? uniform(load_num_m_tiles(p)) * ceil_div(p.n, Shape::N) : num_tiles);

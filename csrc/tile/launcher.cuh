@@ -9,10 +9,8 @@
 #include <type_traits>
 
 #include "shared/per_device.h"
-#include "tile/plain_kernel.cuh"
-#include "tile/shapes.cuh"
+#include "tile/sm12x/plain_kernel.cuh"
 #include "tile/sm90/mma_sync_kernel.cuh"
-#include "tile/sm90/parallel_k_kernel.cuh"
 #include "tile/sm90/wgmma_kernel.cuh"
 
 namespace mxfp4_moe {
@@ -42,11 +40,17 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
                   static_cast<long long>(a.experts * weight_bytes(a.n, a.k) / kWeightUnit));
   if (a.out_type < MXFP4_MOE_OUT_FLOAT32 || a.out_type > MXFP4_MOE_OUT_FLOAT16)
     return refuse("out_type: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", a.out_type);
+  constexpr int kFormat = Shape::kReadsBf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8;
+  if (a.act_format != kFormat)
+    return refuse("act_format: expected %d, the rows that tile (%d, %d) reads on this GPU, got %d", kFormat, Shape::M,
+                  Shape::N, a.act_format);
   if (!aligned(a.act, 16)) return refuse("act: expected an address that is a multiple of 16, got %p", a.act);
-  if (!Shape::kFolded && !aligned(a.act_scale, 16))
+  if (!Shape::kReadsBf16 && !aligned(a.act_scale, 16))
     return refuse("act_scale: expected an address that is a multiple of 16, got %p", a.act_scale);
   if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
-  if (a.activate.codes) {
+  if (a.activate.rows) {
+    if (!Shape::kReadsBf16 && !a.activate.quantizes)
+      return refuse("quantizes: tile (%d, %d) writes MXFP8 rows on this GPU", Shape::M, Shape::N);
     if (!Shape::kActivates) return refuse("activate: tile (%d, %d) cannot", Shape::M, Shape::N);
     if (a.n % 64) return refuse("n: expected a multiple of 64, gates and ups, got %d", a.n);
     if (a.activate.activation < 0 || !is_fused(static_cast<Activation>(a.activate.activation)))
@@ -110,7 +114,7 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
                     {k},
                     {kTileK, Shape::M},
                     CU_TENSOR_MAP_SWIZZLE_128B};
-  if constexpr (Shape::kFolded) {
+  if constexpr (Shape::kReadsBf16) {
     act.type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     act.strides[0] = 2 * k;
     act.box[0] = kTileK / 2;
@@ -124,7 +128,7 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
                        {kWeightUnit / 4, Shape::kWeightBytes / kWeightUnit},
                        CU_TENSOR_MAP_SWIZZLE_NONE};
   if (const char* why = encode(maps.act, act, refuse)) return why;
-  if constexpr (!Shape::kFolded) {
+  if constexpr (!Shape::kReadsBf16) {
     // Pairs of words, because a box has at most 256 elements a side and the largest tile wants 260 rows.
     const cuuint64_t k_tiles = u64(scale_k_tiles(a.k)), scale_rows = u64(act_scale_rows(a.rows));
     const TmaOperand<2> act_scale{"act_scale",
@@ -179,69 +183,24 @@ int64_t max_output_tiles(const Mxfp4MoeGemmArgs& a) {
 }
 
 template <class Shape>
-const char* launch_kernel(const Mxfp4MoeGemmArgs& a, int device, Refusal& refuse) {
+const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
+  static thread_local Refusal refuse;
+  if (const char* why = check_arguments<Shape>(a, refuse)) return why;
+  if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
+
+  int device = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
   int blocks = 0;
   if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
   TensorMaps maps;
   if (const char* why = describe<Shape>(maps, a, refuse)) return why;
-  const GemmParams params{a.out,
-                          a.m_tiles,
-                          a.num_m_tiles,
-                          a.out_type,
-                          a.rows,
-                          a.n,
-                          a.k,
-                          a.m_tiles_are_ready,
-                          weight_hint<Shape>(a),
-                          static_cast<const uint8_t*>(a.act_scale),
-                          a.has_far,
-                          a.activate};
+  const GemmParams params{a.out, a.m_tiles,           a.num_m_tiles,         a.out_type, a.rows, a.n,
+                          a.k,   a.m_tiles_are_ready, weight_hint<Shape>(a), a.activate};
   const auto grid = static_cast<unsigned>(std::min<int64_t>(max_output_tiles<Shape>(a), blocks));
   if (cudaError_t e = launch(kernel_of(static_cast<Shape*>(nullptr)), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
                              static_cast<cudaStream_t>(a.stream), maps, params))
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;
-}
-
-// The kernel of parallel K tiles, where the tile has it, takes calls of at most so many output tiles per block that the
-// device holds at once. Then each tile's own time counts, which it shortens; beyond, there are tiles enough to keep
-// every SM busy. With 1 instead of 2, one and two tokens of gpt-oss-120b took 2 and 3 us longer on the H200.
-constexpr int kParallelKTilesPerBlock = 2;
-
-// The rule: folded activations have a kernel of their own; for MXFP8 ones the size of the call decides, or, in tests,
-// a.kernel.
-template <class Tile>
-const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
-  static thread_local Refusal refuse;
-  using Has = Kernels<Tile>;
-  const bool folded = a.act_format == MXFP4_MOE_ACT_FOLDED;
-  using FoldedOrPlain = std::conditional_t<Has::kHasFolded, typename Has::Folded, Tile>;
-  if (const char* why = folded ? check_arguments<FoldedOrPlain>(a, refuse) : check_arguments<Tile>(a, refuse))
-    return why;
-  if ((folded || a.kernel == MXFP4_MOE_KERNEL_FOLDED) && !Has::kHasFolded)
-    return refuse("kernel: tile (%d, %d) has no kernel for folded activations on this GPU", Tile::M, Tile::N);
-  if (a.kernel == MXFP4_MOE_KERNEL_FOLDED && !folded)
-    return refuse("act_format: expected 1 (folded) with kernel 3 (folded), got %d", a.act_format);
-  if (a.kernel == MXFP4_MOE_KERNEL_PARALLEL_K && !Has::kHasParallelK)
-    return refuse("kernel: tile (%d, %d) has no split-K kernel for this GPU", Tile::M, Tile::N);
-  if (a.rows == 0 || a.max_m_tiles == 0) return nullptr;
-
-  int device = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return refuse("no current CUDA device (%s)", cudaGetErrorString(e));
-  if constexpr (Has::kHasFolded) {
-    if (folded) return launch_kernel<typename Has::Folded>(a, device, refuse);
-  }
-  if constexpr (Has::kHasParallelK) {
-    using Shape = typename Has::ParallelK;
-    bool fits = a.kernel == MXFP4_MOE_KERNEL_PARALLEL_K;
-    if (a.kernel == MXFP4_MOE_KERNEL_BY_SIZE) {
-      int blocks = 0;
-      if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
-      fits = max_output_tiles<Shape>(a) <= static_cast<int64_t>(blocks) * kParallelKTilesPerBlock;
-    }
-    if (fits) return launch_kernel<Shape>(a, device, refuse);
-  }
-  return launch_kernel<Tile>(a, device, refuse);
 }
 
 }  // namespace mxfp4_moe

@@ -37,9 +37,7 @@ struct GemmParams {
   int32_t n;
   int32_t k;
   int32_t m_tiles_are_ready;
-  uint64_t weight_hint;      // L2's priority for weights, where it is not always the same
-  const uint8_t* act_scale;  // these two only of folded activations
-  const int32_t* has_far;
+  uint64_t weight_hint;  // L2's priority for weights, where it is not always the same
   Mxfp4MoeActivate activate;
 };
 
@@ -116,11 +114,6 @@ struct Ring {
       stage = 0;
       phase ^= 1;
     }
-  }
-  __device__ __forceinline__ void skip(int stages) {
-    const unsigned to = stage + stages;
-    stage = to % kStages;
-    phase ^= to / kStages & 1;
   }
 };
 

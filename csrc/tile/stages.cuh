@@ -36,14 +36,12 @@ struct Occupancy {
 
 // Where the parts of a block's dynamic shared memory begin: each an array over the stages, the strictest alignment
 // first; behind them what the block has once, the table of amax first (swiglu_epilogue.cuh).
-template <int kStages, int kActBytes, int kWeightBytes, int kActScaleBytes, int kSumBytes, int kBarrierBytes,
-          int kOnceBytes>
+template <int kStages, int kActBytes, int kWeightBytes, int kActScaleBytes, int kBarrierBytes, int kOnceBytes>
 struct SmemLayout {
   static constexpr int kAct = 0;
   static constexpr int kWeight = kAct + kStages * kActBytes;
   static constexpr int kActScale = kWeight + kStages * kWeightBytes;
-  static constexpr int kSum = kActScale + kStages * kActScaleBytes;
-  static constexpr int kBarrier = kSum + kStages * kSumBytes;
+  static constexpr int kBarrier = kActScale + kStages * kActScaleBytes;
   static constexpr int kAmax = kBarrier + kStages * kBarrierBytes;
   static constexpr int kBytes = kAmax + kOnceBytes;
 };

@@ -1,6 +1,7 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
 // memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in
-// shared/scale_layout.cuh; or, where the tile's kernel reads them so, folded values (shared/folded.cuh).
+// shared/scale_layout.cuh; or, where the tile's kernel reads them so, bf16 rows (shared/bf16_rows.cuh), quantized to
+// MXFP8 before or not.
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -9,12 +10,11 @@
 // Same arithmetic, operation by operation, as csrc/moe/activation.cu on stored sums.
 #pragma once
 
-#include "shared/folded.cuh"
+#include "shared/bf16_rows.cuh"
 #include "shared/mxfp8.cuh"
 #include "shared/nonlinearities.cuh"
 #include "shared/scale_layout.cuh"
 #include "tile/in_turns.cuh"
-#include "tile/mma_mx.cuh"
 #include "tile_abi.h"
 
 namespace mxfp4_moe {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   const int col0 = tile_n0 + weight_row0;
   const int valid = m_tile.row_end - m_tile.row_begin;
   // Fragments without a row are skipped where tiles are wide; elsewhere asking costs more than it saves.
-  const auto is_empty = [&](int f) { return Shape::kFolded && f * 8 >= valid; };
+  const auto is_empty = [&](int f) { return Shape::kReadsBf16 && f * 8 >= valid; };
   const auto round_all = [&] {
 #pragma unroll
     for (int i = 0; i < Shape::kFragM; ++i) {
@@ -130,6 +130,29 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
 
   if (rounding != Rounding::kNone) round_all();
 
+  const int intermediate = n / 2;
+  // Rows 2t and 2t + 1 of output g to outputs 2t and 2t + 1 of row g, which stand side by side. All lanes call it.
+  const auto store_bf16 = [&](int f, int q, uint32_t pair) {
+    const uint32_t outs = transpose_8x8(pair);
+    const int row = act_row0 + f * 8 + g;
+    if (row < valid && in_range)
+      *reinterpret_cast<uint32_t*>(reinterpret_cast<__nv_bfloat16*>(a.rows) +
+                                   static_cast<int64_t>(m_tile.row_begin + row) * intermediate + col0 / 2 + q * 8 +
+                                   2 * t) = outs;
+  };
+  if constexpr (Shape::kReadsBf16) {
+    static_assert(kSwap);
+    if (!a.quantizes) {
+#pragma unroll
+      for (int f = 0; f < kActFrags; ++f) {
+        if (is_empty(f)) continue;
+#pragma unroll
+        for (int q = 0; q < kGroups; ++q) store_bf16(f, q, bf16_pair(value(q, f, 0, 0), value(q, f, 1, 0)));
+      }
+      return;
+    }
+  }
+
   const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(Shape::kMmaWarps * 32) : "memory"); };
   const auto act_row = [&](int f, int r) { return act_row0 + (kSwap ? f * 8 + 2 * t + r : f * 16 + 8 * r + g); };
   sync();  // all have read the table of the output tile before
@@ -152,8 +175,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   if (!in_range) return;
 
   constexpr int kPartsPerBlock = 64 / Shape::kWarpWeightRows;
-  const int intermediate = n / 2, block = (tile_n0 + weight_row0) / 64;
-  const int out_in_block = (tile_n0 + weight_row0) % 64 / 2;
+  const int block = col0 / 64, out_in_block = col0 % 64 / 2;
 #pragma unroll
   for (int f = 0; f < kActFrags; ++f) {
     if (is_empty(f)) continue;
@@ -166,37 +188,27 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
       for (int i = 0; i < kPartsPerBlock; ++i)
         largest[r] = max(largest[r], amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
       scale[r] = mx_scale(largest[r]);
-      if (part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
+      if (!Shape::kReadsBf16 && part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
         const int64_t at = act_scale_offset(m_tile.row_begin + row, block, rows);
         a.scales[at] = static_cast<uint8_t>(scale[r]);
         if (block == intermediate / 32 - 1)  // the word's bytes past K are zero
           for (int pad = block % 4 + 1; pad < 4; ++pad) a.scales[at + pad - block % 4] = 0;
-        if (Shape::kFoldsOutput && largest[r] != 0 && is_far(scale[r])) *a.has_far = 1;
       }
     }
     const auto store_word = [&](int row, int parity, int out, uint32_t word) {
       if (row < valid)
-        *reinterpret_cast<uint32_t*>(a.codes + static_cast<int64_t>(m_tile.row_begin + row) * intermediate +
-                                     block * 32 + parity * 16 + (out_in_block + out) / 2) = word;
+        *reinterpret_cast<uint32_t*>(a.rows + static_cast<int64_t>(m_tile.row_begin + row) * intermediate + block * 32 +
+                                     parity * 16 + (out_in_block + out) / 2) = word;
     };
-    if constexpr (Shape::kFoldsOutput) {
-      // Transposed, lane 4g + t has outputs 2t and 2t + 1 of row g. Pairs of lanes exchange, so that each holds two
-      // that stand side by side.
-      const float unit[2] = {folded_scale(scale[0]), folded_scale(scale[1])};
+    if constexpr (Shape::kReadsBf16) {
+      const float unit[2] = {e8m0_value(scale[0]), e8m0_value(scale[1])};
 #pragma unroll
       for (int q = 0; q < kGroups; ++q) {
         uint32_t codes = 0;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
           codes |= (mx_codes(largest[r], scale[r], value(q, f, r, 0), 0.f, 0.f, 0.f) & 0xff) << (8 * r);
-        const uint32_t pair = transpose_8x8(fold_pair(codes, unit[0], unit[1]));
-        const uint32_t other = __shfl_xor_sync(~0u, pair, 1);
-        const int row = act_row0 + f * 8 + g, group = out_in_block / 8 + q;
-        if (row < valid)
-          *reinterpret_cast<uint32_t*>(reinterpret_cast<__nv_bfloat16*>(a.codes) +
-                                       static_cast<int64_t>(m_tile.row_begin + row) * intermediate + block * 32 +
-                                       folded_position(group * 8 + t / 2 * 4 + t % 2)) =
-              __byte_perm(pair, other, t % 2 ? 0x3276 : 0x5410);
+        store_bf16(f, q, bf16_pair_of_codes(codes, unit[0], unit[1]));
       }
     } else if constexpr (kSwap) {
       // Two groups at a time; a lane's bytes: row 0 of both, row 1 of both. Four lanes g = 2 * number + parity

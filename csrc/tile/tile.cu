@@ -11,9 +11,8 @@
 // A type per arch: with one for both, the objects of the two archs would define the same kernel, and the linker would
 // keep the host stub of only one of them.
 namespace MXFP4_MOE_JOIN(sm_, MXFP4_MOE_ARCH) {
-struct Tile
-    : mxfp4_moe::TileShape<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, mxfp4_moe::MXFP4_MOE_JOIN(Arch_, MXFP4_MOE_ARCH)> {
-};
+struct Tile : mxfp4_moe::ShapeOf<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB,
+                                 mxfp4_moe::MXFP4_MOE_JOIN(Arch_, MXFP4_MOE_ARCH)>::Type {};
 }  // namespace MXFP4_MOE_JOIN(sm_,MXFP4_MOE_ARCH)
 using MXFP4_MOE_JOIN(sm_, MXFP4_MOE_ARCH)::Tile;
 
@@ -23,11 +22,15 @@ extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, MXFP4_MOE_A
     MXFP4_MOE_TEXT(MXFP4_MOE_ARCH),
     Tile::M,
     Tile::N,
-    Tile::kSwap,
-    {mxfp4_moe::Kernels<Tile>::plain(), mxfp4_moe::Kernels<Tile>::parallel_k(), mxfp4_moe::Kernels<Tile>::folded()},
-    mxfp4_moe::Kernels<Tile>::kActivates,
-    mxfp4_moe::Kernels<Tile>::kGemm1Format,
-    mxfp4_moe::Kernels<Tile>::gemm2_format(),
+    SWAP_AB,
+    Tile::kThreads,
+    Tile::kStages,
+    Tile::kStageBytes,
+    Tile::kSmemBytes,
+    Tile::kBlocksPerSm,
+    Tile::kAccumulators,
+    Tile::kActivates,
+    Tile::kReadsBf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8,
 };
 
 const char* MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, MXFP4_MOE_ARCH)(const Mxfp4MoeGemmArgs* args) {

@@ -60,19 +60,6 @@ const Arch* arch_of(int32_t device) {
   return nullptr;
 }
 
-// As tiles.Kernel.label.
-const char* kernel_name(int32_t kernel) {
-  switch (kernel) {
-    case MXFP4_MOE_KERNEL_PLAIN:
-      return "plain";
-    case MXFP4_MOE_KERNEL_PARALLEL_K:
-      return "parallel_k";
-    case MXFP4_MOE_KERNEL_FOLDED:
-      return "folded";
-  }
-  return "unknown";
-}
-
 const Mxfp4MoeTileFacts* facts_of(int32_t device) {
   const Arch* arch = arch_of(device);
   return arch ? arch->facts : nullptr;
@@ -96,10 +83,10 @@ const Mxfp4MoeTile kTile = {
     MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, &facts_of, &launch,
 };
 
-// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8;
-// or bfloat16 for MXFP4_MOE_KERNEL_FOLDED, which also takes has_far: int32 [1].
-void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weight, const Tensor& m_tiles,
-                  const Tensor& num_m_tiles, const Tensor& out, int64_t kernel, const std::optional<Tensor>& has_far) {
+// out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8 and
+// has act_scale, or bfloat16 and has none, as the device's tile reads it.
+void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, const Tensor& weight,
+                  const Tensor& m_tiles, const Tensor& num_m_tiles, const Tensor& out) {
   const int32_t device = device_of("act", act);
   STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 or bfloat16 [rows, k], got ", describe(act));
   STD_TORCH_CHECK(out.dim() == 2, "out: expected [rows, n], got ", describe(out));
@@ -110,12 +97,13 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(n > 0 && n % 16 == 0 && n <= INT_MAX, "n: expected a positive multiple of 16, got ", n);
   STD_TORCH_CHECK(rows <= INT_MAX - 3, "rows: expected at most ", INT_MAX - 3, ", got ", rows);
   STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
-  const bool folded = kernel == MXFP4_MOE_KERNEL_FOLDED;
-  check_tensor("act", act, folded ? ScalarType::BFloat16 : ScalarType::Byte, {rows, k}, device);
-  check_tensor("act_scale", act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
-  STD_TORCH_CHECK(folded == has_far.has_value(), "has_far: expected ", folded ? "int32 [1]" : "none",
-                  " for this kernel, got ", folded ? "none" : "one");
-  if (folded) check_tensor("has_far", *has_far, ScalarType::Int, {1}, device, kElementAlignment);
+  const Mxfp4MoeTileFacts* facts = facts_of(device);
+  const bool is_bf16 = facts != nullptr && facts->act_format == MXFP4_MOE_ACT_BF16;  // without facts launch says why
+  check_tensor("act", act, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, {rows, k}, device);
+  STD_TORCH_CHECK(is_bf16 != act_scale.has_value(), "act_scale: expected ", is_bf16 ? "none" : "uint8",
+                  " for the rows that this GPU's kernels read, got ", is_bf16 ? "one" : "none");
+  if (act_scale.has_value())
+    check_tensor("act_scale", *act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
   check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k)}, device);
   check_tensor("m_tiles", m_tiles, ScalarType::Int, {m_tiles.size(0), 4}, device);
   check_tensor("num_m_tiles", num_m_tiles, ScalarType::Int, {1}, device, kElementAlignment);
@@ -123,14 +111,11 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
   STD_TORCH_CHECK(out_type == ScalarType::Float || out_type == ScalarType::BFloat16 || out_type == ScalarType::Half,
                   "out: expected float32, bfloat16 or float16, got ", describe(out));
   check_tensor("out", out, out_type, {rows, n}, device);
-  STD_TORCH_CHECK(kernel >= MXFP4_MOE_KERNEL_BY_SIZE && kernel <= MXFP4_MOE_KERNEL_FOLDED,
-                  "kernel: expected 0 (by size), 1 (plain), 2 (split K) or 3 (folded), got ", kernel);
 
   const DeviceGuard guard(device);
   const Mxfp4MoeGemmArgs args = {
       act.data_ptr(),
-      act_scale.data_ptr(),
-      folded ? static_cast<const int32_t*>(has_far->data_ptr()) : nullptr,
+      act_scale.has_value() ? act_scale->data_ptr() : nullptr,
       weight.data_ptr(),
       out.data_ptr(),
       static_cast<const Mxfp4MoeMTile*>(m_tiles.data_ptr()),
@@ -144,8 +129,7 @@ void grouped_gemm(const Tensor& act, const Tensor& act_scale, const Tensor& weig
       static_cast<int32_t>(k),
       static_cast<int32_t>(experts),
       /*m_tiles_are_ready=*/0,  // who knows which kernel made them
-      folded ? MXFP4_MOE_ACT_FOLDED : MXFP4_MOE_ACT_MXFP8,
-      static_cast<int32_t>(kernel),
+      is_bf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8,
       /*activate=*/{},
       current_stream(device),
   };
@@ -161,27 +145,14 @@ bool put(PyObject* dict, PyObject* key, PyObject* value) {
   return done;
 }
 
-PyObject* kernels_of(const Mxfp4MoeTileFacts& facts) {
-  PyObject* kernels = PyDict_New();
-  for (const Mxfp4MoeKernelFacts& f : facts.kernels) {
-    if (f.kernel == 0) continue;
-    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i}", "threads", f.threads, "stages", f.stages, "stage_bytes",
-                                  f.stage_bytes, "smem_bytes", f.smem_bytes, "blocks_per_sm", f.blocks_per_sm,
-                                  "accumulator_registers", f.accumulator_registers);
-    if (!put(kernels, PyUnicode_FromString(kernel_name(f.kernel)), one)) {
-      Py_XDECREF(kernels);
-      return nullptr;
-    }
-  }
-  return kernels;
-}
-
 PyObject* facts(PyObject*, PyObject*) {
   PyObject* all = PyDict_New();
   for (const Arch& arch : kArchs) {
     const Mxfp4MoeTileFacts& f = *arch.facts;
-    PyObject* one = Py_BuildValue("{s:i,s:i,s:i,s:N}", "tile_m", f.tile_m, "tile_n", f.tile_n, "swap_ab", f.swap_ab,
-                                  "kernels", kernels_of(f));
+    PyObject* one =
+        Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "tile_m", f.tile_m, "tile_n", f.tile_n, "swap_ab",
+                      f.swap_ab, "threads", f.threads, "stages", f.stages, "stage_bytes", f.stage_bytes, "smem_bytes",
+                      f.smem_bytes, "blocks_per_sm", f.blocks_per_sm, "accumulator_registers", f.accumulator_registers);
     if (!put(all, PyUnicode_FromString(f.arch), one)) {
       Py_XDECREF(all);
       return nullptr;
@@ -195,8 +166,8 @@ PyObject* facts(PyObject*, PyObject*) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("grouped_gemm_" MXFP4_MOE_TEXT(
-      TILE_NAME) "(Tensor act, Tensor act_scale, Tensor weight, Tensor m_tiles, "
-                 "Tensor num_m_tiles, Tensor(a!) out, int kernel=0, Tensor? has_far=None) -> ()");
+      TILE_NAME) "(Tensor act, Tensor? act_scale, Tensor weight, Tensor m_tiles, Tensor num_m_tiles, "
+                 "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {

@@ -1,4 +1,5 @@
-// What one logical tile (M, N, SWAP_AB) becomes on the chip: warps, fragments, pipeline stages, shared memory.
+// What one logical tile (M, N, SWAP_AB) becomes on SM12x: warps, fragments, pipeline stages, shared memory; and what all
+// shapes have in common. SM90's are in sm90/tile_shape.cuh.
 //
 // M counts activation rows (tokens of one expert), N weight rows (output features). Native tiles feed activations to
 // the MMA's A operand and weights to B; swapped tiles exchange them, so that the small side M becomes the MMA's
@@ -29,10 +30,7 @@ struct TileShape {
   static constexpr int kPhysN = kSwap ? M : N;
 
   // MMA warps in a grid of kWarpsM x kWarpsN. Long warp tiles reuse every expanded fragment.
-  static constexpr int kSwappedWarpRows = N <= 64                                  ? 16
-                                          : M <= 16 && N >= 256                    ? 64
-                                          : M == 8 && N == 128 && Arch::kLongWarps ? 64
-                                                                                   : 32;
+  static constexpr int kSwappedWarpRows = N <= 64 ? 16 : (M <= 16 && N >= 256) || (M == 8 && N == 128) ? 64 : 32;
   static constexpr int kMmaWarps = kSwap ? N / kSwappedWarpRows : (M * N >= 16384 ? 8 : 4);
   static constexpr int kWarpN = kSwap ? kPhysN : min_of(N, 32);
   static constexpr int kWarpsN = kPhysN / kWarpN;
@@ -62,7 +60,7 @@ struct TileShape {
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
-  static constexpr bool kFolded = false, kFoldsOutput = false;        // reads and writes MXFP8
+  static constexpr bool kReadsBf16 = false;                           // but MXFP8, and writes it
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;
@@ -75,8 +73,9 @@ struct TileShape {
   using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kBlocksPerSm = Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
   static constexpr int kStages = Fits::stages_for(kBlocksPerSm);
-  static constexpr bool kUnrollsStages = kFragM * kFragN <= Arch::kUnrolledFragments;
-  using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, 0, kBarrierBytesPerStage, kAmaxBytes>;
+  static constexpr bool kUnrollsStages =
+      kFragM * kFragN <= 8;  // the main loop, so that stages' addresses are constants
+  using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
 
   static_assert(kSwap ? (M == 8 || M == 16 || M == 32) && N % 64 == 0 : M % 64 == 0,
@@ -92,9 +91,10 @@ struct TileShape {
   static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");
 };
 
-// The kernels that a tile has on an arch beside the plain one, as their shapes, or void: Folded reads folded
-// activations, ParallelK is for few output tiles. In sm12x/shapes.cuh and sm90/shapes.cuh.
-template <class Tile, class Arch = typename Tile::Arch>
-struct ShapesOf;
+// The shape of a tile's kernel on an arch.
+template <int M, int N, bool kSwap, class Arch>
+struct ShapeOf {
+  using Type = TileShape<M, N, kSwap, Arch>;
+};
 
 }  // namespace mxfp4_moe

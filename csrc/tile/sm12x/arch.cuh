@@ -7,8 +7,6 @@ namespace mxfp4_moe {
 
 struct Sm12x {
   static constexpr int kSmemPerSm = 100 * 1024;
-  static constexpr bool kLongWarps = true;
-  static constexpr int kUnrolledFragments = 8;
   static constexpr int64_t kFewWeightBytes = INT64_MAX;
 };
 

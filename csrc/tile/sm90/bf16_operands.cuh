@@ -1,11 +1,15 @@
-// What the two kernels for folded activations share (mma_sync_kernel.cuh, wgmma_kernel.cuh): loads, weights as bf16
-// operands, and how a K block's sums are added.
+// What SM90's two kernels share (mma_sync_kernel.cuh, wgmma_kernel.cuh): loads of activations, and weights as bf16
+// operands.
+//
+// Arithmetic (arithmetic.SM90_BF16): the operands are bf16, weights with their scale multiplied in, both exact; the sum
+// over all of K stays in the tensor core's fp32 accumulator, MMA by MMA of 16 consecutive k. So every tile gives the
+// same bits, whichever instruction it has.
 #pragma once
 
-#include "shared/folded.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragments.cuh"
 #include "tile/pipeline.cuh"
+#include "tile/sm90/tile_shape.cuh"
 
 namespace mxfp4_moe {
 
@@ -13,7 +17,7 @@ namespace mxfp4_moe {
 
 // Activations as the producer loads them: boxes of rows, only those that have any of the tile's.
 template <class Shape>
-struct FoldedActLoads {
+struct Bf16ActLoads {
   static __device__ __forceinline__ int boxes(const Mxfp4MoeMTile& m) {
     return Shape::M == Shape::kBoxRows ? 1 : ceil_div(m.row_end - m.row_begin, Shape::kBoxRows);
   }
@@ -45,93 +49,115 @@ __device__ __forceinline__ void release(const SharedStorage<Shape>& smem, int st
 
 // --- weights ----------------------------------------------------------------------------------------------------
 
-// The A registers of one row and K block: w has word order `halves` (mma_mx.cuh). Each code goes to where bf16 has
-// sign, low exponent and high mantissa, which is the value times 2^-126: eleven operations for eight codes, and no
-// other order needs fewer.
-__device__ __forceinline__ void expand_to_bf16(uint32_t (&pair)[4], uint32_t w) {
-  constexpr uint32_t kSign = 0x80008000u, kValue = 0x01C001C0u;
-  pair[0] = ((w >> 3) & kValue) | ((w << 1) & kSign);
-  pair[1] = w & (kSign | kValue);
-  pair[2] = (w << 3) & (kSign | kValue);
-  pair[3] = ((w << 6) & kValue) | ((w << 2) & kSign);
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
 }
 
-// The same of rows g and g + 8 for a K block's two MMAs.
-__device__ __forceinline__ void expand_rows(uint32_t (&a)[8], const uint32_t* words) {
+// A weight's bf16 operand is its value times 2^-1, so that 6 * 2^126 is a number; accumulators count 2 then.
+constexpr float kAccumulatorUnit = 2.f;
+
+// A code where bf16 has sign, low exponent and high mantissa is its value times 2^-126. One factor makes that a weight
+// of a scale up to 2^0, bytes 0 to 127; beyond, it takes two, and no model has such scales.
+constexpr uint32_t kLargeScales = 0x80808080u;  // these bits of a scale word
+
+// Eight codes of a row's K block, in word order `pairs` (formats/weight_layout.py), as bf16: pair 0 and 1 for the first
+// 16 k, 2 and 3 for the others. Nine operations, five of which must run on the ALU's logic and two on its shifter.
+__device__ __forceinline__ void expand(uint32_t (&pair)[4], uint32_t w) {
+  constexpr uint32_t kMask = 0x81C081C0u, kHigh = 0x81808180u, kLow = 0x00400040u;
+  pair[0] = w & kMask;
+  pair[1] = (w << 4) & kMask;
+  pair[2] = __funnelshift_r(w, w, 6) & kMask;
+  pair[3] = (__funnelshift_r(w, w, 2) & kHigh) | ((w << 6) & kLow);
+}
+
+// 128 in constant memory, because ptxas turns a multiplication by a number that it knows into a shift, which runs on the
+// ALU that expanding keeps busy; multiply-adds have a pipe of their own.
+static __constant__ uint32_t bf16_exponent_one = 1u << 7;
+
+// The factor of the scale word's byte `step`, below 128, for both halves: 2^(byte - 2).
+__device__ __forceinline__ uint32_t factor_of(uint32_t word, int step) {
+  constexpr uint32_t kBias = (127 - 2) << 7;
+  return __byte_perm(word, 0, 0x4040 | step | step << 8) * bf16_exponent_one + (kBias << 16 | kBias);
+}
+
+template <bool kLarge>
+__device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, uint32_t scales, int step) {
+  expand(pair, w);
+  if constexpr (!kLarge) {
+    const uint32_t factor = factor_of(scales, step);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pair[i] = multiply_pairs(pair[i], factor);
+  } else {  // 2^(byte - 2) as 2^126 or 2^0, and the rest
+    const uint32_t byte = scales >> 8 * step & 0xff;
+    const uint32_t first = byte > 127 ? (127u + 126u) << 7 : 127u << 7;
+    const uint32_t second = (byte > 127 ? byte - 1 : byte + 125) << 7;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pair[i] = multiply_pairs(multiply_pairs(pair[i], first << 16 | first), second << 16 | second);
+  }
+}
+
+// The A registers of rows g and g + 8 for a K block's two MMAs.
+template <bool kLarge>
+__device__ __forceinline__ void expand_rows(uint32_t (&a)[8], const uint32_t* words, const uint32_t* scales, int step) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t pair[4];
-    expand_to_bf16(pair, words[r]);
+    expand_scaled<kLarge>(pair, words[r], scales[r], step);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i * 2 + r] = pair[i];
   }
 }
 
-// Where a lane finds what it expands, in a stage's weights: the words and the scales of its first row, in step 0.
-struct Places {
-  uint32_t words, scales;
-};
-// The first of this lane's weight rows in the tile: in its block, and where the block is in a stage.
+// The first of a lane's weight rows: in its block of 64, and where the block is in a stage.
 struct FirstRow {
   int in_block;
   uint32_t block;
 };
-template <class Shape>
-__device__ __forceinline__ FirstRow first_row() {
-  const int row = warp_id() * Shape::kWarpM + lane_id() / 4;
+__device__ __forceinline__ FirstRow first_row(int row) {
   return {row % kWeightBlockRows, static_cast<uint32_t>(row / kWeightBlockRows * kWeightBlockBytes)};
 }
+// Where a lane finds what it expands, in a stage's weights: the words and the scales of its first row, in step 0.
+struct Places {
+  uint32_t words, scales;
+};
 __device__ __forceinline__ Places places(const FirstRow& row) {
   return {row.block + weight_word_in_block(row.in_block, 0, lane_id() % 4),
           row.block + weight_scale_word_in_block(row.in_block)};
 }
 
-// The scales of a lane's weight rows in a stage: of each set of 16 rows, g and g + 8.
-template <class Shape>
-__device__ __forceinline__ void load_scales(uint32_t (&scales)[Shape::kRowSets][2], const uint8_t* from) {
-  if constexpr (Shape::kRowSets == 1) {
-    load_words<1>(&scales[0][0], from);
-    load_words<1>(&scales[0][1], from + (weight_scale_position(1) - weight_scale_position(0)) * 4);
+// The scale words of rows g, g + 8, g + 16 .. of a warp whose first row is the first of 8, 16 or 32 in its block.
+template <int kGroups>
+__device__ __forceinline__ void load_scales(uint32_t (&scales)[kGroups], const uint8_t* from) {
+  if constexpr (kGroups < 4) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) load_words<1>(scales + g, from + weight_scale_position(g) * 4);
   } else {
 #pragma unroll
-    for (int set = 0; set < Shape::kRowSets; set += 2) {
+    for (int g = 0; g < kGroups; g += 4) {
       uint32_t in_place[4];
-      load_words<4>(in_place, from + set / 2 * 128);
+      load_words<4>(in_place, from + g / 4 * 128);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scales[set + i / 2][i % 2] = in_place[weight_scale_position(i)];
+      for (int i = 0; i < 4; ++i) scales[g + i] = in_place[weight_scale_position(i)];
     }
   }
 }
-
-// --- additions --------------------------------------------------------------------------------------------------
-
-constexpr float kFoldedUnit = static_cast<float>(int64_t{1} << kAccumulatorExponent);  // what an accumulator counts
-
-// 2^exponent, for exponents of normal floats.
-__device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
-
-// An MMA's sums of a K block have 2^-126 of the weights' codes and 2^kNearShift of the activations in them: with weight
-// scale byte w an accumulator must grow by 2^(w - 127 + 126 - kNearShift - kAccumulatorExponent) times them.
-__device__ __forceinline__ float scale_factor(uint32_t word, int step) {
-  constexpr int kMore = 126 - kNearShift - kAccumulatorExponent;
-  static_assert(kMore == 1, "bytes 0 to 253 are exponents 1 to 254");
-  return __uint_as_float((__byte_perm(word, 0, 0x4440 | step) << 23) + (kMore << 23));
+// Their words of a step.
+template <int kGroups>
+__device__ __forceinline__ void load_groups(uint32_t (&words)[kGroups], const uint8_t* from) {
+  constexpr int kPerLoad = min_of(kGroups, 4);
+#pragma unroll
+  for (int g = 0; g < kGroups; g += kPerLoad) load_words<kPerLoad>(words + g, from + g / 4 * 512);
 }
 
-__device__ __forceinline__ int load_byte(const uint8_t* at) {
-  int byte;
-  asm volatile("ld.relaxed.gpu.global.u8 %0, [%1];" : "=r"(byte) : "l"(at));
-  return byte;
-}
-
-// What a K block's sums must grow by, where the activations' shift is any.
-__device__ __forceinline__ int far_exponent(uint32_t word, int step, int shift) {
-  return static_cast<int>(word >> 8 * step & 0xff) - 127 + 126 - shift - kAccumulatorExponent;
-}
-
-// acc + block * 2^exponent, as exact as if the product were any number.
-__device__ __forceinline__ float add_scaled(float acc, float block, int exponent) {
-  return fmaf(block * power_of_two(exponent >> 1), power_of_two(exponent - (exponent >> 1)), acc);
+template <int kGroups>
+__device__ __forceinline__ bool has_large(const uint32_t (&scales)[kGroups]) {
+  uint32_t all = 0;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) all |= scales[g];
+  return __any_sync(~0u, (all & kLargeScales) != 0);
 }
 
 }  // namespace mxfp4_moe

@@ -1,21 +1,16 @@
-// The grouped GEMM of tile/plain_kernel.cuh for SM90, with Hopper's asynchronous MMA: same function, same bits.
+// Grouped GEMM of bf16 activations and MXFP4 weights for SM90, by Hopper's asynchronous MMA: shapes, layouts and bits
+// are those of mma_sync_kernel.cuh.
 //
-// Shapes: act [rows, k] bf16, E4M3 values with their scales multiplied in (shared/folded.cuh); weight and out as in
-// tile/plain_kernel.cuh.
-//
-// SM90 has no block-scaled MMA. With the activations' scales in their values, a K block's sum is two MMAs of K = 16
-// into zeros and one fp32 fma for each element, by the weights' scale. Fast because: wgmma takes the weights from
-// registers, and their codes are bf16 operands as soon as their bits stand right, expanded once for all activation
-// rows; a warpgroup has two sets of 64 weight rows, where registers allow, which share barriers, loads and descriptors;
-// MMAs run beside additions and the expansion of the next weights; and the activations' side is as narrow as the tile
-// has rows.
+// Fast because: wgmma takes the weights from registers, so that they are expanded once for all activation rows and
+// never stored; the next operands are expanded while MMAs run, also across K tiles; a warpgroup has two sets of 64
+// weight rows, where registers allow, which share barriers, loads and descriptors; sums stay in the tensor core; and
+// the activations' side is as narrow as the tile has rows.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 
 #include "tile/sm90/bf16_operands.cuh"
-#include "tile/sm90/wgmma_shape.cuh"
 
 namespace mxfp4_moe {
 
@@ -36,14 +31,27 @@ MXFP4_MOE_WGMMA(32)
 MXFP4_MOE_WGMMA(40)
 MXFP4_MOE_WGMMA(48)
 MXFP4_MOE_WGMMA(64)
-MXFP4_MOE_WGMMA(72)
 MXFP4_MOE_WGMMA(80)
+MXFP4_MOE_WGMMA(96)
+MXFP4_MOE_WGMMA(112)
+MXFP4_MOE_WGMMA(128)
+MXFP4_MOE_WGMMA(160)
+MXFP4_MOE_WGMMA(192)
+MXFP4_MOE_WGMMA(224)
+MXFP4_MOE_WGMMA(256)
 #undef MXFP4_MOE_WGMMA
 
+// The next narrower width that is worth its code.
+constexpr int narrower(int cols) {
+  constexpr int kWidths[] = {224, 192, 160, 128, 112, 96, 80, 64, 48, 40, 32, 24, 16, 8};
+  for (int width : kWidths)
+    if (cols > width) return width;
+  return 0;
+}
+
 template <class Mma, size_t... kD>
-__device__ __forceinline__ void wgmma(float* d, const uint32_t* a, uint64_t b, cute::SM90::GMMA::ScaleOut scale,
-                                      std::index_sequence<kD...>) {
-  Mma::fma(a[0], a[1], a[2], a[3], b, d[kD]..., scale);
+__device__ __forceinline__ void wgmma(float* d, const uint32_t* a, uint64_t b, std::index_sequence<kD...>) {
+  Mma::fma(a[0], a[1], a[2], a[3], b, d[kD]..., cute::SM90::GMMA::ScaleOut::One);
 }
 
 // f(0), f(1) .. f(kCount - 1), as constants.
@@ -63,203 +71,115 @@ __device__ __forceinline__ uint64_t rows_descriptor(const uint8_t* from) {
   return uint64_t{(address & 0x3FFFF) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// Starts a K block's sums: two MMAs into zeros. act: the first row's half K tile, of which the block is the first or
-// the second 64 bytes.
+// Starts the two MMAs of a K block. act: the first row's half K tile, of which the block is the first or the second 64
+// bytes.
 template <int kCols>
-__device__ __forceinline__ void start_block_sum(float (&sums)[kCols / 2], const uint32_t (&a)[8], const uint8_t* act,
-                                                int block) {
+__device__ __forceinline__ void start_block(float* sums, const uint32_t (&a)[8], const uint8_t* act, int block) {
   using Mma = typename WgmmaOf<kCols>::Type;
   const uint64_t b = rows_descriptor(act) + block * 4;  // units of 16 bytes
   cute::warpgroup_arrive();
-  wgmma<Mma>(sums, a, b, cute::SM90::GMMA::ScaleOut::Zero, std::make_index_sequence<kCols / 2>());
-  wgmma<Mma>(sums, a + 4, b + 2, cute::SM90::GMMA::ScaleOut::One, std::make_index_sequence<kCols / 2>());
+  wgmma<Mma>(sums, a, b, std::make_index_sequence<kCols / 2>());
+  wgmma<Mma>(sums, a + 4, b + 2, std::make_index_sequence<kCols / 2>());
   cute::warpgroup_commit_batch();
 }
 
 // --- main loop --------------------------------------------------------------------------------------------------
 
-// One output tile's sums where activations may be far; seldom, so small and simple. Afterwards every stage is released.
-template <class Shape>
-__device__ __forceinline__ void sum_far_over_k(float (&acc)[Shape::kFragM][Shape::kFragN][4], const GemmParams& p,
-                                               const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
-                                               const Places& at, const Mxfp4MoeMTile& rows) {
-  const int first = rows.row_begin + lane_id() % 4 * 2;  // this lane's columns are activation rows from here on
-#pragma unroll 1
-  for (int k_block = 0; k_block < round_up(p.k, kTileK) / kBlockK; ++k_block) {
-    const int step = k_block % 4;
-    if (step == 0) wait_for(smem.full(ring.stage), ring.phase);
-    const uint8_t* weight = smem.weight(ring.stage);
-    uint32_t scales[Shape::kRowSets][2], words[Shape::kRowSets * 2];
-    load_scales<Shape>(scales, weight + at.scales);
-    load_words<Shape::kRowSets * 2>(words, weight + at.words + step * kWeightStepBytes);
-    const uint8_t* act_scales = p.act_scale + act_scale_offset(first, k_block, p.rows);
-#pragma unroll
-    for (int set = 0; set < Shape::kRowSets; ++set) {
-      uint32_t a[8];
-      expand_rows(a, words + set * 2);
-#pragma unroll
-      for (int j = 0; j < Shape::kFragN; ++j) {
-        float block[4];
-        start_block_sum<8>(block, a, smem.act(ring.stage) + step / 2 * Shape::kHalfBytes + j * 8 * 128, step % 2);
-        int shift[2] = {};
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (first + j * 8 + c < rows.row_end) shift[c] = folded_shift(load_byte(act_scales + (j * 8 + c) * 4));
-        cute::warpgroup_wait<0>();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(block[i]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          acc[set][j][i] = add_scaled(acc[set][j][i], block[i], far_exponent(scales[set][i / 2], step, shift[i % 2]));
-      }
-    }
-    if (step == 3) {
-      release(smem, ring.stage);
-      ring.advance();
-    }
-  }
-}
-
 // One output tile's sums, of its first kCols activation rows, for one warpgroup. Afterwards every stage is released.
 //
-// The MMAs of a K block, a set of weight rows and some of the columns are a unit. A unit is started before the one
-// before it is added, so that MMAs run all the time: beside them, one unit is added and the next weights are expanded.
+// The MMAs of a K block and a set of weight rows are a unit. A unit's weights are expanded while the unit before it
+// runs, once the one before that is done, whose registers they take; the first ones of a K tile while the last unit of
+// the K tile before runs. No MMA runs from one K tile into the next: where they did, ptxas gave every width operands
+// of its own, and had none left.
 template <class Shape, int kCols>
-__device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kFragN][4], int k,
+__device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][kCols / 8][4], int k,
                                            const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
                                            const Places& at) {
   constexpr int kSets = Shape::kRowSets;
-  constexpr int kChunk = Shape::chunk_of(kCols), kChunks = kCols / kChunk, kSums = kChunk / 2;
-  static_assert(kChunk % 8 == 0 && kChunk * kChunks == kCols, "chunks are whole fragments");
-  float block[2][kSums];
-  uint32_t a[2][8], words[kSets * 2];
-  uint32_t scales[kSets][2];
+  uint32_t a[2][8], scales[kSets * 2];
+  bool large;
 
+  const auto expand_unit = [&](int stage, auto unit, auto is_large) {
+    constexpr int kUnit = decltype(unit)::value, kStep = kUnit / kSets, kSet = kUnit % kSets;
+    uint32_t words[2];
+    load_words<2>(words, smem.weight(stage) + at.words + kStep * kWeightStepBytes + kSet * 8);
+    expand_rows<decltype(is_large)::value>(a[kUnit % 2], words, scales + kSet * 2, kStep);
+  };
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
-    load_scales<Shape>(scales, smem.weight(ring.stage) + at.scales);
+    load_scales(scales, smem.weight(ring.stage) + at.scales);
+    large = has_large(scales);
+    if (!large)
+      expand_unit(ring.stage, cute::C<0>{}, std::false_type());
+    else
+      expand_unit(ring.stage, cute::C<0>{}, std::true_type());
   };
-  // `turn`: a K block and a set of weight rows, in this order; kSets of them have one K block.
-  const auto expand = [&](int stage, auto turn) {
-    constexpr int kTurn = decltype(turn)::value;
-    if constexpr (kTurn % kSets == 0)
-      load_words<kSets * 2>(words, smem.weight(stage) + at.words + kTurn / kSets * kWeightStepBytes);
-    expand_rows(a[kTurn % 2], words + kTurn % kSets * 2);
-  };
-  const auto start = [&](int stage, auto turn, auto part) {
-    constexpr int kTurn = decltype(turn)::value, kPart = decltype(part)::value, kStep = kTurn / kSets;
-    start_block_sum<kChunk>(block[(kTurn * kChunks + kPart) % 2], a[kTurn % 2],
-                            smem.act(stage) + kStep / 2 * Shape::kHalfBytes + kPart * kChunk * 128, kStep % 2);
-  };
-  // Adds a unit, after which `running` that were started later may still run.
-  const auto finish = [&](auto running, auto turn, auto part, const uint32_t (&scales)[2]) {
-    constexpr int kTurn = decltype(turn)::value, kPart = decltype(part)::value;
-    float (&sums)[kSums] = block[(kTurn * kChunks + kPart) % 2];
-    cute::warpgroup_wait<decltype(running)::value>();
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) cute::warpgroup_fence_operand(sums[i]);
-    float factor[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) factor[r] = scale_factor(scales[r], kTurn / kSets);
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      float& sum = acc[kTurn % kSets][kPart * kChunk / 8 + i / 4][i % 4];
-      sum = fmaf(sums[i], factor[i / 2 % 2], sum);
-    }
-  };
-  constexpr cute::C<0> kNone;
-  constexpr cute::C<1> kOne;
-  constexpr cute::C<kChunks - 1> kLastPart;
-  // The units of a K tile up to its last, which is left running.
-  const auto run = [&](auto steps, int stage) {
-    constexpr int kTurns = decltype(steps)::value * kSets;
-    start(stage, kNone, kNone);
-    for_each_of<kTurns>([&](auto turn) {
-      constexpr cute::C<decltype(turn)::value> kTurn;
-      constexpr bool kExpands = kTurn + 1 < kTurns;
-      for_each_of<kChunks>([&](auto part) {
-        constexpr int kPart = decltype(part)::value;
-        if constexpr (kTurn > 0 || kPart > 0) {
-          start(stage, kTurn, cute::C<kPart>{});
-          if constexpr (kPart == 1 && kExpands) expand(stage, cute::C<kTurn + 1>{});
-          if constexpr (kPart > 0) {
-            finish(kOne, kTurn, cute::C<kPart - 1>{}, scales[kTurn % kSets]);
-          } else {
-            finish(kOne, cute::C<kTurn - 1>{}, kLastPart, scales[(kTurn - 1) % kSets]);
-          }
-        }
-        if constexpr (kChunks == 1 && kExpands) expand(stage, cute::C<kTurn + 1>{});
-      });
+  const auto k_tile = [&](int stage, bool is_last, auto steps, auto is_large) {
+    constexpr int kUnits = decltype(steps)::value * kSets;
+    for_each_of<kUnits>([&](auto unit) {
+      constexpr int kUnit = decltype(unit)::value, kStep = kUnit / kSets;
+      start_block<kCols>(&acc[kUnit % kSets][0][0], a[kUnit % 2], smem.act(stage) + kStep / 2 * Shape::kHalfBytes,
+                         kStep % 2);
+      if constexpr (kUnit > 0) cute::warpgroup_wait<1>();
+      if constexpr (kUnit + 1 < kUnits) {
+        expand_unit(stage, cute::C<kUnit + 1>{}, is_large);
+      } else if (!is_last) {
+        open();
+      }
     });
+    cute::warpgroup_wait<0>();
+    release(smem, stage);
   };
-  const auto finish_last = [&](auto steps, const uint32_t (&scales)[2]) {
-    finish(kNone, cute::C<decltype(steps)::value * kSets - 1>{}, kLastPart, scales);
+  const auto multiply = [&](bool is_last, auto steps) {
+    const int stage = ring.stage;
+    ring.advance();
+    if (!large)
+      k_tile(stage, is_last, steps, std::false_type());
+    else
+      k_tile(stage, is_last, steps, std::true_type());
   };
 
-  const int k_tiles = ceil_div(k, kTileK);
   const bool half_tail = (k - 1) % kTileK < 64;
   open();
-  expand(ring.stage, kNone);
 #pragma unroll 1
-  for (int kt = 0; kt < k_tiles; ++kt) {
-    const int stage = ring.stage;
-    const bool last = kt + 1 == k_tiles;
-    ring.advance();
-    if (!last) {
-      run(cute::C<4>{}, stage);
-      const uint32_t done[2] = {scales[kSets - 1][0], scales[kSets - 1][1]};
-      open();
-      expand(ring.stage, kNone);
-      finish_last(cute::C<4>{}, done);
-    } else if (half_tail) {
-      run(cute::C<2>{}, stage);
-      finish_last(cute::C<2>{}, scales[kSets - 1]);
-    } else {
-      run(cute::C<4>{}, stage);
-      finish_last(cute::C<4>{}, scales[kSets - 1]);
-    }
-    release(smem, stage);
-  }
+  for (int more = ceil_div(k, kTileK) - half_tail; more > 0; --more) multiply(more == 1 && !half_tail, cute::C<4>{});
+  if (half_tail) multiply(true, cute::C<2>{});
 }
 
-// The next narrower width that is worth its code.
-constexpr int narrower(int cols) {
-  constexpr int kWidths[] = {160, 144, 128, 96, 64, 48};
-  for (int width : kWidths)
-    if (cols > width) return width;
-  return cols - 8;
-}
-
-// As narrow as the rows allow.
+// A tile that is taken as kCols activation rows wide, for the epilogue.
 template <class Shape, int kCols>
-__device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][Shape::kFragN][4], int k,
-                                         const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
-                                         const Places& at) {
-  if constexpr (kCols > Shape::kMinCols) {
-    if (rows <= narrower(kCols)) return sum_rows<Shape, narrower(kCols)>(rows, acc, k, smem, ring, at);
-  }
-  sum_over_k<Shape, kCols>(acc, k, smem, ring, at);
-}
+struct Narrow : Shape {
+  static constexpr int kWarpN = kCols, kFragN = kCols / 8;
+};
 
+// What the computing warps of a block do (run_block): for each of its output tiles the sums, and those to memory. Every
+// width has sums and an epilogue of its own: where widths shared registers, ptxas let MMAs wait for each other.
 template <class Shape>
-struct WgmmaSum {
-  static constexpr float kUnit = kFoldedUnit;
+struct WgmmaTiles {
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
-  bool has_far;
 
-  __device__ __forceinline__ WgmmaSum(const GemmParams& params, const SharedStorage<Shape>& storage, int, int)
-      : p(params), smem(storage), has_far(uniform(__ldcg(p.has_far)) != 0) {}
+  // As narrow as the rows allow.
+  template <int kCols>
+  __device__ __forceinline__ void run(int tile, int rows, Ring<Shape::kStages>& ring) const {
+    if constexpr (narrower(kCols) > 0) {
+      if (rows <= narrower(kCols)) return run<narrower(kCols)>(tile, rows, ring);
+    }
+    float acc[Shape::kFragM][kCols / 8][4] = {};
+    sum_over_k<Shape, kCols>(acc, p.k, smem, ring, places(first_row(warp_id() * Shape::kWarpM + lane_id() / 4)));
+    multiply_accumulators<Narrow<Shape, kCols>>(acc, kAccumulatorUnit);
+    const TileCoord done = tile_coord(computed_anew(tile), ceil_div(p.n, Shape::N));
+    store_tile<Narrow<Shape, kCols>>(acc, p, load_m_tile(p.m_tiles + done.m), done.n,
+                                     warp_m0<Shape>(uniform(warp_id())), 0, lane_id, smem.amax());
+  }
 
-  __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
-                                             const TileCoord& coord) const {
-    const FirstRow row = first_row<Shape>();
-    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
-    const Places at = places(row);
-    if (!has_far)
-      sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at);
-    else
-      sum_far_over_k<Shape>(acc, p, smem, ring, at, rows);
+  __device__ __forceinline__ void operator()(int, int) const {
+    Ring<Shape::kStages> ring;
+    const auto num_n_tiles = [&] { return ceil_div(p.n, Shape::N); };
+    for (int tile = blockIdx.x; tile < uniform(load_num_m_tiles(p)) * num_n_tiles(); tile += gridDim.x) {
+      const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + tile_coord(tile, num_n_tiles()).m);
+      run<Shape::M>(tile, uniform(m_tile.row_end - m_tile.row_begin), ring);
+    }
   }
 };
 
@@ -268,7 +188,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_wgmma(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  run_block<Shape, FoldedActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
+  run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, WgmmaTiles<Shape>{p, smem});
 }
 
 template <int M, int N>

@@ -1,4 +1,4 @@
-// The kernel that every tile has on every architecture. Grouped GEMM, MXFP8 activations x MXFP4 weights:
+// SM12x's kernel. Grouped GEMM, MXFP8 activations x MXFP4 weights:
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
 // Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k) with scales as in shared/scale_layout.cuh;
@@ -11,14 +11,14 @@
 // instructions that expand them; loads run ahead of the MMAs (pipeline.cuh); and the even/odd order of the activations
 // spares all shuffles: a dot product may visit a block's k in any order as long as both operands agree.
 //
-// Every output element is one fp32 chain over the K blocks in order, whatever the tile: no split along K, no reduction
-// across threads. That is why all tiles give the same bits.
+// Every output element is one chain of MMAs over the K blocks in order, whatever the tile: no split along K, no
+// reduction across threads. That is why all tiles give the same bits.
 #pragma once
 
 #include "tile/epilogue.cuh"
 #include "tile/fragments.cuh"
-#include "tile/mma_mx.cuh"
 #include "tile/pipeline.cuh"
+#include "tile/sm12x/mma.cuh"
 
 namespace mxfp4_moe {
 
@@ -106,25 +106,13 @@ struct WeightScales {
   }
 };
 
-// One K tile: four steps. Where the MMA takes scale selectors they are constants, so the steps are unrolled; elsewhere
-// the largest warp tiles loop, which keeps the scheduler from hoisting more operands than there are registers. word_a
-// and word_b hold this lane's scale words (scale_a_row, scale_b_col). On SM12x share_scale_a and _b do nothing; on SM90
-// they double the registers, so the largest warp tiles call share_scale_a in every step.
+// One K tile: four steps. word_a and word_b hold this lane's scale words (scale_a_row, scale_b_col).
 template <class Shape>
 __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const uint8_t* act_stage,
                                            uint32_t act_at, const uint8_t* weight_stage, uint32_t weight_at,
                                            const uint32_t (&word_a)[Shape::kFragM],
                                            const uint32_t (&word_b)[Shape::kFragN]) {
   constexpr Fp4Operand kFp4 = Shape::kSwap ? Fp4Operand::kA : Fp4Operand::kB;
-  constexpr bool kShareLate = Shape::kAccumulators > 64;
-  ScaleA scale_a[Shape::kFragM];
-  ScaleB scale_b[Shape::kFragN];
-#pragma unroll
-  for (int i = 0; i < Shape::kFragM; ++i)
-    if constexpr (!kShareLate) scale_a[i] = share_scale_a(word_a[i]);
-#pragma unroll
-  for (int j = 0; j < Shape::kFragN; ++j) scale_b[j] = share_scale_b(word_b[j]);
-
   const auto step = [&](auto s) {
     Operands<Shape> operands;
     operands.load(act_stage, act_at, weight_stage, weight_at, s);
@@ -135,28 +123,21 @@ __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kF
     for (int i = 0; i < Shape::kFragM; ++i) {
       Fragment lo, hi;
       operands.a(lo, hi, i);
-      if constexpr (kShareLate) scale_a[i] = share_scale_a(word_a[i]);
 #pragma unroll
-      for (int j = 0; j < Shape::kFragN; ++j) mx_mma<kFp4>(acc[i][j], lo, hi, b[j], scale_a[i], scale_b[j], s);
+      for (int j = 0; j < Shape::kFragN; ++j) mx_mma<kFp4>(acc[i][j], lo, hi, b[j], word_a[i], word_b[j], s);
     }
   };
-  if constexpr (kSelectorIsImmediate) {
-    step(cute::C<0>{});
-    step(cute::C<1>{});
-    step(cute::C<2>{});
-    step(cute::C<3>{});
-  } else {
-    constexpr int kUnroll = Shape::kAccumulators <= 32 ? 4 : Shape::kAccumulators <= 64 ? 2 : 1;
-#pragma unroll kUnroll
-    for (int s = 0; s < 4; ++s) step(s);
-  }
+  step(cute::C<0>{});
+  step(cute::C<1>{});
+  step(cute::C<2>{});
+  step(cute::C<3>{});
 }
 
 // --- main loop --------------------------------------------------------------------------------------------------
 
 template <class Shape>
 struct PlainSum {
-  static constexpr float kUnit = kAccumulatorUnit;
+  static constexpr float kUnit = 1.f;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
   int lane;           // of this thread in its warp
@@ -236,7 +217,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 }
 
 // The function of a shape's kernel, for the launcher; the other kernels say it of theirs.
-template <class Shape>
+template <class Shape, std::enable_if_t<!Shape::kReadsBf16, int> = 0>
 constexpr auto kernel_of(Shape*) {
   return grouped_gemm<Shape>;
 }
