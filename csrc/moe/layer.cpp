@@ -82,8 +82,7 @@ Layer check(const LayerArgs& args) {
   STD_TORCH_CHECK(quantizes || !layer.is_mxfp8,
                   "activation_format: expected mxfp8 for hidden_states that are MXFP8 already, got bf16");
   layer.rows = !layer.in_bf16 ? RowFormat::kMxfp8 : quantizes ? RowFormat::kMxfp8InBf16 : RowFormat::kBf16;
-  const bool can_fuse = layer.activation == Activation::kSwiglu || layer.activation == Activation::kSwigluOai;
-  layer.gemm1_activates = facts != nullptr && facts->activates != 0 && can_fuse;
+  layer.gemm1_activates = facts != nullptr && facts->activates != 0 && is_fused(layer.activation);
   return layer;
 }
 
@@ -94,7 +93,8 @@ Workspace::Shape workspace_of(const Layer& layer, int64_t max_m_tiles) {
           max_m_tiles,
           layer.gemm1_activates ? 0 : layer.gemm1_width,
           layer.routing.from_logits,
-          layer.in_bf16};
+          layer.in_bf16,
+          row_value_bytes(layer.out_type)};
 }
 
 // The kernels of one call, in the order in which they are launched.
@@ -178,7 +178,7 @@ class Launches {
     gemm.act = base_ + at_.rows2;
     gemm.act_scale = base_ + at_.scales2;
     gemm.out = base_ + at_.gemm2_out;
-    gemm.out_type = static_cast<int32_t>(layer_.out_type);
+    gemm.out_type = row_type(layer_.out_type);
     run("GEMM2", gemm, args_.w2, layer_.hidden, layer_.intermediate);
   }
 

@@ -1,13 +1,14 @@
 // Where one call's intermediates live: offsets into a single allocation, from shapes alone.
 //
 // bytes = 2 * 4 R + 16 max_m_tiles + 4 + 4                       routing
-//       + max(rows of GEMM1, 2 R H)                              which GEMM2's output overwrites
+//       + max(rows of GEMM1, B R H)                              which GEMM2's output overwrites
 //       + rows of GEMM2
 //       + 4 R N1, only where GEMM1 does not activate             GEMM1's output, fp32
 //       + 8 R, only where the layer starts from logits           topk_ids and topk_weights
-// Rows of K values are R K + 4 ceil(K/128) R4 bytes as MXFP8, 2 R K as bf16. R4 is R padded to 4; N1 is GEMM1's width,
-// 2I when the activation is gated and I when it is not; each term is rounded up to 256 (slot_row and so on are terms of
-// their own). The rows that GEMM1 reads are dead when GEMM2 writes, so the two share their bytes.
+// Rows of K values are R K + 4 ceil(K/128) R4 bytes as MXFP8, 2 R K as bf16. B is 2, or 4 where the layer's output is
+// fp16 (kernels.h, row_type). R4 is R padded to 4; N1 is GEMM1's width, 2I when the activation is gated and I when it is
+// not; each term is rounded up to 256 (slot_row and so on are terms of their own). The rows that GEMM1 reads are dead
+// when GEMM2 writes, so the two share their bytes.
 #pragma once
 
 #include <stdint.h>
@@ -30,7 +31,8 @@ struct Workspace {
     int64_t slots, hidden, intermediate, max_m_tiles;
     int64_t gemm1_width;  // of GEMM1's output in memory, 0 when there is none
     bool from_logits;
-    bool in_bf16;  // what the GEMMs read
+    bool in_bf16;             // what the GEMMs read
+    int64_t row_value_bytes;  // of GEMM2's output
   };
 
   explicit Workspace(const Shape& s) {
@@ -53,7 +55,7 @@ struct Workspace {
       scales = take(s.in_bf16 ? 0 : act_scale_bytes(s.slots, k));
     };
     take_rows(s.hidden, rows1, scales1);
-    take(std::max<int64_t>(0, gemm2_out + s.slots * s.hidden * 2 - bytes));
+    take(std::max<int64_t>(0, gemm2_out + s.slots * s.hidden * s.row_value_bytes - bytes));
     take_rows(s.intermediate, rows2, scales2);
     gemm1_out = take(s.slots * s.gemm1_width * 4);
   }

@@ -17,6 +17,7 @@ from .activation import activate
 from .chain import (
     ACTIVATION_FORMATS,
     MXFP8_INPUT_SCALE_MAX,
+    ROW_DTYPES,
     SCALE_LAYOUTS,
     as_rows,
     default_output_dtype,
@@ -33,6 +34,7 @@ from .gemm import grouped_gemm
 __all__ = [
     "ACTIVATION_FORMATS",
     "MXFP8_INPUT_SCALE_MAX",
+    "ROW_DTYPES",
     "SCALE_LAYOUTS",
     "activate",
     "as_rows",
