@@ -40,7 +40,7 @@ __device__ __forceinline__ void choose_experts(const TopkSoftmaxArgs& args, int6
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int expert = i * kWarpSize + lane;
-      keys[t][i] = expert < args.experts ? key_of(widen(logits[expert])) : kNoKey;
+      keys[t][i] = expert < args.experts ? key_of(widen(__ldcg(logits + expert))) : kNoKey;
     }
   }
 
