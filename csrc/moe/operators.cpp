@@ -278,9 +278,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
   m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
   m.def("route_topk(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
   m.def(
-      "route_experts(Tensor router_logits, int top_k, bool renormalize, Tensor? e_score_correction_bias, "
-      "int scoring_func, int num_expert_group, int topk_group, int group_score, float routed_scaling_factor, "
-      "Tensor? topk_ids=None) -> (Tensor, Tensor)");
+      "route_experts(Tensor router_logits, int top_k, bool renormalize=True, Tensor? e_score_correction_bias=None, "
+      "int scoring_func=0, int num_expert_group=1, int topk_group=1, int group_score=0, "
+      "float routed_scaling_factor=1.0, Tensor? topk_ids=None) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {

@@ -16,7 +16,8 @@ from ._install import troubles, wheel
 if TYPE_CHECKING:
     from ._call.fused_moe import fused_moe
     from ._call.modules import get_cutlass_fused_moe_module, prewarm_moe_tiles
-    from .routing import fused_moe_from_logits, topk_softmax
+    from .routers import Router
+    from .routing import fused_moe_from_logits, load_router, select_experts, topk_softmax
     from .tiles import select_tile_mn_for_sm120
     from .weights import Activation, GateUpOrder, MoEWeights
 
@@ -32,11 +33,14 @@ __all__ = [
     "Activation",
     "GateUpOrder",
     "MoEWeights",
+    "Router",
     "__version__",
     "fused_moe",
     "fused_moe_from_logits",
     "get_cutlass_fused_moe_module",
+    "load_router",
     "prewarm_moe_tiles",
+    "select_experts",
     "select_tile_mn_for_sm120",
     "topk_softmax",
 ]
@@ -45,10 +49,13 @@ _MODULE_OF = {
     "Activation": "weights",
     "GateUpOrder": "weights",
     "MoEWeights": "weights",
+    "Router": "routers",
     "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
     "get_cutlass_fused_moe_module": "_call.modules",
+    "load_router": "routing",
     "prewarm_moe_tiles": "_call.modules",
+    "select_experts": "routing",
     "select_tile_mn_for_sm120": "tiles",
     "topk_softmax": "routing",
 }
