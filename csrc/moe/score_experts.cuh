@@ -53,6 +53,10 @@ __device__ __forceinline__ void remove_expert(uint32_t (&keys)[kPerLane], int ex
   }
 }
 
+__device__ __forceinline__ int lowest_lane(bool is_it, int lane) {
+  return static_cast<int>(__reduce_min_sync(kAllLanes, is_it ? unsigned(lane) : unsigned(kWarpSize)));
+}
+
 // Leaves only the experts of the groups that are kept: topk_group times the group whose score is highest, of equals the
 // lower. A group is experts in a row, its score its highest key's value or the sum of the two highest.
 template <int kPerLane>
@@ -73,7 +77,7 @@ __device__ __forceinline__ void keep_groups(const TopkExpertsArgs& args, int lan
     }
     uint32_t score = __reduce_max_sync(kAllLanes, first);
     if (args.group_score == GroupScore::kTop2Sum) {
-      const bool has_it = lane == __ffs(__ballot_sync(kAllLanes, first == score)) - 1;
+      const bool has_it = lane == lowest_lane(first == score, lane);
       const uint32_t next = __reduce_max_sync(kAllLanes, has_it ? second : first);
       score = key_of(__fadd_rn(value_of(score), value_of(next)));
     }
@@ -83,7 +87,7 @@ __device__ __forceinline__ void keep_groups(const TopkExpertsArgs& args, int lan
 #pragma unroll 1
   for (int j = 0; j < args.topk_group; ++j) {
     const uint32_t key = __reduce_max_sync(kAllLanes, group_key);
-    const int group = __ffs(__ballot_sync(kAllLanes, group_key == key)) - 1;
+    const int group = lowest_lane(group_key == key, lane);
     kept |= 1u << group;
     group_key = lane == group ? kNoKey : group_key;
   }
@@ -179,14 +183,15 @@ __device__ __forceinline__ void score_experts(const TopkExpertsArgs& args, int64
     const float there = __shfl_sync(kAllLanes, scores[i], expert & (kWarpSize - 1));
     weight = expert >> 5 == i ? there : weight;
   }
+  if (kSoftmax) {
+    weight = __fdiv_rn(weight, sum);
+  }
   if (choice.renormalize) {
     float of_all = 0.0f;
     for (int j = 0; j < choice.top_k; ++j) {  // in this order
       of_all = __fadd_rn(of_all, __shfl_sync(kAllLanes, weight, j));
     }
     weight = __fdiv_rn(weight, __fadd_rn(of_all, kLeastSum));
-  } else if (kSoftmax) {
-    weight = __fdiv_rn(weight, sum);
   }
   if (lane < choice.top_k) {
     const int64_t slot = token * choice.top_k + lane;

@@ -8,7 +8,7 @@
 //   groups   E / num_expert_group experts in a row; a group's score is the sum of its two highest choices, or the
 //            highest; topk_group groups are kept, and only their experts can be chosen
 //   weight   score, without the bias; if renormalized over (the sum of the k in order + 1e-20); times the scaling
-//            factor. Of a renormalized softmax the numerators stand for the scores
+//            factor
 // Equal choices, or groups (-0 equals +0): the lower number first. A NaN counts as the largest, so an expert with one,
 // or its group, is chosen; its own weight is NaN, renormalized all of its token's. -inf as bias takes an expert out,
 // +inf puts it first, and neither reaches a weight. Called by operators.cpp. topk_softmax.cu has the rule of gpt-oss.

@@ -46,13 +46,13 @@ def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | Non
         require_tensor("topk_ids", topk_ids, _IDS, (logits.shape[0], router.top_k))
         ids = torch.where((topk_ids >= 0) & (topk_ids < logits.shape[1]), topk_ids, -1).to(torch.int64)
     weights = torch.where(ids >= 0, numerators.gather(1, ids.clamp(min=0)), 0.0)
+    if total is not None:
+        weights = weights / total
     if router.renormalize:
         of_all = torch.zeros_like(weights[:, :1])
         for j in range(router.top_k):
             of_all = of_all + weights[:, j : j + 1]
         weights = weights / (of_all + _LEAST_SUM)
-    elif total is not None:
-        weights = weights / total
     return weights * router.routed_scaling_factor, ids.to(torch.int32)
 
 
@@ -64,7 +64,9 @@ def scores(logits: Tensor, scoring_func: ScoringFunc) -> Tensor:
     t = exp_of_negative(-logits.abs())
     if scoring_func == ScoringFunc.SIGMOID:
         return torch.where(logits < 0, t, 1.0) / (t + 1.0)
-    return (torch.where(logits > 0, logits, 0.0) + log1p_of_fraction(t)).sqrt()
+    softplus = torch.where(logits > 0, logits, 0.0) + log1p_of_fraction(t)
+    # torch may take a square root that is not rounded to nearest (MKL's); a float64's, rounded again, always is.
+    return softplus.double().sqrt().float()
 
 
 def exp_of_negative(y: Tensor) -> Tensor:
@@ -95,8 +97,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 def _sum_over_lanes(values: Tensor) -> Tensor:
     """[T, 1]: expert e is lane e % 32's; a lane adds its own in order, then the lanes are added by halves."""
-    tokens, experts = values.shape
-    padded = torch.nn.functional.pad(values, (0, -experts % _LANES)).view(tokens, -1, _LANES)
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % _LANES)).unflatten(1, (-1, _LANES))
     total = torch.zeros_like(padded[:, 0])
     for i in range(padded.shape[1]):
         total = total + padded[:, i]
@@ -108,7 +109,7 @@ def _sum_over_lanes(values: Tensor) -> Tensor:
 
 def _choose(logits: Tensor, values: Tensor, router: Router) -> Tensor:
     """int64 [T, k], best first."""
-    tokens, experts = logits.shape
+    experts = logits.shape[1]
     bias = router.e_score_correction_bias
     if bias is None and router.num_expert_group == 1:
         values = logits
@@ -117,7 +118,7 @@ def _choose(logits: Tensor, values: Tensor, router: Router) -> Tensor:
     values = values + 0.0  # -0 becomes +0, for sorts that look at the bits
     order = values.sort(dim=-1, descending=True, stable=True).indices
     if router.num_expert_group > 1:
-        best = values.view(tokens, router.num_expert_group, -1).sort(dim=-1, descending=True).values
+        best = values.unflatten(1, (router.num_expert_group, -1)).sort(dim=-1, descending=True).values
         of_group = best[..., 0] if router.group_score == GroupScore.MAX else best[..., 0] + best[..., 1]
         kept_groups = (of_group + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, : router.topk_group]
         kept = torch.zeros_like(of_group, dtype=torch.int8).scatter_(1, kept_groups, 1)
