@@ -16,11 +16,10 @@ constexpr float kLeastSum = 1e-20f;  // added to a sum before dividing by it: De
 template <typename Logit, int kPerLane>
 __device__ __forceinline__ void load_logits(const TopkSoftmaxArgs& args, int64_t token, int lane,
                                             float (&values)[kPerLane]) {
-  const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts;
+  const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts + lane;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const int expert = i * kWarpSize + lane;
-    values[i] = expert < args.experts ? widen(__ldcg(logits + expert)) : 0.0f;
+    values[i] = i * kWarpSize + lane < args.experts ? widen(__ldcg(logits + i * kWarpSize)) : 0.0f;
   }
 }
 
