@@ -7,7 +7,14 @@ import router_cases as cases
 import torch
 from ptx import launch
 from ptx.running import EXECUTED
-from ptx_router_checks import ROUTER_SOURCES, check_few_named, check_named, check_route_of_router, check_topk_experts
+from ptx_router_checks import (
+    ROUTER_SOURCES,
+    check_few_named,
+    check_named,
+    check_route_of_router,
+    check_scores,
+    check_topk_experts,
+)
 
 from mxfp4_moe.routers import ScoringFunc
 
@@ -19,6 +26,11 @@ NAMES = [name for name in cases.ROUTERS if not cases.router_named(name)[1].is_to
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rule_is_exact(name: str) -> None:
     check_named(name, LOGITS[NAMES.index(name) % 3])
+
+
+@pytest.mark.parametrize("scoring_func", SCORINGS)
+def test_scores_are_exact(scoring_func: str) -> None:
+    check_scores(scoring_func)
 
 
 @pytest.mark.parametrize("dtype", LOGITS)

@@ -49,6 +49,14 @@ def check_topk_experts(router: Router, logits: Tensor, given: Tensor | None = No
     assert same(weights, expected_weights)
 
 
+def check_scores(scoring_func: str) -> None:
+    """The scores themselves, of 3072 logits of every size: their last bits are what experts are chosen by."""
+    logits = cases.logits_of(96, 32, torch.float32)
+    logits[32:] *= torch.linspace(-3, 5, 64).exp2()[:, None]
+    given = torch.arange(32, dtype=torch.int32).repeat(96, 1)
+    check_topk_experts(Router(top_k=32, scoring_func=scoring_func, renormalize=False), logits, given)
+
+
 def check_route_of_router(router: Router, logits: Tensor, kernels: int = 1) -> None:
     """The first kernels of a layer whose experts are some of all: those from number 3 on."""
     tokens, experts = logits.shape
