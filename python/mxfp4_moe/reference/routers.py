@@ -97,7 +97,8 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 def _sum_over_lanes(values: Tensor) -> Tensor:
     """[T, 1]: expert e is lane e % 32's; a lane adds its own in order, then the lanes are added by halves."""
-    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % _LANES)).unflatten(1, (-1, _LANES))
+    tokens, experts = values.shape
+    padded = torch.nn.functional.pad(values, (0, -experts % _LANES)).view(tokens, -(-experts // _LANES), _LANES)
     total = torch.zeros_like(padded[:, 0])
     for i in range(padded.shape[1]):
         total = total + padded[:, i]
@@ -109,7 +110,7 @@ def _sum_over_lanes(values: Tensor) -> Tensor:
 
 def _choose(logits: Tensor, values: Tensor, router: Router) -> Tensor:
     """int64 [T, k], best first."""
-    experts = logits.shape[1]
+    tokens, experts = logits.shape
     bias = router.e_score_correction_bias
     if bias is None and router.num_expert_group == 1:
         values = logits
@@ -118,10 +119,11 @@ def _choose(logits: Tensor, values: Tensor, router: Router) -> Tensor:
     values = values + 0.0  # -0 becomes +0, for sorts that look at the bits
     order = values.sort(dim=-1, descending=True, stable=True).indices
     if router.num_expert_group > 1:
-        best = values.unflatten(1, (router.num_expert_group, -1)).sort(dim=-1, descending=True).values
+        each = experts // router.num_expert_group
+        best = values.view(tokens, router.num_expert_group, each).sort(dim=-1, descending=True).values
         of_group = best[..., 0] if router.group_score == GroupScore.MAX else best[..., 0] + best[..., 1]
         kept_groups = (of_group + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, : router.topk_group]
         kept = torch.zeros_like(of_group, dtype=torch.int8).scatter_(1, kept_groups, 1)
-        kept = kept.repeat_interleave(experts // router.num_expert_group, dim=1)
+        kept = kept.repeat_interleave(each, dim=1)
         order = order.gather(1, kept.gather(1, order).sort(dim=-1, descending=True, stable=True).indices)
     return order[:, : router.top_k]
