@@ -149,6 +149,11 @@ def router_fields(
                 f"router: expected {NAME} in {checkpoint.folder}, which says how experts are chosen, got none; make a "
                 "mxfp4_moe.Router"
             )
+        if found.num_experts is not None and config.num_experts != found.num_experts:
+            raise ValueError(
+                f"{config.file}: expected {found.num_experts} experts, which layer {layer} has, got "
+                f"{config.num_experts}: the config is another model's, or tensors are missing"
+            )
         scheme = router_scheme(config)
         fields = config_fields(config, scheme)
         if scheme.by_token_id and (table := _behind(found, scheme.by_token_id)) in checkpoint:
