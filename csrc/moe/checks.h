@@ -138,25 +138,63 @@ inline TopkSoftmaxArgs check_logits(const Tensor& router_logits, int64_t top_k, 
   return args;
 }
 
+// What a router is, beside top_k and renormalize, as operators get it; the defaults are topk_softmax's.
+struct RouterRule {
+  const std::optional<Tensor>& e_score_correction_bias;  // float32 [experts]
+  int64_t scoring_func;                                  // enum ScoringFunc
+  int64_t num_expert_group;
+  int64_t topk_group;
+  int64_t group_score;  // enum GroupScore
+  double routed_scaling_factor;
+};
+
+// Any router, checked but for its logits' rows.
+inline TopkExpertsArgs check_router(const Tensor& router_logits, int64_t top_k, bool renormalize,
+                                    const RouterRule& rule, int32_t device) {
+  TopkExpertsArgs args = {};
+  args.choice = check_logits(router_logits, top_k, renormalize, device);
+  const int32_t experts = args.choice.experts;
+  args.scoring_func = static_cast<ScoringFunc>(check_range("scoring_func", rule.scoring_func, 0, kNumScoringFuncs - 1));
+  if (rule.e_score_correction_bias.has_value()) {
+    check_tensor("e_score_correction_bias", *rule.e_score_correction_bias, ScalarType::Float, {experts}, device,
+                 kElementAlignment);
+    args.bias = data<const float>(*rule.e_score_correction_bias);
+  }
+  args.num_expert_group =
+      check_range("num_expert_group", rule.num_expert_group, 1, std::min(experts, kMaxExpertGroups));
+  args.topk_group = check_range("topk_group", rule.topk_group, 1, args.num_expert_group);
+  args.group_score = static_cast<GroupScore>(check_range("group_score", rule.group_score, 0, 1));
+  const int32_t each = experts / args.num_expert_group;
+  STD_TORCH_CHECK(each * args.num_expert_group == experts, "num_expert_group: expected a divisor of ", experts,
+                  " experts, got ", args.num_expert_group);
+  STD_TORCH_CHECK(args.num_expert_group == 1 || args.group_score == GroupScore::kMax || each > 1,
+                  "num_expert_group: expected groups of two experts at least, whose scores are added, got ",
+                  args.num_expert_group, " of ", experts, " experts");
+  STD_TORCH_CHECK(each * args.topk_group >= args.choice.top_k, "topk_group: expected groups with ", args.choice.top_k,
+                  " experts together, got ", args.topk_group, " of ", each, " each");
+  args.routed_scaling_factor = static_cast<float>(rule.routed_scaling_factor);
+  return args;
+}
+
 // Where a token's experts come from: topk_weights and topk_ids, or the router's logits.
 struct Routing {
   int64_t top_k;
   bool ids_are_int64;
   const void* ids;
   const float* weights;
-  TopkSoftmaxArgs choice;
+  TopkExpertsArgs router;
   bool from_logits;
 };
 
 inline Routing check_routing(const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& topk_ids,
                              const std::optional<Tensor>& router_logits, int64_t top_k, bool renormalize,
-                             int64_t tokens, int32_t device) {
+                             const RouterRule& rule, int64_t tokens, int32_t device) {
   Routing routing = {};
   routing.from_logits = router_logits.has_value();
   if (routing.from_logits) {
     STD_TORCH_CHECK(!topk_weights.has_value() && !topk_ids.has_value(),
                     "router_logits: expected none beside topk_weights and topk_ids, got both");
-    routing.choice = check_logits(*router_logits, top_k, renormalize, device);
+    routing.router = check_router(*router_logits, top_k, renormalize, rule, device);
     STD_TORCH_CHECK(router_logits->size(0) == tokens, "router_logits: expected [", tokens, ", experts], got ",
                     describe(*router_logits));
     routing.top_k = top_k;

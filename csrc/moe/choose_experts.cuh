@@ -36,11 +36,12 @@ __device__ __forceinline__ void choose_experts(const TopkSoftmaxArgs& args, int6
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const int64_t token = min(first + t * stride, int64_t{args.tokens} - 1);
-    const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts;
+    const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts + lane;
+    asm("" : "+l"(logits));  // is in registers, so that every load has its distance in the instruction
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int expert = i * kWarpSize + lane;
-      keys[t][i] = expert < args.experts ? key_of(widen(logits[expert])) : kNoKey;
+      keys[t][i] = expert < args.experts ? key_of(widen(__ldcg(logits + i * kWarpSize))) : kNoKey;
     }
   }
 

@@ -19,7 +19,7 @@ namespace mxfp4_moe {
 constexpr int kMaxExperts = 1024;
 constexpr int kScaleBlock = 32;  // OCP MX: values under one E8M0 scale
 
-constexpr int kMaxTopK = 16;  // of topk_softmax; a layer takes any
+constexpr int kMaxTopK = 32;  // of the routers' kernels; a layer takes any
 
 // Values as in Mxfp4MoeOutType.
 enum class HalfType : int { kBFloat16 = MXFP4_MOE_OUT_BFLOAT16, kFloat16 = MXFP4_MOE_OUT_FLOAT16 };
@@ -44,6 +44,31 @@ struct TopkSoftmaxArgs {
   int32_t* topk_ids;    // [tokens, top_k]
 };
 cudaError_t launch_topk_softmax(const TopkSoftmaxArgs& args, cudaStream_t stream);
+
+// Values as in the package's routers.py.
+enum class ScoringFunc : int { kSoftmax, kSigmoid, kSqrtSoftplus };
+constexpr int kNumScoringFuncs = 3;
+enum class GroupScore : int { kTop2Sum, kMax };
+constexpr int kMaxExpertGroups = 32;
+
+// Any router (topk_experts.cu).
+struct TopkExpertsArgs {
+  TopkSoftmaxArgs choice;
+  ScoringFunc scoring_func;
+  const float* bias;         // e_score_correction_bias [experts], or null
+  int32_t num_expert_group;  // 1, or up to kMaxExpertGroups of experts / num_expert_group each
+  int32_t topk_group;        // 1 to num_expert_group, with top_k experts at least
+  GroupScore group_score;
+  float routed_scaling_factor;
+  const void* given_ids;  // [tokens, top_k]: whose weights are asked for; or null, to choose
+  bool given_are_int64;   // else int32
+};
+// Whether topk_softmax.cu says the same, faster.
+inline bool is_topk_softmax(const TopkExpertsArgs& args) {
+  return args.scoring_func == ScoringFunc::kSoftmax && args.bias == nullptr && args.num_expert_group == 1 &&
+         args.routed_scaling_factor == 1.0f && args.given_ids == nullptr;
+}
+cudaError_t launch_topk_experts(const TopkExpertsArgs& args, cudaStream_t stream);
 
 struct RouteArgs {
   const void* topk_ids;  // [slots], int64 if ids_are_int64, else int32; slot = token * k + j
@@ -72,12 +97,12 @@ cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
 constexpr int kFewSlots = 128;
 cudaError_t launch_route_few(const RouteArgs& args, cudaStream_t stream);
 
-// launch_topk_softmax and launch_route, in one kernel up to 512 tokens, with a cluster 1024, and 256 experts; its ids
-// need no memory then. args.topk_ids are choice.topk_ids, int32.
+// launch_topk_experts and launch_route, in one kernel up to kFewSlots, and with at most 256 experts up to 512 tokens,
+// 1024 with a cluster; its ids need no memory then. args.topk_ids are choice's, int32. A router without given_ids.
 // With experts on several GPUs, choice.experts is the number of all and args.experts that of these.
-cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream);
-// The same for at most kFewSlots and 256 experts; launch_topk_route calls it.
-cudaError_t launch_topk_route_few(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream);
+cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
+// The same for at most kFewSlots and, of topk_softmax, 256 experts; launch_topk_route calls it.
+cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
 // To what a layer's activations are brought before each GEMM; _call/checks.py has the same numbers.
 enum class ActivationFormat : int { kMxfp8, kBf16 };

@@ -44,8 +44,8 @@ Layer check(const LayerArgs& args) {
   }
   const int64_t tokens = args.hidden_states.size(0);
   layer.hidden = check_multiple_of_32("hidden size", args.hidden_states.size(1));
-  layer.routing =
-      check_routing(args.topk_weights, args.topk_ids, args.router_logits, args.top_k, args.renormalize, tokens, device);
+  layer.routing = check_routing(args.topk_weights, args.topk_ids, args.router_logits, args.top_k, args.renormalize,
+                                args.router, tokens, device);
   layer.slots = check_range("tokens * top_k", tokens * layer.routing.top_k, 0, kMaxSlots);
   layer.tokens = static_cast<int32_t>(tokens);
 
@@ -128,12 +128,12 @@ class Launches {
       check_launch("route", launch_route(route, stream_));
       return;
     }
-    TopkSoftmaxArgs choice = layer_.routing.choice;
-    choice.topk_ids = ints(at_.topk_ids);
-    choice.topk_weights = reinterpret_cast<float*>(base_ + at_.topk_weights);
-    route.topk_ids = choice.topk_ids;
-    topk_weights_ = choice.topk_weights;
-    check_launch("top-k and route", launch_topk_route(choice, route, stream_));
+    TopkExpertsArgs router = layer_.routing.router;
+    router.choice.topk_ids = ints(at_.topk_ids);
+    router.choice.topk_weights = reinterpret_cast<float*>(base_ + at_.topk_weights);
+    route.topk_ids = router.choice.topk_ids;
+    topk_weights_ = router.choice.topk_weights;
+    check_launch("top-k and route", launch_topk_route(router, route, stream_));
   }
 
   void quantize_permute() {

@@ -5,6 +5,8 @@
 
 #include <optional>
 
+#include "moe/checks.h"
+
 namespace mxfp4_moe {
 
 struct LayerArgs {
@@ -20,7 +22,8 @@ struct LayerArgs {
   const MaybeTensor& router_logits;
   int64_t top_k;
   bool renormalize;
-  int64_t first_expert;  // the global id of w13[0], from which ids count
+  const RouterRule& router;  // of router_logits
+  int64_t first_expert;      // the global id of w13[0], from which ids count
 
   const Tensor& w13;  // [E, weight_bytes(2I, H)] (I when the activation is not gated), as MoEWeights holds it
   const MaybeTensor& w13_bias;

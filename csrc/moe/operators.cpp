@@ -1,8 +1,8 @@
 // The torch operators of the layer (namespace mxfp4_moe), on torch's stable ABI alone.
 //
 // fused_moe runs a layer (layer.h). route, quantize_permute, permute, activation and finalize expose its parts to tests
-// and benchmarks. route_topk is the router's kernel, topk_softmax.cu. register_tile takes the address of a loaded tile
-// (tile_abi.h); fused_moe finds its GEMM there.
+// and benchmarks. route_topk and route_experts are the routers' kernels, topk_softmax.cu and topk_experts.cu.
+// register_tile takes the address of a loaded tile (tile_abi.h); fused_moe finds its GEMM there.
 // Every argument is checked before anything is launched (checks.h). Nothing here synchronizes or reads device memory.
 // Shapes and layouts: kernels.h.
 #include <Python.h>
@@ -33,10 +33,14 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
                double beta, double limit, int64_t tile_m, int64_t tile_n, const Tensor& out, bool renormalize,
                int64_t first_expert, const std::optional<Tensor>& alphas, const std::optional<Tensor>& betas,
                const std::optional<Tensor>& limits, const std::optional<Tensor>& hidden_states_scale,
-               bool scale_is_swizzled, bool intermediate_rounding, int64_t activation_format) {
+               bool scale_is_swizzled, bool intermediate_rounding, int64_t activation_format,
+               const std::optional<Tensor>& e_score_correction_bias, int64_t scoring_func, int64_t num_expert_group,
+               int64_t topk_group, int64_t group_score, double routed_scaling_factor) {
+  const RouterRule router = {e_score_correction_bias, scoring_func, num_expert_group, topk_group, group_score,
+                             routed_scaling_factor};
   // clang-format off
   run_layer({hidden_states, hidden_states_scale, scale_is_swizzled,
-             topk_weights, topk_ids, router_logits, top_k, renormalize, first_expert,
+             topk_weights, topk_ids, router_logits, top_k, renormalize, router, first_expert,
              w13, w13_bias, w2, w2_bias, intermediate_size,
              activation, alpha, beta, limit, alphas, betas, limits, intermediate_rounding,
              tile_m, tile_n, activation_format, out});
@@ -230,6 +234,30 @@ std::tuple<Tensor, Tensor> route_topk(const Tensor& router_logits, int64_t top_k
   return {topk_weights, topk_ids};
 }
 
+// The same of any router; with topk_ids their weights.
+std::tuple<Tensor, Tensor> route_experts(const Tensor& router_logits, int64_t top_k, bool renormalize,
+                                         const std::optional<Tensor>& e_score_correction_bias, int64_t scoring_func,
+                                         int64_t num_expert_group, int64_t topk_group, int64_t group_score,
+                                         double routed_scaling_factor, const std::optional<Tensor>& topk_ids) {
+  const int32_t device = device_of("router_logits", router_logits);
+  const RouterRule rule = {e_score_correction_bias, scoring_func, num_expert_group, topk_group, group_score,
+                           routed_scaling_factor};
+  TopkExpertsArgs args = check_router(router_logits, top_k, renormalize, rule, device);
+  if (topk_ids.has_value()) {
+    args.given_are_int64 = check_ids(*topk_ids, device);
+    STD_TORCH_CHECK(topk_ids->size(0) == args.choice.tokens && topk_ids->size(1) == top_k, "topk_ids: expected [",
+                    args.choice.tokens, ", ", top_k, "], got ", describe(*topk_ids));
+    args.given_ids = topk_ids->data_ptr();
+  }
+  const DeviceGuard guard(device);
+  const Tensor topk_weights = empty({args.choice.tokens, top_k}, ScalarType::Float, device);
+  const Tensor chosen = empty({args.choice.tokens, top_k}, ScalarType::Int, device);
+  args.choice.topk_weights = data<float>(topk_weights);
+  args.choice.topk_ids = data<int32_t>(chosen);
+  check_launch("top-k experts", launch_topk_experts(args, current_stream(device)));
+  return {topk_weights, chosen};
+}
+
 void register_tile(int64_t entry) {
   const std::string reason = tiles().add(reinterpret_cast<const Mxfp4MoeTile*>(static_cast<uintptr_t>(entry)));
   STD_TORCH_CHECK(reason.empty(), reason);
@@ -246,7 +274,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "Tensor w13, Tensor? w13_bias, Tensor w2, Tensor? w2_bias, int intermediate_size, int activation, float alpha, "
       "float beta, float limit, int tile_m, int tile_n, Tensor(a!) out, bool renormalize=True, int first_expert=0, "
       "Tensor? alphas=None, Tensor? betas=None, Tensor? limits=None, Tensor? hidden_states_scale=None, "
-      "bool scale_is_swizzled=False, bool intermediate_rounding=False, int activation_format=0) -> ()");
+      "bool scale_is_swizzled=False, bool intermediate_rounding=False, int activation_format=0, "
+      "Tensor? e_score_correction_bias=None, int scoring_func=0, int num_expert_group=1, int topk_group=1, "
+      "int group_score=0, float routed_scaling_factor=1.0) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0) -> (Tensor, Tensor)");
   m.def(
@@ -258,6 +288,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "int rows=0) -> (Tensor, Tensor)");
   m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
   m.def("route_topk(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
+  m.def(
+      "route_experts(Tensor router_logits, int top_k, bool renormalize=True, Tensor? e_score_correction_bias=None, "
+      "int scoring_func=0, int num_expert_group=1, int topk_group=1, int group_score=0, "
+      "float routed_scaling_factor=1.0, Tensor? topk_ids=None) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {
@@ -272,6 +306,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("activation", TORCH_BOX(&mxfp4_moe::activation));
   m.impl("finalize", TORCH_BOX(&mxfp4_moe::finalize));
   m.impl("route_topk", TORCH_BOX(&mxfp4_moe::route_topk));
+  m.impl("route_experts", TORCH_BOX(&mxfp4_moe::route_experts));
 }
 
 // `import mxfp4_moe._ext.moe` runs the registrations above; the module itself is empty.

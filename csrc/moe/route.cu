@@ -18,6 +18,7 @@
 
 #include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
+#include "moe/score_experts.cuh"
 #include "moe/warps.cuh"
 #include "shared/launch.cuh"
 #include "shared/schedule.cuh"
@@ -30,7 +31,8 @@ constexpr int kMaxExpertsToRouteAtOnce = 256;  // more logits per lane would spi
 constexpr int kBatch = 4;                      // ids per lane in flight
 constexpr size_t kHistogramBytes = 64 * 1024;  // with tables and chosen ids under SM12x's 99 KB
 constexpr int kTables = 4;                     // of experts + 1, beside the histograms
-constexpr int kMaxTokensPerLaunch = 512;       // of topk_route_kernel, of one block; of a cluster twice as many
+constexpr int kMaxTokensPerLaunch = 512;       // whose experts one block chooses; of a cluster twice as many
+constexpr int kMaxChosenPerLaunch = 8192;      // slots of one block, with tables under SM12x's 99 KB; the same
 // More blocks than one cost 1.5 us, in which a block chooses for 32 tokens (H100, k = 4).
 constexpr int kMaxSlotsOfOneBlock = 256, kSlotsPerBlock = 128;
 
@@ -282,6 +284,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
   route_block(args, slots, [&](int64_t slot) { return ids[slot - slots.begin]; });
 }
 
+template <ScoringFunc kScoring, int kPerLane>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
+    topk_experts_route_kernel(const TopkExpertsArgs router, const RouteArgs args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const Part part = part_of(router.choice.tokens);
+  const Part slots = {part.begin * router.choice.top_k, part.end * router.choice.top_k};
+  extern __shared__ int shared[];
+  int32_t* ids = shared + warps * args.experts + kTables * (args.experts + 1);  // of this block's slots
+  TopkExpertsArgs mine = router;
+  mine.choice.topk_ids = ids - slots.begin;
+  for (int64_t token = part.begin + warp; token < part.end; token += warps) {
+    score_experts<kScoring, kPerLane>(mine, token, lane);
+  }
+  __syncthreads();
+  route_block(args, slots, [&](int64_t slot) { return ids[slot - slots.begin]; });
+}
+
 // One block or one cluster, with a warp for each of `work`, within limits; chosen_slots: whose ids are kept in shared
 // memory.
 template <typename Kernel, typename... Args>
@@ -325,6 +346,15 @@ cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs
   return run(topk_route_kernel<Logit, 8>);
 }
 
+template <ScoringFunc kScoring>
+cudaError_t launch_scored_route(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    return launch_one_cluster(kernel, router.choice.tokens, args.slots, args, stream, router, args);
+  };
+  if (router.choice.experts <= 4 * kWarpSize) return run(topk_experts_route_kernel<kScoring, 4>);
+  return run(topk_experts_route_kernel<kScoring, 8>);
+}
+
 }  // namespace
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
@@ -336,22 +366,36 @@ cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
                             : launch_one_cluster(route_kernel<int32_t>, work, 0, args, stream, args);
 }
 
-cudaError_t launch_topk_route(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
-  const int most_tokens = kMaxTokensPerLaunch * (args.most_blocks > 1 ? 2 : 1);
-  if (choice.tokens > most_tokens || choice.experts > kMaxExpertsToRouteAtOnce) {
-    const cudaError_t error = launch_topk_softmax(choice, stream);
+cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
+  const bool softmax = is_topk_softmax(router);
+  const int experts = router.choice.experts;
+  if (args.slots <= kFewSlots && (!softmax || experts <= kMaxExpertsToRouteAtOnce)) {
+    return launch_topk_route_few(router, args, stream);
+  }
+  const int clusters = args.most_blocks > 1 ? 2 : 1;
+  if (router.choice.tokens > kMaxTokensPerLaunch * clusters || args.slots > kMaxChosenPerLaunch * clusters ||
+      experts > kMaxExpertsToRouteAtOnce) {
+    const cudaError_t error = launch_topk_experts(router, stream);
     return error != cudaSuccess ? error : launch_route(args, stream);
   }
-  if (args.slots <= kFewSlots) {
-    return launch_topk_route_few(choice, args, stream);
+  if (!softmax) {
+    switch (router.scoring_func) {
+      case ScoringFunc::kSoftmax:
+        return launch_scored_route<ScoringFunc::kSoftmax>(router, args, stream);
+      case ScoringFunc::kSigmoid:
+        return launch_scored_route<ScoringFunc::kSigmoid>(router, args, stream);
+      case ScoringFunc::kSqrtSoftplus:
+        return launch_scored_route<ScoringFunc::kSqrtSoftplus>(router, args, stream);
+    }
+    return cudaErrorInvalidValue;
   }
-  switch (choice.type) {
+  switch (router.choice.type) {
     case LogitsType::kFloat32:
-      return launch_topk_route_for<float>(choice, args, stream);
+      return launch_topk_route_for<float>(router.choice, args, stream);
     case LogitsType::kBFloat16:
-      return launch_topk_route_for<__nv_bfloat16>(choice, args, stream);
+      return launch_topk_route_for<__nv_bfloat16>(router.choice, args, stream);
     case LogitsType::kFloat16:
-      return launch_topk_route_for<__half>(choice, args, stream);
+      return launch_topk_route_for<__half>(router.choice, args, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,7 +1,8 @@
 // Route-sort, with or without top-k, of so few slots that a thread can look at all of them: what route.cu does, in less
 // time.
 //
-// in   topk_ids [R = T * k] int32 or int64, R at most kFewSlots, or the router's logits [T, E], E at most 256
+// in   topk_ids [R = T * k] int32 or int64, R at most kFewSlots, or the router's logits [T, E]; for topk_softmax's rule
+//      E at most 256
 // out  as in route.cu: slot_row, row_expert, valid_rows, m_tiles; if wanted expert_offsets and row_slot; from
 //      logits topk_weights [T, k]. The same values, one block, no atomics
 // Called by route.cu. Why it is fast: there are few steps that wait for one another. A slot's row is the number of
@@ -10,6 +11,7 @@
 // kernel of one block (docs/decisions.md).
 #include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
+#include "moe/score_experts.cuh"
 #include "moe/warps.cuh"
 #include "shared/launch.cuh"
 #include "shared/schedule.cuh"
@@ -134,6 +136,27 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   route_few(args, [&](int slot) { return ids[slot]; });
 }
 
+// The most warps of a block: a lane that holds many experts needs more registers than 1024 threads have.
+template <int kPerLane>
+constexpr int kMaxScoringWarps = kPerLane > 8 ? kMaxWarps / 2 : kMaxWarps;
+
+template <ScoringFunc kScoring, int kPerLane>
+__global__ void __launch_bounds__(kMaxScoringWarps<kPerLane>* kWarpSize)
+    topk_experts_route_few_kernel(const TopkExpertsArgs router, const RouteArgs args) {
+  __shared__ int32_t ids[kFewSlots];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  TopkExpertsArgs mine = router;
+  mine.choice.topk_ids = ids;
+  const int warps = blockDim.x / kWarpSize;
+#pragma unroll 1
+  for (int token = threadIdx.x / kWarpSize; token < router.choice.tokens; token += warps) {
+    score_experts<kScoring, kPerLane>(mine, token, threadIdx.x % kWarpSize);
+  }
+  __syncthreads();
+  route_few(args, [&](int slot) { return ids[slot]; });
+}
+
 template <typename Logit>
 cudaError_t launch_for(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
   const int wanted = choice.tokens < kMaxWarps ? choice.tokens * kWarpSize : kMaxWarps * kWarpSize;
@@ -145,6 +168,24 @@ cudaError_t launch_for(const TopkSoftmaxArgs& choice, const RouteArgs& args, cud
   return run(topk_route_few_kernel<Logit, 8>);
 }
 
+template <ScoringFunc kScoring>
+cudaError_t launch_scored(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int most_warps) {
+    const int wanted = (router.choice.tokens < most_warps ? router.choice.tokens : most_warps) * kWarpSize;
+    return launch(kernel, dim3(1), wanted > kMinThreads ? wanted : kMinThreads, 0, stream, router, args);
+  };
+  if (router.choice.experts <= 4 * kWarpSize) {
+    return run(topk_experts_route_few_kernel<kScoring, 4>, kMaxScoringWarps<4>);
+  }
+  if (router.choice.experts <= 8 * kWarpSize) {
+    return run(topk_experts_route_few_kernel<kScoring, 8>, kMaxScoringWarps<8>);
+  }
+  if (router.choice.experts <= 16 * kWarpSize) {
+    return run(topk_experts_route_few_kernel<kScoring, 16>, kMaxScoringWarps<16>);
+  }
+  return run(topk_experts_route_few_kernel<kScoring, 32>, kMaxScoringWarps<32>);
+}
+
 }  // namespace
 
 cudaError_t launch_route_few(const RouteArgs& args, cudaStream_t stream) {
@@ -152,14 +193,25 @@ cudaError_t launch_route_few(const RouteArgs& args, cudaStream_t stream) {
                             : launch(route_few_kernel<int32_t>, dim3(1), kMinThreads, 0, stream, args);
 }
 
-cudaError_t launch_topk_route_few(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
-  switch (choice.type) {
+cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
+  if (!is_topk_softmax(router)) {
+    switch (router.scoring_func) {
+      case ScoringFunc::kSoftmax:
+        return launch_scored<ScoringFunc::kSoftmax>(router, args, stream);
+      case ScoringFunc::kSigmoid:
+        return launch_scored<ScoringFunc::kSigmoid>(router, args, stream);
+      case ScoringFunc::kSqrtSoftplus:
+        return launch_scored<ScoringFunc::kSqrtSoftplus>(router, args, stream);
+    }
+    return cudaErrorInvalidValue;
+  }
+  switch (router.choice.type) {
     case LogitsType::kFloat32:
-      return launch_for<float>(choice, args, stream);
+      return launch_for<float>(router.choice, args, stream);
     case LogitsType::kBFloat16:
-      return launch_for<__nv_bfloat16>(choice, args, stream);
+      return launch_for<__nv_bfloat16>(router.choice, args, stream);
     case LogitsType::kFloat16:
-      return launch_for<__half>(choice, args, stream);
+      return launch_for<__half>(router.choice, args, stream);
   }
   return cudaErrorInvalidValue;
 }

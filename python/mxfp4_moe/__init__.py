@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ._call.activation_format import activation_formats
     from ._call.fused_moe import fused_moe
     from ._call.modules import get_cutlass_fused_moe_module, prewarm_moe_tiles
-    from .routing import fused_moe_from_logits, topk_softmax
+    from .routers import Router
+    from .routing import fused_moe_from_logits, load_router, select_experts, topk_softmax
     from .shared_experts import join_shared_experts
     from .tiles import select_tile_mn_for_sm120
     from .weights import Activation, GateUpOrder, MoEWeights
@@ -34,13 +35,16 @@ __all__ = [
     "Activation",
     "GateUpOrder",
     "MoEWeights",
+    "Router",
     "__version__",
     "activation_formats",
     "fused_moe",
     "fused_moe_from_logits",
     "get_cutlass_fused_moe_module",
     "join_shared_experts",
+    "load_router",
     "prewarm_moe_tiles",
+    "select_experts",
     "select_tile_mn_for_sm120",
     "topk_softmax",
 ]
@@ -49,12 +53,15 @@ _MODULE_OF = {
     "Activation": "weights",
     "GateUpOrder": "weights",
     "MoEWeights": "weights",
+    "Router": "routers",
     "activation_formats": "_call.activation_format",
     "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
     "get_cutlass_fused_moe_module": "_call.modules",
     "join_shared_experts": "shared_experts",
+    "load_router": "routing",
     "prewarm_moe_tiles": "_call.modules",
+    "select_experts": "routing",
     "select_tile_mn_for_sm120": "tiles",
     "topk_softmax": "routing",
 }

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from . import reference
 from ._call import launch, operators
 from ._call.activation_format import check_format_on
-from ._call.checks import check_devices, check_hidden_states, check_limits, check_output, check_topk_softmax
+from ._call.checks import (
+    check_devices,
+    check_hidden_states,
+    check_limits,
+    check_output,
+    check_router,
+    check_topk_softmax,
+)
 from ._call.fused_moe import fused_moe
 from ._call.gradient import refuse_gradient
 from ._call.selection import tile_of_call
+from ._checkpoints.router import router_fields
+from .reference import routers as reference_routers
+from .routers import GroupScore, Router, ScoringFunc
 from .weights import MoEWeights
+
+__all__ = [
+    "GroupScore",
+    "Router",
+    "ScoringFunc",
+    "fused_moe_from_logits",
+    "load_router",
+    "select_experts",
+    "topk_softmax",
+]
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
@@ -25,7 +48,7 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
 
     Args:
         router_logits: float32, bfloat16 or float16 [T, E], contiguous; E from 1 to 1024, T may be 0.
-        top_k: k, from 1 to 16 and at most E.
+        top_k: k, from 1 to 32 and at most E.
         renormalize: softmax over the k chosen logits, so that a token's weights add up to 1; else over all E.
 
     Returns:
@@ -51,10 +74,73 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
     return refuse_gradient("topk_softmax", topk_weights, router_logits), topk_ids
 
 
+def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The experts of each token under any router, best first, and their weights. One kernel; plain torch on the CPU.
+
+    What is chosen, what of equals comes first and what NaN and infinities do is said by `Router`. For inference: a
+    gradient that is asked for is an error of the backward pass.
+
+    Args:
+        router_logits: float32, bfloat16 or float16 [T, E], contiguous; E from 1 to 1024, T may be 0.
+        router: the rule; its e_score_correction_bias on the same device.
+        topk_ids: int32 or int64 [T, k], contiguous: experts that are fixed, by the token's id for instance
+            (DeepSeek-V4's first layers: ``tid2eid[input_ids]``). Then nothing is chosen, and the weights are those of
+            these experts; bias and groups mean nothing. An id of no expert becomes -1, with weight 0.
+
+    Returns:
+        topk_weights float32 [T, k], topk_ids int32 [T, k], as `fused_moe` takes them.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: another shape, stride or device; E that does not fit the router's k, bias and groups.
+        RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
+    """
+    if torch.compiler.is_compiling():
+        result: tuple[Tensor, Tensor] = operators.select_experts(
+            router_logits,
+            topk_ids,
+            router.e_score_correction_bias,
+            router.top_k,
+            ScoringFunc(router.scoring_func).value,
+            router.renormalize,
+            router.num_expert_group,
+            router.topk_group,
+            GroupScore(router.group_score).value,
+            float(router.routed_scaling_factor),
+        )
+        return result
+    check_router(router_logits, router, topk_ids)
+    if router_logits.is_cpu:
+        with torch.no_grad():
+            topk_weights, chosen = reference_routers.select_experts(router_logits, router, topk_ids)
+    elif router_logits.is_cuda:
+        topk_weights, chosen = launch.select_experts(router_logits, router, topk_ids)
+    else:
+        raise ValueError(f"router_logits: expected a CUDA or CPU tensor, got one on {router_logits.device}")
+    return refuse_gradient("select_experts", topk_weights, router_logits), chosen
+
+
+def load_router(
+    path: str | Path, *, layer: int, prefix: str | None = None, device: torch.device | str = "cpu"
+) -> Router:
+    """The router of one layer of a model's checkpoint: its rule from config.json, its correction bias from the files.
+
+    Args:
+        path, layer, prefix: as for `MoEWeights.from_pretrained`.
+        device: where to put e_score_correction_bias.
+
+    Raises:
+        FileNotFoundError, RuntimeError: as `MoEWeights.from_pretrained`.
+        ValueError: the same; no config.json, a model whose router is not known, a config that does not say what is
+            needed, no bias where the model has one, or a layer whose experts are fixed by token id; says what to do.
+    """
+    return Router(**router_fields(path, layer=layer, prefix=prefix, device=device))
+
+
 def fused_moe_from_logits(
     hidden_states: Tensor,
     router_logits: Tensor,
-    top_k: int,
+    top_k: int | Router,
     weights: MoEWeights,
     *,
     renormalize: bool = True,
@@ -67,15 +153,17 @@ def fused_moe_from_logits(
     intermediate_rounding: bool = False,
     activation_format: str = "mxfp8",
 ) -> Tensor:
-    """`topk_softmax` and `fused_moe` in one call, with the same result and, up to 512 tokens, one kernel less.
+    """`select_experts` (or `topk_softmax`) and `fused_moe` in one call, with the same bits and often one kernel less.
 
-    On SM90 up to 1024 tokens.
+    One less up to 128 slots (T * k), and with at most 256 experts up to 512 tokens and 8192 slots, on SM90 twice as
+    many; of `topk_softmax`'s rule with at most 256 experts alone.
 
     Args:
         hidden_states: as `fused_moe`, [T, H].
         router_logits: as `topk_softmax`, [T, E] with the E of the whole layer (also where weights are a slice of it),
             on the same device.
-        top_k, renormalize: as `topk_softmax`.
+        top_k: a `Router`, or a number: k of `topk_softmax`.
+        renormalize: as `topk_softmax`; a Router has its own.
         weights and the rest: as `fused_moe`.
 
     Returns:
@@ -86,7 +174,12 @@ def fused_moe_from_logits(
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
-    rows, experts = check_topk_softmax(router_logits, top_k)
+    if isinstance(top_k, Router):
+        router = top_k
+        rows, experts = check_router(router_logits, router)
+    else:
+        rows, experts = check_topk_softmax(router_logits, top_k)
+        router = _softmax_router(top_k, bool(renormalize))
     if experts != weights.num_global_experts:
         raise ValueError(
             f"router_logits: expected one for each of the layer's {weights.num_global_experts} experts, "
@@ -103,7 +196,7 @@ def fused_moe_from_logits(
                 f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
             )
     if compiling or not hidden_states.is_cuda:
-        topk_weights, topk_ids = topk_softmax(router_logits, top_k, renormalize)
+        topk_weights, topk_ids = select_experts(router_logits, router)
         return fused_moe(
             hidden_states,
             topk_weights,
@@ -129,9 +222,9 @@ def fused_moe_from_logits(
         activation_format,
     )
     check_format_on(activation_format, device)
-    check_limits(weights.num_experts, rows, top_k)
+    check_limits(weights.num_experts, rows, router.top_k)
     check_output(output, dtype, rows, weights.hidden_size, device)
-    tile = tile_of_call(tile_mn, auto_tile_select, rows, top_k, weights, device)
+    tile = tile_of_call(tile_mn, auto_tile_select, rows, router.top_k, weights, device)
     if output is None:
         output = torch.empty_like(hidden_states, dtype=dtype)
     launch.run(
@@ -139,11 +232,17 @@ def fused_moe_from_logits(
         hidden_states,
         hidden_states_scale,
         scale_layout,
-        (None, None, router_logits, top_k),
+        (None, None, router_logits, router.top_k),
         weights,
         output,
         intermediate_rounding,
-        renormalize,
+        router,
         activation_format,
     )
     return refuse_gradient("fused_moe_from_logits", output, hidden_states, router_logits)
+
+
+@functools.cache
+def _softmax_router(top_k: int, renormalize: bool) -> Router:
+    """`topk_softmax`'s, made once: a call of the layer has no time for it."""
+    return Router(top_k=top_k, renormalize=renormalize)

@@ -15,9 +15,10 @@ import model_checkpoints as checkpoints
 import numpy as np
 import oracles
 import pytest
+import router_cases
 import torch
 
-from mxfp4_moe import MoEWeights, fused_moe
+from mxfp4_moe import MoEWeights, Router, fused_moe, fused_moe_from_logits, load_router, select_experts
 from mxfp4_moe._checkpoints.models import MODELS, Model
 from mxfp4_moe._checkpoints.schemes import BY_NAME, SCHEMES
 
@@ -37,6 +38,21 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "Qwen3-MoE, quantized here": {"activation": "swiglu"},
 }
 LAYER = 1
+# How each model chooses and weighs, from its own sources; top_k is cut down with the experts (`write_model`).
+ROUTERS: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {"scoring_func": "softmax"},
+    "gpt-oss-120b": {"scoring_func": "softmax"},
+    "DeepSeek-V4-Flash": {"scoring_func": "sqrtsoftplus", "bias": True, "routed_scaling_factor": 1.5},
+    "DeepSeek-V4-Pro": {"scoring_func": "sqrtsoftplus", "bias": True, "routed_scaling_factor": 2.5},
+    "MiniMax-M3": {"scoring_func": "sigmoid", "bias": True, "routed_scaling_factor": 2.0},
+    "MiMo-V2": {"scoring_func": "sigmoid", "bias": True},
+    "Ling / Bailing V3": {
+        **{"scoring_func": "sigmoid", "bias": True, "routed_scaling_factor": 2.5},
+        **{"num_expert_group": 8, "topk_group": 4},
+    },
+    "Kimi-K3": {"scoring_func": "sigmoid", "bias": True},
+    "Qwen3-MoE, quantized here": {"scoring_func": "softmax"},
+}
 
 
 def small(size: int, tiles: int) -> int:
@@ -58,9 +74,13 @@ def shrunk(config: Mapping[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def experts_of(model: Model) -> int:
+    return 16 if "num_expert_group" in ROUTERS[model.name] else 6  # groups of two
+
+
 def write_model(folder: Path, model: Model, scheme: str, layers: int = 2) -> tuple[Path, list[dict[str, torch.Tensor]]]:
     sizes = {
-        "num_experts": min(model.num_experts, 6),
+        "num_experts": experts_of(model),
         "top_k": min(model.top_k, 4),
         "hidden": small(model.hidden_size, 2),
         "inter": small(model.intermediate_size, 1),
@@ -72,6 +92,8 @@ def write_model(folder: Path, model: Model, scheme: str, layers: int = 2) -> tup
     tensors = checkpoints.other_tensors(model.prefix)
     for number, layer in enumerate(made):
         tensors |= checkpoints.tensors_of(scheme, layer, number, model.prefix)
+        bias = router_cases.bias_of(sizes["num_experts"], seed=number)
+        tensors |= checkpoints.bias_tensors(model.config, model.prefix, number, bias)
     checkpoints.write(folder, tensors, shards=2)
     checkpoints.write_config(folder, shrunk(model.config, sizes))
     return folder, made
@@ -84,6 +106,12 @@ def call(weights: MoEWeights, top_k: int) -> tuple[torch.Tensor, torch.Tensor, t
     return x, scores.values, scores.indices
 
 
+def expected_router(model: Model) -> Router:
+    options = dict(ROUTERS[model.name])
+    bias = router_cases.bias_of(experts_of(model), seed=LAYER) if options.pop("bias", False) else None
+    return Router(top_k=min(model.top_k, 4), e_score_correction_bias=bias, **options)
+
+
 def error(actual: torch.Tensor, expected: np.ndarray) -> float:
     return float(np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected))
 
@@ -91,6 +119,7 @@ def error(actual: torch.Tensor, expected: np.ndarray) -> float:
 def test_the_tables_know_each_other() -> None:
     assert {scheme for _, scheme in PAIRS} == set(BY_NAME) == set(checkpoints.SCHEMES)
     assert set(ACTIVATIONS) == {model.name for model in MODELS}
+    assert set(ROUTERS) == {model.name for model in MODELS}
     assert all(row.sources for row in (*SCHEMES, *MODELS))
 
 
@@ -125,6 +154,81 @@ def test_a_layer_from_its_own_files(tmp_path: Path, model: Model, scheme: str) -
         for name, tensor in weights.to_mxfp4()._asdict().items():
             stored = layers[LAYER].get(name)
             assert tensor is stored is None or torch.equal(tensor, stored.to(tensor.dtype)), name
+
+
+def assert_same_router(router: Router, expected: Router) -> None:
+    fields = {name: value for name, value in vars(expected).items() if not isinstance(value, torch.Tensor)}
+    assert {name: getattr(router, name) for name in fields} == fields
+    bias, expected_bias = router.e_score_correction_bias, expected.e_score_correction_bias
+    assert bias is expected_bias is None or torch.equal(bias, expected_bias)
+
+
+@pytest.mark.parametrize(("model", "scheme"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_a_layer_with_its_router(tmp_path: Path, model: Model, scheme: str) -> None:
+    """From logits to the output, all of it from the checkpoint's files, against float64."""
+    path, layers = write_model(tmp_path, model, scheme)
+    router, definition = load_router(path, layer=LAYER), expected_router(model)
+    assert_same_router(router, definition)
+    numbers = ACTIVATIONS.get(model.name, {"activation": "swiglu"})
+    options: dict[str, Any] = {}
+    weights = MoEWeights.from_pretrained(path, layer=LAYER, **options)
+    x, *_ = call(weights, router.top_k)
+    logits = router_cases.logits_of(TOKENS, weights.num_experts, torch.float32)
+    chosen = [router_cases.by_definition(row, definition) for row in logits.double().tolist()]
+    topk_weights = torch.tensor([choice.weights for choice in chosen]).double()
+    topk_ids = torch.tensor([choice.ids for choice in chosen])
+    assert min(choice.margin for choice in chosen) > router_cases.LEAST_MARGIN
+    order = checkpoints.ORDER_OF[scheme]
+    expected = oracles.dense_moe(x, topk_weights, topk_ids, layers[LAYER], gate_up_order=order, **numbers)
+    out = fused_moe_from_logits(x, logits, router, weights)
+    assert error(out, expected) <= TOLERANCE
+
+    # Another layer's bias, no scaling factor, and softmax are far from that, where the model has them.
+    if router.e_score_correction_bias is not None:
+        other = load_router(path, layer=1 - LAYER)
+        assert not torch.equal(select_experts(logits, other)[1], select_experts(logits, router)[1])
+        plain = fused_moe_from_logits(x, logits, router.top_k, weights)
+        assert error(plain, expected) > 4 * TOLERANCE
+
+
+def test_experts_by_token_id_are_a_call_with_ids(tmp_path: Path) -> None:
+    """DeepSeek-V4's first layers: the router has no bias and refuses to choose; the table's ids are weighed."""
+    (model,) = [model for model in MODELS if model.name == "DeepSeek-V4-Flash"]
+    path, layers = write_model(tmp_path / "moe", model, "deepseek-v4")
+    tensors = checkpoints.tensors_of("deepseek-v4", layers[0], 0, model.prefix)
+    table = torch.randint(0, 6, (50, 4), generator=torch.Generator().manual_seed(0))
+    checkpoints.write(tmp_path / "hash", tensors | {"layers.0.ffn.gate.tid2eid": table})
+    (tmp_path / "hash" / "config.json").write_bytes((path / "config.json").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.ffn\.gate\.tid2eid\); select_experts\(router_logits, Router\(top_k=4"
+    ):
+        load_router(tmp_path / "hash", layer=0)
+
+    router = Router(top_k=4, scoring_func="sqrtsoftplus", routed_scaling_factor=1.5)
+    weights = MoEWeights.from_pretrained(tmp_path / "hash", layer=0)
+    x, *_ = call(weights, 4)
+    logits = router_cases.logits_of(TOKENS, 6, torch.float32)
+    ids = table[torch.arange(TOKENS) % 50]
+    rows = zip(logits.double().tolist(), ids.tolist(), strict=True)
+    chosen = [router_cases.by_definition(row, router, ids=given) for row, given in rows]
+    topk_weights = torch.tensor([choice.weights for choice in chosen]).double()
+    numbers = ACTIVATIONS[model.name]
+    expected = oracles.dense_moe(x, topk_weights, ids, layers[0], gate_up_order="gate_up", **numbers)
+    out = fused_moe(x, *select_experts(logits, router, topk_ids=ids), weights)
+    assert error(out, expected) <= TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "scheme"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_a_router_read_to_the_gpu(tmp_path: Path, model: Model, scheme: str) -> None:
+    path, _ = write_model(tmp_path, model, scheme)
+    options: dict[str, Any] = {}
+    on_cpu, router_on_cpu = MoEWeights.from_pretrained(path, layer=LAYER, **options), load_router(path, layer=LAYER)
+    weights, router = on_cpu.to("cuda"), load_router(path, layer=LAYER, device="cuda")
+    x, *_ = call(on_cpu, router.top_k)
+    logits = router_cases.logits_of(TOKENS, on_cpu.num_experts, torch.float32)
+    expected = fused_moe_from_logits(x, logits, router_on_cpu, on_cpu).double().numpy()
+    assert error(fused_moe_from_logits(x.cuda(), logits.cuda(), router, weights).cpu(), expected) <= TOLERANCE
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ import torch
 from layers import INTER, E, H, K, T, make_call, make_weights
 from torch import Tensor
 
+from mxfp4_moe import Router
 from mxfp4_moe._call import fused_moe, launch, operators, selection
 from mxfp4_moe._call.selection import select
 from mxfp4_moe.tiles import Tile
@@ -26,6 +27,36 @@ def per_expert_weights() -> MoEWeights:
     alpha, beta = torch.linspace(1, 2, E), torch.linspace(0, 1, E)
     weights = make_weights(bias=False, alpha=alpha, beta=beta, limit=None)
     return replace(weights, first_expert=E, num_global_experts=3 * E)
+
+
+# What a call without a router, or with topk_softmax's, leaves to the operator.
+NO_ROUTER = {
+    **{"e_score_correction_bias": None, "scoring_func": 0, "num_expert_group": 1, "topk_group": 1},
+    **{"group_score": 0, "routed_scaling_factor": 1.0},
+}
+ROUTERS = [
+    None,
+    Router(top_k=3, renormalize=False),
+    Router(
+        top_k=3,
+        scoring_func="sqrtsoftplus",
+        e_score_correction_bias=torch.zeros(E),
+        num_expert_group=2,
+        topk_group=2,
+        group_score="max",
+        routed_scaling_factor=2.5,
+    ),
+]
+
+
+def of_router(router: Router | None) -> dict[str, Any]:
+    if router is None or router.is_topk_softmax:
+        return {"renormalize": router is None or router.renormalize, **NO_ROUTER}
+    numbers = {"num_expert_group": 2, "topk_group": 2, "group_score": 1, "routed_scaling_factor": 2.5}
+    return {
+        **{"renormalize": True, "e_score_correction_bias": router.e_score_correction_bias, "scoring_func": 2},
+        **numbers,
+    }
 
 
 OPERATORS = Path(__file__).parents[2] / "csrc" / "moe" / "operators.cpp"
@@ -63,15 +94,19 @@ def same(given: object, expected: object) -> bool:
 @pytest.mark.parametrize("scale_layout", [None, "linear", "swizzled"])
 @pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("weights", [make_weights(), per_expert_weights()], ids=["plain", "rare"])
-@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("router", ROUTERS, ids=["ids", "softmax", "all"])
 def test_every_argument_reaches_the_operator_under_its_name(
-    monkeypatch: pytest.MonkeyPatch, from_logits: bool, weights: MoEWeights, rounding: bool, scale_layout: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    router: Router | None,
+    weights: MoEWeights,
+    rounding: bool,
+    scale_layout: str | None,
 ) -> None:
     """The call is by position, and an argument that has its default is left out."""
     hidden_states = torch.zeros(T, H, dtype=torch.bfloat16 if scale_layout is None else torch.uint8)
     scale = None if scale_layout is None else torch.zeros(T, H // 32, dtype=torch.uint8)
     topk_weights, topk_ids, logits, output = torch.zeros(4, 1).unbind()
-    routing = (None, None, logits, 3) if from_logits else (topk_weights, topk_ids, None, 0)
+    routing = (topk_weights, topk_ids, None, 0) if router is None else (None, None, logits, 3)
     recorder = Recorder(monkeypatch)
     launch.run(
         tile=Tile(m=8, n=128, swap_ab=True),
@@ -82,7 +117,7 @@ def test_every_argument_reaches_the_operator_under_its_name(
         weights=weights,
         output=output,
         intermediate_rounding=rounding,
-        renormalize=not from_logits,
+        router=router,
     )
     got = recorder.arguments()
     assert got.pop("hidden_states").data_ptr() == hidden_states.data_ptr()
@@ -91,7 +126,7 @@ def test_every_argument_reaches_the_operator_under_its_name(
         "hidden_states_scale": scale,
         "scale_is_swizzled": scale_layout == "swizzled",
         **dict(zip(("topk_weights", "topk_ids", "router_logits", "top_k"), routing, strict=True)),
-        "renormalize": not from_logits,
+        **of_router(router),
         "first_expert": weights.first_expert,
         "intermediate_size": INTER,
         **{name: getattr(weights, name) for name in ("w13", "w13_bias", "w2", "w2_bias")},
@@ -132,7 +167,7 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
     tile = select(T, K, E, H, INTER, None)
     expected = {
         **{name: call[name] for name in ("hidden_states", "topk_weights", "topk_ids")},
-        **{"router_logits": None, "top_k": 0, "renormalize": True, "first_expert": 0},
+        **{"router_logits": None, "top_k": 0, "renormalize": True, "first_expert": 0, **NO_ROUTER},
         **{"activation": weights.activation.code, "tile_m": tile.m, "tile_n": tile.n},
         **own,
         **numbers,

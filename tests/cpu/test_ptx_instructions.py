@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -85,9 +86,12 @@ def test_conversions() -> None:
         ("cvt.s8.s32", (0x1FF,), -1),
         ("selp.b32", (1, 2, True), 1),
         ("mad.lo.s64", (-3, 5, 1), -14),
+        ("max.f32", (2.0, -3.0), 2.0),
+        ("max.f32", (math.nan, -3.0), -3.0),
+        ("sqrt.rn.f32", (2.0,), math.sqrt(2)),
     ],
 )
-def test_scalars(name: str, values: Sequence[int], expected: int) -> None:
+def test_scalars(name: str, values: Sequence[float], expected: float) -> None:
     known = scalar.SCALAR[name]
     given = [np.full(32, np.array(v).astype(scalar.DTYPES[t])) for v, t in zip(values, known.operands, strict=True)]
     text = known.expression.format(*(f"given[{i}]" for i in range(len(given))))
@@ -123,6 +127,13 @@ def test_ldmatrix() -> None:
         out = Run()(body + f"st.global.u32 [%d4], %r{20 + matrix};")[:32].reshape(8, 4)
         rows = 31 - (8 * matrix + np.arange(8))
         assert np.array_equal(out, rows[:, None] * 4 + np.arange(4))
+
+
+def test_the_larger_zero_is_the_positive_one() -> None:
+    text = scalar.SCALAR["max.f32"].expression
+    zeros = np.array([0.0, -0.0, 0.0, -0.0], np.float32), np.array([-0.0, 0.0, 0.0, -0.0], np.float32)
+    result = eval(text.format("a", "b"), {**scalar.HELPERS, "a": zeros[0], "b": zeros[1]})
+    assert np.signbit(result).tolist() == [False, False, False, True]
 
 
 # ---- the MMA ---------------------------------------------------------------------------------------------------------

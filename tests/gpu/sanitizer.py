@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 
+import router_cases
 import torch
 from gpu_layers import exact_layer, same
 from gpu_problems import bits, gpu, random_call, random_problem, random_weights
@@ -20,6 +21,7 @@ from gpu_problems import bits, gpu, random_call, random_problem, random_weights
 import mxfp4_moe
 from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
+from mxfp4_moe.reference import routers as reference_routers
 from mxfp4_moe.tiles import load_manifest
 
 # Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
@@ -57,6 +59,29 @@ def other_kernels(device: torch.device) -> list[str]:
     return failures
 
 
+def routers(device: torch.device) -> list[str]:
+    """Every rule alone and in the layer, with few slots and with many, and experts that are given."""
+    failures = []
+    for name in router_cases.ROUTERS:
+        experts, router = router_cases.router_named(name)
+        bias = router.e_score_correction_bias
+        own = replace(router, e_score_correction_bias=None if bias is None else bias.to(device))
+        weights = random_weights(experts, 64, 32, device)
+        for tokens in (3, 70):
+            logits = router_cases.logits_of(tokens, experts, torch.float32).to(device)
+            x = random_call(tokens, 1, weights).hidden_states
+            topk_weights, ids = mxfp4_moe.select_experts(logits, own)
+            if not torch.equal(ids.cpu(), reference_routers.select_experts(logits.cpu(), router)[1]):
+                failures.append(f"select_experts, {name}, {tokens} tokens: other experts than expected")
+            out = mxfp4_moe.fused_moe_from_logits(x, logits, own, weights)
+            if not torch.equal(bits(out), bits(mxfp4_moe.fused_moe(x, topk_weights, ids, weights))):
+                failures.append(f"fused_moe_from_logits, {name}, {tokens} tokens: other bits than the two calls")
+            again, _ = mxfp4_moe.select_experts(logits, own, ids)
+            if not router.is_topk_softmax and not torch.equal(bits(again), bits(topk_weights)):
+                failures.append(f"select_experts, {name}, {tokens} tokens: given experts have other weights")
+    return failures
+
+
 def main() -> int:
     device, start = gpu(), time.monotonic()
     tiles = load_manifest().tiles
@@ -84,6 +109,7 @@ def main() -> int:
         torch.cuda.synchronize()
         print(f"tile {number} of {len(tiles)}: {tile.name}, {time.monotonic() - start:.0f} s", flush=True)
     failures += other_kernels(device)
+    failures += routers(device)
     print("\n".join(failures) or "all results as expected")
     return 1 if failures else 0
 

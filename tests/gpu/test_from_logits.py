@@ -53,7 +53,7 @@ def test_from_logits_is_topk_softmax_and_fused_moe(
             check_from_logits(x, logits, top_k, weights, renormalize)
 
 
-@pytest.mark.parametrize("top_k", [3, 16])
+@pytest.mark.parametrize("top_k", [3, 16, 32])
 @pytest.mark.parametrize("tokens", [1, 512, 1025])
 def test_from_logits_with_everything_else(tokens: int, top_k: int, device: torch.device) -> None:
     weights = layer_of_experts(32)

@@ -90,6 +90,26 @@ def _gpt_oss(scheme: str, layer: Layer, number: int, prefix: str) -> dict[str, T
     return tensors
 
 
+# What stands behind a layer's number for its correction bias, by model_type in config.json; others have none.
+BIAS_NAMES = {
+    "deepseek_v4": "ffn.gate.bias",
+    "minimax_m3_text": "block_sparse_moe.e_score_correction_bias",
+    "mimo_v2_flash": "mlp.gate.e_score_correction_bias",
+    "bailing_hybrid": "mlp.gate.expert_bias",
+    "kimi_linear": "block_sparse_moe.gate.e_score_correction_bias",
+}
+
+
+def model_type_of(config: Any) -> str:
+    return str(config.get("text_config", config)["model_type"])
+
+
+def bias_tensors(config: Any, prefix: str, number: int, bias: Tensor) -> dict[str, Tensor]:
+    """A layer's correction bias under the name that a model has for it."""
+    name = BIAS_NAMES.get(model_type_of(config))
+    return {} if name is None else {f"{prefix}{number}.{name}": bias}
+
+
 def other_tensors(prefix: str) -> dict[str, Tensor]:
     """What else is in a checkpoint, some of it named much like experts."""
     names = ("0.input_layernorm.weight", "0.mlp.shared_experts.gate_proj.weight", "0.mlp.gate.weight")

@@ -17,14 +17,14 @@ from wheelbuild import ROOT, tile_model
 
 if TYPE_CHECKING:
     from mxfp4_moe import activations
-    from mxfp4_moe._checkpoints import config, models, schemes
+    from mxfp4_moe._checkpoints import config, models, router, schemes
 else:  # by path, as tile_model.py loads `tiles`: the package need not be installed
     import importlib
 
     _PACKAGE = tile_model.archs.__package__
     activations = importlib.import_module(f"{_PACKAGE}.activations")
-    config, models, schemes = (
-        importlib.import_module(f"{_PACKAGE}._checkpoints.{name}") for name in ("config", "models", "schemes")
+    config, models, router, schemes = (
+        importlib.import_module(f"{_PACKAGE}._checkpoints.{name}") for name in ("config", "models", "router", "schemes")
     )
 
 DOCUMENT = Path("docs/models.md")
@@ -40,6 +40,8 @@ mxfp4-moe inspect PATH         # layers, naming, sizes, activation, and the call
 
 ```python
 weights = mxfp4_moe.MoEWeights.from_pretrained("PATH", layer=3, device="cuda")
+router = mxfp4_moe.load_router("PATH", layer=3, device="cuda")
+out = mxfp4_moe.fused_moe_from_logits(hidden_states, router_logits, router, weights)
 ```
 
 PATH is a model's directory, one of its .safetensors files, or its index. Names, dtypes and shapes come from the files'
@@ -48,8 +50,11 @@ you pass wins, with a warning where it contradicts. `ep_rank`, `ep_size`, `tp_ra
 
 ## What each model needs
 
-"Runs" is about the experts: sizes, activation and number of experts that this version has kernels for. Every model has
-been loaded from a small checkpoint in each of its namings, written by the tests, and compared with float64 on CPU.
+"Runs" is about the experts: sizes, activation and number of experts that this version has kernels for. Every model's
+router is a `mxfp4_moe.Router`, which `load_router` reads from its config.json and files; the gate, which makes the
+logits, stays the model's. Experts that are fixed by token id are a call with ids:
+`select_experts(router_logits, router, topk_ids=tid2eid[input_ids])` weighs them. Every model has been loaded from a
+small checkpoint in each of its namings, written by the tests, and compared with float64 on CPU, router included.
 
 """
 
@@ -67,7 +72,7 @@ weights have the same names in places and are refused by their dtypes.
 
 COLUMNS = (
     *("Model", "hidden", "intermediate", "experts", "per token", "activation", "router"),
-    *("routed by", "namings", "runs"),
+    *("what else", "namings", "runs"),
 )
 
 
@@ -77,8 +82,8 @@ def _row(model: models.Model) -> list[str]:
         model.name,
         *(f"{size}" for size in (model.hidden_size, model.intermediate_size, model.num_experts, model.top_k)),
         between,
-        model.router + (f"; {model.note}" if model.note else ""),
-        f"`{model.router_call}`" if model.router_call else "the caller: `fused_moe(topk_weights, topk_ids)`",
+        _router(model),
+        model.note,
         ", ".join(f"`{name}`" for name in model.schemes),
         reason or "yes",
     ]
@@ -102,6 +107,19 @@ def _between(model: models.Model) -> tuple[str, str]:
         text = ", ".join([f"`{activations.Activation(between.activation).value}`", *(f"{n} {v:g}" for n, v in numbers)])
         said += [text] if text not in said else []
     return " or ".join(said), "; ".join(reasons)
+
+
+def _router(model: models.Model) -> str:
+    """What the model's config.json says of its router, in words."""
+    stated = config.expert_config(Path("config.json"), model.config)
+    scheme = router.router_scheme(stated)
+    fields = router.config_fields(stated, scheme)
+    words = [f"`{fields['scoring_func']}`"] + (["correction bias"] if router.has_bias(stated, scheme) else [])
+    if "num_expert_group" in fields:
+        words.append(f"the best {fields['topk_group']} of {fields['num_expert_group']} groups")
+    words += ["renormalized"] if fields.get("renormalize", True) else []
+    words += [f"times {fields['routed_scaling_factor']:g}"] if "routed_scaling_factor" in fields else []
+    return ", ".join(words)
 
 
 def _scheme(scheme: schemes.Scheme) -> str:
@@ -137,11 +155,14 @@ def document() -> str:
     for model in models.MODELS:
         by_sources.setdefault(model.sources, []).append(model.name)
     sources = [_paragraph(f"{', '.join(names)}: {'; '.join(read)}.") for read, names in by_sources.items()]
+    routers = [
+        _paragraph(f"Router of {', '.join(row.model_types)}: {'; '.join(row.sources)}.") for row in router.ROUTERS
+    ]
     words = (
-        "Keys of config.json and routers were read in what follows. Sizes are those that the models' makers publish; "
-        "no model's own file was opened to compare them."
+        "Keys of config.json and routers were read in what follows. Sizes and routers' numbers are those that the "
+        "models' makers publish; no model's own file was opened to compare them."
     )
-    read_in = f"\n{_paragraph(words)}\n\n" + "\n\n".join(sources) + "\n"
+    read_in = f"\n{_paragraph(words)}\n\n" + "\n\n".join([*sources, *routers]) + "\n"
     namings = NAMINGS + "\n".join(_scheme(scheme) for scheme in schemes.SCHEMES)
     return INTRODUCTION + _table([_row(model) for model in models.MODELS]) + read_in + namings
 

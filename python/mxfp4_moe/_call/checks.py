@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import reference
 from .._arguments import require_contiguous, require_tensor
 from ..formats import BLOCK, WordOrder, word_order_of
+from ..routers import MAX_TOP_K, GroupScore, Router
 from ..weights import MoEWeights
 from .activation_format import check_activation_format, check_format_on
 
 MAX_EXPERTS = 1024  # csrc/moe/kernels.h, kMaxExperts
 MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/checks.h, kMaxSlots
-MAX_TOP_K = 16  # csrc/moe/kernels.h, kMaxTopK
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MXFP8 = (torch.uint8, torch.float8_e4m3fn)
@@ -203,6 +203,35 @@ def check_topk_softmax(router_logits: Tensor, top_k: int) -> tuple[int, int]:
         raise TypeError(f"top_k: expected an integer, got {top_k!r}")
     if not 1 <= top_k <= min(MAX_TOP_K, experts):
         raise ValueError(f"top_k: expected 1 to {min(MAX_TOP_K, experts)} of {experts} experts, got {top_k}")
+    return tokens, experts
+
+
+def check_router(router_logits: Tensor, router: Router, topk_ids: Tensor | None = None) -> tuple[int, int]:
+    """Checks the arguments of `select_experts`; also fake tensors, while a graph is traced.
+
+    Returns:
+        The shape of the logits, T and E.
+
+    Raises:
+        TypeError, ValueError: as `select_experts`.
+    """
+    if not isinstance(router, Router):
+        raise TypeError(f"router: expected a Router, got {type(router).__name__}")
+    tokens, experts = check_topk_softmax(router_logits, router.top_k)
+    device, groups = router_logits.device, router.num_expert_group
+    if (bias := router.e_score_correction_bias) is not None:
+        _check("e_score_correction_bias", bias, _FLOAT32, (experts,), (experts,), device)
+    if experts % groups:
+        raise ValueError(f"num_expert_group: expected a divisor of {experts} experts, got {groups}")
+    each = experts // groups
+    if groups > 1 and each < 2 and router.group_score == GroupScore.TOP2_SUM:
+        raise ValueError(f"num_expert_group: expected groups of two experts or more, got {groups} of {experts} experts")
+    if each * router.topk_group < router.top_k:
+        raise ValueError(
+            f"topk_group: expected groups with {router.top_k} experts together, got {router.topk_group} of {each} each"
+        )
+    if topk_ids is not None:
+        _check("topk_ids", topk_ids, _IDS, (tokens, router.top_k), (tokens, router.top_k), device)
     return tokens, experts
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._install import errors, loading, wheel
 from .._install.troubles import DOCTOR
+from ..routers import Router
 from ..tiles import Tile
 from ..weights import MoEWeights
 from .activation_format import code_of
@@ -24,10 +25,10 @@ def run(
     weights: MoEWeights,
     output: Tensor,
     intermediate_rounding: bool,
-    renormalize: bool = True,
+    router: Router | None = None,
     activation_format: str = "mxfp8",
 ) -> None:
-    """Launches a checked call on the GPU; routing: topk_weights and topk_ids, or router_logits and top_k.
+    """Launches a checked call on the GPU; routing: topk_weights and topk_ids, or router_logits and the router's top_k.
 
     What an argument costs on its way through torch's dispatcher is most of the operator's time, and one that is left
     to its default costs little: so the rare ones are named only where they say something.
@@ -37,10 +38,12 @@ def run(
     if hidden_states_scale is not None:
         hidden_states = hidden_states.view(torch.uint8)
         rare = {**rare, "hidden_states_scale": hidden_states_scale, "scale_is_swizzled": scale_layout == "swizzled"}
-    if intermediate_rounding or not renormalize:
-        rare = {**rare, "intermediate_rounding": intermediate_rounding, "renormalize": renormalize}
+    if intermediate_rounding:
+        rare = {**rare, "intermediate_rounding": True}
     if activation_format != "mxfp8":
         rare = {**rare, "activation_format": code_of(activation_format)}
+    if router is not None and router.operator_arguments:
+        rare = {**rare, **router.operator_arguments}
     try:
         op(hidden_states, *routing, *arguments, tile.m, tile.n, output, **rare)
     except RuntimeError as error:
@@ -55,6 +58,21 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[
         result: tuple[Tensor, Tensor] = topk_kernel(device.index)(router_logits, top_k, renormalize)
     except RuntimeError as error:
         errors.explain(f"topk_softmax cannot run on {device}", error)
+        raise
+    return result
+
+
+def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Launches a checked `select_experts` on the GPU."""
+    if router.is_topk_softmax and topk_ids is None:
+        return topk_softmax(router_logits, router.top_k, router.renormalize)
+    device = router_logits.device
+    try:
+        result: tuple[Tensor, Tensor] = experts_kernel(device.index)(
+            router_logits, router.top_k, topk_ids=topk_ids, **router.operator_arguments
+        )
+    except RuntimeError as error:
+        errors.explain(f"select_experts cannot run on {device}", error)
         raise
     return result
 
@@ -74,6 +92,14 @@ def topk_kernel(device_index: int) -> Any:
     name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
     check_capability(torch.cuda.get_device_capability(device_index), name)
     return loading.moe_ops().route_topk.default
+
+
+@functools.cache
+def experts_kernel(device_index: int) -> Any:
+    """The operator behind `select_experts`, once this device is known to be supported."""
+    name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
+    check_capability(torch.cuda.get_device_capability(device_index), name)
+    return loading.moe_ops().route_experts.default
 
 
 def check_capability(capability: tuple[int, int], name: str) -> None:

@@ -1,9 +1,9 @@
 """The operators that torch.compile and torch.export see: functional, with fake implementations, and without a tile.
 
-`mxfp4_moe::moe_layer` and `mxfp4_moe::topk_softmax` stand in a graph for `fused_moe` and `topk_softmax`, whose modules
-import this one so that the operators are there before anything is traced. Their implementations take the shapes of each
-call as they come, so a graph holds for every number of tokens; on the GPU they end in the same C++ operators as the
-eager calls, which do not pass through here.
+`mxfp4_moe::moe_layer`, `topk_softmax` and `select_experts` stand in a graph for the calls `fused_moe`, `topk_softmax`
+and `select_experts`, whose modules import this one so that the operators are there before anything is traced. Their
+implementations take the shapes of each call as they come, so a graph holds for every number of tokens; on the GPU they
+end in the same C++ operators as the eager calls, which do not pass through here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor
 from .. import reference
 from .._install import errors
 from ..formats import WordOrder
+from ..reference import routers as reference_routers
+from ..routers import Router
 from ..weights import Activation, MoEWeights
 from . import gradient, launch
 from .activation_format import check_format_on, code_of
-from .checks import check_call, check_layer, check_limits, check_topk_softmax, check_word_order
+from .checks import check_call, check_layer, check_limits, check_router, check_topk_softmax, check_word_order
 from .selection import select
 
 
@@ -93,12 +95,12 @@ _SCHEMA_TYPES = {
 }
 
 
-def _layer_schema() -> str:
+def _schema_of(call: type[NamedTuple]) -> str:
     defaults = {
-        name: "=" + (f'"{v}"' if isinstance(v, str) else f"{v}") for name, v in LayerCall._field_defaults.items()
+        name: "=" + (f'"{v}"' if isinstance(v, str) else f"{v}") for name, v in call._field_defaults.items()
     }
-    types = get_type_hints(LayerCall)
-    return ", ".join(f"{_SCHEMA_TYPES[types[name]]} {name}{defaults.get(name, '')}" for name in LayerCall._fields)
+    types = get_type_hints(call)
+    return ", ".join(f"{_SCHEMA_TYPES[types[name]]} {name}{defaults.get(name, '')}" for name in call._fields)
 
 
 def _moe_layer_cpu(*arguments: object) -> Tensor:
@@ -187,14 +189,60 @@ def _topk_softmax_fake(router_logits: Tensor, top_k: int, renormalize: bool) -> 
     return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int32)
 
 
+class RouterCall(NamedTuple):
+    """The arguments of `mxfp4_moe::select_experts`, in the order of its schema, which is made from them."""
+
+    router_logits: Tensor
+    topk_ids: Tensor | None
+    e_score_correction_bias: Tensor | None
+    top_k: int
+    scoring_func: str
+    renormalize: bool
+    num_expert_group: int
+    topk_group: int
+    group_score: str
+    routed_scaling_factor: float
+
+    def router(self) -> Router:
+        """The router, checked with the tensors; also fake ones."""
+        fields = self._asdict()
+        del fields["router_logits"], fields["topk_ids"]
+        router = Router(**fields)
+        check_router(self.router_logits, router, self.topk_ids)
+        return router
+
+
+def _select_experts_cpu(*arguments: object) -> tuple[Tensor, Tensor]:
+    call = RouterCall(*arguments)  # type: ignore[arg-type]  # by the schema
+    with torch.no_grad():
+        return reference_routers.select_experts(call.router_logits, call.router(), call.topk_ids)
+
+
+def _select_experts_cuda(*arguments: object) -> tuple[Tensor, Tensor]:
+    call = RouterCall(*arguments)  # type: ignore[arg-type]  # by the schema
+    return launch.select_experts(call.router_logits, call.router(), call.topk_ids)
+
+
+def _select_experts_fake(*arguments: object) -> tuple[Tensor, Tensor]:
+    call = RouterCall(*arguments)  # type: ignore[arg-type]  # by the schema
+    call.router()
+    shape = (call.router_logits.shape[0], call.top_k)
+    logits = call.router_logits
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
 _LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The kernels read contiguous tensors: a compiler must not choose other strides.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 for _schema, _cpu, _cuda, _fake in (
-    (f"moe_layer({_layer_schema()}) -> Tensor", _moe_layer_cpu, _moe_layer_cuda, _moe_layer_fake),
+    (f"moe_layer({_schema_of(LayerCall)}) -> Tensor", _moe_layer_cpu, _moe_layer_cuda, _moe_layer_fake),
     (
         "topk_softmax(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)",
         *(_topk_softmax_cpu, _topk_softmax_cuda, _topk_softmax_fake),
+    ),
+    (
+        f"select_experts({_schema_of(RouterCall)}) -> (Tensor, Tensor)",
+        *(_select_experts_cpu, _select_experts_cuda, _select_experts_fake),
     ),
 ):
     _name = _LIBRARY.define(_schema, tags=_TAGS)  # type: ignore[no-untyped-call]
@@ -204,6 +252,8 @@ for _schema, _cpu, _cuda, _fake in (
 gradient.define(_LIBRARY)
 gradient.refuse_in_graphs(_LIBRARY, "moe_layer", "fused_moe", 2)
 gradient.refuse_in_graphs(_LIBRARY, "topk_softmax", "topk_softmax", 1)
+gradient.refuse_in_graphs(_LIBRARY, "select_experts", "select_experts", 1)
 
 moe_layer = torch.ops.mxfp4_moe.moe_layer.default
 topk_softmax = torch.ops.mxfp4_moe.topk_softmax.default
+select_experts = torch.ops.mxfp4_moe.select_experts.default

@@ -1,7 +1,7 @@
 """Models with mixtures of experts that are published in MXFP4, or quantized to it: one row each, data alone.
 
 docs/models.md is written from these rows, and the tests have a small checkpoint of each. `config` is what the model's
-own config.json says of its experts, in its own keys; `config.py` reads it.
+own config.json says of its experts and its router, in its own keys; `config.py` and `router.py` read it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ class Model:
         hidden_size, intermediate_size, num_experts, top_k: of its routed experts.
         schemes: names of the rows of `schemes.py` in which its checkpoints come.
         prefix: what stands before a layer's number in its own checkpoint.
-        config: the part of config.json that says its sizes and activation.
-        router: how it chooses and weighs experts.
-        router_call: what of this library does that, or "" where the caller's router must.
+        config: the part of config.json that says its sizes, activation and router.
         note: what else it needs.
-        sources: where the config's keys and the router were read.
+        sources: where the config's keys were read; of the router's, `router.py` says it.
     """
 
     name: str
@@ -33,8 +31,6 @@ class Model:
     schemes: tuple[str, ...]
     prefix: str = "model.layers."
     config: Mapping[str, object]
-    router: str
-    router_call: str = ""
     note: str = ""
     sources: tuple[str, ...]
 
@@ -56,13 +52,11 @@ def _gpt_oss(name: str, experts: int) -> Model:
             "num_local_experts": experts,
             "num_experts_per_tok": 4,
         },
-        router="softmax over the chosen",
-        router_call="fused_moe_from_logits",
         sources=("transformers 5.24, models/gpt_oss", "openai/gpt-oss, gpt_oss/torch/model.py"),
     )
 
 
-def _deepseek_v4(name: str, hidden: int, inter: int, experts: int) -> Model:
+def _deepseek_v4(name: str, hidden: int, inter: int, experts: int, scaling: float) -> Model:
     return Model(
         name=name,
         hidden_size=hidden,
@@ -79,9 +73,11 @@ def _deepseek_v4(name: str, hidden: int, inter: int, experts: int) -> Model:
             "moe_intermediate_size": inter,
             "n_routed_experts": experts,
             "num_experts_per_tok": 6,
+            "scoring_func": "sqrtsoftplus",
+            "norm_topk_prob": True,
+            "routed_scaling_factor": scaling,
         },
-        router="sqrt(softplus), correction bias, renormalized, routed scaling factor; first layers by token id",
-        note="one shared expert, in FP8",
+        note="experts of the first three layers by token id; one shared expert, in FP8",
         sources=("transformers 5.24, models/deepseek_v4 (DeepseekV4Experts, its routers and config)",),
     )
 
@@ -89,8 +85,8 @@ def _deepseek_v4(name: str, hidden: int, inter: int, experts: int) -> Model:
 MODELS = (
     _gpt_oss("gpt-oss-20b", 32),
     _gpt_oss("gpt-oss-120b", 128),
-    _deepseek_v4("DeepSeek-V4-Flash", 4096, 2048, 256),
-    _deepseek_v4("DeepSeek-V4-Pro", 7168, 3072, 384),
+    _deepseek_v4("DeepSeek-V4-Flash", 4096, 2048, 256, 1.5),
+    _deepseek_v4("DeepSeek-V4-Pro", 7168, 3072, 384, 2.5),
     Model(
         name="MiniMax-M3",
         hidden_size=6144,
@@ -110,9 +106,11 @@ MODELS = (
                 "intermediate_size": 3072,
                 "num_local_experts": 128,
                 "num_experts_per_tok": 4,
+                "scoring_func": "sigmoid",
+                "use_routing_bias": True,
+                "routed_scaling_factor": 2.0,
             },
         },
-        router="sigmoid, correction bias, renormalized, routed scaling factor",
         note="one shared expert",
         sources=("vLLM 0.33, transformers_utils/configs/minimax_m3.py", "transformers 5.24, minimax_m3_vl"),
     ),
@@ -130,8 +128,12 @@ MODELS = (
             "moe_intermediate_size": 2048,
             "n_routed_experts": 256,
             "num_experts_per_tok": 8,
+            "scoring_func": "sigmoid",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": None,
         },
-        router="sigmoid, correction bias, groups, renormalized",
         sources=("SGLang 0.5.23, srt/models/mimo_v2.py", "vLLM 0.33, model_executor/models/mimo_v2.py"),
     ),
     Model(
@@ -149,8 +151,11 @@ MODELS = (
             "moe_intermediate_size": 768,
             "num_experts": 512,
             "num_experts_per_tok": 8,
+            "n_group": 8,
+            "topk_group": 4,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
         },
-        router="sigmoid, correction bias, groups, renormalized, routed scaling factor",
         note="shared experts in FP8; a limit for each layer",
         sources=("vLLM 0.33, model_executor/models/bailing_moe_v3.py (expert_swiglu_limit_list)",),
     ),
@@ -173,9 +178,13 @@ MODELS = (
                 "moe_intermediate_size": 3072,
                 "num_experts": 896,
                 "num_experts_per_token": 16,
+                "moe_router_activation_func": "sigmoid",
+                "num_expert_group": 1,
+                "topk_group": 1,
+                "moe_renormalize": True,
+                "routed_scaling_factor": 1.0,
             },
         },
-        router="sigmoid, correction bias, renormalized, routed scaling factor",
         note="experts work on 3584 values (routed_expert_hidden_size); projections to and from them are the model's",
         sources=(
             "vLLM 0.33, transformers_utils/configs/kimi_k3.py and kimi_linear.py",
@@ -197,9 +206,8 @@ MODELS = (
             "moe_intermediate_size": 768,
             "num_experts": 128,
             "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
         },
-        router="softmax, renormalized",
-        router_call="fused_moe_from_logits",
         sources=("transformers 5.24, models/qwen3_moe", "vLLM 0.33, model_executor/models/qwen3_moe.py"),
     ),
 )

@@ -226,8 +226,8 @@ def chosen_tile(shape: MoEShape, tokens: int, device: torch.device) -> str:
     return select(tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, device.index).name
 
 
-def environment(device: torch.device, plan: Plan, flush_bytes: int) -> dict[str, Any]:
-    """What a reader of the numbers must know to repeat them."""
+def about(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """The machine and the command, for a reader who wants to repeat a run."""
     properties: Any = torch.cuda.get_device_properties(device)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -238,7 +238,14 @@ def environment(device: torch.device, plan: Plan, flush_bytes: int) -> dict[str,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "mxfp4_moe": __version__,
-        "command": shlex.join(plan.command),
+        "command": shlex.join(command),
+    }
+
+
+def environment(device: torch.device, plan: Plan, flush_bytes: int) -> dict[str, Any]:
+    """What a reader of the numbers must know to repeat them."""
+    return {
+        **about(device, plan.command),
         "method": (
             f"CUDA-graph replay behind an L2 cache flushed with {flush_bytes >> 20} MiB, {plan.inputs} inputs in "
             f"turn, median of {max(plan.replays, plan.inputs)}, "

@@ -25,8 +25,8 @@ class MoEShape:
     def __post_init__(self) -> None:
         if not 1 <= self.experts <= 1024:
             raise ValueError(f"experts: expected 1 to 1024, got {self.experts}")
-        if not 1 <= self.top_k <= min(16, self.experts):
-            raise ValueError(f"top_k: expected 1 to {min(16, self.experts)}, got {self.top_k}")
+        if not 1 <= self.top_k <= min(32, self.experts):
+            raise ValueError(f"top_k: expected 1 to {min(32, self.experts)}, got {self.top_k}")
         for name, size in (("hidden", self.hidden), ("intermediate", self.intermediate)):
             if size < 32 or size % 32:
                 raise ValueError(f"{name}: expected a positive multiple of 32, got {size}")

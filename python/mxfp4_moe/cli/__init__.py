@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, doctor, info, inspect, probe, tiles, tune
+from . import bench, bench_routers, doctor, info, inspect, probe, tiles, tune
 
 _COMMANDS = {
     "info": info,
@@ -21,6 +21,7 @@ _COMMANDS = {
     "probe": probe,
     "doctor": doctor,
     "bench": bench,
+    "bench-routers": bench_routers,
     "tune": tune,
 }
 

@@ -170,6 +170,10 @@ for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
     for rounding in ("", ".rn"):
         _define(f"{name}{rounding}.f32", "f32", "f32 f32", f"floats.canonical({{0}} {sign} {{1}})")
 _define("div.rn.f32", "f32", "f32 f32", "floats.canonical({0} / {1})")
+_define("sqrt.rn.f32", "f32", "f32", "floats.canonical(np.sqrt({0}))")
+# Of a NaN and a number the number; +0 is more than -0.
+_LARGER = "np.where(({0} == 0) & ({1} == 0), {0} + {1}, floats.canonical(np.fmax({0}, {1})))"
+_define("max.f32", "f32", "f32 f32", _LARGER)
 _define("fma.rn.f32", "f32", "f32 f32 f32", "floats.fma_rn({0}, {1}, {2})")
 _define("fma.rm.f32", "f32", "f32 f32 f32", "floats.fma_rm({0}, {1}, {2})")
 _define("neg.f32", "f32", "f32", "-{0}")

@@ -1,0 +1,202 @@
+// One token's experts under any router, chosen by one warp (topk_experts.cu has the contract). Lane l holds experts l,
+// l + 32, ...: their scores, and what they are chosen by as integers in the order of the floats, all in registers. A
+// choice is one pass over them and two warp-wide integer reductions, as in choose_experts.cuh; so is a group's best.
+// No shared memory, every logit is read once.
+#pragma once
+
+#include "moe/choose_experts.cuh"
+#include "moe/kernels.h"
+#include "moe/scores.cuh"
+#include "moe/warps.cuh"
+
+namespace mxfp4_moe {
+
+constexpr float kLeastSum = 1e-20f;  // added to a sum before dividing by it: DeepSeek's, so that 0 / 0 is 0
+
+template <typename Logit, int kPerLane>
+__device__ __forceinline__ void load_logits(const TopkSoftmaxArgs& args, int64_t token, int lane,
+                                            float (&values)[kPerLane]) {
+  const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts + lane;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    values[i] = i * kWarpSize + lane < args.experts ? widen(__ldcg(logits + i * kWarpSize)) : 0.0f;
+  }
+}
+
+template <int kPerLane>
+__device__ __forceinline__ uint32_t highest_key(const uint32_t (&keys)[kPerLane]) {
+  uint32_t best = keys[0];
+#pragma unroll
+  for (int i = 1; i < kPerLane; ++i) {
+    best = max(best, keys[i]);
+  }
+  return __reduce_max_sync(kAllLanes, best);
+}
+
+// The lowest expert that has this key.
+template <int kPerLane>
+__device__ __forceinline__ int expert_with(const uint32_t (&keys)[kPerLane], uint32_t key, int lane) {
+  unsigned candidate = kMaxExperts;
+#pragma unroll
+  for (int i = kPerLane - 1; i >= 0; --i) {
+    candidate = keys[i] == key ? i * kWarpSize + lane : candidate;
+  }
+  return static_cast<int>(__reduce_min_sync(kAllLanes, candidate));
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void remove_expert(uint32_t (&keys)[kPerLane], int expert, int lane) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    keys[i] = expert - lane == i * kWarpSize ? kNoKey : keys[i];
+  }
+}
+
+__device__ __forceinline__ int lowest_lane(bool is_it, int lane) {
+  return static_cast<int>(__reduce_min_sync(kAllLanes, is_it ? unsigned(lane) : unsigned(kWarpSize)));
+}
+
+// Leaves only the experts of the groups that are kept: topk_group times the group whose score is highest, of equals the
+// lower. A group is experts in a row, its score its highest key's value or the sum of the two highest.
+template <int kPerLane>
+__device__ __forceinline__ void keep_groups(const TopkExpertsArgs& args, int lane, uint32_t (&keys)[kPerLane]) {
+  const int each = args.choice.experts / args.num_expert_group;
+  const auto is_of = [&](int i, int group) {
+    return static_cast<unsigned>(i * kWarpSize + lane - group * each) < static_cast<unsigned>(each);
+  };
+  uint32_t group_key = kNoKey;  // of the group with this lane's number
+#pragma unroll 1
+  for (int group = 0; group < args.num_expert_group; ++group) {
+    uint32_t first = kNoKey, second = kNoKey;  // of this lane
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const uint32_t key = is_of(i, group) ? keys[i] : kNoKey;
+      second = max(second, min(first, key));
+      first = max(first, key);
+    }
+    uint32_t score = __reduce_max_sync(kAllLanes, first);
+    if (args.group_score == GroupScore::kTop2Sum) {
+      const bool has_it = lane == lowest_lane(first == score, lane);
+      const uint32_t next = __reduce_max_sync(kAllLanes, has_it ? second : first);
+      score = key_of(__fadd_rn(value_of(score), value_of(next)));
+    }
+    group_key = lane == group ? score : group_key;
+  }
+  unsigned kept = 0;
+#pragma unroll 1
+  for (int j = 0; j < args.topk_group; ++j) {
+    const uint32_t key = __reduce_max_sync(kAllLanes, group_key);
+    const int group = lowest_lane(group_key == key, lane);
+    kept |= 1u << group;
+    group_key = lane == group ? kNoKey : group_key;
+  }
+#pragma unroll 1
+  for (int group = 0; group < args.num_expert_group; ++group) {
+    if ((kept >> group & 1) == 0) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        keys[i] = is_of(i, group) ? kNoKey : keys[i];
+      }
+    }
+  }
+}
+
+// Lane j's expert is choice j; of lanes from top_k on anything. Uses the keys up.
+template <int kPerLane>
+__device__ __forceinline__ int choose(int top_k, int lane, uint32_t (&keys)[kPerLane]) {
+  int mine = 0;
+#pragma unroll 1
+  for (int j = 0; j < top_k; ++j) {
+    const uint32_t key = highest_key(keys);
+    const int expert = expert_with(keys, key, lane);
+    mine = lane == j ? expert : mine;
+    remove_expert(keys, expert, lane);
+  }
+  return mine;
+}
+
+// All lanes of the warp call it for one token. kGiven: the experts are args.given_ids, and only their weights are asked
+// for.
+template <ScoringFunc kScoring, int kPerLane, bool kGiven = false>
+__device__ __forceinline__ void score_experts(const TopkExpertsArgs& args, int64_t token, int lane) {
+  const TopkSoftmaxArgs& choice = args.choice;
+  constexpr bool kSoftmax = kScoring == ScoringFunc::kSoftmax;
+  float scores[kPerLane];  // of a softmax the numerators; first the logits
+  if (choice.type == LogitsType::kFloat32) {
+    load_logits<float>(choice, token, lane, scores);
+  } else if (choice.type == LogitsType::kBFloat16) {
+    load_logits<__nv_bfloat16>(choice, token, lane, scores);
+  } else {
+    load_logits<__half>(choice, token, lane, scores);
+  }
+  uint32_t keys[kPerLane];  // what experts are chosen by; kNoKey past the last expert
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    keys[i] = i * kWarpSize + lane < choice.experts ? key_of(scores[i]) : kNoKey;
+  }
+  const float largest = kSoftmax ? value_of(highest_key(keys)) : 0.0f;
+  float sum = 0.0f;  // of a softmax's numerators: a lane's own in this order, then the lanes' by halves
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    scores[i] = score_of<kScoring>(scores[i], largest);
+    if (kSoftmax && i * kWarpSize + lane < choice.experts) {
+      sum = __fadd_rn(sum, scores[i]);
+    }
+  }
+  if (kSoftmax) {
+#pragma unroll
+    for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, delta));
+    }
+  }
+
+  const bool has_groups = args.num_expert_group > 1;
+  int expert = 0;  // lane j's is choice j
+  if constexpr (kGiven) {
+    const int64_t slot = token * choice.top_k + lane;
+    if (lane < choice.top_k) {
+      const int64_t id = args.given_are_int64 ? __ldcg(static_cast<const long long*>(args.given_ids) + slot)
+                                              : __ldcg(static_cast<const int32_t*>(args.given_ids) + slot);
+      expert = id >= 0 && id < choice.experts ? static_cast<int>(id) : -1;
+    }
+  } else {
+    if (has_groups || args.bias != nullptr) {  // else by the logits, since scores rise with them
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int e = i * kWarpSize + lane;
+        if (e < choice.experts) {
+          const float score = kSoftmax ? __fdiv_rn(scores[i], sum) : scores[i];
+          keys[i] = key_of(args.bias != nullptr ? __fadd_rn(score, __ldg(args.bias + e)) : score);
+        }
+      }
+    }
+    if (has_groups) {
+      keep_groups(args, lane, keys);
+    }
+    expert = choose(choice.top_k, lane, keys);
+  }
+
+  float weight = 0.0f;  // a given id of no expert keeps it
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float there = __shfl_sync(kAllLanes, scores[i], expert & (kWarpSize - 1));
+    weight = expert >> 5 == i ? there : weight;
+  }
+  if (kSoftmax) {
+    weight = __fdiv_rn(weight, sum);
+  }
+  if (choice.renormalize) {
+    float of_all = 0.0f;
+    for (int j = 0; j < choice.top_k; ++j) {  // in this order
+      of_all = __fadd_rn(of_all, __shfl_sync(kAllLanes, weight, j));
+    }
+    weight = __fdiv_rn(weight, __fadd_rn(of_all, kLeastSum));
+  }
+  if (lane < choice.top_k) {
+    const int64_t slot = token * choice.top_k + lane;
+    choice.topk_weights[slot] = __fmul_rn(weight, args.routed_scaling_factor);
+    choice.topk_ids[slot] = expert;
+  }
+}
+
+}  // namespace mxfp4_moe
