@@ -34,6 +34,8 @@ from ptx_moe_checks import (
     first_of_layer,
     logits_of,
 )
+from ptx_quantize_checks import check_mxfp8_quantize
+from quantize_cases import LAYOUTS
 
 from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
@@ -143,6 +145,19 @@ def test_quantize_permute_reads_hidden_states_while_route_runs() -> None:
 def test_permute_is_exact(width: int, swizzled: bool, tokens: int) -> None:
     """Every code, and scale bytes of all sizes: those above 248 become NaN blocks."""
     check_permute(width, swizzled, tokens)
+
+
+# ---- the drop-in's quantizer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", LOGITS)
+@pytest.mark.parametrize(
+    ("rows", "width", "padded"),
+    [(1, 32, 32), (9, 160, 160), (9, 96, 256), (130, 64, 64), (515, 32, 32)],  # from 513 on, several rows a lane
+)
+def test_mxfp8_quantize_is_exact(rows: int, width: int, padded: int, dtype: torch.dtype, layout: int) -> None:
+    check_mxfp8_quantize(rows, width, padded, dtype, layout)
 
 
 # ---- activation ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ptx_moe_checks as cases
 import torch
+from ptx_quantize_checks import check_mxfp8_quantize
 
 from wheelbuild.kernel_ptx import compile_source_to_ptx
 
@@ -45,6 +46,14 @@ def _route() -> None:
 
 def _quantize() -> None:
     cases.check_quantize_permute(160, torch.bfloat16, 9)
+
+
+def _plain_rows() -> None:
+    check_mxfp8_quantize(9, 96, 256, torch.bfloat16, 0)
+
+
+def _short_tiles() -> None:
+    check_mxfp8_quantize(9, 160, 160, torch.float32, 1)
 
 
 def _finalize() -> None:
@@ -163,6 +172,54 @@ MUTATIONS = (
         old="act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)",
         new="act_scale_offset(row + 1, k_tile * kBlocksPerWord, to.rows)",
         case=_quantize,
+    ),
+    Mutation(
+        name="mxfp8_quantize: rows past the last are left unwritten",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="  store_padding(args);\n",
+        new="",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: rows are read before the kernel that writes them is done",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="  wait_for_previous_kernel();\n",
+        new="",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: no codes past K",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="if (column < args.padded_k) {",
+        new="if (column < args.k) {",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: infinities saturate",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="amax >= kFloatInfBits;",
+        new="amax > kFloatInfBits;",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: rows of a short tile eight bytes apart",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="row % kShortRows * 4;",
+        new="row % kShortRows * 8;",
+        case=_short_tiles,
+    ),
+    Mutation(
+        name="mxfp8_quantize: half of a float32 lane",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="packed[i] = __ldcg(vectors + i);",
+        new="packed[i] = __ldcg(vectors);",
+        case=_short_tiles,
     ),
     Mutation(
         name="permute: NaN scales pass",
