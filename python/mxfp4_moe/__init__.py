@@ -15,7 +15,8 @@ from ._install import troubles, wheel
 
 if TYPE_CHECKING:
     from ._call.fused_moe import fused_moe
-    from ._call.modules import get_cutlass_fused_moe_module, prewarm_moe_tiles
+    from ._call.modules import SM120_SUPPORTED_TILE_MN, prewarm_moe_tiles
+    from .flashinfer_api.modules import get_cutlass_fused_moe_module
     from .routing import fused_moe_from_logits, topk_softmax
     from .tiles import select_tile_mn_for_sm120
     from .weights import Activation, GateUpOrder, MoEWeights
@@ -29,6 +30,7 @@ if _emulation := wheel.emulation_words(wheel.built_archs(), wheel.emulated_on())
     print(f"mxfp4_moe {__version__}: {_emulation}", file=sys.stderr)  # not a warning, which could be ignored
 
 __all__ = [
+    "SM120_SUPPORTED_TILE_MN",
     "Activation",
     "GateUpOrder",
     "MoEWeights",
@@ -42,12 +44,13 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "SM120_SUPPORTED_TILE_MN": "_call.modules",
     "Activation": "weights",
     "GateUpOrder": "weights",
     "MoEWeights": "weights",
     "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
-    "get_cutlass_fused_moe_module": "_call.modules",
+    "get_cutlass_fused_moe_module": "flashinfer_api.modules",
     "prewarm_moe_tiles": "_call.modules",
     "select_tile_mn_for_sm120": "tiles",
     "topk_softmax": "routing",

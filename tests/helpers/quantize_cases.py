@@ -1,4 +1,4 @@
-"""What `mxfp8_quantize` must write, byte by byte, and inputs for it: for its kernel as PTX, on a GPU, and for the CPU."""
+"""What `mxfp8_quantize` must write, byte by byte, and inputs for it: of its kernel as PTX, of a GPU, and of the CPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ _HEIGHTS = {0: 128, 1: 8}
 
 
 def rows_of(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Special rows, again and again; float32 has values between those of bfloat16, and amax next to ties of the scale."""
+    """Special rows, again and again; float32 has values between bfloat16's, and amax at and next to ties of a scale."""
     x = special_rows(width, torch.bfloat16 if dtype is torch.float32 else dtype).repeat(-(-rows // 9), 1)[:rows]
     x = x.to(dtype).contiguous()
     if dtype is torch.float32:
         g = torch.Generator().manual_seed(rows)
         x *= 1 + torch.rand(x.shape, generator=g) * 2.0**-8
         bits = torch.tensor([448.0]).view(torch.int32)
+        x[:4, 1:32].clamp_(-1, 1)
         for row in range(min(rows, 4)):  # 448 itself, its neighbours, and denormals
             x[row, 0] = (bits + row - 1).view(torch.float32)[0] if row < 3 else 2.0**-140
     return x
@@ -33,7 +34,7 @@ def expected(x: Tensor, padded_k: int, layout: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [rows, padded_k] and scales, flat, with all padding zero; blocks of zeros keep their signs."""
     values = torch.nn.functional.pad(x.float().cpu(), (0, padded_k - x.shape[1])).numpy()
     codes, scales = oracles.mxfp8_quantize(values)
-    blocks = values.reshape(len(values), -1, 32)
+    blocks = values.reshape(len(values), padded_k // 32, 32)
     signs = np.where(np.signbit(blocks) & (blocks == 0).all(-1, keepdims=True), np.uint8(0x80), np.uint8(0))
     codes = codes | signs.reshape(codes.shape)
     if layout == 2:
