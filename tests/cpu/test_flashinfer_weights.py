@@ -266,7 +266,7 @@ class TestReleasedWeights:
         assert not any(raw_memory.is_freed(tensor) for tensor in raw_tensors(call))
 
     def test_auto_frees_where_it_is_too_much(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The third layer is one too many: it loses its raw weights, and the others theirs when they are called again."""
+        """The third layer is one too many: it loses its raw weights, the others theirs when they are called again."""
         calls = [make_call() | raw_weights(seed=i) for i in range(3)]
         a_layer = sum(tensor.nbytes for tensor in raw_tensors(calls[0]))
         real = weight_cache._is_full
