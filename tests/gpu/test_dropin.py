@@ -14,6 +14,8 @@ from flashinfer_cases import make_call, raw_weights
 
 from mxfp4_moe import MoEWeights
 from mxfp4_moe import flashinfer_api as fi
+from mxfp4_moe.bench import dropin
+from mxfp4_moe.bench.shapes import PRESETS, MoEShape
 from mxfp4_moe.flashinfer_api import weight_cache
 
 
@@ -110,37 +112,17 @@ class TestReleasedWeights:
 
     @pytest.mark.parametrize("choice", ["keep", "release"])
     def test_peak_of_a_layer_of_gpt_oss_120b(self, choice: str, device: torch.device) -> None:
-        """Sizes as FlashInfer wants them: 2880 padded to 2944."""
-        experts, size = 128, 2944
+        shape = PRESETS["gpt-oss-120b"]
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
-
-        def ones(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.full(shape, 0x7F7F7F7F, dtype=dtype, device=device)
-
-        call = {
-            "fc1_expert_weights": ones(experts, 2 * size, size // 16, dtype=torch.int64),
-            "fc2_expert_weights": ones(experts, size, size // 16, dtype=torch.int64),
-            "quant_scales": [
-                ones(experts, 2 * size, size // 128, dtype=torch.int32),
-                torch.ones(experts, device=device),
-                ones(experts, size, size // 128, dtype=torch.int32),
-                torch.ones(experts, device=device),
-            ],
-            "input": torch.zeros(1, size, dtype=torch.bfloat16, device=device),
-            "token_selected_experts": torch.zeros(1, 1, dtype=torch.int32, device=device),
-            "token_final_scales": None,
-            "output_dtype": torch.bfloat16,
-            "use_mxfp8_act_scaling": True,
-        }
-        layer = sum(tensor.nbytes for tensor in raw_tensors(call))
+        tensors = dropin.raw_layer(shape, device)
+        layer = sum(tensor.nbytes for tensor in tensors)
         torch.cuda.reset_peak_memory_stats(device)
-        fi.cutlass_fused_moe(**call, raw_weights=choice)
+        dropin.first_call(tensors, device, choice)
         peak = torch.cuda.max_memory_allocated(device) - before
         after = torch.cuda.memory_allocated(device) - before
-        print(f"\n{choice}: layer {layer / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, afterwards {after / 1e6:.0f} MB")
-        assert (peak <= layer + 2 * layer / experts) == (choice == "release")
+        assert (peak <= layer + 2 * layer / shape.experts) == (choice == "release")
         assert (after <= 1.01 * layer) == (choice == "release")
 
     def test_auto_frees_beyond_its_part(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +147,15 @@ def test_gradient_and_compile(device: torch.device) -> None:
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     with pytest.raises(RuntimeError, match="^mxfp8_quantize: no gradient"):
         fi.mxfp8_quantize(x.requires_grad_())[0].float().sum().backward()
+
+
+def test_bench_of_the_drop_in(device: torch.device) -> None:
+    """It runs, and both ways of quantizing agree. No time is asserted."""
+    table = dropin.quantizer_table(96, (1, 33), device).splitlines()
+    assert len(table) == 7
+    for line in table[1:]:
+        words = line.split()
+        assert int(words[2]) > 10
+        assert int(words[5]) == 1
+    memory = dropin.memory_table(MoEShape(name="", experts=8, top_k=2, hidden=256, intermediate=256), device)
+    assert [line.split()[0] for line in memory.splitlines()[1:]] == ["keep", "release"]
