@@ -68,7 +68,7 @@ def quantizer_table(width: int, row_counts: Sequence[int], device: torch.device)
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int:
-    """Kernels and copies of one call, by the profiler's records. `Timer.kernels` would take torch's "not" for its mark."""
+    """Kernels and copies of one call, by the profiler's records; `Timer.kernels` takes torch's "not" for its mark."""
     call()
     torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
