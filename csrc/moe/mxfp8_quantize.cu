@@ -1,8 +1,8 @@
 // MXFP8 of rows as they are: what FlashInfer's mxfp8_quantize gives its callers, in one launch.
 //
 // in   x [R, K] bf16, fp16 or fp32
-// out  codes [R, Kp] E4M3 in plain k order, Kp = K padded; scales E8M0: [R, Kp/32]; or in tiles of 128 or 8 rows by four
-//      blocks, [ceil(R/128)][ceil(Kp/128)][512] (shared/scale_layout.cuh) or [ceil(R/8)][ceil(Kp/128)][8][4]
+// out  codes [R, Kp] E4M3 in plain k order, Kp = K padded; scales E8M0: [R, Kp/32]; or in tiles of 128 or 8 rows by
+//      four blocks, [ceil(R/128)][ceil(Kp/128)][512] (shared/scale_layout.cuh) or [ceil(R/8)][ceil(Kp/128)][8][4]
 // Padding is written too: zero codes past K, zero bytes for blocks past K and rows past R. A block of zeros keeps the
 // signs of its zeros; all else is shared/mxfp8.cuh. Called by operators.cpp.
 // Why it is fast: one launch, no host work, each byte once; each lane loads 16 or 32 bytes and stores 8, a quad finds
