@@ -53,6 +53,8 @@ typedef struct {
 enum Mxfp4MoeFusedActivation {
   MXFP4_MOE_SWIGLU = 0,
   MXFP4_MOE_SWIGLU_OAI = 1,
+  MXFP4_MOE_SWIGLU_STEP = 2,
+  MXFP4_MOE_SITU = 5,  // the numbers between are of activations that it does not apply
 };
 
 // GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
@@ -64,7 +66,7 @@ typedef struct {
   const float* bias;   // [experts, n] or null
   int32_t activation;  // Mxfp4MoeFusedActivation
   int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
-  Mxfp4MoePerExpert alpha, beta, limit;  // of MXFP4_MOE_SWIGLU_OAI
+  Mxfp4MoePerExpert alpha, beta, limit;  // of all but MXFP4_MOE_SWIGLU
 } Mxfp4MoeActivate;
 
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.

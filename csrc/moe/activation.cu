@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
           sums.for_each([&](float& x, int group, int v, int i) { x += bias.x[group][v][i]; });
         }
         Numbers numbers = {};
-        if constexpr (kActivation == Activation::kSwigluOai || kActivation == Activation::kSwigluStep) {
+        if constexpr (has_numbers(kActivation)) {
           numbers = {of_expert(args.alpha, expert), of_expert(args.beta, expert), of_expert(args.limit, expert)};
         }
 #pragma unroll
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
             if constexpr (kGated) {
               y[group][i] = apply<kActivation>(sums.x[group][0][i], sums.x[group][1][i], numbers);
             } else {
-              y[group][i] = apply<kActivation>(sums.x[group][0][i]);
+              y[group][i] = apply<kActivation>(sums.x[group][0][i], numbers);
             }
             if constexpr (kRounds) {
               y[group][i] = round_to(args.rounding, y[group][i]);
@@ -150,6 +150,8 @@ Kernel kernel_of(Activation activation) {
       return activation_kernel<Activation::kGeglu, kRounds>;
     case Activation::kGegluTanh:
       return activation_kernel<Activation::kGegluTanh, kRounds>;
+    case Activation::kSitu:
+      return activation_kernel<Activation::kSitu, kRounds>;
     case Activation::kSilu:
       return activation_kernel<Activation::kSilu, kRounds>;
     case Activation::kGelu:
@@ -160,6 +162,8 @@ Kernel kernel_of(Activation activation) {
       return activation_kernel<Activation::kRelu, kRounds>;
     case Activation::kRelu2:
       return activation_kernel<Activation::kRelu2, kRounds>;
+    case Activation::kClampedRelu2:
+      return activation_kernel<Activation::kClampedRelu2, kRounds>;
     case Activation::kIdentity:
       return activation_kernel<Activation::kIdentity, kRounds>;
   }

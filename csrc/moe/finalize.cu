@@ -1,12 +1,14 @@
 // Finalize: back to token order, bias and router weight, sum over the token's experts.
 //
-// in   gemm2 [R, H] bf16 or fp16 in expert order; bias [E, H] fp32 or none; topk_weights [T, k] fp32; slot_row [T * k]
-// out  out [T, H] of gemm2's dtype:  acc = 0; for j in 0 .. k-1: acc = fma(weight_j, row_j + bias_j, acc)
+// in   gemm2 [R, H] in expert order, bf16, or fp32 for an fp16 output; bias [E, H] fp32 or none; topk_weights [T, k]
+//      fp32; slot_row [T * k]
+// out  out [T, H] bf16 or fp16:  acc = 0; for j in 0 .. k-1: acc = fma(weight_j, row_j + bias_j, acc)
 // in fp32 and rounded once. Slots without a row (id < 0 or >= E) contribute nothing; a token with none is zero.
+// Rows are fp32 for fp16, since a row that fp16 cannot hold may still have a weight with which the sum can be held.
 // Called by layer.cpp after GEMM2.
-// Why it is fast, and the same every time: each lane owns 8 columns of one token (of few tokens 2) and gathers the k
-// rows itself, four loads in flight, in the fixed order of j. One pass, no atomics, every byte read once. It is
-// the one kernel of a layer that does not start before the one before it is done (docs/decisions.md).
+// Why it is fast, and the same every time: each lane owns 16 bytes of each of a token's rows (of few tokens 2 columns)
+// and gathers the k rows itself, four loads in flight, in the fixed order of j. One pass, no atomics, every byte read
+// once. It is the one kernel of a layer that does not start before the one before it is done (docs/decisions.md).
 #include <type_traits>
 
 #include "moe/halves.cuh"
@@ -18,9 +20,36 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kLoadsAhead = 4;  // rows of one token in flight
-// Columns per lane: 16-byte loads of rows; or, for few tokens, where a thread's own time is the kernel's, a quarter of
-// the work and code.
-constexpr int kManyColumns = 8, kFewColumns = 2, kFewTokens = 8;
+// Columns per lane: 16-byte loads of rows; or, for few tokens, where a thread's own time is the kernel's, less work and
+// code.
+template <HalfType kType>
+constexpr int kManyColumns = kType == HalfType::kFloat16 ? 4 : 8;
+constexpr int kFewColumns = 2, kFewTokens = 8;
+
+// How many 16-bit values a lane stores at once.
+template <int kColumns>
+using Packed = std::conditional_t<kColumns == 2, uint32_t, std::conditional_t<kColumns == 4, uint2, uint4>>;
+
+// A lane's columns of one row of GEMM2, as they are loaded.
+template <HalfType kType, int kColumns>
+struct RowPart {
+  Packed<kColumns> packed;
+  __device__ __forceinline__ void load(const void* gemm2, int64_t at) {
+    packed = __ldcg(reinterpret_cast<const Packed<kColumns>*>(static_cast<const uint16_t*>(gemm2) + at));
+  }
+  __device__ __forceinline__ void widen(float (&x)[kColumns]) const { mxfp4_moe::widen<kType>(packed, x); }
+};
+
+template <int kColumns>
+struct RowPart<HalfType::kFloat16, kColumns> {
+  using Floats = std::conditional_t<kColumns == 2, float2, float4>;
+  static_assert(sizeof(Floats) == kColumns * sizeof(float));
+  Floats floats;
+  __device__ __forceinline__ void load(const void* gemm2, int64_t at) {
+    floats = __ldcg(reinterpret_cast<const Floats*>(static_cast<const float*>(gemm2) + at));
+  }
+  __device__ __forceinline__ void widen(float (&x)[kColumns]) const { memcpy(x, &floats, sizeof(x)); }
+};
 
 // What a lane needs of up to kLoadsAhead choices of a token besides their rows.
 template <int kColumns>
@@ -57,22 +86,18 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs a
   if (column >= args.hidden_size) {
     return;
   }
-  using Element = typename Half<kType>::Element;
-  using Packed = std::conditional_t<kColumns == 2, uint32_t, uint4>;
-  const auto* gemm2 = static_cast<const Element*>(args.gemm2);
-  auto* out = static_cast<Element*>(args.out);
+  auto* out = static_cast<typename Half<kType>::Element*>(args.out);
 
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {
     float acc[kColumns] = {};
     for (int j0 = 0; j0 < args.top_k; j0 += kLoadsAhead) {
       Choices<kColumns> choices;
       choices.load(args, token * args.top_k, j0, column);
-      Packed values[kLoadsAhead];
+      RowPart<kType, kColumns> values[kLoadsAhead];
 #pragma unroll
       for (int i = 0; i < kLoadsAhead; ++i) {
         if (choices.rows[i] >= 0) {
-          values[i] =
-              __ldcg(reinterpret_cast<const Packed*>(gemm2 + int64_t{choices.rows[i]} * args.hidden_size + column));
+          values[i].load(args.gemm2, int64_t{choices.rows[i]} * args.hidden_size + column);
         }
       }
 #pragma unroll
@@ -81,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs a
           continue;
         }
         float x[kColumns];
-        widen<kType>(values[i], x);
+        values[i].widen(x);
         if (args.bias != nullptr) {
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
@@ -94,7 +119,8 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs a
         }
       }
     }
-    *reinterpret_cast<Packed*>(out + token * args.hidden_size + column) = narrow<kType, Packed>(acc);
+    *reinterpret_cast<Packed<kColumns>*>(out + token * args.hidden_size + column) =
+        narrow<kType, Packed<kColumns>>(acc);
   }
 }
 
@@ -110,7 +136,7 @@ cudaError_t launch_columns(const FinalizeArgs& args, cudaStream_t stream) {
 template <HalfType kType>
 cudaError_t launch_for(const FinalizeArgs& args, cudaStream_t stream) {
   return args.tokens <= kFewTokens ? launch_columns<kType, kFewColumns>(args, stream)
-                                   : launch_columns<kType, kManyColumns>(args, stream);
+                                   : launch_columns<kType, kManyColumns<kType>>(args, stream);
 }
 
 }  // namespace

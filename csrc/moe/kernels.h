@@ -21,8 +21,15 @@ constexpr int kScaleBlock = 32;  // OCP MX: values under one E8M0 scale
 
 constexpr int kMaxTopK = 16;  // of topk_softmax; a layer takes any
 
-// Values as in Mxfp4MoeOutType, because GEMM2 writes the layer's output dtype.
+// Values as in Mxfp4MoeOutType.
 enum class HalfType : int { kBFloat16 = MXFP4_MOE_OUT_BFLOAT16, kFloat16 = MXFP4_MOE_OUT_FLOAT16 };
+
+// In what GEMM2 writes its rows. A row beyond fp16's range may have a weight with which the sum is in it, so rows of an
+// fp16 output stay fp32 until they are added.
+constexpr Mxfp4MoeOutType row_type(HalfType out) {
+  return out == HalfType::kFloat16 ? MXFP4_MOE_OUT_FLOAT32 : MXFP4_MOE_OUT_BFLOAT16;
+}
+constexpr int row_value_bytes(HalfType out) { return row_type(out) == MXFP4_MOE_OUT_FLOAT32 ? 4 : 2; }
 
 enum class LogitsType : int { kFloat32, kBFloat16, kFloat16 };
 
@@ -111,8 +118,8 @@ struct ActivationArgs {
   int32_t intermediate;  // multiple of 32
   Activation activation;
   Rounding rounding;      // of gemm1's values before the bias, and of the activation's
-  PerExpert alpha, beta;  // of kSwigluOai
-  PerExpert limit;        // of kSwigluOai and kSwigluStep; +inf when there is none
+  PerExpert alpha, beta;  // of kSwigluOai; beta of kSitu too
+  PerExpert limit;        // of all that have_numbers; +inf when there is none
   uint8_t* codes;         // [rows, intermediate], even k first; or, with has_far, folded bf16
   uint8_t* scales;        // [ceil(intermediate / 128), rows padded to 4, 4]
   int32_t* has_far;       // where the rows are folded: set to 1 when one has a far block (shared/folded.cuh); else null
@@ -120,8 +127,8 @@ struct ActivationArgs {
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 
 struct FinalizeArgs {
-  const void* gemm2;  // [rows, hidden_size] of type
-  HalfType type;
+  const void* gemm2;          // [rows, hidden_size] of row_type(type)
+  HalfType type;              // of out
   const float* bias;          // [E, hidden_size] or nullptr
   const float* topk_weights;  // [tokens, top_k]
   const int32_t* slot_row;    // [tokens * top_k]

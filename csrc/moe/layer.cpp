@@ -82,8 +82,7 @@ struct Form {
 Form form_of(const Layer& layer, bool fold) {
   const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(layer.device);
   if (facts == nullptr) return {};  // the launch will say why
-  const bool can_fuse = layer.activation == Activation::kSwiglu || layer.activation == Activation::kSwigluOai;
-  return {facts->activates != 0 && can_fuse, fold && facts->gemm1_format == MXFP4_MOE_ACT_FOLDED,
+  return {facts->activates != 0 && is_fused(layer.activation), fold && facts->gemm1_format == MXFP4_MOE_ACT_FOLDED,
           fold && facts->gemm2_format == MXFP4_MOE_ACT_FOLDED};
 }
 
@@ -95,7 +94,8 @@ Workspace::Shape workspace_of(const Layer& layer, const Form& form, int64_t max_
           form.gemm1_activates ? 0 : layer.gemm1_width,
           layer.routing.from_logits,
           form.folded1,
-          form.folded2};
+          form.folded2,
+          row_value_bytes(layer.out_type)};
 }
 
 // The kernels of one call, in the order in which they are launched.
@@ -183,7 +183,7 @@ class Launches {
     gemm.act_scale = base_ + at_.scales2;
     gemm.has_far = ints(at_.has_far) + 1;
     gemm.out = base_ + at_.gemm2_out;
-    gemm.out_type = static_cast<int32_t>(layer_.out_type);
+    gemm.out_type = row_type(layer_.out_type);
     run("GEMM2", gemm, args_.w2, layer_.hidden, layer_.intermediate);
   }
 

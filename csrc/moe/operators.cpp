@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_exp
   return {codes, scales};
 }
 
-// Returns out [T, H] of gemm2's dtype.
+// Returns out [T, H]: bfloat16 of bfloat16 rows, float16 of float32 rows.
 Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_expert, const Tensor& topk_weights,
                 const std::optional<Tensor>& w2_bias) {
   const int32_t device = device_of("gemm2", gemm2);
@@ -178,7 +178,11 @@ Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_e
                   describe(topk_weights));
   const int64_t tokens = topk_weights.size(0), top_k = topk_weights.size(1);
   FinalizeArgs args = {};
-  args.type = check_half("gemm2", gemm2);
+  const ScalarType row_type = gemm2.scalar_type();
+  STD_TORCH_CHECK((row_type == ScalarType::BFloat16 || row_type == ScalarType::Float) && gemm2.dim() == 2,
+                  "gemm2: expected bfloat16, or float32 for a float16 output, with 2 dimensions, got ",
+                  describe(gemm2));
+  args.type = row_type == ScalarType::BFloat16 ? HalfType::kBFloat16 : HalfType::kFloat16;
   args.hidden_size = check_multiple_of_32("hidden size", gemm2.size(1));
   const int32_t slots = check_range("tokens * top_k", tokens * top_k, 0, kMaxSlots);
   check_tensor("gemm2", gemm2, gemm2.scalar_type(), {slots, args.hidden_size}, device);
@@ -190,7 +194,8 @@ Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_e
     check_tensor("w2_bias", *w2_bias, ScalarType::Float, {w2_bias->size(0), args.hidden_size}, device);
   }
   const DeviceGuard guard(device);
-  const Tensor out = empty({tokens, args.hidden_size}, gemm2.scalar_type(), device);
+  const ScalarType type = args.type == HalfType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
+  const Tensor out = empty({tokens, args.hidden_size}, type, device);
   args.gemm2 = gemm2.data_ptr();
   args.bias = data<const float>(w2_bias);
   args.topk_weights = data<const float>(topk_weights);

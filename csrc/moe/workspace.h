@@ -1,14 +1,15 @@
 // Where one call's intermediates live: offsets into a single allocation, from shapes alone.
 //
 // bytes = 2 * 4 R + 16 max_m_tiles + 4 + 4                       routing
-//       + max(R H + 4 ceil(H/128) R4, 2 R H)                     MXFP8 rows and scales of GEMM1, then GEMM2's output
+//       + max(R H + 4 ceil(H/128) R4, B R H)                     MXFP8 rows and scales of GEMM1, then GEMM2's output
 //       + R I + 4 ceil(I/128) R4                                 MXFP8 rows and scales of GEMM2
 //       + 4 R N1, only where GEMM1 does not activate             GEMM1's output, fp32
 //       + 8 R, only where the layer starts from logits           topk_ids and topk_weights
 //       + 8, only where rows are folded                          whether any is far, of each GEMM
-// R4 is R padded to 4; N1 is GEMM1's width, 2I when the activation is gated and I when it is not; each term is rounded
-// up to 256 (slot_row and so on are terms of their own). Folded rows (shared/folded.cuh) have 2 R H and 2 R I bytes
-// instead of R H and R I. The rows that GEMM1 reads are dead when GEMM2 writes, so the two share their bytes.
+// B is 2, or 4 where the layer's output is fp16 (kernels.h, row_type). R4 is R padded to 4; N1 is GEMM1's width, 2I
+// when the activation is gated and I when it is not; each term is rounded up to 256 (slot_row and so on are terms of
+// their own). Folded rows (shared/folded.cuh) have 2 R H and 2 R I bytes instead of R H and R I. The rows that GEMM1
+// reads are dead when GEMM2 writes, so the two share their bytes.
 #pragma once
 
 #include <stdint.h>
@@ -31,7 +32,8 @@ struct Workspace {
     int64_t slots, hidden, intermediate, max_m_tiles;
     int64_t gemm1_width;  // of GEMM1's output in memory, 0 when there is none
     bool from_logits;
-    bool folded, folded2;  // what GEMM1 reads, what GEMM2 reads
+    bool folded, folded2;     // what GEMM1 reads, what GEMM2 reads
+    int64_t row_value_bytes;  // of GEMM2's output
   };
 
   explicit Workspace(const Shape& s) {
@@ -52,7 +54,7 @@ struct Workspace {
     gemm2_out = bytes;
     codes1 = take(s.slots * s.hidden * (s.folded ? 2 : 1));
     scales1 = take(act_scale_bytes(s.slots, s.hidden));
-    take(std::max<int64_t>(0, gemm2_out + s.slots * s.hidden * 2 - bytes));
+    take(std::max<int64_t>(0, gemm2_out + s.slots * s.hidden * s.row_value_bytes - bytes));
     codes2 = take(s.slots * s.intermediate * (s.folded2 ? 2 : 1));
     scales2 = take(act_scale_bytes(s.slots, s.intermediate));
     gemm1_out = take(s.slots * s.gemm1_width * 4);

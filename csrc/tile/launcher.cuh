@@ -49,8 +49,9 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (a.activate.codes) {
     if (!Shape::kActivates) return refuse("activate: tile (%d, %d) cannot", Shape::M, Shape::N);
     if (a.n % 64) return refuse("n: expected a multiple of 64, gates and ups, got %d", a.n);
-    if (a.activate.activation != MXFP4_MOE_SWIGLU && a.activate.activation != MXFP4_MOE_SWIGLU_OAI)
-      return refuse("activation: expected 0 (swiglu) or 1 (swiglu_oai), got %d", a.activate.activation);
+    if (a.activate.activation < 0 || !is_fused(static_cast<Activation>(a.activate.activation)))
+      return refuse("activation: expected 0 (swiglu), 1 (swiglu_oai), 2 (swiglu_step) or 5 (situ), got %d",
+                    a.activate.activation);
     return nullptr;
   }
   if (!aligned(a.out, 16)) return refuse("out: expected an address that is a multiple of 16, got %p", a.out);

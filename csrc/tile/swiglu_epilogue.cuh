@@ -13,6 +13,7 @@
 #include "shared/mxfp8.cuh"
 #include "shared/nonlinearities.cuh"
 #include "shared/scale_layout.cuh"
+#include "tile/in_turns.cuh"
 #include "tile/mma_mx.cuh"
 #include "tile_abi.h"
 
@@ -60,7 +61,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   const float* bias = a.bias == nullptr ? nullptr : a.bias + static_cast<int64_t>(m_tile.expert) * n;
   const auto rounding = static_cast<Rounding>(a.rounding);
   Numbers numbers = kSwigluNumbers;
-  if (a.activation == MXFP4_MOE_SWIGLU_OAI)
+  if (a.activation != MXFP4_MOE_SWIGLU)
     numbers = {of_expert(a.alpha, m_tile.expert), of_expert(a.beta, m_tile.expert), of_expert(a.limit, m_tile.expert)};
   const int col0 = tile_n0 + weight_row0;
   const int valid = m_tile.row_end - m_tile.row_begin;
@@ -88,29 +89,43 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
     }
   };
   constexpr int kOuts = kSwap ? 1 : 2;
+  // apply(gate, up, their biases) for every output; what it makes of the gate is the output.
+  const auto for_each_output = [&](const auto& apply) {
 #pragma unroll
-  for (int q = 0; q < kGroups; ++q) {
-    float gate_bias[kOuts] = {}, up_bias[kOuts] = {};
-    if (bias != nullptr && in_range) {
-#pragma unroll
-      for (int o = 0; o < kOuts; ++o) {
-        const float* at = bias + col0 + q * 16 + (kSwap ? g : 2 * t + o);
-        gate_bias[o] = __ldg(at);
-        up_bias[o] = __ldg(at + 8);
-      }
-    }
-#pragma unroll
-    for (int f = 0; f < kActFrags; ++f) {
-      if (is_empty(f)) continue;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
+    for (int q = 0; q < kGroups; ++q) {
+      float gate_bias[kOuts] = {}, up_bias[kOuts] = {};
+      if (bias != nullptr && in_range) {
 #pragma unroll
         for (int o = 0; o < kOuts; ++o) {
-          const float up = kSwap ? acc[q][f][2 + r] : acc[f][kSwap ? 0 : 2 * q + 1][2 * r + o];
-          value(q, f, r, o) = swiglu_oai(value(q, f, r, o) + gate_bias[o], up + up_bias[o], numbers);
+          const float* at = bias + col0 + q * 16 + (kSwap ? g : 2 * t + o);
+          gate_bias[o] = __ldg(at);
+          up_bias[o] = __ldg(at + 8);
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < kActFrags; ++f) {
+        if (is_empty(f)) continue;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+          for (int o = 0; o < kOuts; ++o) {
+            float& up = kSwap ? acc[q][f][2 + r] : acc[f][kSwap ? 0 : 2 * q + 1][2 * r + o];
+            apply(value(q, f, r, o), up, gate_bias[o], up_bias[o]);
+          }
         }
       }
     }
+  };
+  if (a.activation <= MXFP4_MOE_SWIGLU_OAI) {
+    for_each_output([&](float& gate, float& up, float gate_bias, float up_bias) {
+      gate = swiglu_oai(gate + gate_bias, up + up_bias, numbers);
+    });
+  } else {
+    for_each_output([](float& gate, float& up, float gate_bias, float up_bias) {
+      gate += gate_bias;
+      up += up_bias;
+    });
+    activate_in_turns<kSwap>(acc, a.activation == MXFP4_MOE_SITU, numbers);
   }
 
   if (rounding != Rounding::kNone) round_all();

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._call.modules import SM120_SUPPORTED_TILE_MN, prewarm_moe_tiles
     from .flashinfer_api.modules import get_cutlass_fused_moe_module
     from .routing import fused_moe_from_logits, topk_softmax
+    from .shared_experts import join_shared_experts
     from .tiles import select_tile_mn_for_sm120
     from .weights import Activation, GateUpOrder, MoEWeights
 
@@ -38,6 +39,7 @@ __all__ = [
     "fused_moe",
     "fused_moe_from_logits",
     "get_cutlass_fused_moe_module",
+    "join_shared_experts",
     "prewarm_moe_tiles",
     "select_tile_mn_for_sm120",
     "topk_softmax",
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
     "get_cutlass_fused_moe_module": "flashinfer_api.modules",
+    "join_shared_experts": "shared_experts",
     "prewarm_moe_tiles": "_call.modules",
     "select_tile_mn_for_sm120": "tiles",
     "topk_softmax": "routing",

@@ -58,8 +58,8 @@ class MoEWeights:
         w13_bias: float32 [E, W] in w13's row order, or None.
         w2_bias: float32 [E, H], or None.
         activation: what stands between the GEMMs.
-        alpha, beta, limit: the numbers of swiglu_oai, and limit that of swiglu_step; others ignore them. One float for
-            all experts, or float32 [E]; limit None clamps nothing.
+        alpha, beta, limit: numbers of the activation, where its formula (`Activation`) has them. One float for all
+            experts, or float32 [E]; limit None clamps nothing.
         gate_up_order: order in which the checkpoint had w13's rows; `to_mxfp4` restores it.
         first_expert: global id of expert 0 here; other than 0 in the slices that `expert_parallel` makes. Ids of
             experts that are not here contribute nothing.

@@ -49,6 +49,8 @@ class TestConfig:
             ({"expert_swiglu_limit_list": [None, 2.5]}, ("swiglu", None)),
             ({"model_type": "deepseek_v4", "swiglu_limit": 10.0}, ("swiglu_oai", 10.0)),
             ({"hidden_act": "swigluoai", "swiglu_limit": 5}, ("swiglu_oai", 5.0)),
+            ({"hidden_act": "situ", "activation_situ_beta": 4.0}, ("situ", None)),
+            ({"hidden_act": "situ", "activation_situ_linear_beta": 25}, ("situ", 25.0)),
         ],
     )
     def test_says_the_activation(self, path: Path, change: dict[str, Any], expected: tuple[str, float | None]) -> None:
@@ -68,7 +70,16 @@ class TestConfig:
             ({"moe_intermediate_size": None}, "expected 160 as intermediate size, .*, got 4096"),
             ({"num_experts_per_tok": 4}, "expected at most 3 experts per token, got 4"),
             ({"num_experts": "three"}, "expected num_experts to be an integer, got 'three'"),
-            ({"hidden_act": "situ"}, "has hidden_act 'situ', which this version has no kernels for"),
+            ({"hidden_act": "xielu"}, "has hidden_act 'xielu', which this version has no kernels for"),
+            ({"hidden_act": "situ", "swiglu_limit": 7.0}, "has swiglu_limit 7.0, and what it limits in model_type"),
+            (
+                {"hidden_act": "situ", "activation_situ_beta": "4"},
+                "expected activation_situ_beta to be a number, got '4'",
+            ),
+            (
+                {"hidden_act": "situ", "activation_situ_beta": 0},
+                "beta: expected a number above 0 with activation 'situ', got 0",
+            ),
             ({"hidden_act": None}, "has no hidden_act"),
             ({"swiglu_limit": 7.0}, "has swiglu_limit 7.0, and what it limits in model_type 'qwen3_moe' is not known"),
             ({"swiglu_limit": "7"}, "expected swiglu_limit to be a number, got '7'"),

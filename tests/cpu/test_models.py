@@ -33,6 +33,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "MiniMax-M3": {"activation": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
     "MiMo-V2": {"activation": "swiglu"},
     "Ling / Bailing V3": {"activation": "swiglu_step", "limit": 7.0},  # layer 1; layer 0 has no limit
+    "Kimi-K3": {"activation": "situ", "beta": 4.0, "limit": 25.0},
     "Qwen3-MoE, quantized here": {"activation": "swiglu"},
 }
 LAYER = 1
@@ -89,22 +90,17 @@ def error(actual: torch.Tensor, expected: np.ndarray) -> float:
 
 def test_the_tables_know_each_other() -> None:
     assert {scheme for _, scheme in PAIRS} == set(BY_NAME) == set(checkpoints.SCHEMES)
-    assert set(ACTIVATIONS) == {model.name for model in MODELS} - {"Kimi-K3"}
+    assert set(ACTIVATIONS) == {model.name for model in MODELS}
     assert all(row.sources for row in (*SCHEMES, *MODELS))
 
 
 @pytest.mark.parametrize(("model", "scheme"), PAIRS, ids=lambda value: getattr(value, "name", value))
 def test_a_layer_from_its_own_files(tmp_path: Path, model: Model, scheme: str) -> None:
     path, layers = write_model(tmp_path, model, scheme)
-    numbers = ACTIVATIONS.get(model.name, {"activation": "swiglu"})
+    numbers = ACTIVATIONS[model.name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if model.name == "Kimi-K3":
-            with pytest.raises(ValueError, match="has hidden_act 'situ', which this version has no kernels for"):
-                MoEWeights.from_pretrained(path, layer=LAYER)
-            weights = MoEWeights.from_pretrained(path, layer=LAYER, activation="swiglu")
-        else:
-            weights = MoEWeights.from_pretrained(path, layer=LAYER)
+        weights = MoEWeights.from_pretrained(path, layer=LAYER)
     order = checkpoints.ORDER_OF[scheme]
     assert weights.activation.value == numbers["activation"]
     assert weights.gate_up_order.value == order
@@ -135,9 +131,8 @@ def test_a_layer_from_its_own_files(tmp_path: Path, model: Model, scheme: str) -
 @pytest.mark.parametrize(("model", "scheme"), PAIRS, ids=lambda value: getattr(value, "name", value))
 def test_a_layer_read_to_the_gpu(tmp_path: Path, model: Model, scheme: str) -> None:
     path, _ = write_model(tmp_path, model, scheme)
-    options: dict[str, Any] = {"activation": "swiglu"} if model.name == "Kimi-K3" else {}
-    on_cpu = MoEWeights.from_pretrained(path, layer=LAYER, **options)
-    weights = MoEWeights.from_pretrained(path, layer=LAYER, device="cuda", **options)
+    on_cpu = MoEWeights.from_pretrained(path, layer=LAYER)
+    weights = MoEWeights.from_pretrained(path, layer=LAYER, device="cuda")
     moved = on_cpu.to("cuda")
     assert torch.equal(weights.w13, moved.w13)
     assert torch.equal(weights.w2, moved.w2)

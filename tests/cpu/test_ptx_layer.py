@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_cases import ids_of, layer_of, ordinal
+from moe_cases import ids_of, layer_of, ordinal, with_large_rows
 from ptx import launch
 from ptx.gemm import junk
 from ptx.running import Run
@@ -84,6 +84,14 @@ def from_ids_and_mxfp8(tile: tiles.Tile) -> Layer:
     )
 
 
+def beyond_float16(tile: tiles.Tile) -> Layer:
+    """float16, whose rows it cannot hold before they are weighted."""
+    layer = from_logits(tile, 7, torch.float16, fuses=True)
+    weights, ids = with_large_rows(layer.weights), ids_of(7, 2, 6, torch.int32, CPU)
+    topk_weights = torch.rand(7, 2, generator=torch.Generator().manual_seed(1)) / 64
+    return replace(layer, weights=weights, logits=None, ids=ids, topk_weights=topk_weights)
+
+
 def start(layer: Layer, out: Tensor) -> Run:
     """The layer's launches, on a memory with what they were given. The kernel before the layer may still run."""
     recorder = launch.shared_recorder()
@@ -111,6 +119,7 @@ def start(layer: Layer, out: Tensor) -> Run:
 CASES = {
     "few slots from logits": lambda: from_logits(tile_of(16, 128, swap=True), 5, torch.bfloat16, fuses=True),
     "many slots from logits, activation apart": lambda: from_logits(tile_of(64, 8), 66, torch.float16, fuses=False),
+    "float16 rows that it cannot hold": lambda: beyond_float16(tile_of(16, 128, swap=True)),
     "ids of which some are elsewhere, MXFP8": lambda: from_ids_and_mxfp8(tile_of(32, 64, swap=True)),
 }
 
@@ -122,12 +131,13 @@ def tile_of(m: int, n: int, *, swap: bool = False) -> tiles.Tile:
 @pytest.mark.parametrize("case", CASES)
 def test_layer(case: str) -> None:
     layer = CASES[case]()
+    row_dtype = reference.ROW_DTYPES[layer.dtype]
     weights, top_k, tile, dtype = layer.weights, layer.top_k, layer.tile, layer.dtype
     tokens, (hidden, inter) = len(layer.hidden_states), (weights.hidden_size, weights.intermediate_size)
     out = torch.empty(tokens, hidden, dtype=dtype)
     run = start(layer, out)
     sizes: dict[str, Any] = {"slots": tokens * top_k, "hidden": hidden, "inter": inter, "experts": weights.num_experts}
-    sizes |= {"tile_m": tile.m, "gemm1_width": 0 if layer.fuses else weights.w13_rows, "dtype": dtype}
+    sizes |= {"tile_m": tile.m, "gemm1_width": 0 if layer.fuses else weights.w13_rows, "dtype": row_dtype}
     own = intermediates(run.recording, **sizes, from_logits=layer.logits is not None)
 
     run.next("route")
@@ -181,12 +191,15 @@ def test_layer(case: str) -> None:
     run.allow_unwritten(own["scales2"])
     run.next("grouped_gemm", junk(tile, inter))
     packed, packed_scales = plain(weights.w2, hidden, inter)
-    gemm2 = reference.grouped_gemm(codes2, scales2, packed, packed_scales, offsets, arithmetic=SM12X).to(dtype)
+    gemm2 = reference.grouped_gemm(codes2, scales2, packed, packed_scales, offsets, arithmetic=SM12X).to(row_dtype)
     assert torch.equal(bits(own["gemm2_out"][:valid]), bits(gemm2))
 
     run.next("finalize")
     run.finish()
     assert torch.equal(bits(out), bits(reference.finalize(gemm2, topk_weights, slot_row, row_expert, weights.w2_bias)))
+
+    assert bool((gemm2.abs() > torch.finfo(torch.float16).max).any()) == ("cannot hold" in case)
+    assert out.isfinite().all()
 
     # The same from the outside: the reference's layer, with the kernels' own activation, and with its own.
     inputs = (layer.hidden_states, topk_weights, ids, weights)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_cases import NUMBERS, ids_of, layer_of, ordinal
+from moe_cases import ids_of
 from ptx import launch
 from ptx.faults import Fault, Kind
 from ptx.running import EXECUTED, execute
@@ -21,7 +21,7 @@ from ptx_moe_checks import (
     HALVES,
     TILE,
     TOPK_TOLERANCE,
-    activated,
+    check_activation,
     check_activation_of_many_rows,
     check_activation_rounding,
     check_finalize,
@@ -37,7 +37,7 @@ from ptx_moe_checks import (
 from ptx_quantize_checks import check_mxfp8_quantize
 from quantize_cases import LAYOUTS
 
-from mxfp4_moe import formats, reference
+from mxfp4_moe import reference
 from mxfp4_moe.activations import Activation
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,25 +199,7 @@ def test_mxfp8_quantize_of_no_rows_launches_nothing() -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_activation_is_close(with_bias: bool, activation: str, rounding: torch.dtype | None) -> None:
     """An exp's last bits move a code to its neighbour when the value lies near a tie, and nothing else."""
-    which = list(Activation).index(Activation(activation))
-    experts, rows, inter = 5, 6, (32, 160, 96)[which % 3]
-    numbers = list(NUMBERS)[(which + with_bias + (rounding is None)) % 3]
-    weights = layer_of(experts, inter, activation, numbers, bias=with_bias, device=CPU)
-    g = torch.Generator().manual_seed(inter)
-    gemm1 = torch.randn(rows, weights.w13_rows, generator=g) * 4
-    gemm1[0, 0], gemm1[1, 8], gemm1[2, 0] = torch.nan, torch.nan, torch.inf
-    gemm1[3, 0], gemm1[3, 1], gemm1[3, 9] = -200.0, 200.0, 1e30
-    row_expert = torch.arange(rows, dtype=torch.int32) % experts
-    codes, scales = activated(gemm1, row_expert, weights, rounding, rows - 1)
-    each = (weights.alpha, weights.beta, weights.limit)
-    values = reference.activate(gemm1, row_expert, weights.w13_bias, activation, *each, rounding=rounding)[:-1]
-    expected_codes, expected_scales = formats.quantize_mxfp8(values)
-    assert torch.equal(scales, expected_scales)
-    off = (ordinal(codes) - ordinal(expected_codes)).abs()
-    assert off.max() <= 1
-    assert off.sum() <= 2
-    if activation in ("relu", "relu2", "identity"):
-        assert not off.any()
+    check_activation(activation, with_bias, rounding)
 
 
 def test_activation_of_many_rows() -> None:

@@ -10,6 +10,7 @@ griddepcontrol.wait; so are the m-tiles, where the launch says that they are not
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from types import SimpleNamespace
 
@@ -76,6 +77,7 @@ def test_more_tails_and_orders(tile: Tile, steps: int, ready: bool, dtype: torch
 
 EXPERTS_ROWS = (3, 0, 9)
 KINDS = ("swiglu", "swiglu, bias, bfloat16", "swiglu_oai, bias, float16, per expert")
+KINDS += ("swiglu_step, bias, per expert", "situ, bias, bfloat16", "situ, no limit")
 
 
 def epilogue(kind: str, n: int) -> Epilogue:
@@ -86,11 +88,17 @@ def epilogue(kind: str, n: int) -> Epilogue:
         return Epilogue(activation=Activation.SWIGLU)
     if kind == "swiglu, bias, bfloat16":
         return Epilogue(activation=Activation.SWIGLU, bias=bias, rounding=torch.bfloat16)
+    if kind == "situ, bias, bfloat16":
+        return Epilogue(activation=Activation.SITU, bias=bias, rounding=torch.bfloat16, beta=4.0, limit=25.0)
+    if kind == "situ, no limit":
+        return Epilogue(activation=Activation.SITU, beta=torch.tensor([4.0, 1.0, 0.5]), limit=math.inf)
     each = {
         "alpha": torch.tensor([1.702, 1.0, 0.5]),
         "beta": torch.tensor([1.0, 0.0, -2.0]),
         "limit": torch.tensor([7.0, 1.0, 3.0]),
     }
+    if kind == "swiglu_step, bias, per expert":
+        return Epilogue(activation=Activation.SWIGLU_STEP, bias=bias, **each)
     return Epilogue(activation=Activation.SWIGLU_OAI, bias=bias, rounding=torch.float16, **each)
 
 

@@ -47,13 +47,18 @@ class TestActivate:
         ours = theirs = numbers
         if numbers == "per expert":
             ours = tuple(torch.tensor(n) for n in ([1.702, 1.0, 0.5], [1.0, 0.0, -2.0], [7.0, 1e30, 1.5]))
+        if activation == "situ":  # whose beta is a bound
+            beta = ours[1]
+            ours = (ours[0], beta.abs() + 0.5 if numbers == "per expert" else abs(beta) + 0.5, ours[2])
+            theirs = ours
+        if numbers == "per expert":
             theirs = tuple(n[row_expert].double().numpy()[:, None] for n in ours)
         out = reference.activate(gemm1, row_expert, w13_bias, activation, *ours)
         name = Activation(activation).value
         if gated:
             expected = oracles.two_inputs(gate.astype(np.float64), up.astype(np.float64), name, *theirs)
         else:
-            expected = oracles.one_input(gate.astype(np.float64), name)
+            expected = oracles.one_input(gate.astype(np.float64), name, theirs[2])
         assert out.dtype == torch.float32
         assert out.shape == (50, 64)
         # Four roundings, the sigmoid's or erfc's few ulps (more where the argument is large); u + beta may cancel,
@@ -86,6 +91,29 @@ class TestActivate:
         assert out[~spoiled].isfinite().all()
         assert (out[~spoiled] == out[0, 5]).all()
 
+    def test_soft_clamps(self) -> None:
+        """Small values lose nothing, large ones end at the bounds, and a NaN is no large value."""
+        row = torch.zeros(1, dtype=torch.int32)
+        gate = np.float32([[1e-30, -1e-12, 1e-6, 1e-3, 3.0, 1e30, math.inf, -math.inf]])
+        up = np.float32([[1e-6, 1e-12, -1e-3, 30.0, 1e4, math.inf, -math.inf, 1.0]])
+        out = reference.activate(torch.from_numpy(self.prepared(gate, up)), row, None, "situ", 0.0, 4.0, 25.0)
+        expected = oracles.two_inputs(gate.astype(np.float64), up.astype(np.float64), "situ", 0.0, 4.0, 25.0)
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-6, atol=0)
+        assert out[0, 5:7].tolist() == [100.0, -100.0]  # 4 * 25, the most that it can be
+        for spoiled in ((math.nan, 1.0), (1.0, math.nan)):
+            columns = self.prepared(*(np.full((1, 8), x, np.float32) for x in spoiled))
+            assert reference.activate(torch.from_numpy(columns), row, None, "situ", 0.0, 4.0, 25.0).isnan().all()
+        x = torch.tensor([[-math.inf, -3.0, 0.0, 1e-12, 1e-3, 1.0, 1e30, math.inf]])
+        out = reference.activate(x, row, None, "clamped_relu2", limit=16.0)
+        expected = oracles.one_input(x.double().numpy(), "clamped_relu2", 16.0)
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-6, atol=0)
+        assert out[0, -1] == 16.0**2
+        for name in ("situ", "clamped_relu2"):  # without a limit the larger ones are let through
+            gemm1 = torch.full((1, 16 if name == "situ" else 8), 3e8)
+            near = 4.0 * 3e8 if name == "situ" else 3e8**2
+            out = reference.activate(gemm1, row, None, name, beta=4.0, limit=None)
+            torch.testing.assert_close(out, torch.full((1, 8), near), rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize("rounding", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("activation", list(Activation))
@@ -108,7 +136,7 @@ class TestActivate:
         if activation.is_gated:
             exact = oracles.two_inputs(gate, up, name, 1.702, 1.0, 7.0)
         else:
-            exact = oracles.one_input(gate, name)
+            exact = oracles.one_input(gate, name, 7.0)
         assert out.dtype == torch.float32
         assert torch.equal(out, out.to(rounding).float())
         expected = exact.astype(np.float32).astype(dtype).astype(np.float64)

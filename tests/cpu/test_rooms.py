@@ -19,7 +19,7 @@ FLOORS = (
     ("_choice",),
     ("_checkpoints",),
     ("weights",),
-    ("reference",),
+    ("reference", "shared_experts"),
     ("_call",),
     ("routing",),
     ("problems", "flashinfer_api", "integrations"),

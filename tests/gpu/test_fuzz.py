@@ -27,7 +27,7 @@ from mxfp4_moe.weights import MoEWeights
 
 CALLS = int(os.environ.get("MXFP4_MOE_FUZZ_CALLS", "300"))
 SEED = int(os.environ.get("MXFP4_MOE_FUZZ_SEED", "0"))
-LAYERS = 44  # four of each activation
+LAYERS = 4 * len(Activation)
 REPLAYS = 3
 
 

@@ -126,7 +126,7 @@ def test_activation_is_close(
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "silu"])
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "situ", "silu", "clamped_relu2"])
 def test_activation_of_many_rows_is_that_of_few(activation: str, with_bias: bool, device: torch.device) -> None:
     """From 4096 rows on a block has eight, whose expert may change among them."""
     rows, inter = 4099, 160
@@ -210,7 +210,7 @@ def test_finalize_is_exact(
     ids[3] = -1
     _, row_slot, slot_row = reference.route(ids, experts)
     row_expert = torch.where(row_slot >= 0, ids.flatten()[row_slot.long()], -1).to(torch.int32)
-    rows = torch.randn(tokens * top_k, width, generator=g, device=device).to(dtype)
+    rows = torch.randn(tokens * top_k, width, generator=g, device=device).to(reference.ROW_DTYPES[dtype])
     topk_weights = torch.rand(tokens, top_k, generator=g, device=device)
     bias = torch.randn(experts, width, generator=g, device=device) if with_bias else None
     out = ops().finalize(rows, slot_row, row_expert, topk_weights, bias)

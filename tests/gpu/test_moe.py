@@ -13,7 +13,7 @@ import torch
 from gpu_cases import HALVES, TILES, TOP_K, run, small
 from gpu_layers import exact_layer, poison_memory, same
 from gpu_problems import Call, bits, random_call, random_weights, relative_error
-from moe_cases import layer_of
+from moe_cases import layer_of, with_large_rows
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -27,6 +27,7 @@ from mxfp4_moe.weights import MoEWeights
 UNWRITTEN = 0xEE
 # Both sides quantize the same values twice and round the same rows to bfloat16; what is left is exp's last bits.
 LAYER_TOLERANCE = 5e-3
+NUMBERS = (("alpha", 0.5, 2.0), ("beta", 0.5, 4.0), ("limit", 1.0, 25.0))
 
 
 @functools.cache
@@ -68,6 +69,35 @@ def test_every_tile_gives_the_same_bits_without_folding(tokens: int, rounding: b
     for tile in TILES:
         out = run(call, weights, tile_mn=tile.mn, intermediate_rounding=rounding)
         assert torch.equal(expected, bits(out)), tile.name
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 65, 300])
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "situ"])
+def test_every_tile_activates_as_the_kernel_does(
+    activation: str, rounding: bool, tokens: int, device: torch.device
+) -> None:
+    """In GEMM1's epilogue or behind stored sums; each expert has its own numbers."""
+    each = {name: torch.linspace(low, high, 8, device=device) for name, low, high in NUMBERS}
+    weights = random_weights(8, 160, 96, device, activation=activation, **each)
+    call = random_call(tokens, 3, weights)
+    expected = exact_layer(call, weights, intermediate_rounding=rounding)
+    for tile in TILES:
+        assert same(run(call, weights, tile_mn=tile.mn, intermediate_rounding=rounding), expected), tile.name
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 65, 300])
+def test_float16_rows_beyond_its_range(tokens: int, device: torch.device) -> None:
+    """Every tile weighs them first: in fp32, as the reference does."""
+    weights = with_large_rows(random_weights(8, 160, 96, device))
+    call = random_call(tokens, 3, weights, dtype=torch.float16)
+    call = replace(call, topk_weights=call.topk_weights / 64)
+    rows = reference.fused_moe(call.hidden_states, torch.ones_like(call.topk_weights), call.topk_ids, weights)
+    assert rows.isinf().any(), "the case is none"
+    expected = exact_layer(call, weights)
+    assert expected.isfinite().all()
+    for tile in TILES:
+        assert same(run(call, weights, tile_mn=tile.mn), expected), tile.name
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["one token", "all tokens"])

@@ -13,6 +13,7 @@ from gpu_problems import bits, random_call
 import mxfp4_moe
 from mxfp4_moe import formats
 from mxfp4_moe._install import loading
+from mxfp4_moe.activations import Activation
 from mxfp4_moe.tiles import Tile
 
 
@@ -114,7 +115,7 @@ def test_the_operator_checks_for_itself() -> None:
             {"w2_bias": torch.empty(8, 96, device=x.device)},
             r"w2_bias: expected float32 \[8, 160\], got float32 \[8, 96",
         ),
-        ({"activation": 11}, r"activation: expected 0 to 10, got 11"),
+        ({"activation": len(Activation)}, rf"activation: expected 0 to {len(Activation) - 1}, got {len(Activation)}"),
         ({"limits": torch.ones(7, device=x.device)}, r"limit: expected float32 \[8\], got float32 \[7\]"),
         ({"hidden_states_scale": w}, r"hidden_states: expected uint8 \[tokens, hidden\] with hidden_states_scale, got"),
         ({"out": torch.empty_like(x).float()}, r"out: expected bfloat16 or float16 .*, got float32 \[4, 160\]"),

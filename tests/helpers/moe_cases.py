@@ -52,10 +52,20 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_large_rows(weights: MoEWeights, exponent: int = 16) -> MoEWeights:
+    """The same layer, the outputs of its experts times 2^exponent (but for their biases)."""
+    stored = weights.to_mxfp4()._asdict()
+    stored["w2_scale"] = stored["w2_scale"] + exponent
+    numbers = {name: getattr(weights, name) for name in ("activation", "alpha", "beta", "limit", "gate_up_order")}
+    return MoEWeights.from_mxfp4(**stored, **numbers)
+
+
 def layer_of(
     experts: int, inter: int, activation: str, numbers: str, *, bias: bool, device: torch.device
 ) -> MoEWeights:
     each = {
         n: torch.tensor(v, device=device).float() if isinstance(v, list) else v for n, v in NUMBERS[numbers].items()
     }
+    if activation == "situ" and "beta" in each:
+        each["beta"] = each["beta"].abs() + 0.5  # a bound there
     return random_weights(experts, 32, inter, device, bias=bias, activation=activation, **each)

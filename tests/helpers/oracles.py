@@ -197,14 +197,19 @@ def gate_up_rows(order: str, intermediate_size: int) -> tuple[list[int], list[in
     return (list(first), list(second)) if order == "gate_up" else (list(second), list(first))
 
 
-GATED = ("swiglu", "swiglu_oai", "swiglu_step", "geglu", "geglu_tanh")
-NOT_GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+GATED = ("swiglu", "swiglu_oai", "swiglu_step", "geglu", "geglu_tanh", "situ")
+NOT_GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_relu2", "identity")
 _ERFC = np.vectorize(math.erfc, otypes=[np.float64])
 
 Number = float | np.ndarray  # an array broadcasts against the rows
 
 
-def one_input(x: np.ndarray, activation: str) -> np.ndarray:
+def soft_clamp(x: np.ndarray, limit: Number | None) -> np.ndarray:
+    """limit * tanh(x / limit); x without a limit."""
+    return x if limit is None else limit * np.tanh(x / limit)
+
+
+def one_input(x: np.ndarray, activation: str, limit: Number | None = None) -> np.ndarray:
     """An activation that is not gated; float64 in, float64 out."""
     if activation == "silu":
         return x / (1 + np.exp(-x))
@@ -214,6 +219,8 @@ def one_input(x: np.ndarray, activation: str) -> np.ndarray:
         with np.errstate(over="ignore"):  # x / infinity is the zero that it should be
             return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     positive = np.maximum(x, 0)
+    if activation == "clamped_relu2":
+        return soft_clamp(positive, limit) ** 2
     return {"relu": positive, "relu2": positive**2, "identity": x}[activation]
 
 
@@ -227,6 +234,8 @@ def two_inputs(
         return gate / (1 + np.exp(-alpha * gate)) * (up + beta)
     if activation == "swiglu_step":
         return np.minimum(one_input(gate, "silu"), bound) * np.clip(up, -bound, bound)
+    if activation == "situ":
+        return soft_clamp(gate, beta) / (1 + np.exp(-gate)) * soft_clamp(up, limit)
     return one_input(gate, {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}[activation]) * up
 
 
@@ -254,7 +263,7 @@ def dense_moe(
 
     def between(h: np.ndarray) -> np.ndarray:
         if activation in NOT_GATED:
-            return one_input(h, activation)
+            return one_input(h, activation, limit)
         return two_inputs(h[gates], h[ups], activation, alpha, beta, limit)
 
     x = mxfp8_values(*mxfp8_quantize(hidden_states.float().numpy()))

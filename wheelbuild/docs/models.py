@@ -97,6 +97,7 @@ def _between(model: models.Model) -> tuple[str, str]:
             act = stated.raw.get("hidden_act")
             return f"{act}", "; ".join([*reasons, f"not yet: no kernel for {act}"])
         numbers = [("alpha", between.alpha), ("beta", between.beta)] if between.activation == "swiglu_oai" else []
+        numbers += [("beta", between.beta)] if between.activation == "situ" else []
         numbers += [("limit", between.limit)] if between.limit is not None else []
         text = ", ".join([f"`{activations.Activation(between.activation).value}`", *(f"{n} {v:g}" for n, v in numbers)])
         said += [text] if text not in said else []

@@ -154,7 +154,8 @@ def _between(config: ExpertConfig, layer: int) -> Between:
     MiniMax-M3: "swigluoai" (vLLM, transformers_utils/configs/minimax_m3.py: beta is 1 where it is not there).
     Ling V3: a limit per layer for silu(g) and u (vLLM, bailing_moe_v3.py: SwigluStepAndMul).
     DeepSeek-V4: a limit for g before silu, and for u (transformers, models/deepseek_v4: _apply_gate).
-    Kimi-K3: "situ", with two numbers (SGLang, layers/activation.py: SituAndMul).
+    Kimi-K3: "situ", with two numbers, 1 and none where they are not there (vLLM, layers/activation.py: SituAndMul, and
+    transformers_utils/configs/kimi_linear.py).
     """
     raw, act = config.raw, str(config.raw.get("hidden_act") or config.raw.get("hidden_activation") or "")
     limit = _number(config, "swiglu_limit")
@@ -174,6 +175,9 @@ def _between(config: ExpertConfig, layer: int) -> Between:
         return Between(activation="swiglu_step", limit=float(here)) if here else Between(activation="swiglu")
     if limit is not None and config.model_type.startswith("deepseek_v4") and act == "silu":
         return Between(activation="swiglu_oai", alpha=1.0, beta=0.0, limit=limit)  # silu(g) is g * sigmoid(1 * g)
+    if act == "situ" and limit is None:
+        gate, linear = _number(config, "activation_situ_beta"), _number(config, "activation_situ_linear_beta")
+        return Between(activation="situ", beta=1.0 if gate is None else gate, limit=linear)
     if limit is not None:
         raise ValueError(
             f"activation: {config.file} has swiglu_limit {limit}, and what it limits in model_type "

@@ -62,6 +62,8 @@ def check_fields(weights: Any) -> int:
         require_contiguous(name, tensor)
     check_number("alpha", weights.alpha, experts, device)
     check_number("beta", weights.beta, experts, device)
+    if weights.activation is Activation.SITU and not isinstance(weights.beta, Tensor) and not weights.beta > 0:
+        raise ValueError(f"beta: expected a number above 0 with activation 'situ', got {weights.beta}")
     if weights.limit is not None:
         check_number("limit", weights.limit, experts, device)
         if not isinstance(weights.limit, Tensor) and weights.limit <= 0:

@@ -78,6 +78,8 @@ def _group_lines(group: Group, summary: Summary) -> list[str]:
         numbers = {"limit": group.between.limit} if group.between.limit is not None else {}
         if group.between.activation == "swiglu_oai":
             numbers = {"alpha": group.between.alpha, "beta": group.between.beta, **numbers}
+        if group.between.activation == "situ":
+            numbers = {"beta": group.between.beta, **numbers}
         rows["activation"] = ", ".join(
             [group.between.activation, *(f"{name} {value}" for name, value in numbers.items())]
         )

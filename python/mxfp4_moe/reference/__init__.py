@@ -15,6 +15,7 @@ pair, number t*k+j; a row is one slot's place in the activations sorted by exper
 from .activation import activate
 from .chain import (
     MXFP8_INPUT_SCALE_MAX,
+    ROW_DTYPES,
     SCALE_LAYOUTS,
     default_output_dtype,
     finalize,
@@ -29,6 +30,7 @@ from .gemm import grouped_gemm
 
 __all__ = [
     "MXFP8_INPUT_SCALE_MAX",
+    "ROW_DTYPES",
     "SCALE_LAYOUTS",
     "activate",
     "default_output_dtype",

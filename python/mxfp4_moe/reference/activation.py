@@ -34,8 +34,9 @@ def activate(
         row_expert: int32 or int64 [R], the expert of each row, 0 <= expert < E.
         w13_bias: float32 [E, 2I] or [E, I] in the same order, or None.
         activation: its name.
-        alpha, beta: numbers of swiglu_oai, or float32 [E] with one for each expert; others ignore them.
-        limit: the same for swiglu_oai and swiglu_step; None clamps nothing.
+        alpha, beta: numbers of swiglu_oai, beta of situ too; or float32 [E] with one for each expert. Others ignore
+            them.
+        limit: the same for swiglu_oai, swiglu_step, situ and clamped_relu2; None clamps nothing.
         rounding: bfloat16 or float16: gemm1, before the bias, and the result are rounded to it (to nearest, ties to
             even; beyond float16's range to infinity). None rounds neither.
 
@@ -63,15 +64,18 @@ def activate(
     if w13_bias is not None:
         require_tensor("w13_bias", w13_bias, torch.float32, ("E", columns), gemm1.device)
         gemm1 = gemm1 + w13_bias[row_expert]
-    if not kind.is_gated:
-        return rounded(_NOT_GATED[kind](gemm1))
-
-    gate, up = (half.flatten(-2) for half in torch.unflatten(gemm1, -1, (columns // 16, 2, 8)).unbind(-2))
 
     def per_row(number: float | Tensor) -> float | Tensor:
         return number[row_expert].unsqueeze(1) if isinstance(number, Tensor) else number
 
     bound = per_row(math.inf if limit is None else limit)
+    if kind is Activation.CLAMPED_RELU2:
+        positive = _soft(_relu(gemm1), bound)
+        return rounded(positive * positive)
+    if not kind.is_gated:
+        return rounded(_NOT_GATED[kind](gemm1))
+
+    gate, up = (half.flatten(-2) for half in torch.unflatten(gemm1, -1, (columns // 16, 2, 8)).unbind(-2))
 
     def clamp_above(x: Tensor) -> Tensor:
         return torch.where(x > bound, bound, x)
@@ -84,7 +88,15 @@ def activate(
         return rounded(gate * torch.sigmoid(per_row(alpha) * gate) * (clamp_both(up) + per_row(beta)))
     if kind is Activation.SWIGLU_STEP:
         return rounded(clamp_above(_silu(gate)) * clamp_both(up))
+    if kind is Activation.SITU:
+        return rounded(_soft(gate, per_row(beta)) * torch.sigmoid(gate) * _soft(up, bound))
     return rounded(_GATE[kind](gate) * up)
+
+
+def _soft(x: Tensor, bound: float | Tensor) -> Tensor:
+    """bound * tanh(x / bound), x where the bound is infinite; bound [R, 1] or one for all rows."""
+    limits = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+    return torch.where(limits.isinf(), x, limits * torch.tanh(x / limits))
 
 
 def _silu(x: Tensor) -> Tensor:

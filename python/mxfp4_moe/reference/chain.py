@@ -26,6 +26,8 @@ _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_LAYOUTS = ("linear", "swizzled")
+# Of the second GEMM's rows, by output dtype: a row beyond float16 may have a weight with which the sum is not.
+ROW_DTYPES = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 MXFP8_INPUT_SCALE_MAX = 248  # the E8M0 byte of 2^121; csrc/moe/permute.cu says why
 _MXFP8 = (torch.uint8, torch.float8_e4m3fn)
 
@@ -90,16 +92,16 @@ def finalize(
     second rounding differs from a true fma only when the float64 sum lands exactly between two float32 numbers.
 
     Args:
-        rows: bfloat16 or float16 [>= valid rows, H], the second GEMM's output.
+        rows: bfloat16, float16 or float32 [>= valid rows, H], the second GEMM's output.
         topk_weights: float32 [T, k].
         slot_row: int32 [T*k] from `route`.
         row_expert: int32 or int64 [valid rows].
         w2_bias: float32 [E, H] or None.
 
     Returns:
-        [T, H] in the dtype of rows; a token without a valid slot is zero.
+        [T, H], bfloat16 where the rows are, else float16; a token without a valid slot is zero.
     """
-    require_tensor("rows", rows, _HALVES, ("R", "H"))
+    require_tensor("rows", rows, _FLOATS, ("R", "H"))
     require_tensor("topk_weights", topk_weights, torch.float32, ("T", "k"), rows.device)
     tokens, k = topk_weights.shape
     require_tensor("slot_row", slot_row, torch.int32, (tokens * k,), rows.device)
@@ -112,7 +114,7 @@ def finalize(
         if w2_bias is not None:
             value += w2_bias[row_expert[row]]
         acc[token] = (topk_weights[token, j, None].double() * value.double() + acc[token].double()).to(torch.float32)
-    return acc.to(rows.dtype)
+    return acc.to(torch.bfloat16 if rows.dtype is torch.bfloat16 else torch.float16)
 
 
 def mxfp8_rows(hidden_states: Tensor, hidden_states_scale: Tensor, scale_layout: str) -> tuple[Tensor, Tensor]:
@@ -158,8 +160,8 @@ def fused_moe(
 ) -> Tensor:
     """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
 
-    Activations are quantized to MXFP8 before each GEMM (`quantize_mxfp8`), and the second GEMM's rows are rounded to
-    the output dtype before the weighted sum.
+    Activations are quantized to MXFP8 before each GEMM (`quantize_mxfp8`). The second GEMM's rows are rounded to
+    bfloat16 before the weighted sum; for a float16 output they are not, and the sum alone is rounded to it.
 
     Args:
         hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn.
@@ -251,7 +253,7 @@ def layer(
         codes, scales = mxfp8_rows(hidden_states, hidden_states_scale, scale_layout)
     gemm1 = _grouped_gemm(codes[token], scales[token], w13, gemm1_width, offsets, experts, arithmetic)
     gemm2 = _grouped_gemm(*between(gemm1, row_expert), w2, hidden, offsets, experts, arithmetic)
-    return finalize(gemm2.to(output_dtype), topk_weights, slot_row, row_expert, weights.w2_bias)
+    return finalize(gemm2.to(ROW_DTYPES[output_dtype]), topk_weights, slot_row, row_expert, weights.w2_bias)
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:

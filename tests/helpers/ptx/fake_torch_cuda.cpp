@@ -91,9 +91,9 @@ EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 // In the order of ptx/workspace.py.
 EXPORT void fake_workspace(int64_t slots, int64_t hidden, int64_t intermediate, int64_t max_m_tiles,
-                           int64_t gemm1_width, int from_logits, int64_t* offsets) {
-  const mxfp4_moe::Workspace w(
-      {slots, hidden, intermediate, max_m_tiles, gemm1_width, from_logits != 0, /*folded=*/false, /*folded2=*/false});
+                           int64_t gemm1_width, int from_logits, int64_t row_value_bytes, int64_t* offsets) {
+  const mxfp4_moe::Workspace w({slots, hidden, intermediate, max_m_tiles, gemm1_width, from_logits != 0,
+                                /*folded=*/false, /*folded2=*/false, row_value_bytes});
   for (const int64_t offset :
        {w.slot_row, w.row_expert, w.m_tiles, w.num_m_tiles, w.valid_rows, w.topk_ids, w.topk_weights, w.codes1,
         w.scales1, w.codes2, w.scales2, w.gemm1_out, w.gemm2_out, w.bytes})

@@ -60,6 +60,14 @@ def _finalize() -> None:
     cases.check_finalize(9, 9, 1056, torch.bfloat16, True)
 
 
+def _finalize_to_float16() -> None:
+    cases.check_finalize(9, 2, 96, torch.float16, True)
+
+
+def _activation(name: str, numbers: str) -> Callable[[], None]:
+    return lambda: cases.check_activation(name, True, None, numbers)
+
+
 MUTATIONS = (
     Mutation(
         name="route_few: no barrier before the m-tiles are counted",
@@ -252,6 +260,62 @@ MUTATIONS = (
         old="__shfl_xor_sync(kAllLanes, odd ? y[0][i] : y[1][i], 1)",
         new="__shfl_xor_sync(kAllLanes, odd ? y[1][i] : y[0][i], 1)",
         case=lambda: cases.check_activation_rounding(torch.bfloat16),
+    ),
+    Mutation(
+        name="activation: numbers of the first expert",
+        unit="activation",
+        file="moe/activation.cu",
+        old="of_expert(args.beta, expert)",
+        new="of_expert(args.beta, 0)",
+        case=_activation("situ", "per expert"),
+    ),
+    Mutation(
+        name="situ: the up's clamp is its gate's",
+        unit="activation",
+        file="shared/nonlinearities.cuh",
+        old="soft_clamp(up, numbers.limit)",
+        new="soft_clamp(up, numbers.beta)",
+        case=_activation("situ", "per expert"),
+    ),
+    Mutation(
+        name="soft clamp: not scaled back",
+        unit="activation",
+        file="shared/nonlinearities.cuh",
+        old="limit * tanhf(x * inverse)",
+        new="tanhf(x * inverse)",
+        case=_activation("clamped_relu2", "one for all"),
+    ),
+    Mutation(
+        name="soft clamp: no limit is a NaN",
+        unit="activation",
+        file="shared/nonlinearities.cuh",
+        old="inverse == 0.0f ? x : limit",
+        new="limit",
+        case=_activation("clamped_relu2", "no limit"),
+    ),
+    Mutation(
+        name="clamped ReLU^2: clamped below too",
+        unit="activation",
+        file="shared/nonlinearities.cuh",
+        old="soft_clamp(clamp_below(x, 0.0f), numbers.limit)",
+        new="soft_clamp(x, numbers.limit)",
+        case=_activation("clamped_relu2", "one for all"),
+    ),
+    Mutation(
+        name="finalize: rows of a float16 output two bytes wide",
+        unit="finalize",
+        file="moe/finalize.cu",
+        old="static_cast<const float*>(gemm2) + at",
+        new="static_cast<const uint16_t*>(gemm2) + at",
+        case=_finalize_to_float16,
+    ),
+    Mutation(
+        name="finalize: rows rounded to float16 before they are weighted",
+        unit="finalize",
+        file="moe/finalize.cu",
+        old="memcpy(x, &floats, sizeof(x));",
+        new="memcpy(x, &floats, sizeof(x)); for (float& v : x) v = __half2float(__float2half_rn(v));",
+        case=_finalize_to_float16,
     ),
     Mutation(
         name="finalize: one choice too many",

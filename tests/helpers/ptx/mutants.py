@@ -47,6 +47,7 @@ class Mutation:
     dtype: torch.dtype = torch.float32
     ready: bool = False  # whether the launch says that the m-tiles are there
     activates: bool = False  # runs GEMM1's activation instead of storing the sums
+    activation: Activation = Activation.SWIGLU_OAI
     harmless: bool = False  # changes neither results nor order: must not be noticed
 
 
@@ -105,22 +106,22 @@ def problem_of(tile: Tile, activates: bool) -> gemm.GemmProblem:
 
 
 @functools.cache
-def epilogue() -> Epilogue:
+def epilogue(activation: Activation) -> Epilogue:
     g = torch.Generator().manual_seed(0)
     return Epilogue(
-        activation=Activation.SWIGLU_OAI,
+        activation=activation,
         rounding=torch.bfloat16,
         bias=torch.randn(len(ROWS), 192, generator=g),
         alpha=torch.tensor([1.702, 1.0, 0.5]),
-        beta=torch.tensor([1.0, 0.0, -2.0]),
+        beta=torch.tensor([1.0, 0.5, 2.0]),
         limit=torch.tensor([7.0, 1.0, 3.0]),
     )
 
 
 @functools.cache
-def activated(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+def activated(tile: Tile, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
     """What the tile itself makes of `epilogue`; test_ptx_tiles.py compares that with the reference."""
-    return Gemm(problem_of(tile, True), tile, Machine()).run_activated(epilogue())
+    return Gemm(problem_of(tile, True), tile, Machine()).run_activated(epilogue(activation))
 
 
 def notices(mutation: Mutation, seeds: Sequence[int] = SEEDS) -> str:
@@ -144,7 +145,8 @@ def _noticed(mutation: Mutation, tile: Tile, machine: Machine, ptx: str) -> str:
     options = {"m_tiles_are_ready": mutation.ready, "change": lambda _: ptx, "change_launch": mutation.launch}
     try:
         if mutation.activates:
-            pairs = zip(run.run_activated(epilogue(), **options), activated(tile), strict=True)
+            outputs = run.run_activated(epilogue(mutation.activation), **options)
+            pairs = zip(outputs, activated(tile, mutation.activation), strict=True)
             wrong = sum(int((out != expected).sum()) for out, expected in pairs)
             return f"results: {wrong} bytes of codes and scales differ" if wrong else ""
         mismatch = problem.mismatch(run.run(mutation.dtype, **options))

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from mxfp4_moe.activations import Activation
+
 from .mutants import Mutation, box, once
 
 MMA = r"mma\.sync[^;]*?"
 WAIT = r"\{ \.reg \.pred done; again: mbarrier\.try_wait[^}]*\}"
 KERNEL = "tile/plain_kernel.cuh"
 ACTIVATE = "tile/swiglu_epilogue.cuh"
+IN_TURNS = "tile/in_turns.cuh"
+FORMULAS = "shared/nonlinearities.cuh"
 PIPELINE = "tile/pipeline.cuh"
 EPILOGUE = "tile/epilogue.cuh"
 FRAGMENTS = "tile/fragments.cuh"
@@ -257,7 +261,7 @@ ACTIVATION = [
     Mutation(
         "no bias for the gate",
         activates=True,
-        source=(ACTIVATE, "value(q, f, r, o) + gate_bias[o]", "value(q, f, r, o)"),
+        source=(ACTIVATE, "swiglu_oai(gate + gate_bias", "swiglu_oai(gate"),
     ),
     Mutation(
         "alpha of the first expert",
@@ -308,6 +312,47 @@ ACTIVATION = [
     ),
 ]
 
+IN_TURNS_MISTAKES = [
+    Mutation(name, tile=tile, activates=True, activation=activation, source=source)
+    for activation in (Activation.SITU, Activation.SWIGLU_STEP)
+    for name, tile, source in (
+        (
+            f"{activation.value}: one turn too few",
+            "m64n64",
+            (IN_TURNS, "turn < kAll / kTurn", "turn + 1 < kAll / kTurn"),
+        ),
+        (f"{activation.value}: moved by half a turn", "m64n64", (IN_TURNS, "at(i + kTurn);", "at(i + kTurn / 2);")),
+        (f"{activation.value}: gate for up", "m16n128_swap", (IN_TURNS, "at(min(i + kToUp, kTurn - 1))", "at(i)")),
+        (f"{activation.value}: the other activation", "m8n64_swap", (IN_TURNS, "if (is_situ)", "if (!is_situ)")),
+        (f"{activation.value}: no bias for the up", "m8n64_swap", (ACTIVATE, "up += up_bias;", "")),
+    )
+]
+
+SOFT = [
+    Mutation(name, activates=True, activation=activation, source=(FORMULAS, old, new))
+    for name, activation, old, new in (
+        (
+            "situ: sigmoid of the clamped gate",
+            Activation.SITU,
+            "* sigmoid(gate) * soft",
+            "* sigmoid(soft_clamp(gate, numbers.beta)) * soft",
+        ),
+        ("situ: up not clamped", Activation.SITU, "* soft_clamp(up, numbers.limit)", "* up"),
+        (
+            "situ: gate's clamp for the up",
+            Activation.SITU,
+            "soft_clamp(up, numbers.limit)",
+            "soft_clamp(up, numbers.beta)",
+        ),
+        (
+            "swiglu_step: clamped before silu",
+            Activation.SWIGLU_STEP,
+            "clamp_above(silu(gate), numbers.limit)",
+            "silu(clamp_above(gate, numbers.limit))",
+        ),
+    )
+]
+
 CONTROLS = [
     Mutation("nothing", harmless=True, ptx=once(r"\Z", "\n")),
     Mutation(
@@ -353,4 +398,4 @@ CONTROLS = [
     ),
 ]
 
-MUTATIONS = [*OPERANDS, *COORDINATES, *ORDER, *ACTIVATION, *CONTROLS]
+MUTATIONS = [*OPERANDS, *COORDINATES, *ORDER, *ACTIVATION, *IN_TURNS_MISTAKES, *SOFT, *CONTROLS]

@@ -35,7 +35,9 @@ def intermediates(
     """
     [memory] = recording.allocations
     bound = (slots + min(slots, experts) * (tile_m - 1)) // tile_m
-    numbers = shared_recorder().workspace(len(_ORDER), slots, hidden, inter, bound, gemm1_width, int(from_logits))
+    numbers = shared_recorder().workspace(
+        len(_ORDER), slots, hidden, inter, bound, gemm1_width, int(from_logits), dtype.itemsize
+    )
     offsets = dict(zip(_ORDER, numbers, strict=True))
     assert offsets.pop("bytes") == len(memory)
     k_tiles = {"scales1": -(-hidden // 128), "scales2": -(-inter // 128)}
