@@ -164,7 +164,6 @@ class TestCall:
             ("backend", "cake", "'cake', the SiTU layer"),
             ("cluster_size", 2, "clusters of ranks"),
             ("profile_ids", [3, -1], "FlashInfer kernel profiles"),
-            ("situ_beta", torch.ones(E), "SiTU activation"),
         ],
     )
     def test_refuses_modes_by_name(self, argument: str, value: Any, words: str) -> None:
@@ -277,9 +276,23 @@ class TestCall:
                 TypeError,
                 "fc2_expert_biases: expected bfloat16 or float16 o",
             ),
-            ({"activation_type": 10}, NotImplementedError, "activation_type: Situ is not in this library, which has G"),
+            ({"situ_beta": torch.ones(E)}, ValueError, "situ_beta: expected None without ActivationType.Situ, got a v"),
+            (
+                {"activation_type": 10, "situ_linear_beta": torch.ones(3)},
+                ValueError,
+                r"situ_linear_beta: expected float32 \[4\], got float32 \[3\]",
+            ),
+            (
+                {"activation_type": 10, "swiglu_limit": torch.ones(E)},
+                ValueError,
+                "swiglu_limit: expected None with an activation that has other numbers, got a value",
+            ),
             ({"activation_type": 11}, NotImplementedError, "activation_type: InvalidType is not in this library"),
-            ({"activation_type": 12}, NotImplementedError, "activation_type: ClampedRelu2 is not in this library"),
+            (
+                {"activation_type": 12},
+                ValueError,
+                r"clamped_relu2_limit: expected float32 \[1\] with ActivationType.Cla",
+            ),
             ({"activation_type": 13}, ValueError, "activation_type: expected an ActivationType, got 13"),
             (
                 {"workspace_buffer": "64"},
@@ -353,7 +366,7 @@ class TestWorkspace:
             ({"tp_rank": "0"}, TypeError, "tp_rank: expected an integer, got str"),
             ({"ep_size": 2, "ep_rank": 2}, ValueError, "ep_rank: expected 0 to 1, got 2"),
             ({"ep_size": 3}, ValueError, "num_experts_total: expected a multiple of ep_size = 3, got 32"),
-            ({"activation_type": 10}, NotImplementedError, "activation_type: Situ"),
+            ({"activation_type": 11}, NotImplementedError, "activation_type: InvalidType"),
             ({"device": "meta"}, ValueError, "device: expected a CUDA or CPU device, got meta"),
         ],
     )

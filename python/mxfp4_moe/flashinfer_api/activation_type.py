@@ -20,14 +20,14 @@ class ActivationType(IntEnum):
     SwigluStep = 7  # swiglu_limit is 7.0 where it is not given
     GegluTanh = 8
     Identity = 9
-    Situ = 10  # refused
+    Situ = 10  # situ_beta is 4.0 and situ_linear_beta 25.0 where they are not given
     InvalidType = 11  # refused
-    ClampedRelu2 = 12  # refused
+    ClampedRelu2 = 12  # with clamped_relu2_limit
 
     @property
     def is_gated(self) -> bool:
         """Whether fc1 holds an up and a gate row per output."""
-        return self is ActivationType.Situ or (self in _ACTIVATIONS and _ACTIVATIONS[self].is_gated)
+        return self in _ACTIVATIONS and _ACTIVATIONS[self].is_gated
 
 
 _ACTIVATIONS = {
@@ -41,6 +41,8 @@ _ACTIVATIONS = {
     ActivationType.SwigluStep: Activation.SWIGLU_STEP,
     ActivationType.GegluTanh: Activation.GEGLU_TANH,
     ActivationType.Identity: Activation.IDENTITY,
+    ActivationType.Situ: Activation.SITU,
+    ActivationType.ClampedRelu2: Activation.CLAMPED_RELU2,
 }
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from .._arguments import describe, require_tensor
 from .._call.fused_moe import fused_moe
 from .._call.gradient import refuse_gradient
+from ..activations import Activation
 from ..formats import BLOCK, E8M0_ONE
 from .activation_type import ActivationType, activation_of
-from .given_weights import GivenWeights
+from .given_weights import SWIGLU_NAMES, GivenWeights
 from .modes import TheirNames, check_num_scales, is_plain_fp8, refuse_modes, refuse_quantizations
 from .weight_cache import prepared_weights
 from .workspace import check_output_dtype, check_workspace
@@ -91,6 +92,9 @@ def cutlass_fused_moe(
         fc2_expert_biases: [E, H], added on tp_rank 0 only, before the router scale.
         input_sf: uint8 E8M0 scales of float8 input: 128x4-swizzled, flat; or [T, H/32] with swizzled_input_sf=False.
         swiglu_alpha, swiglu_beta, swiglu_limit: float32 [E]; missing ones are 1, 0 and no limit.
+        situ_beta, situ_linear_beta: of ActivationType.Situ, float32 [E]; missing ones are 4 and 25.
+        clamped_relu2_limit: of ActivationType.ClampedRelu2, float32 [1], for all experts; FlashInfer has it for other
+            formats and GPUs.
         tp_size, tp_rank, ep_size, ep_rank: the weights passed in are this rank's own. Ids of other ranks' experts
             contribute nothing; summing the ranks' outputs is the caller's all-reduce.
         output: tensor [T, H] of output_dtype to write to.
@@ -124,15 +128,15 @@ def cutlass_fused_moe(
             "enable_alltoall": (enable_alltoall, "all-to-all communication"),
             "cluster_size": (cluster_size != 1 or cluster_rank != 0, "clusters of ranks"),
             "profile_ids": (any(i != -1 for i in profile_ids or ()), "FlashInfer kernel profiles"),
-            "situ_beta": (situ_beta is not None or situ_linear_beta is not None, "SiTU activation"),
         },
     )
     if profile_ids is not None and len(profile_ids) != 2:
         raise ValueError(f"profile_ids: expected two, of the first and the second GEMM, got {len(profile_ids)}")
-    if clamped_relu2_limit is not None and activation_type != ActivationType.ClampedRelu2:
-        raise ValueError("clamped_relu2_limit: expected None without ActivationType.ClampedRelu2, got a limit")
-    numbers = (swiglu_alpha, swiglu_beta, swiglu_limit)
-    activation = activation_of(activation_type, any(number is not None for number in numbers))
+    swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
+    activation = activation_of(activation_type, any(number is not None for number in swiglu))
+    (alpha, beta, limit), number_names = _numbers(
+        activation, swiglu, {"situ_beta": situ_beta, "situ_linear_beta": situ_linear_beta}, clamped_relu2_limit
+    )
     for name, value in (("input", input), ("fc1_expert_weights", fc1_expert_weights)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -161,14 +165,15 @@ def cutlass_fused_moe(
         scales[3 if plain_fp8 else 2],
         fc1_expert_biases,
         fc2_expert_biases,
-        swiglu_alpha,
-        swiglu_beta,
-        swiglu_limit,
+        alpha,
+        beta,
+        limit,
         fc1_global,
         fc2_act_global,
         fc2_global,
         activation,
         (ep_rank, ep_size, tp_rank, tp_size),
+        number_names,
     )
     with TheirNames(fc2_scale=given.names[3]):
         weights = prepared_weights(given, raw_weights)
@@ -186,8 +191,34 @@ def cutlass_fused_moe(
                 output=output,
                 intermediate_rounding=True,
             )
-    asking = (input, token_final_scales, fc1_expert_biases, fc2_expert_biases, *numbers)
+    asking = (input, token_final_scales, fc1_expert_biases, fc2_expert_biases, alpha, beta, limit)
     return [refuse_gradient("cutlass_fused_moe", result, *(tensor for tensor in asking if tensor is not None))]
+
+
+def _numbers(
+    activation: Activation,
+    swiglu: tuple[Tensor | None, Tensor | None, Tensor | None],
+    situ: dict[str, Tensor | None],
+    clamped_relu2_limit: Tensor | None,
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], tuple[str, str, str]]:
+    """The activation's alpha, beta and limit, and the arguments that they are. Others than its own are refused."""
+    is_clamped = activation is Activation.CLAMPED_RELU2
+    if is_clamped != (clamped_relu2_limit is not None):
+        expected = "float32 [1] with" if is_clamped else "None without"
+        got = "None" if is_clamped else "a limit"
+        raise ValueError(f"clamped_relu2_limit: expected {expected} ActivationType.ClampedRelu2, got {got}")
+    is_situ = activation is Activation.SITU
+    for name, value in situ.items():
+        if value is not None and not is_situ:
+            raise ValueError(f"{name}: expected None without ActivationType.Situ, got a value")
+    for name, value in zip(SWIGLU_NAMES, swiglu, strict=True):
+        if value is not None and (is_clamped or is_situ):
+            raise ValueError(f"{name}: expected None with an activation that has other numbers, got a value")
+    if is_clamped:
+        return (None, None, clamped_relu2_limit), (*SWIGLU_NAMES[:2], "clamped_relu2_limit")
+    if is_situ:
+        return (None, situ["situ_beta"], situ["situ_linear_beta"]), (SWIGLU_NAMES[0], "situ_beta", "situ_linear_beta")
+    return swiglu, SWIGLU_NAMES
 
 
 def _input_scales(input: Tensor, input_sf: Tensor | None, plain_fp8: bool, swizzled: bool) -> tuple[Tensor | None, str]:

@@ -17,6 +17,9 @@ from ..weights import MoEWeights
 from .raw_memory import PutAside
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+SWIGLU_NAMES = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+# alpha, beta and limit where a call does not give them.
+_DEFAULTS = {Activation.SWIGLU_STEP: (1.0, 0.0, 7.0), Activation.SITU: (1.0, 4.0, 25.0)}
 
 
 class GivenWeights(NamedTuple):
@@ -28,14 +31,15 @@ class GivenWeights(NamedTuple):
     fc2_scale: Tensor
     fc1_expert_biases: Tensor | None
     fc2_expert_biases: Tensor | None
-    swiglu_alpha: Tensor | None
-    swiglu_beta: Tensor | None
-    swiglu_limit: Tensor | None
+    alpha: Tensor | None  # of the activation, whatever the call's names for them are
+    beta: Tensor | None
+    limit: Tensor | None
     fc1_global: Tensor | None  # the three of FP8 x MXFP4
     fc2_act_global: Tensor | None
     fc2_global: Tensor | None
     activation: Activation
     ranks: tuple[int, int, int, int]  # ep_rank, ep_size, tp_rank, tp_size
+    number_names: tuple[str, str, str] = SWIGLU_NAMES  # of alpha, beta and limit
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,8 +56,8 @@ class GivenWeights(NamedTuple):
         """Of the tensors, layer and rest, as a caller knows them."""
         plain_fp8 = self.fc1_global is not None
         scales = ("quant_scales[0]", "quant_scales[3]" if plain_fp8 else "quant_scales[2]")
-        own = ("fc1_expert_weights", scales[0], "fc2_expert_weights", scales[1], *self._fields[4:9])
-        return (*own, "quant_scales[1]", "quant_scales[2]", "quant_scales[4]")
+        own = ("fc1_expert_weights", scales[0], "fc2_expert_weights", scales[1], *self._fields[4:6])
+        return (*own, *self.number_names, "quant_scales[1]", "quant_scales[2]", "quant_scales[4]")
 
 
 def check_types(given: GivenWeights) -> None:
@@ -76,9 +80,11 @@ def prepare_layer(given: GivenWeights, set_aside: tuple[int, ...] = ()) -> MoEWe
     """
     gated = given.activation.is_gated
     raw = flashinfer_layer(*given.layer, None, None, gated)
+    # Of the activation, only the rows' order counts here.
+    stands_for = Activation.SWIGLU if gated else Activation.IDENTITY
     numbers, whole = (1.0, 0.0, None), (0, 1, 0, 1)
     if not set_aside:
-        return MoEWeights(**prepared_fields(raw, GateUpOrder.UP_GATE, given.activation, numbers, whole))
+        return MoEWeights(**prepared_fields(raw, GateUpOrder.UP_GATE, stands_for, numbers, whole))
     with PutAside([given.layer[i] for i in set_aside]) as aside:
 
         def tensor_of(which: int, expert: int) -> Tensor:
@@ -93,7 +99,7 @@ def prepare_layer(given: GivenWeights, set_aside: tuple[int, ...] = ()) -> MoEWe
         width = raw.inter * (2 if gated else 1)
         w13, w2 = source("fc1_scale", 0, width, raw.hidden), source("fc2_scale", 2, raw.hidden, raw.inter)
         staged = replace(raw, w13=w13, w2=w2)
-        return MoEWeights(**prepared_fields(staged, GateUpOrder.UP_GATE, given.activation, numbers, whole))
+        return MoEWeights(**prepared_fields(staged, GateUpOrder.UP_GATE, stands_for, numbers, whole))
 
 
 @torch.no_grad()
@@ -117,17 +123,18 @@ def with_the_rest(layer: MoEWeights, given: GivenWeights) -> MoEWeights:
     if w2_bias is not None:
         require_tensor("fc2_expert_biases", w2_bias, _FLOATS, (experts, hidden), device)
         w2_bias = None if tp_rank else w2_bias.to(torch.float32, copy=True).contiguous()
-    numbers = [_number(name, getattr(given, name), experts, device) for name in given._fields[6:9]]
+    named = zip(given.number_names, (given.alpha, given.beta, given.limit), strict=True)
+    alpha, beta, limit = (_number(name, value, experts, device) for name, value in named)
+    no_alpha, no_beta, no_limit = _DEFAULTS.get(given.activation, (1.0, 0.0, None))
     _check_global_scales(given, experts, device)
-    no_limit = 7.0 if given.activation is Activation.SWIGLU_STEP else None
     return replace(
         layer,
         w13_bias=w13_bias,
         w2_bias=w2_bias,
         activation=given.activation,
-        alpha=1.0 if numbers[0] is None else numbers[0],
-        beta=0.0 if numbers[1] is None else numbers[1],
-        limit=no_limit if numbers[2] is None else numbers[2],
+        alpha=no_alpha if alpha is None else alpha,
+        beta=no_beta if beta is None else beta,
+        limit=no_limit if limit is None else limit,
         first_expert=first,
         num_global_experts=all_experts,
     )
@@ -136,8 +143,9 @@ def with_the_rest(layer: MoEWeights, given: GivenWeights) -> MoEWeights:
 def _number(name: str, value: Tensor | None, experts: int, device: torch.device) -> Tensor | None:
     if value is None:
         return None
-    require_tensor(name, value, torch.float32, (experts,), device)
-    return value.clone(memory_format=torch.contiguous_format)
+    of_all = name == "clamped_relu2_limit"
+    require_tensor(name, value, torch.float32, (1 if of_all else experts,), device)
+    return value.expand(experts).clone(memory_format=torch.contiguous_format)
 
 
 def _check_global_scales(given: GivenWeights, experts: int, device: torch.device) -> None:
