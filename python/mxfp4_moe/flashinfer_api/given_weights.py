@@ -76,9 +76,11 @@ def prepare_layer(given: GivenWeights, set_aside: tuple[int, ...] = ()) -> MoEWe
     """
     gated = given.activation.is_gated
     raw = flashinfer_layer(*given.layer, None, None, gated)
+    # Of the activation, only the rows' order counts here.
+    stands_for = Activation.SWIGLU if gated else Activation.IDENTITY
     numbers, whole = (1.0, 0.0, None), (0, 1, 0, 1)
     if not set_aside:
-        return MoEWeights(**prepared_fields(raw, GateUpOrder.UP_GATE, given.activation, numbers, whole))
+        return MoEWeights(**prepared_fields(raw, GateUpOrder.UP_GATE, stands_for, numbers, whole))
     with PutAside([given.layer[i] for i in set_aside]) as aside:
 
         def tensor_of(which: int, expert: int) -> Tensor:
@@ -93,7 +95,7 @@ def prepare_layer(given: GivenWeights, set_aside: tuple[int, ...] = ()) -> MoEWe
         width = raw.inter * (2 if gated else 1)
         w13, w2 = source("fc1_scale", 0, width, raw.hidden), source("fc2_scale", 2, raw.hidden, raw.inter)
         staged = replace(raw, w13=w13, w2=w2)
-        return MoEWeights(**prepared_fields(staged, GateUpOrder.UP_GATE, given.activation, numbers, whole))
+        return MoEWeights(**prepared_fields(staged, GateUpOrder.UP_GATE, stands_for, numbers, whole))
 
 
 @torch.no_grad()
