@@ -71,7 +71,7 @@ def test_one_launch(layout: SfLayout, device: torch.device) -> None:
     x = rows_of(33, 96, torch.bfloat16).to(device)
     fi.mxfp8_quantize(x, sf_swizzle_layout=layout)
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         fi.mxfp8_quantize(x, sf_swizzle_layout=layout)
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]

@@ -71,7 +71,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int:
     """Kernels and copies of one call, by the profiler's records; `Timer.kernels` takes torch's "not" for its mark."""
     call()
     torch.cuda.synchronize(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize(device)
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
