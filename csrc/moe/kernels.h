@@ -174,4 +174,20 @@ struct FinalizeArgs {
 };
 cudaError_t launch_finalize(const FinalizeArgs& args, cudaStream_t stream);
 
+// MXFP8 rows for callers outside of the layer (python/mxfp4_moe/flashinfer_api), in plain k order.
+enum class QuantizeInput : int { kFloat32, kBFloat16, kFloat16 };
+enum class ScaleLayout : int { k128x4, k8x4, kLinear };  // FlashInfer's numbers
+
+struct Mxfp8QuantizeArgs {
+  const void* x;  // [rows, k] of input, 16-byte aligned
+  QuantizeInput input;
+  ScaleLayout layout;
+  int64_t rows;
+  int32_t k;         // multiple of 32
+  int32_t padded_k;  // multiple of 32, at least k
+  uint8_t* codes;    // [rows, padded_k]
+  uint8_t* scales;   // [rows, padded_k / 32]; or tiles of 128 or 8 rows by four blocks, padded to whole ones
+};
+cudaError_t launch_mxfp8_quantize(const Mxfp8QuantizeArgs& args, cudaStream_t stream);
+
 }  // namespace mxfp4_moe

@@ -1,8 +1,9 @@
 // The torch operators of the layer (namespace mxfp4_moe), on torch's stable ABI alone.
 //
 // fused_moe runs a layer (layer.h). route, quantize_permute, permute, activation and finalize expose its parts to tests
-// and benchmarks. route_topk and route_experts are the routers' kernels, topk_softmax.cu and topk_experts.cu.
-// register_tile takes the address of a loaded tile (tile_abi.h); fused_moe finds its GEMM there.
+// and benchmarks. route_topk and route_experts are the routers' kernels, topk_softmax.cu and topk_experts.cu, and
+// mxfp8_quantize the drop-in's. register_tile takes the address of a loaded tile (tile_abi.h); fused_moe finds its GEMM
+// there.
 // Every argument is checked before anything is launched (checks.h). Nothing here synchronizes or reads device memory.
 // Shapes and layouts: kernels.h.
 #include <Python.h>
@@ -258,6 +259,38 @@ std::tuple<Tensor, Tensor> route_experts(const Tensor& router_logits, int64_t to
   return {topk_weights, chosen};
 }
 
+// ---- for callers outside of the layer ------------------------------------------------------------------------------
+
+// Returns codes [rows, padded_k] and scales, flat; layout: a ScaleLayout.
+std::tuple<Tensor, Tensor> mxfp8_quantize(const Tensor& input, int64_t padded_k, int64_t layout) {
+  const int32_t device = device_of("input", input);
+  const ScalarType type = input.scalar_type();
+  STD_TORCH_CHECK(
+      (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half) && input.dim() == 2,
+      "input: expected float32, bfloat16 or float16 [rows, k], got ", describe(input));
+  check_placed("input", input, device);
+  Mxfp8QuantizeArgs args = {};
+  args.input = type == ScalarType::Float      ? QuantizeInput::kFloat32
+               : type == ScalarType::BFloat16 ? QuantizeInput::kBFloat16
+                                              : QuantizeInput::kFloat16;
+  args.layout = static_cast<ScaleLayout>(check_range("layout", layout, 0, 2));
+  args.rows = input.size(0);
+  args.k = check_multiple_of_32("k", input.size(1));
+  args.padded_k = check_multiple_of_32("padded_k", padded_k);
+  STD_TORCH_CHECK(args.padded_k >= args.k, "padded_k: expected at least k = ", args.k, ", got ", padded_k);
+  const int64_t height = args.layout == ScaleLayout::k128x4 ? 128 : args.layout == ScaleLayout::k8x4 ? 8 : 1;
+  const int64_t words = (args.rows + height - 1) / height * height * scale_k_tiles(padded_k);
+  const DeviceGuard guard(device);
+  const Tensor codes = empty({args.rows, padded_k}, ScalarType::Byte, device);
+  const Tensor scales = empty({args.layout == ScaleLayout::kLinear ? args.rows * (padded_k / kScaleBlock) : words * 4},
+                              ScalarType::Byte, device);
+  args.x = input.data_ptr();
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("mxfp8-quantize", launch_mxfp8_quantize(args, current_stream(device)));
+  return {codes, scales};
+}
+
 void register_tile(int64_t entry) {
   const std::string reason = tiles().add(reinterpret_cast<const Mxfp4MoeTile*>(static_cast<uintptr_t>(entry)));
   STD_TORCH_CHECK(reason.empty(), reason);
@@ -292,6 +325,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "route_experts(Tensor router_logits, int top_k, bool renormalize=True, Tensor? e_score_correction_bias=None, "
       "int scoring_func=0, int num_expert_group=1, int topk_group=1, int group_score=0, "
       "float routed_scaling_factor=1.0, Tensor? topk_ids=None) -> (Tensor, Tensor)");
+  m.def("mxfp8_quantize(Tensor input, int padded_k, int layout) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {
@@ -307,6 +341,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("finalize", TORCH_BOX(&mxfp4_moe::finalize));
   m.impl("route_topk", TORCH_BOX(&mxfp4_moe::route_topk));
   m.impl("route_experts", TORCH_BOX(&mxfp4_moe::route_experts));
+  m.impl("mxfp8_quantize", TORCH_BOX(&mxfp4_moe::mxfp8_quantize));
 }
 
 // `import mxfp4_moe._ext.moe` runs the registrations above; the module itself is empty.

@@ -16,7 +16,8 @@ from ._install import troubles, wheel
 if TYPE_CHECKING:
     from ._call.activation_format import activation_formats
     from ._call.fused_moe import fused_moe
-    from ._call.modules import get_cutlass_fused_moe_module, prewarm_moe_tiles
+    from ._call.modules import SM120_SUPPORTED_TILE_MN, prewarm_moe_tiles
+    from .flashinfer_api.modules import get_cutlass_fused_moe_module
     from .routers import Router
     from .routing import fused_moe_from_logits, load_router, select_experts, topk_softmax
     from .shared_experts import join_shared_experts
@@ -32,6 +33,7 @@ if _emulation := wheel.emulation_words(wheel.built_archs(), wheel.emulated_on())
     print(f"mxfp4_moe {__version__}: {_emulation}", file=sys.stderr)  # not a warning, which could be ignored
 
 __all__ = [
+    "SM120_SUPPORTED_TILE_MN",
     "Activation",
     "GateUpOrder",
     "MoEWeights",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "SM120_SUPPORTED_TILE_MN": "_call.modules",
     "Activation": "weights",
     "GateUpOrder": "weights",
     "MoEWeights": "weights",
@@ -57,7 +60,7 @@ _MODULE_OF = {
     "activation_formats": "_call.activation_format",
     "fused_moe": "_call.fused_moe",
     "fused_moe_from_logits": "routing",
-    "get_cutlass_fused_moe_module": "_call.modules",
+    "get_cutlass_fused_moe_module": "flashinfer_api.modules",
     "join_shared_experts": "shared_experts",
     "load_router": "routing",
     "prewarm_moe_tiles": "_call.modules",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
+import rival_stubs
 import torch
 
+from mxfp4_moe import MoEWeights, fused_moe_from_logits
 from mxfp4_moe.bench import inputs, rivals, shapes
-from mxfp4_moe.bench.rivals import Absent, Found, humming, marlin, packages
+from mxfp4_moe.bench.rivals import Absent, Found, humming, marlin, packages, padded
+from mxfp4_moe.problems import relative_error
 
 LARGE, SMALL = shapes.PRESETS["gpt-oss-120b"], shapes.MoEShape(name="", experts=8, top_k=2, hidden=128, intermediate=64)
 
@@ -60,8 +64,17 @@ def test_rivals_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         rivals.choose("triton_kernels")[0].find([tmp_path], (9, 0))
     (tmp_path / "triton_kernels" / "matmul_ogs.py").touch()
     assert rivals.choose("triton_kernels")[0].find([tmp_path], (9, 0)).path == tmp_path / "triton_kernels"
-    with pytest.raises(Absent, match="this GPU has 9.0"):
-        rivals.choose("flashinfer")[0].find([tmp_path], (9, 0))
+    for name in ("flashinfer", "flashinfer-sm12x", "b12x"):
+        with pytest.raises(Absent, match="this GPU has 9.0"):
+            rivals.choose(name)[0].find([tmp_path], (9, 0))
+    for name in ("flashinfer", "b12x"):  # the second as FlashInfer brings it
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    assert rivals.choose("flashinfer")[0].find([tmp_path], (12, 1)).path == tmp_path / "flashinfer"
+    with pytest.raises(Absent, match="has no CuTe layer of MXFP8 x MXFP4 for SM12x"):
+        rivals.choose("flashinfer-sm12x")[0].find([tmp_path], (12, 1))
+    with pytest.raises(Absent, match="is FlashInfer's, which has no moe/fused_moe/api.py"):
+        rivals.choose("b12x")[0].find([tmp_path], (12, 0))
 
 
 def test_marlin_weights_are_where_its_fragments_want_them() -> None:
@@ -91,3 +104,44 @@ def test_marlin_and_humming_blocks() -> None:
     assert [marlin.block_size(tokens, 4, 128) for tokens in (1, 128, 512, 4096)] == [8, 8, 32, 64]
     tuning = [(0, 64, {"block_shape": [16, 1, 1]}), (64, 256, {"block_shape": [32, 1, 1]})]
     assert [humming.block_rows(tuning, slots) for slots in (1, 64, 65, 999)] == [16, 16, 32, 64]
+
+
+@pytest.mark.parametrize("name", ["flashinfer", "flashinfer-sm12x", "b12x"])
+@pytest.mark.parametrize("sizes", [(160, 96), (128, 256)])
+def test_rivals_that_need_another_gpu_are_called_as_their_source_says(
+    name: str, sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against stand-ins that read the layouts which the packages' sources name; the packages themselves did not run."""
+    rival_stubs.write(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for module in [m for m in sys.modules if m.partition(".")[0] in ("flashinfer", "b12x")]:
+        monkeypatch.delitem(sys.modules, module)
+    (rival,) = rivals.choose(name)
+    shape = shapes.MoEShape(name="", experts=4, top_k=2, hidden=sizes[0], intermediate=sizes[1])
+    tensors = inputs.layer_tensors(shape, torch.device("cpu"))
+    call = inputs.call_inputs(shape, 5, torch.device("cpu"), seed=1)
+    made = rival.prepare(rival.find([tmp_path], (12, 0)), tensors)(call)
+    weights = tensors.prepared() if rival.layer is None else rival.layer(tensors)
+    expected = fused_moe_from_logits(call.hidden_states, call.logits, 2, weights)
+    for _ in range(2):
+        found = made()
+        assert found.shape == expected.shape
+        assert relative_error(found, expected) < 0.06
+    assert relative_error(found.flip(0), expected) > 0.5
+    for module in [m for m in sys.modules if m.partition(".")[0] in ("flashinfer", "b12x")]:
+        monkeypatch.delitem(sys.modules, module)
+
+
+def test_padding_changes_nothing() -> None:
+    shape = shapes.MoEShape(name="", experts=3, top_k=2, hidden=96, intermediate=160)
+    tensors = inputs.layer_tensors(shape, torch.device("cpu"))
+    layer = padded.up_gate(tensors, 128)
+    assert (layer.hidden, layer.intermediate) == (128, 256)
+    parts = (layer.w13, layer.w13_scale, layer.w2, layer.w2_scale)
+    biases = {"w13_bias": layer.w13_bias, "w2_bias": layer.w2_bias}
+    weights = MoEWeights.from_mxfp4(*parts, **biases, gate_up_order="up_gate")
+    call = inputs.call_inputs(shape, 7, torch.device("cpu"), seed=0)
+    expected = fused_moe_from_logits(call.hidden_states, call.logits, 2, tensors.prepared())
+    found = fused_moe_from_logits(layer.pad_rows(call.hidden_states), call.logits, 2, weights)
+    assert torch.equal(found[:, :96], expected)
+    assert not found[:, 96:].any()

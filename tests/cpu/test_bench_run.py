@@ -20,7 +20,7 @@ from mxfp4_moe.bench.ceilings import Ceilings
 from mxfp4_moe.bench.host import fresh_process
 from mxfp4_moe.bench.kernel_records import KernelTime
 from mxfp4_moe.bench.report import OURS, Results
-from mxfp4_moe.bench.rivals import Absent, Found, Rival
+from mxfp4_moe.bench.rivals import Absent, Found, Rival, padded
 from mxfp4_moe.cli import bench as bench_cli
 
 LARGE, SMALL = shapes.PRESETS["gpt-oss-120b"], shapes.MoEShape(name="", experts=8, top_k=2, hidden=128, intermediate=64)
@@ -43,7 +43,7 @@ class StillTimer:
         return [KernelTime(name="gemm", duration_us=2, own_us=1)]
 
 
-def a_rival(name: str, factor: float, missing: str = "") -> Rival:
+def a_rival(name: str, factor: float, missing: str = "", layer: Any = None) -> Rival:
     """The layer by its reference, off by a factor."""
 
     def find(folders: Sequence[Path], capability: tuple[int, int]) -> Found:
@@ -52,7 +52,7 @@ def a_rival(name: str, factor: float, missing: str = "") -> Rival:
         return Found(path=Path("."), version="1.0")
 
     def prepare(found: Found, tensors: inputs.LayerTensors) -> Any:
-        weights = tensors.prepared()
+        weights = tensors.prepared() if layer is None else layer(tensors)
         if math.isnan(factor):
             raise ImportError("no such symbol\nand a traceback")
 
@@ -62,7 +62,7 @@ def a_rival(name: str, factor: float, missing: str = "") -> Rival:
 
         return make_call
 
-    return Rival(name=name, description=f"{name} one", find=find, prepare=prepare)
+    return Rival(name=name, description=f"{name} one", find=find, prepare=prepare, layer=layer)
 
 
 def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +81,7 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.M
             a_rival("wrong", -1),
             a_rival("absent", 1, "it is not here"),
             a_rival("broken", math.nan),
+            a_rival("of another layer", 1.05, layer=padded.plain_swiglu),
         ],
         kernels=True,
         **rest,
@@ -88,15 +89,17 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.M
     told: list[str] = []
     saved: list[Results] = []
     run = bench_run._Run(plan, torch.device("cpu"), told.append, saved.append).results()
-    assert [len(before.measurements) for before in saved] == [4, 6, 6, 6, 6, 6], "kept after each step"
+    assert [len(before.measurements) for before in saved] == [4, 6, 6, 6, 6, 8, 8], "kept after each step"
     assert [(m.implementation, m.tokens, m.tile, m.automatic) for m in run.measurements] == [
         *((OURS, tokens, "m8n128_swap", True) for tokens in plan.tokens),
         *((OURS, tokens, "m64n128", False) for tokens in plan.tokens),
         *(("right", tokens, "", False) for tokens in plan.tokens),
+        *(("of another layer", tokens, "", False) for tokens in plan.tokens),
     ]
-    assert [m.us.median for m in run.measurements] == [1, 5, 1, 5, 1, 5]
+    assert [m.us.median for m in run.measurements] == [1, 5, 1, 5, 1, 5, 1, 5]
     assert run.measurements[-1].relative_error == pytest.approx(0.05, rel=0.1)
-    assert run.rivals == {name: f"version 1.0: {name} one" for name in ("right", "wrong", "broken")}
+    found = ("right", "wrong", "broken", "of another layer")
+    assert run.rivals == {name: f"version 1.0: {name} one" for name in found}
     assert run.measurements[1].active_experts == sum(
         inputs.call_inputs(SMALL, 5, torch.device("cpu"), seed).active_experts / 2 for seed in (0, 1)
     )
@@ -106,7 +109,7 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(monkeypatch: pytest.M
     assert reasons["broken", None] == "its weights could not be prepared: ImportError: no such symbol"
     assert "kernels were not recorded" in reasons[OURS, 1]
     recorded = [bool(m.kernels) for m in run.measurements]
-    assert recorded == [False, True, False, True, False, False], "ours, where the profiler saw any"
+    assert recorded == [False, True, False, True, *[False] * 4], "ours, where the profiler saw any"
     assert "right, 5 tokens: 5.0 us" in told
     assert Results.from_dict(json.loads(json.dumps(run.as_dict()))).as_dict() == run.as_dict()
 

@@ -1,27 +1,22 @@
-"""The drop-in's calls: shapes, quantizers, what it refuses, and the weights that it keeps prepared.
+"""The drop-in's calls: shapes, what changes nothing, and what it refuses.
 
-What it computes: test_flashinfer_semantics.py."""
+What it computes: test_flashinfer_semantics.py. The weights that it keeps prepared: test_flashinfer_weights.py."""
 
 from __future__ import annotations
 
-import gc
 import inspect
-import threading
-import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-import oracles
 import pytest
 import torch
+from flashinfer_cases import BF16, E, H, K, T, make_call
 
 from mxfp4_moe import MoEWeights, fused_moe
 from mxfp4_moe import flashinfer_api as fi
-from mxfp4_moe.flashinfer_api import ActivationType, weight_cache
+from mxfp4_moe.flashinfer_api import ActivationType
 
-E, T, K, H, INTER = 4, 10, 2, 128, 160
-BF16 = torch.bfloat16
+BYTES = (torch.uint8, torch.int8)
 
 
 @pytest.fixture(autouse=True)
@@ -29,37 +24,6 @@ def nothing_kept() -> Iterator[None]:
     fi.forget_weights()
     yield
     fi.forget_weights()
-
-
-def raw_weights(seed: int = 0) -> dict[str, Any]:
-    checkpoint = oracles.random_checkpoint(E, H, INTER, seed=seed)
-    unused = torch.ones(E)
-    return {
-        "fc1_expert_weights": checkpoint["w13"].view(torch.int64),
-        "fc2_expert_weights": checkpoint["w2"].view(torch.int64),
-        "quant_scales": [
-            fi.block_scale_interleave(checkpoint["w13_scale"]).view(torch.int32).view(E, 384, 1),
-            unused,
-            fi.block_scale_interleave(checkpoint["w2_scale"]).view(torch.int32).view(E, 128, 2),
-            unused,
-        ],
-        "fc1_expert_biases": checkpoint["w13_bias"],
-        "fc2_expert_biases": checkpoint["w2_bias"],
-    }
-
-
-def make_call(seed: int = 0) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(seed)
-    codes, scales = fi.mxfp8_quantize(torch.randn(T, H, generator=g).to(BF16))
-    return {
-        "input": codes,
-        "token_selected_experts": torch.randint(0, E, (T, K), generator=g, dtype=torch.int32),
-        "token_final_scales": torch.rand(T, K, generator=g),
-        "output_dtype": BF16,
-        "input_sf": scales,
-        "use_mxfp8_act_scaling": True,
-        **raw_weights(),
-    }
 
 
 class TestCall:
@@ -119,9 +83,74 @@ class TestCall:
     def test_what_changes_nothing(self) -> None:
         call = make_call()
         (expected,) = fi.cutlass_fused_moe(**call)
-        more = {"tune_max_num_tokens": 1, "enable_pdl": True, "profile_ids": [-1, -1]}
-        workspace = torch.empty(64, dtype=torch.uint8)
-        assert torch.equal(fi.cutlass_fused_moe(**call, **more, workspace_buffer=workspace)[0], expected)
+        changes: list[dict[str, Any]] = [
+            {"tune_max_num_tokens": 1, "enable_pdl": True, "profile_ids": [-1, -1], "backend": "cutlass"},
+            {"use_fused_finalize": True},
+            {"use_fused_finalize": False},
+            {"tile_mn": (16, 128)},
+            {"auto_tile_select": False},
+            *({"workspace_buffer": torch.empty(size, dtype=dtype)} for size in (0, 64) for dtype in BYTES),
+        ]
+        for change in changes:
+            assert torch.equal(fi.cutlass_fused_moe(**call, **change)[0], expected), change
+
+    def test_fp8_without_scales(self) -> None:
+        """FP8 x MXFP4: activations under scales of one, five quant_scales of which three are ones."""
+        call = make_call()
+        fc1, _, fc2, _ = call["quant_scales"]
+        ones = torch.full((T, H // 32), 127, dtype=torch.uint8)
+        expected = fi.cutlass_fused_moe(**{**call, "input_sf": ones, "swizzled_input_sf": False})[0]
+        plain = {**call, "input_sf": None, "use_mxfp8_act_scaling": False}
+        for act in (torch.ones(()), torch.ones(E)):
+            five = [fc1, torch.ones(E), act, fc2, torch.ones(E)]
+            assert torch.equal(fi.cutlass_fused_moe(**{**plain, "quant_scales": five})[0], expected)
+        cancel = [fc1, torch.ones(E), torch.tensor(8.0), fc2, torch.full((E,), 0.125)]
+        assert torch.equal(fi.cutlass_fused_moe(**{**plain, "quant_scales": cancel})[0], expected)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {2: torch.tensor(2.0)},
+                NotImplementedError,
+                r"quant_scales\[2\], quant_scales\[4\]: this library has glo",
+            ),
+            (
+                {1: torch.full((E,), 0.5)},
+                NotImplementedError,
+                r"quant_scales\[1\]: this library has a global scale of 1",
+            ),
+            ({1: torch.ones(3)}, ValueError, r"quant_scales\[1\]: expected float32 \[4\], got float32 \[3\]"),
+            ({2: torch.ones(3)}, ValueError, r"quant_scales\[2\]: expected float32 \[4\], got float32 \[3\]"),
+            ({4: [1.0]}, TypeError, r"quant_scales\[4\]: expected a tensor, got list"),
+            ({3: torch.ones(3)}, TypeError, r"quant_scales\[3\]: expected int32 \[4, 128, 2\], got float32 \[3\]"),
+        ],
+    )
+    def test_fp8_without_scales_refuses(self, change: dict[int, Any], error: type[Exception], message: str) -> None:
+        call = make_call()
+        fc1, _, fc2, _ = call["quant_scales"]
+        five = [fc1, torch.ones(E), torch.ones(()), fc2, torch.ones(E)]
+        for i, value in change.items():
+            five[i] = value
+        call |= {"input_sf": None, "use_mxfp8_act_scaling": False, "quant_scales": five}
+        with pytest.raises(error, match=f"^{message}"):
+            fi.cutlass_fused_moe(**call)
+
+    @pytest.mark.parametrize(
+        "asking", ["token_final_scales", "fc1_expert_biases", "fc2_expert_biases", "swiglu_limit", "input"]
+    )
+    def test_gradients_are_refused(self, asking: str) -> None:
+        call = make_call()
+        if asking == "input":
+            call |= {"input": torch.randn(T, H).to(BF16), "input_sf": None}
+        if asking == "swiglu_limit":
+            call[asking] = torch.full((E,), 7.0)
+        call[asking] = call[asking].clone().requires_grad_()
+        result = fi.cutlass_fused_moe(**call)[0]
+        with pytest.raises(RuntimeError, match="^cutlass_fused_moe: no gradient can be computed through it"):
+            result.float().sum().backward()
+        with torch.no_grad():
+            assert not fi.cutlass_fused_moe(**call)[0].requires_grad
 
     @pytest.mark.parametrize(
         ("argument", "value", "words"),
@@ -132,10 +161,9 @@ class TestCall:
             ("min_latency_mode", True, "minimum-latency mode"),
             ("use_packed_weights", True, "INT4"),
             ("use_wfp4afp8_humming", True, "folded weight scales"),
-            ("use_fused_finalize", True, "sums by atomics"),
+            ("backend", "cake", "'cake', the SiTU layer"),
             ("cluster_size", 2, "clusters of ranks"),
             ("profile_ids", [3, -1], "FlashInfer kernel profiles"),
-            ("situ_beta", torch.ones(E), "SiTU activation"),
         ],
     )
     def test_refuses_modes_by_name(self, argument: str, value: Any, words: str) -> None:
@@ -154,7 +182,6 @@ class TestCall:
             ({"fc1_expert_weights": torch.zeros(E, 320, 64, dtype=torch.uint8)}, "fc1_expert_weights", "bfloat16_int4"),
             ({"input": torch.zeros(T, 64, dtype=torch.uint8)}, "quant_scales", "nvfp4_nvfp4"),
             ({"quant_scales": [torch.ones(1)] * 6}, "quant_scales", "nvfp4_nvfp4"),
-            ({"use_mxfp8_act_scaling": False}, "use_mxfp8_act_scaling", "fp8_mxfp4"),
         ],
     )
     def test_refuses_quantizations_that_the_profile_lacks(
@@ -174,11 +201,63 @@ class TestCall:
                 ValueError,
                 r"input_sf: expected None for input that is not float8_e4m3fn, got it with bfloat16 \[10, 128\]",
             ),
-            ({"input_sf": torch.zeros(5, dtype=torch.uint8)}, ValueError, "hidden_states_scale: expected"),
+            ({"input_sf": torch.zeros(5, dtype=torch.uint8)}, ValueError, r"input_sf: expected uint8 \[512\], got"),
+            (
+                {"input_sf": torch.zeros(T, 5, dtype=torch.uint8), "swizzled_input_sf": False},
+                ValueError,
+                r"input_sf: expected uint8 \[10, 4\], got uint8 \[10, 5\]",
+            ),
+            (
+                {"input": torch.zeros(H).to(torch.float8_e4m3fn)},
+                ValueError,
+                r"input: expected float8_e4m3fn \[T, H\], g",
+            ),
+            (
+                {"input": torch.zeros(T, 64).to(torch.float8_e4m3fn)},
+                ValueError,
+                r"input: expected uint8 or float8_e4m3fn \[T, 128\], got float8_e4m3fn \[10, 64\]",
+            ),
+            ({"input": torch.zeros(T, H), "input_sf": None}, TypeError, "input: expected torch.float8_e4m3fn, torch.b"),
+            (
+                {"token_final_scales": torch.ones(T, 3)},
+                ValueError,
+                r"token_final_scales: expected float32 \[10, 2\], g",
+            ),
+            (
+                {"token_selected_experts": torch.zeros(T, 0, dtype=torch.int32)},
+                ValueError,
+                r"token_selected_experts: expected \[10, k\] with k at least 1",
+            ),
+            ({"output": torch.zeros(T, H)}, TypeError, r"output: expected bfloat16 \[10, 128\], got float32"),
+            ({"tile_mn": (8, 8)}, ValueError, "tile_mn: expected a tile of the manifest"),
+            ({"backend": "trtllm"}, ValueError, "backend: expected 'cutlass', got 'trtllm'"),
+            ({"raw_weights": "free"}, ValueError, "raw_weights: expected one of 'auto', 'release', 'keep', got 'free'"),
+            ({"raw_weights": "release"}, RuntimeError, "raw_weights: 'release' needs a CUDA build of torch"),
+            ({"profile_ids": [-1]}, ValueError, "profile_ids: expected two"),
+            (
+                {"clamped_relu2_limit": torch.ones(1)},
+                ValueError,
+                "clamped_relu2_limit: expected None without Activatio",
+            ),
+            (
+                {"use_mxfp8_act_scaling": False},
+                ValueError,
+                r"quant_scales: expected 5 tensors \[fc1 scales, .*\], got 4; with use_mxfp8_act_scaling=True and",
+            ),
+            (
+                {"use_mxfp8_act_scaling": False, "quant_scales": [torch.ones(1)] * 5},
+                ValueError,
+                "input_sf: expected None for FP8 x MXFP4, got it with float8_e4m3fn",
+            ),
             ({"input_sf": torch.zeros(512)}, TypeError, "input_sf: expected uint8 tensor, got float32"),
             ({"quant_scales": None}, ValueError, "quant_scales: expected 4 tensors .*, got 0"),
             ({"quant_scales": [torch.ones(1)] * 2}, ValueError, "quant_scales: expected 4 tensors .*, got 2"),
-            ({"quant_scales": [None] * 4}, TypeError, "fc1_scale: expected int32 .*, got NoneType"),
+            ({"quant_scales": [None] * 4}, TypeError, r"quant_scales\[0\]: expected a tensor, got NoneType"),
+            (
+                {"quant_scales": [torch.ones(1)] * 4},
+                TypeError,
+                r"quant_scales\[0\]: expected int32 \[4, 384, 1\], got f",
+            ),
             (
                 {"token_selected_experts": torch.zeros(T, K, dtype=torch.int64)},
                 TypeError,
@@ -186,10 +265,60 @@ class TestCall:
             ),
             ({"output_dtype": torch.float32}, ValueError, "output_dtype: expected torch.bfloat16 or torch.float16"),
             ({"swiglu_limit": torch.ones(3)}, ValueError, r"swiglu_limit: expected float32 \[4\], got float32 \[3\]"),
-            ({"swiglu_alpha": 1.702}, TypeError, ".*swiglu numbers: expected tensors, got float"),
-            ({"activation_type": 10}, NotImplementedError, "activation_type: Situ is not in this library, which has G"),
+            ({"swiglu_alpha": 1.702}, TypeError, "swiglu_alpha: expected a tensor, got float"),
+            (
+                {"fc1_expert_biases": torch.ones(E, 9)},
+                ValueError,
+                r"fc1_expert_biases: expected .* \[4, 320\], got float32",
+            ),
+            (
+                {"fc2_expert_biases": torch.ones(E, H).int()},
+                TypeError,
+                "fc2_expert_biases: expected bfloat16 or float16 o",
+            ),
+            ({"situ_beta": torch.ones(E)}, ValueError, "situ_beta: expected None without ActivationType.Situ, got a v"),
+            (
+                {"activation_type": 10, "situ_linear_beta": torch.ones(3)},
+                ValueError,
+                r"situ_linear_beta: expected float32 \[4\], got float32 \[3\]",
+            ),
+            (
+                {"activation_type": 10, "swiglu_limit": torch.ones(E)},
+                ValueError,
+                "swiglu_limit: expected None with an activation that has other numbers, got a value",
+            ),
             ({"activation_type": 11}, NotImplementedError, "activation_type: InvalidType is not in this library"),
-            ({"activation_type": 12}, ValueError, "activation_type: expected an ActivationType, got 12"),
+            (
+                {"activation_type": 12},
+                ValueError,
+                r"clamped_relu2_limit: expected float32 \[1\] with ActivationType.Cla",
+            ),
+            ({"activation_type": 13}, ValueError, "activation_type: expected an ActivationType, got 13"),
+            (
+                {"workspace_buffer": "64"},
+                TypeError,
+                "workspace_buffer: expected a uint8 or int8 tensor, or None, got str",
+            ),
+            (
+                {"workspace_buffer": torch.empty(64)},
+                TypeError,
+                r"workspace_buffer: expected uint8 or int8, got float32",
+            ),
+            (
+                {"workspace_buffer": torch.empty(8, 8, dtype=torch.uint8)},
+                ValueError,
+                r"workspace_buffer: expected one dimension, got uint8 \[8, 8\]",
+            ),
+            (
+                {"workspace_buffer": torch.empty(64, dtype=torch.uint8, device="meta")},
+                ValueError,
+                "workspace_buffer: expected a tensor on cpu, where input is, got one on meta",
+            ),
+            (
+                {"workspace_buffer": torch.empty(64, dtype=torch.uint8)[::2]},
+                ValueError,
+                r"workspace_buffer: expected a contiguous tensor, got strides \[2\]",
+            ),
             ({"activation_type": ActivationType.Relu}, ValueError, "fc2_expert_weights: expected int64"),
             ({"ep_size": 2, "ep_rank": 2}, ValueError, "ep_rank: expected 0 to 1, got 2"),
             ({"tp_size": 2, "tp_rank": -1}, ValueError, "tp_rank: expected 0 to 1, got -1"),
@@ -200,184 +329,62 @@ class TestCall:
             fi.cutlass_fused_moe(**{**make_call(), **change})
 
 
-class TestKeptWeights:
-    """Prepared once, never stale, gone with their tensors."""
-
-    @pytest.fixture
-    def prepared(self, monkeypatch: pytest.MonkeyPatch) -> list[MoEWeights]:
-        """What was prepared, in order."""
-        made: list[MoEWeights] = []
-        prepare = weight_cache._prepare
-
-        def count(*args: Any) -> MoEWeights:
-            made.append(prepare(*args))
-            return made[-1]
-
-        monkeypatch.setattr(weight_cache, "_prepare", count)
-        return made
-
-    def test_once_for_many_calls_and_views(self, prepared: list[MoEWeights]) -> None:
-        call = make_call()
-        packed = call["fc1_expert_weights"].view(torch.uint8)
-        for i in range(3):
-            call |= {k: v for k, v in make_call(seed=i).items() if k in ("input", "input_sf")}
-            call["fc1_expert_weights"] = packed.view(torch.int64)  # another tensor of the same memory
-            fi.cutlass_fused_moe(**call)
-        with torch.inference_mode():
-            assert packed.view(torch.int64).is_inference()
-        assert len(prepared) == 1
-
-    def test_again_after_a_write(self, prepared: list[MoEWeights]) -> None:
-        call = make_call()
-        before = fi.cutlass_fused_moe(**call)[0]
-        other = raw_weights(seed=1)
-        for name in ("fc1_expert_weights", "fc2_expert_weights", "fc1_expert_biases", "fc2_expert_biases"):
-            call[name].copy_(other[name])
-        for i in (0, 2):
-            call["quant_scales"][i].copy_(other["quant_scales"][i])
-        after = fi.cutlass_fused_moe(**call)[0]
-        assert len(prepared) == 2
-        assert not torch.equal(before, after)
-        assert torch.equal(after, fi.cutlass_fused_moe(**{**call, **other})[0])
-        assert len(weight_cache._entries) == 2
-
-    def test_again_after_writes_that_torch_does_not_count(self, prepared: list[MoEWeights]) -> None:
-        call = make_call()
-        fi.cutlass_fused_moe(**call)
-        call["fc2_expert_biases"].data.zero_()
-        fi.forget_weights()
-        without = fi.cutlass_fused_moe(**{**call, "fc2_expert_biases": None})[0]
-        assert torch.equal(fi.cutlass_fused_moe(**call)[0], without)
-
-    def test_apart_for_what_differs(self, prepared: list[MoEWeights]) -> None:
-        call = make_call()
-        variants: list[dict[str, Any]] = [
-            {},
-            {"swiglu_limit": torch.full((E,), 7.0)},
-            {"activation_type": ActivationType.Geglu},
-            {"ep_size": 2, "ep_rank": 1},
-            {"tp_size": 2, "tp_rank": 1},
-            {"fc1_expert_biases": None},
-        ]
-        for _ in range(2):
-            for variant in variants:
-                fi.cutlass_fused_moe(**{**call, **variant})
-        assert len(prepared) == len(variants)
-
-    def test_freed_with_their_tensors(self) -> None:
-        call = make_call()
-        fi.cutlass_fused_moe(**call)
-        (entry,) = weight_cache._entries.values()
-        kept = weakref.ref(entry.weights)
-        del entry, call["quant_scales"]
-        gc.collect()
-        assert kept() is None
-        assert not weight_cache._entries
-
-    def test_memory_that_is_used_again(self, prepared: list[MoEWeights]) -> None:
-        """A new tensor at the place of a dead one is not mistaken for it."""
-        call = make_call()
-        memory = np.zeros(call["fc2_expert_weights"].nbytes, np.uint8)
-
-        def place(values: torch.Tensor) -> torch.Tensor:
-            memory[:] = values.view(torch.uint8).numpy().ravel()
-            return torch.from_numpy(memory).view(torch.int64).view(values.shape)
-
-        first = place(call["fc2_expert_weights"])
-        address = first.data_ptr()
-        fi.cutlass_fused_moe(**{**call, "fc2_expert_weights": first})
-        del first
-        other = raw_weights(seed=1)["fc2_expert_weights"]
-        second = place(other)
-        assert second.data_ptr() == address
-        result = fi.cutlass_fused_moe(**{**call, "fc2_expert_weights": second})[0]
-        assert torch.equal(result, fi.cutlass_fused_moe(**{**call, "fc2_expert_weights": other})[0])
-
-    def test_under_inference_mode(self, prepared: list[MoEWeights]) -> None:
-        call = make_call()
-        expected = fi.cutlass_fused_moe(**call)[0]
-        fi.forget_weights()
-        packed = call["fc1_expert_weights"].view(torch.uint8)
-        with torch.inference_mode():
-            for _ in range(3):
-                result = fi.cutlass_fused_moe(**{**call, "fc1_expert_weights": packed.view(torch.int64)})[0]
-                assert torch.equal(result, expected)
-        assert len(prepared) == 2
-
-    def test_threads(self, prepared: list[MoEWeights]) -> None:
-        call = make_call()
-        expected = fi.cutlass_fused_moe(**call)[0]
-        fi.forget_weights()
-        results: list[torch.Tensor] = []
-        threads = [threading.Thread(target=lambda: results.append(fi.cutlass_fused_moe(**call)[0])) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(results) == 4
-        assert all(torch.equal(result, expected) for result in results)
-        assert len(prepared) == 2
-
-    def test_under_torch_compile(self, prepared: list[MoEWeights]) -> None:
-        """A graph break, and never a graph that takes the weights for constant."""
-        call = make_call()
-        compiled = torch.compile(lambda **kwargs: fi.cutlass_fused_moe(**kwargs)[0], backend="eager")
-        for _ in range(2):
-            assert torch.equal(compiled(**call), fi.cutlass_fused_moe(**call)[0])
-            call["fc2_expert_biases"].zero_()
-        assert len(prepared) == 2
-
-
-@pytest.mark.gpu
-def test_cuda_graphs() -> None:
-    """New weights are refused during a capture; those of an earlier call are captured, and the graph replays."""
-
-    def on_gpu(value: Any) -> Any:
-        if isinstance(value, list):
-            return [tensor.cuda() for tensor in value]
-        return value.cuda() if isinstance(value, torch.Tensor) else value
-
-    call = {name: on_gpu(value) for name, value in make_call().items()}
-    expected = fi.cutlass_fused_moe(**call)[0]
-    output, graph = torch.empty_like(expected), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fi.cutlass_fused_moe(**call, output=output)
-        with pytest.raises(
-            RuntimeError, match="fc1_expert_weights: expected weights that an earlier call has prepared"
-        ):
-            fi.cutlass_fused_moe(**{**call, "ep_size": 2})
-    output.zero_()
-    graph.replay()
-    assert torch.equal(output, expected)
-
-
 class TestActivationType:
     def test_numbers(self) -> None:
-        names = "Gelu Relu Silu Swiglu Geglu SwigluBias Relu2 SwigluStep GegluTanh Identity Situ InvalidType"
+        names = (
+            "Gelu Relu Silu Swiglu Geglu SwigluBias Relu2 SwigluStep GegluTanh Identity Situ InvalidType ClampedRelu2"
+        )
         assert [kind.name for kind in sorted(ActivationType)] == names.split()
-        assert [kind.value for kind in sorted(ActivationType)] == list(range(12))
+        assert [kind.value for kind in sorted(ActivationType)] == list(range(13))
         gated = {kind.name for kind in ActivationType if kind.is_gated}
         assert gated == {"Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Situ"}
 
 
 class TestWorkspace:
     SIZES = (128, 2880, 2880, 32, 4)
+    DTYPES: ClassVar[dict[str, Any]] = {"x_dtype": torch.float8_e4m3fn, "weight_dtype": torch.int64}
 
     def test_none_is_needed(self) -> None:
-        assert (
-            fi.cutlass_fused_moe_workspace_size(*self.SIZES, x_dtype=torch.float8_e4m3fn, weight_dtype=torch.int64) == 0
-        )
+        for change in ({}, {"use_mxfp8_act_scaling": True}, {"x_dtype": BF16}, {"device": "cuda"}, {"ep_size": 4}):
+            assert fi.cutlass_fused_moe_workspace_size(*self.SIZES, **(self.DTYPES | change)) == 0
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
             ({"min_latency_mode": True}, NotImplementedError, "min_latency_mode: this library has no"),
+            ({"use_wfp4afp8_humming": True}, NotImplementedError, "use_wfp4afp8_humming: this library has no"),
+            ({"backend": "cake"}, NotImplementedError, "backend: this library has no 'cake'"),
+            ({"backend": "x"}, ValueError, "backend: expected 'cutlass', got 'x'"),
+            ({"x_dtype": torch.uint8}, NotImplementedError, "x_dtype: quantization 'nvfp4_nvfp4'"),
+            ({"x_dtype": torch.float32}, TypeError, "x_dtype: expected torch.float8_e4m3fn"),
+            ({"x_dtype": "bf16"}, TypeError, "x_dtype: expected a torch.dtype, got str"),
+            ({"weight_dtype": BF16}, NotImplementedError, "weight_dtype: quantization 'float8_e4m3fn_unquantized'"),
+            ({"weight_dtype": torch.uint8}, NotImplementedError, r"weight_dtype \(uint8\): quantization"),
+            ({"weight_dtype": torch.int32}, TypeError, "weight_dtype: expected torch.int64"),
+            ({"output_dtype": torch.float32}, ValueError, "output_dtype: expected torch.bfloat16 or torch.float16"),
             ({"tp_size": 0}, ValueError, "tp_size: expected at least 1, got 0"),
+            ({"tp_rank": "0"}, TypeError, "tp_rank: expected an integer, got str"),
             ({"ep_size": 2, "ep_rank": 2}, ValueError, "ep_rank: expected 0 to 1, got 2"),
             ({"ep_size": 3}, ValueError, "num_experts_total: expected a multiple of ep_size = 3, got 32"),
-            ({"activation_type": 10}, NotImplementedError, "activation_type: Situ"),
+            ({"activation_type": 11}, NotImplementedError, "activation_type: InvalidType"),
+            ({"device": "meta"}, ValueError, "device: expected a CUDA or CPU device, got meta"),
         ],
     )
     def test_refuses(self, change: dict[str, Any], error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=f"^{message}"):
-            fi.cutlass_fused_moe_workspace_size(*self.SIZES, x_dtype=BF16, weight_dtype=torch.int64, **change)
+            fi.cutlass_fused_moe_workspace_size(*self.SIZES, **(self.DTYPES | change))
+
+    @pytest.mark.parametrize(
+        ("sizes", "error", "message"),
+        [
+            ((128, 2890, 2880, 32, 4), ValueError, "hidden_size: expected a multiple of 32, got 2890"),
+            ((128, 2880, 2890, 32, 4), ValueError, "intermediate_size: expected a multiple of 32, got 2890"),
+            ((128, 2880, 2880, 2048, 4), ValueError, "num_experts_total: expected at most 1024 experts on a rank"),
+            ((2**30, 2880, 2880, 32, 4), ValueError, "max_num_tokens: expected at most"),
+            ((0, 2880, 2880, 32, 4), ValueError, "max_num_tokens: expected at least 1, got 0"),
+            ((True, 2880, 2880, 32, 4), TypeError, "max_num_tokens: expected an integer, got bool"),
+        ],
+    )
+    def test_refuses_sizes(self, sizes: tuple[int, ...], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=f"^{message}"):
+            fi.cutlass_fused_moe_workspace_size(*sizes, **self.DTYPES)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import oracles
 import pytest
 import torch
+from quantize_cases import expected, rows_of
 
 from mxfp4_moe import flashinfer_api as fi
 from mxfp4_moe import formats
-from mxfp4_moe.flashinfer_api import SfLayout
+from mxfp4_moe.flashinfer_api import SfLayout, quantizers
+from mxfp4_moe.problems import bits
 
 BF16 = torch.bfloat16
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=BF16)
+
+
+def codes(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
 
 
 class TestQuantizers:
@@ -88,22 +100,202 @@ class TestQuantizers:
         for e, row, block in np.ndindex(*experts.shape):
             assert per_expert[e, oracles.scale_offset(row, block, 32 * shape[-1])] == experts[e, row, block]
 
-    def test_refuses(self) -> None:
-        with pytest.raises(TypeError, match="input: expected bfloat16 or float16 tensor, got float32"):
-            fi.mxfp8_quantize(torch.zeros(2, 32))
-        with pytest.raises(ValueError, match="input: expected a last dimension that is a multiple of 32"):
-            fi.mxfp8_quantize(torch.zeros(2, 40, dtype=BF16))
-        with pytest.raises(ValueError, match="alignment: expected a multiple of 32, got 48"):
-            fi.mxfp8_quantize(torch.zeros(2, 32, dtype=BF16), alignment=48)
-        with pytest.raises(NotImplementedError, match="sf_swizzle_layout: layout_8x4 is not in this library"):
-            fi.mxfp8_quantize(torch.zeros(2, 32, dtype=BF16), sf_swizzle_layout=SfLayout.layout_8x4)
-        with pytest.raises(ValueError, match=r"scale_tensor: expected \[1, 1, 512\] bytes of scales for \[2, 32\]"):
-            fi.mxfp8_dequantize_host(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8))
-        with pytest.raises(ValueError, match="a: expected finite values"):
-            fi.mxfp4_quantize(torch.full((2, 32), torch.inf, dtype=BF16))
-        with pytest.raises(ValueError, match="a: expected K a multiple of 32"):
-            fi.mxfp4_quantize(torch.zeros(2, 40, dtype=BF16))
-        with pytest.raises(ValueError, match="sfLayout: expected an SfLayout, got 3"):
-            fi.mxfp4_quantize(torch.zeros(2, 32, dtype=BF16), sfLayout=3)
-        with pytest.raises(ValueError, match=r"unswizzled_sf: expected uint8 \[N, K/32\] or \[E, N, K/32\], got uint8"):
-            fi.block_scale_interleave(torch.zeros(4, dtype=torch.uint8))
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (
+                lambda: fi.mxfp8_quantize(torch.zeros(2, 32, dtype=torch.float64)),
+                TypeError,
+                "input: expected float32 or",
+            ),
+            (lambda: fi.mxfp8_quantize(half(2, 40)), ValueError, "input: expected a last dimension that is a multiple"),
+            (lambda: fi.mxfp8_quantize(half(2, 0)), ValueError, "input: expected a last dimension that is a multiple"),
+            (lambda: fi.mxfp8_quantize(half(2, 32), alignment=48), ValueError, "alignment: expected a multiple of 32"),
+            (
+                lambda: fi.mxfp8_quantize(half(2, 32), alignment="x"),
+                TypeError,
+                "alignment: expected an integer, got str",
+            ),
+            (
+                lambda: fi.mxfp8_quantize(half(2, 32), backend="cutile"),
+                ValueError,
+                "backend: expected one of 'cuda', 'c",
+            ),
+            (
+                lambda: fi.mxfp8_quantize(half(2, 32), sf_swizzle_layout=7),
+                ValueError,
+                "sf_swizzle_layout: expected an S",
+            ),
+            (
+                lambda: fi.mxfp8_dequantize_host(codes(2, 32), codes(2)),
+                ValueError,
+                r"scale_tensor: expected \[128, 4\] bytes of scales for \[2, 32\] in layout_128x4, got uint8 \[2\]",
+            ),
+            (
+                lambda: fi.mxfp8_dequantize_host(codes(2, 40), codes(2)),
+                ValueError,
+                "input: expected K a multiple of 32",
+            ),
+            (lambda: fi.mxfp4_quantize(torch.full((2, 32), torch.inf, dtype=BF16)), ValueError, "a: expected finite"),
+            (lambda: fi.mxfp4_quantize(half(2, 40)), ValueError, r"a: expected \[..., M, K\] with K a multiple of 32"),
+            (lambda: fi.mxfp4_quantize(half(32)), ValueError, r"a: expected \[..., M, K\] with K a multiple of 32"),
+            (lambda: fi.mxfp4_quantize(half(2, 32), sfLayout=3), ValueError, "sfLayout: expected an SfLayout, got 3"),
+            (lambda: fi.mxfp4_quantize(half(2, 32), "x"), ValueError, "backend: expected one of"),
+            (lambda: fi.mxfp4_dequantize(codes(2, 16), codes(9)), ValueError, "a_sf: expected"),
+            (lambda: fi.mxfp4_dequantize(codes(2, 12), codes(9)), ValueError, "a_fp4: expected K a multiple of 32"),
+            (
+                lambda: fi.mxfp4_dequantize_host(codes(2, 16), codes(2, 1), 5),
+                ValueError,
+                "group_size: expected an even",
+            ),
+            (
+                lambda: fi.mxfp4_dequantize_host(codes(2, 16), codes(2, 2)),
+                ValueError,
+                r"scale: expected uint8 \[2, 1\]",
+            ),
+            (
+                lambda: fi.fp4_quantize(half(2, 32)),
+                NotImplementedError,
+                "sf_vec_size, sf_use_ue8m0: this library has MX",
+            ),
+            (
+                lambda: fi.fp4_quantize(half(2, 32), torch.full((1,), 2.0), 32, True),
+                NotImplementedError,
+                "global_scale: this library has no global scales of MXFP4",
+            ),
+            (
+                lambda: fi.fp4_quantize(half(2, 32), None, 32, True, nvfp4_4over6=1),
+                ValueError,
+                "nvfp4_4over6: expected N",
+            ),
+            (lambda: fi.fp4_quantize(half(2, 32), None, 32, True, backend="x"), ValueError, "backend: expected one of"),
+            (lambda: fi.block_scale_interleave(codes(4)), ValueError, r"unswizzled_sf: expected \[N, K/32\] or \[E, N"),
+            (
+                lambda: fi.block_scale_interleave(torch.zeros(4, 4)),
+                TypeError,
+                "unswizzled_sf: expected uint8 or bfloat",
+            ),
+            (
+                lambda: fi.block_scale_interleave(codes(4, 4), out=codes(4)),
+                ValueError,
+                r"out: expected uint8 \[512\] on cpu, got uint8 \[4\]|out: expected uint8 \[512\], got uint8 \[4\]",
+            ),
+            (
+                lambda: fi.block_scale_interleave(codes(4, 4), out=codes(1024)[::2]),
+                ValueError,
+                r"out: expected a contiguous tensor, got strides \[2\]",
+            ),
+        ],
+    )
+    def test_refuses(self, call: Callable[[], object], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=f"^({message})"):
+            call()
+
+
+class TestLayouts:
+    """Each against offsets written down one by one, and back."""
+
+    @pytest.mark.parametrize("layout", list(SfLayout))
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+    @pytest.mark.parametrize(("rows", "width", "alignment"), [(1, 32, 32), (9, 160, 64), (130, 96, 128), (0, 64, 32)])
+    def test_mxfp8_every_byte(
+        self, rows: int, width: int, alignment: int, dtype: torch.dtype, layout: SfLayout
+    ) -> None:
+        x = rows_of(9, width, dtype).repeat(15, 1)[:rows]
+        padded = -(-width // alignment) * alignment
+        found, scales = fi.mxfp8_quantize(x, alignment=alignment, sf_swizzle_layout=layout)
+        expected_codes, expected_scales = expected(x, padded, int(layout))
+        assert found.shape == (rows, padded)
+        assert torch.equal(found.view(torch.uint8), expected_codes)
+        assert torch.equal(scales, expected_scales)
+        if rows:
+            values = fi.mxfp8_dequantize_host(found, scales, sf_swizzle_layout=layout)
+            linear = fi.mxfp8_quantize(x, False, alignment)[1]
+            assert torch.equal(bits(values), bits(fi.mxfp8_dequantize_host(found, linear, False)))
+
+    def test_mxfp8_zeros_keep_their_signs(self) -> None:
+        zeros = torch.tensor([0.0, -0.0] * 16)
+        found, scales = fi.mxfp8_quantize(zeros.view(1, 32), False)
+        assert found.view(torch.uint8).flatten().tolist() == [0, 0x80] * 16
+        assert scales.tolist() == [0]
+        packed, _ = fi.mxfp4_quantize(zeros.to(BF16).view(1, 32), sfLayout=SfLayout.layout_linear)
+        assert packed.flatten().tolist() == [0x80] * 16
+
+    @pytest.mark.parametrize("layout", list(SfLayout))
+    def test_mxfp4_of_three_dimensions_is_of_all_rows(self, layout: SfLayout) -> None:
+        x = torch.randn(3, 128, 96, generator=torch.Generator().manual_seed(0)).to(BF16)
+        packed, scales = fi.mxfp4_quantize(x, sfLayout=layout)
+        flat, flat_scales = fi.mxfp4_quantize(x.view(-1, 96), sfLayout=layout)
+        assert packed.shape == (3, 128, 48)
+        assert torch.equal(packed.view(-1, 48), flat)
+        assert torch.equal(scales, flat_scales)
+        for expert, part in zip(x, scales.view(3, 128, -1), strict=True):
+            assert torch.equal(part, fi.mxfp4_quantize(expert, sfLayout=layout)[1])
+
+    @pytest.mark.parametrize(("swizzled", "short"), [(True, False), (True, True), (False, False)])
+    def test_fp4_quantize_is_mxfp4(self, swizzled: bool, short: bool) -> None:
+        x = torch.randn(130, 160, generator=torch.Generator().manual_seed(0)).to(BF16)
+        layout = SfLayout.layout_linear if not swizzled else SfLayout.layout_8x4 if short else SfLayout.layout_128x4
+        packed, scales = fi.mxfp4_quantize(x, sfLayout=layout)
+        one = torch.ones(1)
+        for given in (None, one):
+            found = fi.fp4_quantize(x, given, 32, True, swizzled, short)
+            assert torch.equal(found[0], packed)
+            assert torch.equal(found[1], scales)
+        columns = fi.fp4_quantize(x.contiguous().T, None, 32, True, swizzled, short)
+        assert torch.equal(columns[0], packed.T)
+        assert torch.equal(columns[1], scales.T)
+        values = fi.mxfp4_dequantize(packed, scales, layout)
+        linear = fi.mxfp4_quantize(x, sfLayout=SfLayout.layout_linear)[1]
+        assert torch.equal(values, fi.mxfp4_dequantize_host(packed, linear))
+
+    def test_mxfp4_dequantize_host_of_other_groups(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        packed = torch.randint(0, 256, (3, 12), generator=g, dtype=torch.uint8)
+        scales = torch.randint(120, 134, (3, 4), generator=g, dtype=torch.uint8)
+        values = fi.mxfp4_dequantize_host(packed, scales, 6)
+        plain = oracles.e2m1_values(packed.numpy()) * np.repeat(np.exp2(scales.numpy().astype(float) - 127), 6, -1)
+        assert (values.numpy() == plain).all()
+        assert not values[values == 0].signbit().any()
+
+    @pytest.mark.parametrize("shape", [(130, 5), (3, 130, 5)])
+    def test_interleave_bfloat16_and_out(self, shape: tuple[int, ...]) -> None:
+        scales = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        flat = fi.block_scale_interleave(scales)
+        wide = fi.block_scale_interleave(scales.to(BF16))
+        assert wide.dtype is BF16
+        assert torch.equal(wide, flat.to(BF16))
+        for like in (flat, wide):
+            out = torch.full_like(like, 7)
+            assert fi.nvfp4_block_scale_interleave(scales.to(like.dtype), out=out) is out
+            assert torch.equal(out, like)
+
+
+class TestInGraphs:
+    @pytest.mark.parametrize("layout", list(SfLayout))
+    def test_compiled_is_eager_and_one_operator(self, layout: SfLayout) -> None:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+            graphs.append(graph)
+            return graph
+
+        call = torch.compile(
+            lambda x: fi.mxfp8_quantize(x, alignment=64, sf_swizzle_layout=layout), backend=backend, fullgraph=True
+        )
+        x = rows_of(9, 160, BF16)
+        for a, b in zip(call(x), fi.mxfp8_quantize(x, alignment=64, sf_swizzle_layout=layout), strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        (graph,) = graphs
+        assert "quantize_mxfp8" in graph.code
+
+    def test_operator_is_what_torch_wants(self) -> None:
+        torch.library.opcheck(quantizers._quantize_mxfp8, (torch.randn(9, 96), 128, 1))  # a NaN is not itself
+
+    def test_gradients_are_refused(self) -> None:
+        x = torch.randn(2, 32, requires_grad=True)
+        codes_of, _ = fi.mxfp8_quantize(x)
+        with pytest.raises(RuntimeError, match="^mxfp8_quantize: no gradient can be computed through it"):
+            codes_of.float().sum().backward()
+        with torch.no_grad():
+            assert not fi.mxfp8_quantize(x)[0].requires_grad

@@ -42,6 +42,9 @@ ACTIVATIONS = [  # type, (alpha, beta, limit)
     (ActivationType.Relu, None),
     (ActivationType.Relu2, None),
     (ActivationType.Identity, None),
+    (ActivationType.Situ, None),
+    (ActivationType.Situ, (0.0, 1.5, 0.7)),
+    (ActivationType.ClampedRelu2, (0.0, 0.0, 0.8)),
 ]
 
 
@@ -63,10 +66,16 @@ ONE_INPUT = {
 
 
 def activate(kind: ActivationType, x: np.ndarray, numbers: tuple[float, float, float] | None) -> np.ndarray:
-    """x: [W], [up; gate] for gated kinds; numbers as swiglu_alpha, swiglu_beta, swiglu_limit."""
+    """x: [W], [up; gate] for gated kinds; numbers as swiglu_alpha, swiglu_beta, swiglu_limit, or `given_numbers`."""
     if kind in ONE_INPUT:
         return ONE_INPUT[kind](x)
+    if kind is ActivationType.ClampedRelu2:
+        assert numbers is not None
+        return (numbers[2] * np.tanh(np.maximum(x, 0) / numbers[2])) ** 2
     up, gate = np.split(x, 2)
+    if kind is ActivationType.Situ:
+        _, beta, linear = numbers or (0.0, 4.0, 25.0)
+        return beta * np.tanh(gate / beta) * sigmoid(gate) * linear * np.tanh(up / linear)
     if kind is ActivationType.Geglu:
         return ONE_INPUT[ActivationType.Gelu](gate) * up
     if kind is ActivationType.GegluTanh:
@@ -77,6 +86,19 @@ def activate(kind: ActivationType, x: np.ndarray, numbers: tuple[float, float, f
     alpha, beta, limit = numbers or (1.0, 0.0, np.inf)
     gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     return gate * sigmoid(alpha * gate) * (up + beta)
+
+
+def given_numbers(
+    kind: ActivationType, numbers: tuple[float, float, float] | None, experts: int, device: str
+) -> dict[str, Tensor]:
+    """The call's arguments that an activation's numbers are."""
+    names: tuple[str | None, ...] = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+    if kind is ActivationType.Situ:
+        names = (None, "situ_beta", "situ_linear_beta")
+    if kind is ActivationType.ClampedRelu2:
+        names, experts = (None, None, "clamped_relu2_limit"), 1
+    named = zip(names, numbers or (), strict=False)
+    return {name: torch.full((experts,), number, device=device) for name, number in named if name is not None}
 
 
 def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -170,7 +192,6 @@ def both(
     codes, input_sf = fi.mxfp8_quantize(given["x"], swizzled, 32)
     local = len(w1)
     unused = torch.ones(local, device=device)
-    tensors = [None] * 3 if numbers is None else [torch.full((local,), number, device=device) for number in numbers]
     (ours,) = fi.cutlass_fused_moe(
         codes.to(device),
         given["ids"].to(device),
@@ -182,9 +203,6 @@ def both(
         fc1_expert_biases=part["b1"].to(device) if bias else None,
         fc2_expert_biases=part["b2"].to(device) if bias else None,
         input_sf=input_sf.to(device),
-        swiglu_alpha=tensors[0],
-        swiglu_beta=tensors[1],
-        swiglu_limit=tensors[2],
         tp_size=tp_size,
         tp_rank=tp_rank,
         ep_size=ep_size,
@@ -192,6 +210,7 @@ def both(
         use_mxfp8_act_scaling=True,
         activation_type=kind,
         swizzled_input_sf=swizzled,
+        **given_numbers(kind, numbers, local, device),
     )
     assert ours.dtype == dtype
     layer = {

@@ -45,7 +45,9 @@ def test_import_loads_no_extension() -> None:
 def test_module_is_cached_and_bound_to_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     module = mxfp4_moe.get_cutlass_fused_moe_module(backend="120", tile_mn=(8, 128))
-    assert module is mxfp4_moe.get_cutlass_fused_moe_module(tile_mn=(8, 128))
+    for same in ({"tile_mn": (8, 128)}, {"backend": "121", "use_fast_build": True, "tile_mn": (8, 128)}):
+        assert module is mxfp4_moe.get_cutlass_fused_moe_module(**same)
+    assert module is mxfp4_moe.get_cutlass_fused_moe_module("121", (8, 128))
     assert module is not mxfp4_moe.get_cutlass_fused_moe_module()
     assert module.tile == Tile(m=8, n=128, swap_ab=True)
     assert mxfp4_moe.get_cutlass_fused_moe_module().tile == Tile(m=128, n=128, swap_ab=False)
@@ -59,6 +61,7 @@ def test_module_is_cached_and_bound_to_its_tile(monkeypatch: pytest.MonkeyPatch)
     ("arguments", "error", "message"),
     [
         ({"backend": "100"}, ValueError, r"backend: expected '120' .*SM90.*got '100'"),
+        ({"backend": "89"}, ValueError, r"backend: expected '120' or '121' .*got '89'"),
         ({"backend": 120}, ValueError, r"backend: expected '120' .*got 120"),
         ({"tile_mn": (96, 128)}, ValueError, r"tile_mn: expected M a multiple of 64, or 8, 16 or 32 .*got \(96, 128\)"),
         ({"tile_mn": (24, 128)}, ValueError, r"tile_mn: expected M a multiple of 64, or 8, 16 or 32 .*got \(24, 128\)"),
@@ -66,7 +69,8 @@ def test_module_is_cached_and_bound_to_its_tile(monkeypatch: pytest.MonkeyPatch)
         ({"tile_mn": (128, 4)}, ValueError, r"tile_mn: expected N from 8 to 256, got \(128, 4\)"),
         ({"tile_mn": (128, 512)}, ValueError, r"tile_mn: expected N from 8 to 256, got \(128, 512\)"),
         ({"tile_mn": (448, 8)}, ValueError, r"tile_mn: expected a tile of the manifest \(.*\), got \(448, 8\)"),
-        ({"tile_mn": (0, 128)}, ValueError, r"tile_mn: expected a tile of the manifest \(.*\), got \(0, 128\)"),
+        ({"tile_mn": (0, 128)}, ValueError, r"tile_mn: expected M above 0, got \(0, 128\)"),
+        ({"tile_mn": (-64, 128)}, ValueError, r"tile_mn: expected M above 0, got \(-64, 128\)"),
         ({"tile_mn": (128,)}, TypeError, r"tile_mn: expected a pair of integers \(M, N\), got \(128,\)"),
         ({"tile_mn": (128.0, 128)}, TypeError, r"tile_mn: expected a pair of integers \(M, N\), got \(128.0, 128\)"),
     ],
@@ -85,6 +89,7 @@ def test_tile_choice_names_are_exported() -> None:
         (256, 64),
     ]
     assert manifest_tile((16, 128)).swap_ab
+    assert tuple(tile.mn for tile in loading.manifest().tiles) == mxfp4_moe.SM120_SUPPORTED_TILE_MN
 
 
 def test_loading_without_cuda_torch_is_one_sentence(fresh_loader: pytest.MonkeyPatch) -> None:

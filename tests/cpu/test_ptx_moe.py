@@ -35,6 +35,8 @@ from ptx_moe_checks import (
     first_of_layer,
     logits_of,
 )
+from ptx_quantize_checks import check_mxfp8_quantize
+from quantize_cases import LAYOUTS
 
 from mxfp4_moe import reference
 from mxfp4_moe.activations import Activation
@@ -159,6 +161,49 @@ def test_permute_is_exact(width: int, swizzled: bool, tokens: int) -> None:
 def test_permute_to_bf16_is_exact(width: int, swizzled: bool, tokens: int) -> None:
     """Products beyond bfloat16's range are infinite, small ones multiples of 2^-133."""
     check_permute(width, swizzled, tokens, MXFP8_IN_BF16)
+
+# ---- the drop-in's quantizer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", LOGITS)
+@pytest.mark.parametrize(
+    ("rows", "width", "padded"),
+    [(1, 32, 32), (9, 160, 160), (9, 96, 256), (130, 64, 64), (515, 32, 32)],  # from 513 on, several rows a lane
+)
+def test_mxfp8_quantize_is_exact(rows: int, width: int, padded: int, dtype: torch.dtype, layout: int) -> None:
+    check_mxfp8_quantize(rows, width, padded, dtype, layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {0: torch.zeros(2, 32, dtype=torch.int32)},
+            r"input: expected float32, bfloat16 or float16 \[rows, k\], got int32",
+        ),
+        ({0: torch.zeros(64)}, r"input: expected float32, bfloat16 or float16 \[rows, k\], got float32 \[64\]"),
+        ({0: torch.zeros(2, 48)}, "k: expected a positive multiple of 32, got 48"),
+        ({0: torch.zeros(65)[1:].view(2, 32)}, "input: expected data aligned to 16 bytes, got 4 bytes past that"),
+        ({1: 48}, "padded_k: expected a positive multiple of 32, got 48"),
+        ({0: torch.zeros(2, 64)}, "padded_k: expected at least k = 64, got 32"),
+        ({2: 3}, "layout: expected 0 to 2, got 3"),
+    ],
+)
+def test_mxfp8_quantize_checks_for_itself(change: dict[int, object], message: str) -> None:
+    launch.ptx_of_moe("mxfp8_quantize")
+    arguments: dict[int, object] = {0: torch.zeros(2, 32), 1: 32, 2: 0}
+    assert len(launch.shared_recorder().operator("mxfp8_quantize", *arguments.values()).launches) == 1
+    with pytest.raises(launch.RefusedError, match=message):
+        launch.shared_recorder().operator("mxfp8_quantize", *(arguments | change).values())
+
+
+def test_mxfp8_quantize_of_no_rows_launches_nothing() -> None:
+    recording = launch.shared_recorder().operator("mxfp8_quantize", torch.zeros(0, 32), 64, 0)
+    codes, scales = recording.results
+    assert not recording.launches
+    assert codes.shape == (0, 64)
+    assert scales.shape == (0,)
 
 
 # ---- activation ------------------------------------------------------------------------------------------------------

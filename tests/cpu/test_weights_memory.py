@@ -7,44 +7,18 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import model_checkpoints
 import oracles
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from storage_meter import StorageMeter
 from weight_cases import ORDERS, I, random_floats, same
 
 from mxfp4_moe import formats
 from mxfp4_moe._checkpoints import layers, prepare
 from mxfp4_moe.weights import MoEWeights
-
-
-class StorageMeter(TorchDispatchMode):
-    """Counts the bytes of all storages made under it, and the most that were alive after any one operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in before:
-                mapped = func is torch.ops.aten.set_.source_Storage  # how safetensors shows a mapped file
-                self.alive[storage._cdata] = (StorageWeakRef(storage), 0 if mapped else storage.nbytes())
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return out
 
 
 class TestMemory:

@@ -16,11 +16,13 @@ from dataclasses import replace
 import router_cases
 import torch
 from gpu_layers import exact_layer, same
-from gpu_problems import bits, gpu, random_call, random_problem, random_weights
+from gpu_problems import bits, gpu, random_call, random_problem, random_weights, relative_error
+from quantize_cases import LAYOUTS, rows_of
 
 import mxfp4_moe
 from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
+from mxfp4_moe.flashinfer_api import quantizers
 from mxfp4_moe.reference import routers as reference_routers
 from mxfp4_moe.tiles import load_manifest
 
@@ -31,7 +33,7 @@ LAYERS = [(1, 1), (33, 3)]  # tokens, top_k
 
 
 def other_kernels(device: torch.device) -> list[str]:
-    """Every activation, MXFP8 input in both scale layouts, and the router, in sizes that leave tails."""
+    """Every activation, MXFP8 input in both scale layouts, the router and the quantizer, in sizes that leave tails."""
     failures = []
     for number, activation in enumerate(Activation):
         layout = reference.SCALE_LAYOUTS[number % 2]
@@ -56,6 +58,14 @@ def other_kernels(device: torch.device) -> list[str]:
             _, ids = mxfp4_moe.topk_softmax(logits, top_k, renormalize)
             if not torch.equal(ids, reference.topk_softmax(logits, top_k, renormalize)[1]):
                 failures.append(f"topk_softmax of {experts} experts, top_k {top_k}: other experts than expected")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (9, 515):  # a row a lane, and several
+            x = rows_of(rows, 160, dtype).to(device)
+            for scale_layout in LAYOUTS:
+                found = quantizers._kernel(device.index or 0)(x, 256, scale_layout)
+                wanted = quantizers._mxfp8_torch(x, 256, scale_layout)
+                if not all(torch.equal(a, b.view(torch.uint8)) for a, b in zip(found, wanted, strict=True)):
+                    failures.append(f"mxfp8_quantize of {rows} rows of {dtype}, layout {scale_layout}: other bytes")
     return failures
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,14 @@ from .._install import loading
 from ..tiles import Tile
 from ..weights import MoEWeights
 from .fused_moe import fused_moe
-from .selection import DEFAULT_TILE_MN, manifest_tile, pair
+from .selection import manifest_tile, pair
 
 _SWAPPED_M = (8, 16, 32)
+_BACKENDS = ("120", "121", "90")
+
+SM120_SUPPORTED_TILE_MN: tuple[
+    tuple[int, int], ...
+]  # (M, N) of every tile in the wheel's manifest, read when asked for
 
 
 @dataclass(frozen=True)
@@ -67,31 +71,39 @@ class FusedMoEModule:
         )
 
 
-def get_cutlass_fused_moe_module(backend: str = "120", tile_mn: tuple[int, int] = DEFAULT_TILE_MN) -> FusedMoEModule:
-    """The module of one prebuilt tile, the same object for the same arguments; nothing is compiled.
-
-    With a CUDA build of torch the tile is loaded now, otherwise on first use.
-
-    Args:
-        backend: "120", the block-scaled MXFP8 x MXFP4 kernels: SM120, SM121 and, in this wheel, SM90.
-        tile_mn: (M, N). Native tiles have M % 64 == 0, swapped ones M in 8, 16, 32 with N >= 64; N is 8 to 256; and
-            the tile must be in the wheel's manifest.
+def module_tile(backend: str, tile_mn: tuple[int, int]) -> Tile:
+    """The tile that arguments of `get_cutlass_fused_moe_module` name.
 
     Raises:
-        TypeError: tile_mn is no pair of integers.
-        ValueError: another backend, or a tile that breaks these rules; the message names the rule.
-        RuntimeError: the tile's extension does not fit this torch.
+        TypeError, ValueError: as there.
     """
-    if backend != "120":
-        raise ValueError(f"backend: expected '120' (SM120, SM121 and SM90; there is no other), got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(
+            "backend: expected '120' or '121' (SM120, SM121 and SM90, for which '90' may stand; there is no other), "
+            f"got {backend!r}"
+        )
     m, n = pair(tile_mn)
+    if m <= 0:
+        raise ValueError(f"tile_mn: expected M above 0, got {(m, n)}")
     if m % 64 != 0 and m not in _SWAPPED_M:
         raise ValueError(f"tile_mn: expected M a multiple of 64, or 8, 16 or 32 (swapped operands), got {(m, n)}")
     if m in _SWAPPED_M and n < 64:
         raise ValueError(f"tile_mn: expected N of at least 64 for a swapped tile (M = {m}), got {(m, n)}")
     if not 8 <= n <= 256:
         raise ValueError(f"tile_mn: expected N from 8 to 256, got {(m, n)}")
-    return _module(manifest_tile((m, n)))
+    return manifest_tile((m, n))
+
+
+def load_module_tile(tile: Tile) -> None:
+    """Loads a tile where that is possible; with a CPU build of torch it is not, and its first use says so."""
+    if torch.version.cuda is not None:
+        loading.load_tile(tile)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SM120_SUPPORTED_TILE_MN":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return tuple(tile.mn for tile in loading.manifest().tiles)
 
 
 def prewarm_moe_tiles() -> list[str]:
@@ -118,10 +130,3 @@ def prewarm_moe_tiles() -> list[str]:
     if errors:
         warnings.warn("; ".join(map(str, errors)), RuntimeWarning, stacklevel=2)
     return loaded
-
-
-@functools.cache
-def _module(tile: Tile) -> FusedMoEModule:
-    if torch.version.cuda is not None:
-        loading.load_tile(tile)
-    return FusedMoEModule(tile)

@@ -106,6 +106,11 @@ def flashinfer_layer(
     require_tensor(names[3], fc2_scale, torch.int32, fc2_scale_shape, device)
     for name, tensor in zip(names, (fc1_expert_weights, fc1_scale, fc2_expert_weights, fc2_scale), strict=True):
         require_contiguous(name, tensor)
+        if tensor.untyped_storage().nbytes() == 0:  # flashinfer_api frees raw weights that it has prepared
+            raise ValueError(
+                f"{name}: expected a tensor with memory, got {describe(tensor)}, whose memory was freed when "
+                "cutlass_fused_moe prepared it; load it again, and see flashinfer_api.set_raw_weights"
+            )
     return RawLayer(
         w13=flashinfer_source(names[1], fc1_expert_weights, fc1_scale, rows, hidden),
         w2=flashinfer_source(names[3], fc2_expert_weights, fc2_scale, hidden, inter),

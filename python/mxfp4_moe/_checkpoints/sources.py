@@ -51,8 +51,12 @@ def float_source(name: str, weight: Callable[[int], Tensor]) -> Source:
 
 def flashinfer_source(name: str, words: Tensor, swizzled: Tensor, n: int, k: int) -> Source:
     packed = words.view(torch.uint8)
-    tiles = swizzled.view(torch.uint8).view(len(swizzled), ceil_div(n, 128), ceil_div(k, 128), 512)
-    return mxfp4_source(name, packed.__getitem__, lambda e: unswizzle_scales(tiles[e], n, k))
+    return mxfp4_source(name, packed.__getitem__, lambda e: flashinfer_scales(swizzled[e], n, k))
+
+
+def flashinfer_scales(swizzled: Tensor, n: int, k: int) -> Tensor:
+    """uint8 [n, k/32] of one expert's int32 [n padded to 128, k/128]."""
+    return unswizzle_scales(swizzled.view(torch.uint8).view(ceil_div(n, 128), ceil_div(k, 128), 512), n, k)
 
 
 def _refuse_scales(name: str, scales: Tensor, expert: int) -> None:

@@ -1,13 +1,27 @@
-"""FlashInfer's quantizers and layouts of scales, by its names and rules."""
+"""FlashInfer's quantizers, by its names and rules.
+
+Where they differ from FlashInfer 0.7.2.post1 on purpose:
+
+- A NaN or an infinity makes its block of 32 NaN (MXFP8) or is refused (MXFP4); there it becomes the largest code.
+- MXFP8 blocks whose amax is at most 448 * 2^-127 keep their values, under the scale 2^-127. FlashInfer multiplies those
+  by 0. Its kernels are also compiled to flush fp32 subnormals, which are numbers here: blocks below 448 * 2^-126 and
+  values below 2^-126 in any block are zero there.
+- E8M0 byte 0 is 2^-127 to the dequantizers, as OCP MX has it; to FlashInfer's it is 0.
+- Where all is finite and no subnormal, bytes are the same, zeros of either sign included.
+"""
 
 from __future__ import annotations
 
-from enum import IntEnum
+import functools
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._arguments import describe, require_tensor
+from .._call import gradient, launch
+from .._install import errors, loading
 from ..formats import (
     BLOCK,
     E8M0_MAX,
@@ -17,20 +31,26 @@ from ..formats import (
     encode_e2m1,
     encode_e8m0,
     quantize_mxfp8,
-    swizzle_scales,
-    unswizzle_scales,
 )
+from .modes import TheirNames
+from .scale_layouts import SfLayout, chosen_layout, load_scales, padded_blocks, padded_rows, sf_layout, store_scales
 
 _HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_HALVES)
+_CODES = (torch.float8_e4m3fn, torch.uint8)
+_PACKED = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 _RCP_6 = float.fromhex("0x1.555556p-3")  # 1/6 rounded to fp32
+_BACKENDS = ("cuda", "cute-dsl")
 
 
-class SfLayout(IntEnum):
-    """Layouts of scale factors, by FlashInfer's numbers."""
+class _Omitted(Enum):
+    OMITTED = 0
 
-    layout_128x4 = 0
-    layout_8x4 = 1  # refused
-    layout_linear = 2
+
+_OMITTED = _Omitted.OMITTED
+
+
+# ---- MXFP8 -----------------------------------------------------------------------------------------------------------
 
 
 def mxfp8_quantize(
@@ -41,28 +61,91 @@ def mxfp8_quantize(
     backend: str = "cuda",
     sf_swizzle_layout: SfLayout | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """MXFP8: E4M3 codes and one E8M0 scale per 32 values, as `formats.quantize_mxfp8`.
+    """MXFP8: E4M3 codes and one E8M0 scale per 32 values, as `formats.quantize_mxfp8`; zeros keep their signs.
+
+    On the GPU one kernel, which a CUDA graph captures; under torch.compile one operator, mxfp4_moe::quantize_mxfp8.
+    For inference: a gradient that is asked for is an error of the backward pass.
 
     Args:
-        input: bfloat16 or float16 [..., K], K a multiple of 32.
+        input: bfloat16, float16 or float32 [..., K], K a multiple of 32 (FlashInfer has float32 for "cute-dsl" alone).
         is_sf_swizzled_layout: scales 128x4-swizzled, else linear.
         alignment: K is padded to a multiple of it with zeros; a multiple of 32.
-        enable_pdl, backend: taken and not needed.
+        enable_pdl, backend: "cuda" or "cute-dsl", with the same results; taken and not needed.
         sf_swizzle_layout: goes before is_sf_swizzled_layout where it is given.
 
     Returns:
         codes float8_e4m3fn [..., padded K] (on the CPU too, where FlashInfer gives uint8), and scales uint8, flat:
-        M x padded K / 32 of them, swizzled with M = rows padded to 128 and the blocks to 4.
+        M x padded K / 32 of them, swizzled with M = rows padded to 128 (or 8) and the blocks to 4; padding is zero.
+
+    Raises:
+        TypeError: another type or dtype.
+        ValueError: another shape or alignment, a layout or a backend that FlashInfer does not have.
+        RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
-    require_tensor("input", input, _HALVES)
-    if input.dim() == 0 or input.shape[-1] % BLOCK:
+    require_tensor("input", input, _FLOATS)
+    if input.dim() == 0 or input.shape[-1] == 0 or input.shape[-1] % BLOCK:
         raise ValueError(f"input: expected a last dimension that is a multiple of {BLOCK}, got {describe(input)}")
+    if isinstance(alignment, bool) or not isinstance(alignment, int):
+        raise TypeError(f"alignment: expected an integer, got {type(alignment).__name__}")
     if alignment < 1 or alignment % BLOCK:
         raise ValueError(f"alignment: expected a multiple of {BLOCK}, got {alignment}")
-    layout = _layout("sf_swizzle_layout", _chosen(is_sf_swizzled_layout, sf_swizzle_layout))
-    padded = torch.nn.functional.pad(input, (0, -input.shape[-1] % alignment))
+    _check_backend(backend)
+    layout = chosen_layout(is_sf_swizzled_layout, sf_swizzle_layout)
+    k = input.shape[-1]
+    padded_k = -(-k // alignment) * alignment
+    rows = input.reshape(-1, k)
+    if torch.compiler.is_compiling():
+        codes, scales = _quantize_mxfp8(rows, padded_k, int(layout))
+        return codes.view(*input.shape[:-1], padded_k), scales
+    quantize = _mxfp8_cuda if input.is_cuda else _mxfp8_torch
+    codes, scales = quantize(rows.detach(), padded_k, int(layout))
+    return gradient.refuse_gradient("mxfp8_quantize", codes.view(*input.shape[:-1], padded_k), input), scales
+
+
+def _mxfp8_torch(rows: Tensor, padded_k: int, layout: int) -> tuple[Tensor, Tensor]:
+    padded = torch.nn.functional.pad(rows.detach(), (0, padded_k - rows.shape[1]))
     codes, scales = quantize_mxfp8(padded)
-    return codes.view(torch.float8_e4m3fn), _store_scales(scales, layout).flatten()
+    codes |= ((codes == 0) & padded.signbit()).to(torch.uint8) << 7
+    return codes.view(torch.float8_e4m3fn), store_scales(scales, SfLayout(layout))
+
+
+def _mxfp8_cuda(rows: Tensor, padded_k: int, layout: int) -> tuple[Tensor, Tensor]:
+    rows = rows.contiguous()
+    if rows.data_ptr() % 16:  # the kernel loads vectors
+        rows = rows.clone()
+    try:
+        codes, scales = _kernel(rows.device.index)(rows, padded_k, layout)
+    except RuntimeError as error:
+        errors.explain(f"mxfp8_quantize cannot run on {rows.device}", error)
+        raise
+    return codes.view(torch.float8_e4m3fn), scales
+
+
+@functools.cache
+def _kernel(device_index: int) -> Any:
+    """The operator of csrc/moe/mxfp8_quantize.cu, once this device is known to be supported."""
+    name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
+    with TheirNames():
+        launch.check_capability(torch.cuda.get_device_capability(device_index), name)
+    return loading.moe_ops().mxfp8_quantize.default
+
+
+def _mxfp8_fake(rows: Tensor, padded_k: int, layout: int) -> tuple[Tensor, Tensor]:
+    order = SfLayout(layout)
+    codes = rows.new_empty((rows.shape[0], padded_k), dtype=torch.float8_e4m3fn)
+    scales = padded_rows(rows.shape[0], order) * padded_blocks(padded_k // BLOCK, order)
+    return codes, rows.new_empty((scales,), dtype=torch.uint8)
+
+
+_LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-untyped-call]
+_NAME = _LIBRARY.define(  # type: ignore[no-untyped-call]
+    "quantize_mxfp8(Tensor rows, SymInt padded_k, int layout) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+)
+_LIBRARY.impl(_NAME, _mxfp8_torch, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl(_NAME, _mxfp8_cuda, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake(f"mxfp4_moe::{_NAME}", _mxfp8_fake, lib=_LIBRARY)
+gradient.refuse_in_graphs(_LIBRARY, _NAME, "mxfp8_quantize", 1)
+_quantize_mxfp8 = torch.ops.mxfp4_moe.quantize_mxfp8.default
 
 
 def mxfp8_dequantize_host(
@@ -75,16 +158,22 @@ def mxfp8_dequantize_host(
 
     Args:
         input: float8_e4m3fn or uint8 [M, K], on any device.
-        scale_tensor: uint8 scales as `mxfp8_quantize` gives them.
+        scale_tensor: uint8 scales as `mxfp8_quantize` gives them, on the same device.
         is_sf_swizzled_layout, sf_swizzle_layout: their layout.
 
     Returns:
         float32 [M, K].
     """
-    require_tensor("input", input, (torch.float8_e4m3fn, torch.uint8), ("M", "K"))
-    layout = _layout("sf_swizzle_layout", _chosen(is_sf_swizzled_layout, sf_swizzle_layout))
+    require_tensor("input", input, _CODES, ("M", "K"))
+    require_tensor("scale_tensor", scale_tensor, torch.uint8, None, input.device)
+    layout = chosen_layout(is_sf_swizzled_layout, sf_swizzle_layout)
     rows, k = input.shape
-    return dequantize_mxfp8(input.view(torch.uint8), _load_scales("scale_tensor", scale_tensor, rows, k, layout))
+    if k % BLOCK:
+        raise ValueError(f"input: expected K a multiple of {BLOCK}, got {describe(input)}")
+    return dequantize_mxfp8(input.view(torch.uint8), load_scales("scale_tensor", scale_tensor, rows, k, layout))
+
+
+# ---- MXFP4 -----------------------------------------------------------------------------------------------------------
 
 
 def mxfp4_quantize(
@@ -98,86 +187,140 @@ def mxfp4_quantize(
     `MoEWeights.from_float` and `formats.quantize_mxfp4` follow OCP MX instead, which rounds down.
 
     Args:
-        a: bfloat16 or float16 [M, K], K a multiple of 32; finite.
-        backend, enable_pdl: taken and not needed.
+        a: bfloat16 or float16 [M, K], K a multiple of 32; finite. Or [..., M, K], whose leading dimensions are more
+            rows: in the scales too, as FlashInfer has it. So those of 3-D weights [E, N, K] are those of E experts, one
+            after the other, where N is a multiple of 128.
+        backend, enable_pdl: taken and not needed; "cuda" or "cute-dsl".
         sfLayout: layout of the scales.
 
     Returns:
-        packed uint8 [M, K/2] (low nibble = even k), scales uint8 [M padded to 128, K/32 padded to 4] swizzled, or
-        [M, K/32] linear; on the device of a (FlashInfer moves them to the GPU).
+        packed uint8 [..., M, K/2] (low nibble = even k), scales uint8 [rows padded to 128 (or 8), K/32 padded to 4]
+        swizzled, or [rows, K/32] linear; on the device of a (FlashInfer moves them to the GPU).
+
+    Raises:
+        TypeError, ValueError: another type, dtype or shape, a value that is not finite, a layout or a backend that
+            FlashInfer does not have.
     """
-    require_tensor("a", a, _HALVES, ("M", "K"))
-    if a.shape[1] % BLOCK:
-        raise ValueError(f"a: expected K a multiple of {BLOCK}, got {describe(a)}")
-    if not bool(a.isfinite().all()):
-        raise ValueError(f"a: expected finite values, got {describe(a)} with NaN or infinity")
-    layout = _layout("sfLayout", sfLayout)
-    blocks = torch.unflatten(a.to(torch.float32), -1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
-    scales = encode_e8m0(amax * _RCP_6)
-    scaled = blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1)
-    packed = encode_e2m1(scaled.masked_fill_((amax == 0).unsqueeze(-1), 0.0).flatten(-2))
-    stored = _store_scales(scales, layout)
-    return packed, stored.view(-1, -(-scales.shape[1] // 4) * 4) if layout is SfLayout.layout_128x4 else stored
+    _check_backend(backend)
+    return _quantize_mxfp4("a", a, sf_layout("sfLayout", sfLayout))
+
+
+def fp4_quantize(
+    input: Tensor,
+    global_scale: Tensor | None = None,
+    sf_vec_size: int = 16,
+    sf_use_ue8m0: bool = False,
+    is_sf_swizzled_layout: bool = True,
+    is_sf_8x4_layout: bool = False,
+    is_global_scale_inversed: bool = False,
+    enable_pdl: bool | None = None,
+    backend: str = "cuda",
+    nvfp4_4over6: object = _OMITTED,
+) -> tuple[Tensor, Tensor]:
+    """FlashInfer's quantizer to FP4, for MXFP4 (sf_vec_size=32, sf_use_ue8m0=True): `mxfp4_quantize`.
+
+    Args:
+        input: as `mxfp4_quantize`; or its transpose, [K, M] with a stride of 1 in K, which gives transposed results.
+        global_scale: None, or a tensor of 1.0, which is what MXFP4 has.
+        is_sf_swizzled_layout, is_sf_8x4_layout: linear where the first is False, else 128x4 or 8x4.
+        is_global_scale_inversed, enable_pdl: taken and not needed.
+        backend: "cuda" or "cute-dsl", with the same results.
+        nvfp4_4over6: of NVFP4 alone; None or nothing.
+
+    Returns:
+        packed uint8 [M, K/2] and scales uint8 [rows, columns] in their layout.
+
+    Raises:
+        NotImplementedError: NVFP4, or a global scale.
+        TypeError, ValueError: as `mxfp4_quantize`.
+    """
+    if (sf_vec_size, bool(sf_use_ue8m0)) != (32, True):
+        raise NotImplementedError(
+            "sf_vec_size, sf_use_ue8m0: this library has MXFP4 only, which is sf_vec_size=32 with sf_use_ue8m0=True, "
+            f"got sf_vec_size={sf_vec_size} with sf_use_ue8m0={sf_use_ue8m0}"
+        )
+    _check_backend(backend)
+    if nvfp4_4over6 is not _OMITTED and nvfp4_4over6 is not None:
+        raise ValueError(f"nvfp4_4over6: expected None, since MXFP4 has no such recipe, got {nvfp4_4over6!r}")
+    if global_scale is not None:
+        require_tensor("global_scale", global_scale, _FLOATS)
+        if bool((global_scale != 1).any()):
+            raise NotImplementedError("global_scale: this library has no global scales of MXFP4; it has None, or 1.0")
+    if not is_sf_swizzled_layout:
+        layout = SfLayout.layout_linear
+    else:
+        layout = SfLayout.layout_8x4 if is_sf_8x4_layout else SfLayout.layout_128x4
+    require_tensor("input", input, _HALVES)
+    if input.dim() < 2:
+        raise ValueError(f"input: expected [..., M, K], got {describe(input)}")
+    if input.stride(-2) != 1:
+        return _quantize_mxfp4("input", input, layout)
+    packed, scales = _quantize_mxfp4("input", input.transpose(-2, -1), layout)
+    return packed.transpose(-2, -1), scales.transpose(-2, -1)
 
 
 def mxfp4_dequantize(a_fp4: Tensor, a_sf: Tensor, sfLayout: SfLayout | int = SfLayout.layout_128x4) -> Tensor:
     """Values of MXFP4 data, float32 [M, K] on the CPU (as FlashInfer's).
 
     Args:
-        a_fp4: packed uint8 [M, K/2].
-        a_sf: uint8 scales as `mxfp4_quantize` gives them, in any shape.
+        a_fp4: packed uint8, int8 or float4_e2m1fn_x2 [M, K/2].
+        a_sf: scales as `mxfp4_quantize` gives them, uint8 or float8_e8m0fnu, in any shape.
         sfLayout: their layout.
     """
-    require_tensor("a_fp4", a_fp4, torch.uint8, ("M", "K/2"))
-    packed, (rows, half_k) = a_fp4.cpu(), a_fp4.shape
-    scales = _load_scales("a_sf", a_sf.cpu(), rows, half_k * 2, _layout("sfLayout", sfLayout))
-    return dequantize_mxfp4(packed, scales)
+    packed = _packed("a_fp4", a_fp4).cpu()
+    require_tensor("a_sf", a_sf, (torch.uint8, torch.float8_e8m0fnu))
+    rows, half_k = packed.shape
+    layout = sf_layout("sfLayout", sfLayout)
+    return dequantize_mxfp4(packed, load_scales("a_sf", a_sf.cpu().view(torch.uint8), rows, half_k * 2, layout))
 
 
-def block_scale_interleave(unswizzled_sf: Tensor) -> Tensor:
-    """Scales in the 128x4 order (`formats.swizzle_scales`), flat.
+def mxfp4_dequantize_host(weight: Tensor, scale: Tensor, group_size: int = 32) -> Tensor:
+    """Values of MXFP4 data whose scales are linear, float32 [M, K]; zeros come out positive, as FlashInfer's.
 
     Args:
-        unswizzled_sf: uint8 [N, K/32] or [E, N, K/32].
+        weight: packed uint8 [M, K/2] on the CPU.
+        scale: uint8 [M, K / group_size] on the CPU, E8M0.
+        group_size: values under one scale, even.
 
-    Returns:
-        uint8 [E * (N padded to 128) * (K/32 padded to 4)].
+    Raises:
+        TypeError, ValueError: another type, dtype, shape or device.
     """
-    require_tensor("unswizzled_sf", unswizzled_sf, torch.uint8)
-    if unswizzled_sf.dim() not in (2, 3):
-        raise ValueError(f"unswizzled_sf: expected uint8 [N, K/32] or [E, N, K/32], got {describe(unswizzled_sf)}")
-    return swizzle_scales(unswizzled_sf).flatten()
+    require_tensor("weight", weight, torch.uint8, ("M", "K/2"), torch.device("cpu"))
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size: expected an integer, got {type(group_size).__name__}")
+    rows, k = weight.shape[0], 2 * weight.shape[1]
+    if group_size < 2 or group_size % 2 or k % group_size:
+        raise ValueError(f"group_size: expected an even divisor of K = {k}, got {group_size}")
+    require_tensor("scale", scale, torch.uint8, (rows, k // group_size), weight.device)
+    ones = torch.full((rows, -(-k // BLOCK)), 127, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % (BLOCK // 2)))
+    values = dequantize_mxfp4(padded, ones)[:, :k]
+    return torch.unflatten(values, 1, (-1, group_size)).mul(decode_e8m0(scale).unsqueeze(-1)).flatten(1) + 0.0
 
 
-def _chosen(swizzled: bool, layout: SfLayout | int | None) -> SfLayout | int:
-    if layout is not None:
-        return layout
-    return SfLayout.layout_128x4 if swizzled else SfLayout.layout_linear
+def _quantize_mxfp4(name: str, a: Tensor, layout: SfLayout) -> tuple[Tensor, Tensor]:
+    require_tensor(name, a, _HALVES)
+    if a.dim() < 2 or a.shape[-1] == 0 or a.shape[-1] % BLOCK:
+        raise ValueError(f"{name}: expected [..., M, K] with K a multiple of {BLOCK}, got {describe(a)}")
+    if not bool(a.isfinite().all()):
+        raise ValueError(f"{name}: expected finite values, got {describe(a)} with NaN or infinity")
+    rows = a.detach().reshape(-1, a.shape[-1])
+    blocks = torch.unflatten(rows.to(torch.float32), -1, (-1, BLOCK))
+    amax = blocks.abs().amax(-1)
+    scales = encode_e8m0(amax * _RCP_6)
+    scaled = blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1)
+    packed = encode_e2m1(scaled.flatten(-2))
+    stored = store_scales(scales, layout).view(-1, padded_blocks(scales.shape[1], layout))
+    return packed.view(*a.shape[:-1], -1), stored
 
 
-def _layout(name: str, value: SfLayout | int) -> SfLayout:
-    try:
-        layout = SfLayout(value)
-    except ValueError:
-        raise ValueError(f"{name}: expected an SfLayout, got {value!r}") from None
-    if layout is SfLayout.layout_8x4:
-        raise NotImplementedError(
-            f"{name}: layout_8x4 is not in this library, which has layout_128x4 and layout_linear"
-        )
-    return layout
+def _packed(name: str, tensor: Tensor) -> Tensor:
+    require_tensor(name, tensor, _PACKED, ("M", "K/2"))
+    if tensor.shape[1] % (BLOCK // 2):
+        raise ValueError(f"{name}: expected K a multiple of {BLOCK}, got {describe(tensor)}")
+    return tensor.view(torch.uint8)
 
 
-def _store_scales(scales: Tensor, layout: SfLayout) -> Tensor:
-    """[..., K/32] -> swizzled tiles of all rows, or as they are."""
-    return swizzle_scales(scales.flatten(0, -2)) if layout is SfLayout.layout_128x4 else scales
-
-
-def _load_scales(name: str, stored: Tensor, rows: int, k: int, layout: SfLayout) -> Tensor:
-    """The inverse of `_store_scales`, from any shape."""
-    require_tensor(name, stored, torch.uint8)
-    shape = [rows, k // BLOCK] if layout is SfLayout.layout_linear else [-(-rows // 128), -(-k // 128), 512]
-    if stored.numel() != shape[0] * shape[1] * (1 if len(shape) == 2 else shape[2]):
-        raise ValueError(f"{name}: expected {shape} bytes of scales for [{rows}, {k}], got {describe(stored)}")
-    tiles = stored.reshape(shape)
-    return tiles if layout is SfLayout.layout_linear else unswizzle_scales(tiles, rows, k)
+def _check_backend(backend: str) -> None:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")

@@ -12,6 +12,7 @@ import ptx_router_checks as routers
 import router_cases
 import torch
 from moe_cases import BF16, MXFP8_IN_BF16
+from ptx_quantize_checks import check_mxfp8_quantize
 
 from wheelbuild.kernel_ptx import compile_source_to_ptx
 
@@ -52,6 +53,13 @@ def _quantize() -> None:
 
 def _quantize_in_bf16() -> None:
     cases.check_quantize_permute(160, torch.bfloat16, 9, MXFP8_IN_BF16)
+
+def _plain_rows() -> None:
+    check_mxfp8_quantize(9, 96, 256, torch.bfloat16, 0)
+
+
+def _short_tiles() -> None:
+    check_mxfp8_quantize(9, 160, 160, torch.float32, 1)
 
 
 def _finalize() -> None:
@@ -324,6 +332,54 @@ MUTATIONS = (
         old="(to.out + first * 2)[part] = tile.words",
         new="(to.out + first * 2)[part ^ 1] = tile.words",
         case=lambda: cases.check_activation_in_bf16(BF16, None),
+    ),
+    Mutation(
+        name="mxfp8_quantize: rows past the last are left unwritten",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="  store_padding(args);\n",
+        new="",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: rows are read before the kernel that writes them is done",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="  wait_for_previous_kernel();\n",
+        new="",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: no codes past K",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="if (column < args.padded_k) {",
+        new="if (column < args.k) {",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: infinities saturate",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="amax >= kFloatInfBits;",
+        new="amax > kFloatInfBits;",
+        case=_plain_rows,
+    ),
+    Mutation(
+        name="mxfp8_quantize: rows of a short tile eight bytes apart",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="row % kShortRows * 4;",
+        new="row % kShortRows * 8;",
+        case=_short_tiles,
+    ),
+    Mutation(
+        name="mxfp8_quantize: half of a float32 lane",
+        unit="mxfp8_quantize",
+        file="moe/mxfp8_quantize.cu",
+        old="packed[i] = __ldcg(vectors + i);",
+        new="packed[i] = __ldcg(vectors);",
+        case=_short_tiles,
     ),
     Mutation(
         name="permute: NaN scales pass",

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import flashinfer, humming, marlin, triton_kernels
+from . import b12x, flashinfer, flashinfer_sm12x, humming, marlin, triton_kernels
 from .packages import Absent, Found
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...weights import MoEWeights
     from ..inputs import CallInputs, LayerTensors
 
 __all__ = ["RIVALS", "TOLERANCE", "Absent", "Found", "Rival", "choose"]
@@ -37,12 +38,13 @@ MakeCall = Callable[["CallInputs"], Callable[[], "Tensor"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """One entry of the table."""
+    """One entry of the table. `layer`, where it computes another layer than gpt-oss's: our weights of that one."""
 
     name: str
     description: str
     find: Callable[[Sequence[Path], tuple[int, int]], Found]
     prepare: Callable[[Found, LayerTensors], MakeCall]
+    layer: Callable[[LayerTensors], MoEWeights] | None = None
 
 
 RIVALS = (
@@ -66,6 +68,14 @@ RIVALS = (
     ),
     Rival(name=marlin.NAME, description=marlin.DESCRIPTION, find=marlin.find, prepare=marlin.prepare),
     Rival(name=flashinfer.NAME, description=flashinfer.DESCRIPTION, find=flashinfer.find, prepare=flashinfer.prepare),
+    Rival(
+        name=flashinfer_sm12x.NAME,
+        description=flashinfer_sm12x.DESCRIPTION,
+        find=flashinfer_sm12x.find,
+        prepare=flashinfer_sm12x.prepare,
+        layer=flashinfer_sm12x.layer,
+    ),
+    Rival(name=b12x.NAME, description=b12x.DESCRIPTION, find=b12x.find, prepare=b12x.prepare, layer=b12x.layer),
 )
 
 

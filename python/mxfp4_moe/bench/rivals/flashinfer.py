@@ -1,7 +1,7 @@
 """FlashInfer's CUTLASS MoE, MXFP8 activations and MXFP4 weights, on the GPUs where it has that mode.
 
 Unlike the others it could not be tried by us: it needs a Blackwell GPU. The call is the one whose signature and layouts
-`mxfp4_moe.flashinfer_api` takes.
+`mxfp4_moe.flashinfer_api` takes; it wants sizes that are multiples of 128, so 2880 is padded to 2944.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import padded
 from .packages import Absent, Found, find_package, make_importable
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from ..inputs import CallInputs, LayerTensors
 
 NAME = "flashinfer"
-DESCRIPTION = "FlashInfer's cutlass_fused_moe, MXFP8 x MXFP4, compiled at first use; its call is untried by us"
+DESCRIPTION = (
+    "FlashInfer's cutlass_fused_moe, MXFP8 x MXFP4, padded to 128, compiled at first use; its call is untried by us"
+)
+
+_PAD = 128  # its own checks ask for it
 
 
 def find(folders: Sequence[Path], capability: tuple[int, int]) -> Found:
@@ -42,30 +47,22 @@ def prepare(found: Found, tensors: LayerTensors) -> Callable[[CallInputs], Calla
     from flashinfer import mxfp8_quantize
     from flashinfer.fused_moe import cutlass_fused_moe
 
-    from ...formats import swizzle_scales
     from ...routing import topk_softmax
 
     shape, device = tensors.shape, tensors.w13.device
-    inter = torch.arange(shape.intermediate, device=device)
-    up_gate = torch.cat([2 * inter + 1, 2 * inter])
-
-    def scales(rows: Tensor) -> Tensor:
-        swizzled = swizzle_scales(rows)
-        padded_rows, columns = -(-rows.shape[1] // 128) * 128, -(-rows.shape[2] // 4) * 4
-        return swizzled.reshape(shape.experts, padded_rows, columns).view(torch.int32)
-
-    w13, w2 = tensors.w13[:, up_gate].contiguous().view(torch.int64), tensors.w2.view(torch.int64)
-    bias13, bias2 = tensors.w13_bias[:, up_gate].contiguous(), tensors.w2_bias
-    ones = torch.ones(shape.experts, device=device)
-    quantized = [scales(tensors.w13_scale[:, up_gate]), ones, scales(tensors.w2_scale), ones]
+    layer = padded.up_gate(tensors, _PAD)
+    w13, w2 = layer.w13.view(torch.int64), layer.w2.view(torch.int64)
+    ones = torch.ones(shape.experts, dtype=torch.float32, device=device)
+    scales = [padded.swizzled(layer.w13_scale), ones, padded.swizzled(layer.w2_scale), ones]
     alpha, beta, limit = ones * 1.702, ones, ones * 7.0
 
     def make_call(inputs: CallInputs) -> Callable[[], Tensor]:
-        out = torch.empty_like(inputs.hidden_states)
+        hidden_states = layer.pad_rows(inputs.hidden_states)
+        out = torch.empty_like(hidden_states)
 
         def call() -> Tensor:
             topk_weights, topk_ids = topk_softmax(inputs.logits, shape.top_k)
-            x, x_scale = mxfp8_quantize(inputs.hidden_states, True, 32)
+            x, x_scale = mxfp8_quantize(hidden_states, True, 32)
             cutlass_fused_moe(
                 x,
                 topk_ids,
@@ -73,9 +70,9 @@ def prepare(found: Found, tensors: LayerTensors) -> Callable[[CallInputs], Calla
                 w13,
                 w2,
                 torch.bfloat16,
-                quant_scales=quantized,
-                fc1_expert_biases=bias13,
-                fc2_expert_biases=bias2,
+                quant_scales=scales,
+                fc1_expert_biases=layer.w13_bias,
+                fc2_expert_biases=layer.w2_bias,
                 input_sf=x_scale,
                 swiglu_alpha=alpha,
                 swiglu_beta=beta,
@@ -83,7 +80,7 @@ def prepare(found: Found, tensors: LayerTensors) -> Callable[[CallInputs], Calla
                 output=out,
                 use_mxfp8_act_scaling=True,
             )
-            return out
+            return out[:, : shape.hidden]
 
         return call
 
