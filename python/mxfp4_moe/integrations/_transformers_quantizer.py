@@ -1,0 +1,274 @@
+"""How transformers loads an MXFP4 gpt-oss with our experts; imported once `enable` has looked up all of its hooks.
+
+transformers asks the quantizer of "mxfp4" what stands in the model and how checkpoint tensors become its parameters.
+Ours puts `LoadedExperts` where `GptOssExperts` stand on meta, and converts blocks and scales of one matrix at a time
+into the kernels' layout, in the word order of the device that will execute the layer. Parameters in their final layout
+are all that the rest of transformers and accelerate sees: so device maps count the right bytes, offloading stores what
+is executed, and an expert-parallel plan shards by experts. Where we do not serve a model, every method is transformers'
+own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .._checkpoints.options import GateUpOrder, source_rows
+from .._checkpoints.prepare import empty, prepare
+from .._checkpoints.sources import mxfp4_source
+from ..formats import WordOrder
+from . import _transformers_models as models
+from ._engines import Settings, say
+from ._engines.table import TRANSFORMERS
+from ._transformers_experts import LoadedExperts, MoEExperts
+from ._transformers_serving import Serving, serving_on
+
+# gpt-oss's names in a checkpoint -> the parameter that they become
+_SOURCES = {
+    "w13": ("gate_up_proj_blocks", "gate_up_proj_scales"),
+    "w13_bias": ("gate_up_proj_bias",),
+    "w2": ("down_proj_blocks", "down_proj_scales"),
+    "w2_bias": ("down_proj_bias",),
+}
+_PLANNED = {  # a name in transformers' parallel plans -> all that are sharded like it
+    "gate_up_proj": ("w13", *_SOURCES["w13"]),
+    "gate_up_proj_bias": ("w13_bias",),
+    "down_proj": ("w2", *_SOURCES["w2"]),
+    "down_proj_bias": ("w2_bias",),
+}
+
+
+class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
+    """transformers' quantizer for MXFP4, whose experts are `LoadedExperts` where we serve the model.
+
+    Args:
+        quantization_config: as for transformers' own.
+        settings: what the user asked `enable` for, given as an attribute of a subclass.
+    """
+
+    settings: Settings
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.serving: Serving | None = None  # None while transformers' own path serves
+        self._asked: dict[str, Any] = {}
+
+    # ---- what transformers calls, in its order -----------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Decides who serves; transformers calls it again when it has made a device map of "auto"."""
+        device_map = kwargs.get("device_map")
+        if self.serving is not None:
+            self.serving = self.serving.with_device_map(device_map)
+            return
+        self._asked = kwargs
+        if self.quantization_config.dequantize or not self.pre_quantized:
+            return self._own(*args, **kwargs)  # asked for by name
+        self.serving = serving_on(device_map, self.settings)
+        if self.serving.refused:
+            self._decline(self.serving.refused, self.serving.next_step)
+            return self._own(*args, **kwargs)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Before transformers 5.24 the plans are the configuration's."""
+        return config if self.serving else super().update_tp_plan(config)
+
+    def update_ep_plan(self, config: Any) -> Any:
+        """Adds our parameters, and the names of a saved checkpoint, to the expert-parallel plan."""
+        if not self.serving:
+            return super().update_ep_plan(config)
+        plan = getattr(config, "base_model_ep_plan", None)
+        if plan is not None:
+            config.base_model_ep_plan = _planned(plan)
+        return config
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """As `update_ep_plan`, for transformers 5.24."""
+        if not self.serving:
+            return super().update_parallel_plan(model, plan)
+        there = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in (*model.named_parameters(), *model.named_modules())}
+        made = {name: style for name, style in _planned(plan).items() if name in there or name in plan}
+        gone = [name for name in made if name.rpartition(".")[2] in _PLANNED and name not in there]
+        plan.clear()
+        plan.update({name: style for name, style in made.items() if name not in gone})
+
+    def _process_model_before_weight_loading(self, model: Any, use_kernels: bool = False, **kwargs: Any) -> Any:
+        if self.serving is not None and not self._put_experts_in(model, use_kernels):
+            self._own(**self._asked)
+        if self.serving is None:
+            return super()._process_model_before_weight_loading(model, use_kernels=use_kernels, **kwargs)
+        return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """A converter for each parameter; checkpoint bytes go in, the kernels' layout comes out."""
+        if self.serving is None:
+            return super().get_weight_conversions()
+        return [
+            WeightConverter(
+                source_patterns=[f"mlp.experts.{source}" for source in sources],
+                target_patterns=f"mlp.experts.{parameter}",
+                operations=[Convert(self)],
+            )
+            for parameter, sources in _SOURCES.items()
+        ]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Where transformers combines its own conversions with the quantizer's."""
+        if self.serving is None:
+            return super().update_weight_conversions(weight_conversions, *args, **kwargs)
+        return [*weight_conversions, *self.get_weight_conversions()]
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Nothing is quantized on the way: the checkpoint is MXFP4."""
+        return False if self.serving else super().param_needs_quantization(model, param_name, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.serving is None:
+            return super()._process_model_after_weight_loading(model, **kwargs)
+        layers = [module for module in model.modules() if isinstance(module, LoadedExperts)]
+        for layer in layers:
+            layer.loaded()
+        # What is saved are checkpoint names already, which transformers need not find by reversing.
+        model._weight_conversions = [one for one in model._weight_conversions if not _is_ours(one)]
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """What is saved: MXFP4 under the checkpoint's names, also of layers that are offloaded or sharded."""
+        if self.serving is None:
+            found: tuple[Any, dict[str, Any]] = super().get_state_dict_and_metadata(model)
+            return found
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, LoadedExperts):
+                state |= {f"{name}.{stored}": tensor for stored, tensor in module.stored().items()}
+        return state, {}
+
+    # ---- our part ----------------------------------------------------------------------------------------------------
+
+    def _own(self, *args: Any, **kwargs: Any) -> None:
+        super().validate_environment(*args, **kwargs)
+
+    def _decline(self, reason: str, next_step: str = "") -> None:
+        self.serving = None
+        step = f"; {next_step}" if next_step else ""
+        say(TRANSFORMERS, f"mxfp4-moe does not serve this model, transformers' own path does: {reason}{step}", once=False)
+
+    def _put_experts_in(self, model: Any, use_kernels: bool) -> bool:
+        """Replaces every layer's experts on meta; or says why not, and changes nothing."""
+        assert self.serving is not None
+        if use_kernels:
+            self._decline("use_kernels=True asks for kernels of transformers")
+            return False
+        try:
+            found = models.find_experts(model, MoEExperts)
+        except (TypeError, ValueError) as error:
+            self._decline(str(error))
+            return False
+        config = self.quantization_config
+        left_out = self.get_modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
+        found = [experts for experts in found if should_convert_module(experts.name, left_out)]
+        choice = self.serving.choose(str(model.config.dtype or ""))
+        if not choice.format:
+            self._decline(choice.reason, choice.next_step)
+            return False
+        for experts in found:
+            count, hidden, inter = experts.sizes
+            module = LoadedExperts(
+                count,
+                hidden,
+                inter,
+                alpha=float(experts.module.alpha),
+                limit=float(experts.module.limit),
+                activation_format="mxfp8" if choice.format == "mxfp8" else "bf16",
+            )
+            parent, _, attribute = experts.name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module)
+        say(
+            TRANSFORMERS,
+            f"mxfp4-moe serves the experts of {len(found)} layers of {type(model).__name__}: {choice.reason}",
+            once=False,
+        )
+        return True
+
+
+class Convert(ConversionOps):  # type: ignore[misc]
+    """Checkpoint tensors of one parameter -> the parameter, on the device where they are.
+
+    Args:
+        hf_quantizer: the quantizer; transformers takes an operation that has one for a loading one, and then leaves the
+            checkpoint's dtypes alone.
+    """
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: Any) -> Convert:
+        return self  # transformers copies the converter for every parameter; the quantizer is one
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """transformers' call: tensors by source pattern -> the parameter by its full name."""
+        name: str = kwargs["full_layer_name"]
+        path, _, parameter = name.rpartition(".")
+        module = kwargs["model"].get_submodule(path)
+        given = {key.rpartition(".")[2]: value for key, value in input_dict.items()}
+        tensors = [_only(given.pop(source)) for source in _SOURCES[parameter]]
+        serving = self.hf_quantizer.serving
+        assert serving is not None
+        hidden, inter = module.hidden_size, module.intermediate_size
+        if parameter == "w2_bias":
+            return {name: tensors[0].to(torch.float32)}
+        if parameter == "w13_bias":
+            rows = source_rows(GateUpOrder.INTERLEAVED, inter, True, tensors[0].device)
+            return {name: tensors[0][:, rows].to(torch.float32).contiguous()}
+        order = serving.word_order(tensors[0].device)
+        module.prepared_for(order)
+        if parameter == "w2":
+            return {name: _prepared(name, *tensors, torch.arange(hidden, device=tensors[0].device), inter, order)}
+        rows = source_rows(GateUpOrder.INTERLEAVED, inter, True, tensors[0].device)
+        return {name: _prepared(name, *tensors, rows, hidden, order)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """There is none: `Quantizer` takes the conversions out of what a save would reverse."""
+        raise NotImplementedError
+
+
+def _prepared(name: str, blocks: Tensor, scales: Tensor, rows: Tensor, k: int, order: WordOrder) -> Tensor:
+    """One matrix of all experts that are here: blocks [E, N, K/32, 16], scales [E, N, K/32] -> [E, weight_bytes]."""
+    expected = (len(blocks), len(rows), k // 32, 16)
+    if blocks.shape != expected or scales.shape != expected[:3]:
+        raise ValueError(
+            f"{name}: expected blocks {list(expected)} and scales {list(expected[:3])}, got {list(blocks.shape)} and "
+            f"{list(scales.shape)}; config.json is of another model"
+        )
+    weight = empty(len(blocks), len(rows), k, blocks.device)
+    source = mxfp4_source(name, blocks.__getitem__, scales.__getitem__)
+    for e in range(len(blocks)):
+        prepare(source(e, 0, k), rows, k, order, weight[e])
+    return weight
+
+
+def _planned(plan: dict[str, str]) -> dict[str, str]:
+    """A parallel plan with our names; they come first, because older versions take the first rule that is a prefix."""
+    ours = {}
+    for name, style in plan.items():
+        path, _, last = name.rpartition(".")
+        if path.endswith("experts"):
+            ours |= {f"{path}.{own}": style for own in _PLANNED.get(last, ())}
+    return ours | plan
+
+
+def _only(tensors: Any) -> Tensor:
+    tensor: Tensor = tensors[0] if isinstance(tensors, list) else tensors
+    return tensor
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(operation, Convert) for operation in getattr(conversion, "operations", ()))
