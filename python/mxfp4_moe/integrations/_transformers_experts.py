@@ -173,7 +173,7 @@ class LoadedExperts(MoEExperts):
     """Experts that transformers loads: on meta at first, then parameter by parameter in the kernels' layout.
 
     The tensors are parameters without gradient, because that is what transformers and accelerate place, offload and
-    shard. Until `loaded` is called a state dict has their own names (w13, w2, w13_bias, w2_bias), which the loading
+    shard. Until `is_loaded` a state dict has their own names (w13, w2, w13_bias, w2_bias), which the loading
     fills; afterwards it has the checkpoint's, as that of `MoEExperts`.
 
     Args:
@@ -201,15 +201,12 @@ class LoadedExperts(MoEExperts):
         )
         self.hidden_size, self.intermediate_size = hidden, inter
         self.num_experts = experts  # an expert-parallel plan makes it those that are here
-        self._is_loaded = False
+        self.is_loaded = False
+        self.is_saved_apart = False  # a state dict leaves it out: `stored` follows
 
     def prepared_for(self, order: WordOrder) -> None:
         """Says in which word order the matrices are that the loading brings."""
         self._word_order = order
-
-    def loaded(self) -> None:
-        """Says that all tensors are there."""
-        self._is_loaded = True
 
     def real(self, name: str) -> Tensor:
         """A tensor of the whole layer with its values, also where it is offloaded or sharded."""
@@ -220,14 +217,16 @@ class LoadedExperts(MoEExperts):
                 if getattr(one, "weights_map", None) is not None:
                     tensor = one.weights_map[name]
                     break
-        if hasattr(tensor, "full_tensor"):
+        if hasattr(tensor, "full_tensor"):  # a DTensor; every rank comes here
             tensor = tensor.full_tensor()
         value: Tensor = tensor.detach()
         return value
 
     def stored(self) -> dict[str, Tensor]:
-        """The whole layer as gpt-oss's checkpoints have it: their names, their MXFP4 bytes."""
-        return _stored_of(replace(self._weights, word_order=self._word_order, **{n: self.real(n) for n in TENSORS}))
+        """The whole layer as gpt-oss's checkpoints have it, on the CPU: their names, their MXFP4 bytes."""
+        tensors: dict[str, Any] = {name: self.real(name) for name in TENSORS}
+        stored = _stored_of(replace(self._weights, word_order=self._word_order, **tensors))
+        return {name: tensor.cpu() for name, tensor in stored.items()}
 
     def extra_repr(self) -> str:
         """The sizes and the activations, for print(model), whatever is loaded."""
@@ -239,10 +238,15 @@ class LoadedExperts(MoEExperts):
         self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._is_loaded:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        else:
+        if not self.is_loaded:
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        elif not self.is_saved_apart:
+            if hasattr(self.w13, "full_tensor"):
+                raise RuntimeError(
+                    f"{prefix}w13: expected a whole layer, got one rank's part, of which no state dict can be made; "
+                    "call save_pretrained on every rank, which saves whole layers"
+                )
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def _format_argument(activation_format: str, dtype: torch.dtype) -> dict[str, str]:

@@ -11,6 +11,7 @@ own.
 from __future__ import annotations
 
 import re
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.serving: Serving | None = None  # None while transformers' own path serves
+        self.model: Any = None  # while its weights come
+        self.waiting: Converter | None = None  # the last one whose tensors are all on their way
         self._asked: dict[str, Any] = {}
 
     # ---- what transformers calls, in its order -----------------------------------------------------------------------
@@ -103,6 +106,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
             self._own(**self._asked)
         if self.serving is None:
             return super()._process_model_before_weight_loading(model, use_kernels=use_kernels, **kwargs)
+        self.model, self.waiting = model, None
         return model
 
     def get_weight_conversions(self) -> list[Any]:
@@ -110,7 +114,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         if self.serving is None:
             return super().get_weight_conversions()
         return [
-            WeightConverter(
+            Converter(
                 source_patterns=[f"mlp.experts.{source}" for source in sources],
                 target_patterns=f"mlp.experts.{parameter}",
                 operations=[Convert(self)],
@@ -131,9 +135,10 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.serving is None:
             return super()._process_model_after_weight_loading(model, **kwargs)
+        self.model = self.waiting = None
         layers = [module for module in model.modules() if isinstance(module, LoadedExperts)]
         for layer in layers:
-            layer.loaded()
+            layer.is_loaded = True
         # What is saved are checkpoint names already, which transformers need not find by reversing.
         model._weight_conversions = [one for one in model._weight_conversions if not _is_ours(one)]
         return model
@@ -143,10 +148,16 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         if self.serving is None:
             found: tuple[Any, dict[str, Any]] = super().get_state_dict_and_metadata(model)
             return found
-        state = model.state_dict()
-        for name, module in model.named_modules():
-            if isinstance(module, LoadedExperts):
-                state |= {f"{name}.{stored}": tensor for stored, tensor in module.stored().items()}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoadedExperts)}
+        try:
+            for layer in layers.values():
+                layer.is_saved_apart = True
+            state = model.state_dict()
+        finally:
+            for layer in layers.values():
+                layer.is_saved_apart = False
+        for name, layer in layers.items():
+            state |= {f"{name}.{stored}": tensor for stored, tensor in layer.stored().items()}
         return state, {}
 
     # ---- our part ----------------------------------------------------------------------------------------------------
@@ -197,6 +208,46 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         return True
 
 
+class Converter(WeightConverter):  # type: ignore[misc]
+    """Converts a matrix as soon as the next one is on its way.
+
+    transformers' threads read every tensor of a checkpoint as fast as they can, and its loop converts only when all
+    have been asked for: on a GPU the checkpoint's bytes would wait beside the prepared ones, twice the model. With a
+    wait in the loop that asks for them, two matrices are there at most.
+    """
+
+    __slots__ = ("made",)
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        """transformers' call for each tensor on its way."""
+        super().add_tensor(target_key, source_key, source_pattern, future)
+        if isinstance(future, Future) and len(self.collected_tensors) == len(self.source_patterns):
+            quantizer = self.operations[0].hf_quantizer
+            if quantizer.waiting is not None:
+                quantizer.waiting.make()
+            quantizer.waiting = self
+
+    def make(self) -> None:
+        """Waits for the tensors, and keeps what they become, or the error that `convert` then raises."""
+        (name,) = self.layer_targets
+        (operation,) = self.operations
+        try:
+            tensors = self.materialize_tensors()
+            self.made = operation.convert(tensors, full_layer_name=name, model=operation.hf_quantizer.model)
+        except Exception as error:
+            self.made = error
+
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """transformers' call for each parameter, once all tensors are on their way."""
+        made = getattr(self, "made", None)
+        if made is None:
+            result: dict[str, Tensor] = super().convert(layer_name, *args, **kwargs)
+            return result
+        self.made = None
+        self.collected_tensors["made"] = [lambda: made]
+        return super().convert(layer_name, *args, **kwargs)
+
+
 class Convert(ConversionOps):  # type: ignore[misc]
     """Checkpoint tensors of one parameter -> the parameter, on the device where they are.
 
@@ -214,6 +265,11 @@ class Convert(ConversionOps):  # type: ignore[misc]
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         """transformers' call: tensors by source pattern -> the parameter by its full name."""
+        if "made" in input_dict:  # early, by `Converter`
+            (made,) = input_dict["made"]
+            if isinstance(made, Exception):
+                raise made
+            return dict(made)
         name: str = kwargs["full_layer_name"]
         path, _, parameter = name.rpartition(".")
         module = kwargs["model"].get_submodule(path)
