@@ -133,7 +133,7 @@ def _experts(layer: Any, config: Any) -> tuple[Any, str]:
     moe = layer.moe_config
     batched = moe.moe_parallel_config.use_batched_activation_format
     form = mk.FusedMoEActivationFormat.BatchedExperts if batched else mk.FusedMoEActivationFormat.Standard
-    kinds = [MonolithicExperts, ModularExperts]
+    kinds: list[Any] = [MonolithicExperts, ModularExperts]
     captures = getattr(config.model_config, "enable_return_routed_experts", False)
     if captures or layer.routed_scaling_factor != 1.0 or layer.custom_routing_function is not None:
         kinds = [ModularExperts]  # what the router chose or did is asked for outside of the kernel

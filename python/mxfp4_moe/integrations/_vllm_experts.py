@@ -41,7 +41,6 @@ class _Experts:
     weights: MoEWeights
     shifted: bool
     keywords: dict[str, Any]
-    calls: int
 
     def bind(self, weights: MoEWeights, *, shifted: bool, activation_format: str) -> None:
         """Gives the experts their layer."""
