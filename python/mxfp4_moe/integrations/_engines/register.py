@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import sys
 from collections.abc import Callable
 
@@ -51,10 +53,9 @@ def register(engine: Engine, put_in: Callable[[Settings], str], *, version: str 
             next_step="`mxfp4-moe doctor` says more",
         )
     _standings[engine.name] = standing
-    try:
-        say(engine, standing.line)
-    except Exception:  # a closed stderr: no reason to stop an engine
-        return standing
+    if multiprocessing.parent_process() is None:  # an engine's workers come to the same
+        with contextlib.suppress(Exception):  # a closed stderr is no reason to stop an engine
+            say(engine, standing.line)
     return standing
 
 

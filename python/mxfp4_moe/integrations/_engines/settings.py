@@ -1,4 +1,4 @@
-"""What the user sets, for every engine alike: four environment variables. Standard library alone.
+"""What the user sets, for every engine alike: five environment variables. Standard library alone.
 
 MXFP4_MOE_ENGINES      auto (default): every engine whose version was tested
                        off: none
@@ -24,6 +24,7 @@ ENGINES_VARIABLE = "MXFP4_MOE_ENGINES"
 ACTIVATIONS_VARIABLE = "MXFP4_MOE_ACTIVATIONS"
 VERIFY_VARIABLE = "MXFP4_MOE_VERIFY"
 SELFTEST_VARIABLE = "MXFP4_MOE_SELFTEST"
+CPU_VARIABLE = "MXFP4_MOE_CPU"
 
 _ACTIVATIONS = ("engine", "bf16", "mxfp8")
 
@@ -42,6 +43,7 @@ class Settings:
         activations: "engine", "bf16" or "mxfp8".
         verify: compare a layer's bits at start-up.
         selftest: on SM12x wait for a passed self-test.
+        cpu: take CPU tensors too.
     """
 
     engines: tuple[str, ...]
@@ -49,6 +51,7 @@ class Settings:
     activations: str = "engine"
     verify: bool = False
     selftest: bool = True
+    cpu: bool = False
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -77,6 +80,7 @@ class Settings:
             activations=_one_of(given, ACTIVATIONS_VARIABLE, _ACTIVATIONS),
             verify=_one_of(given, VERIFY_VARIABLE, ("0", "1")) == "1",
             selftest=_one_of(given, SELFTEST_VARIABLE, ("required", "skip")) == "required",
+            cpu=_one_of(given, CPU_VARIABLE, ("0", "1")) == "1",
         )
 
 

@@ -44,7 +44,7 @@ def installed_version(engine: Engine) -> str:
     """The engine's version, "" where it is not installed; the engine is not imported."""
     for name in engine.distributions:
         try:
-            return importlib.metadata.version(name)
+            return importlib.metadata.version(name) or ""  # None where the metadata is broken
         except importlib.metadata.PackageNotFoundError:
             continue
     return ""
