@@ -84,7 +84,7 @@ class MoEExperts(nn.Module):
             routing_weights.to(torch.float32).contiguous(),
             router_indices.contiguous(),
             self.weights,
-            **_format_argument(self.activation_format, rows.dtype),
+            **format_argument(self.activation_format, rows.dtype),
         )
         return out.to(hidden_states.dtype).view(hidden_states.shape)
 
@@ -249,7 +249,7 @@ class LoadedExperts(MoEExperts):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def _format_argument(activation_format: str, dtype: torch.dtype) -> dict[str, str]:
+def format_argument(activation_format: str, dtype: torch.dtype) -> dict[str, str]:
     """What `fused_moe` is told: nothing for its default."""
     if activation_format == "mxfp8":
         return {}

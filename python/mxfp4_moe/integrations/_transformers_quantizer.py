@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,15 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .._checkpoints.options import GateUpOrder, source_rows
-from .._checkpoints.prepare import empty, prepare
-from .._checkpoints.sources import mxfp4_source
-from ..formats import WordOrder
+from .._checkpoints.options import source_rows
+from ..engines import prepare_matrix
+from ..formats import word_order_of
+from ..weights import GateUpOrder, MoEWeights
 from . import _transformers_models as models
 from ._engines import Settings, say
 from ._engines.table import TRANSFORMERS
-from ._transformers_experts import LoadedExperts, MoEExperts
+from ._engines.verify import verify_layer
+from ._transformers_experts import LoadedExperts, MoEExperts, format_argument
 from ._transformers_serving import Serving, serving_on
 
 # gpt-oss's names in a checkpoint -> the parameter that they become
@@ -50,10 +52,14 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
 
     Args:
         quantization_config: as for transformers' own.
-        settings: what the user asked `enable` for, given as an attribute of a subclass.
+
+    Attributes:
+        settings: the user's, set by `enable`.
+        wish: whose wish the activations are, where not the settings'.
     """
 
     settings: Settings
+    wish: str = ""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -61,6 +67,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         self.model: Any = None  # while its weights come
         self.waiting: Converter | None = None  # the last one whose tensors are all on their way
         self._asked: dict[str, Any] = {}
+        self._to_verify: tuple[models.FoundExperts, Path] | None = None
 
     # ---- what transformers calls, in its order -----------------------------------------------------------------------
 
@@ -73,7 +80,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         self._asked = kwargs
         if self.quantization_config.dequantize or not self.pre_quantized:
             return self._own(*args, **kwargs)  # asked for by name
-        self.serving = serving_on(device_map, self.settings)
+        self.serving = serving_on(device_map, self.settings, self.wish)
         if self.serving.refused:
             self._decline(self.serving.refused, self.serving.next_step)
             return self._own(*args, **kwargs)
@@ -102,7 +109,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         plan.update({name: style for name, style in made.items() if name not in gone})
 
     def _process_model_before_weight_loading(self, model: Any, use_kernels: bool = False, **kwargs: Any) -> Any:
-        if self.serving is not None and not self._put_experts_in(model, use_kernels):
+        if self.serving is not None and not self._put_experts_in(model, use_kernels, kwargs.get("checkpoint_files")):
             self._own(**self._asked)
         if self.serving is None:
             return super()._process_model_before_weight_loading(model, use_kernels=use_kernels, **kwargs)
@@ -136,11 +143,13 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         if self.serving is None:
             return super()._process_model_after_weight_loading(model, **kwargs)
         self.model = self.waiting = None
-        layers = [module for module in model.modules() if isinstance(module, LoadedExperts)]
-        for layer in layers:
-            layer.is_loaded = True
+        for module in model.modules():
+            if isinstance(module, LoadedExperts):
+                module.is_loaded = True
         # What is saved are checkpoint names already, which transformers need not find by reversing.
         model._weight_conversions = [one for one in model._weight_conversions if not _is_ours(one)]
+        if self.settings.verify and self._to_verify is not None:
+            self._verify(model, *self._to_verify)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
@@ -170,7 +179,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         step = f"; {next_step}" if next_step else ""
         say(TRANSFORMERS, f"mxfp4-moe does not serve this model, transformers' own path does: {reason}{step}", once=False)
 
-    def _put_experts_in(self, model: Any, use_kernels: bool) -> bool:
+    def _put_experts_in(self, model: Any, use_kernels: bool, files: list[str] | None) -> bool:
         """Replaces every layer's experts on meta; or says why not, and changes nothing."""
         assert self.serving is not None
         if use_kernels:
@@ -200,12 +209,32 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
             )
             parent, _, attribute = experts.name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, module)
-        say(
-            TRANSFORMERS,
-            f"mxfp4-moe serves the experts of {len(found)} layers of {type(model).__name__}: {choice.reason}",
-            once=False,
-        )
+        if found and files:
+            first = Path(files[0])
+            self._to_verify = found[0], first if len(files) == 1 else first.parent
+        line = f"mxfp4-moe runs the experts of {len(found)} layers of {type(model).__name__}: {choice.reason}"
+        say(TRANSFORMERS, line, once=False)
         return True
+
+    def _verify(self, model: Any, found: models.FoundExperts, checkpoint: Path) -> None:
+        """Compares the first layer with one that was read by `MoEWeights`, bit by bit."""
+        layer = model.get_submodule(found.name)
+        if found.number is None or hasattr(layer.w13, "full_tensor"):
+            say(TRANSFORMERS, f"mxfp4-moe cannot verify {found.name}, of which this process has a part")
+            return
+        assert self.serving is not None
+        device = self.serving.executes(layer.real("w13").device)
+        numbers: dict[str, Any] = {"alpha": float(found.module.alpha), "limit": float(found.module.limit)}
+        verify_layer(
+            TRANSFORMERS,
+            lambda hidden, weights, ids, logits: layer(hidden, ids, weights),
+            MoEWeights.from_safetensors(checkpoint, layer=found.number, device=device, **numbers),
+            found.name,
+            dtype=torch.float16 if model.config.dtype is torch.float16 else torch.bfloat16,
+            top_k=int(model.config.num_experts_per_tok),
+            device=device,
+            keywords=format_argument(layer.activation_format, model.config.dtype),
+        )
 
 
 class Converter(WeightConverter):  # type: ignore[misc]
@@ -277,38 +306,21 @@ class Convert(ConversionOps):  # type: ignore[misc]
         tensors = [_only(given.pop(source)) for source in _SOURCES[parameter]]
         serving = self.hf_quantizer.serving
         assert serving is not None
-        hidden, inter = module.hidden_size, module.intermediate_size
         if parameter == "w2_bias":
             return {name: tensors[0].to(torch.float32)}
         if parameter == "w13_bias":
-            rows = source_rows(GateUpOrder.INTERLEAVED, inter, True, tensors[0].device)
+            rows = source_rows(GateUpOrder.INTERLEAVED, module.intermediate_size, True, tensors[0].device)
             return {name: tensors[0][:, rows].to(torch.float32).contiguous()}
-        order = serving.word_order(tensors[0].device)
-        module.prepared_for(order)
-        if parameter == "w2":
-            return {name: _prepared(name, *tensors, torch.arange(hidden, device=tensors[0].device), inter, order)}
-        rows = source_rows(GateUpOrder.INTERLEAVED, inter, True, tensors[0].device)
-        return {name: _prepared(name, *tensors, rows, hidden, order)}
+        device = serving.executes(tensors[0].device)
+        module.prepared_for(word_order_of(device))
+        order = GateUpOrder.INTERLEAVED if parameter == "w13" else None
+        made = prepare_matrix(*(tensor.to(device) for tensor in tensors), gate_up_order=order)
+        return {name: made.to(tensors[0].device)}
 
     @property
     def reverse_op(self) -> ConversionOps:
         """There is none: `Quantizer` takes the conversions out of what a save would reverse."""
         raise NotImplementedError
-
-
-def _prepared(name: str, blocks: Tensor, scales: Tensor, rows: Tensor, k: int, order: WordOrder) -> Tensor:
-    """One matrix of all experts that are here: blocks [E, N, K/32, 16], scales [E, N, K/32] -> [E, weight_bytes]."""
-    expected = (len(blocks), len(rows), k // 32, 16)
-    if blocks.shape != expected or scales.shape != expected[:3]:
-        raise ValueError(
-            f"{name}: expected blocks {list(expected)} and scales {list(expected[:3])}, got {list(blocks.shape)} and "
-            f"{list(scales.shape)}; config.json is of another model"
-        )
-    weight = empty(len(blocks), len(rows), k, blocks.device)
-    source = mxfp4_source(name, blocks.__getitem__, scales.__getitem__)
-    for e in range(len(blocks)):
-        prepare(source(e, 0, k), rows, k, order, weight[e])
-    return weight
 
 
 def _planned(plan: dict[str, str]) -> dict[str, str]:

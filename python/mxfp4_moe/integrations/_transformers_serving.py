@@ -9,9 +9,9 @@ import torch
 
 from .._install import loading, wheel
 from .._install.errors import LoadError
-from ..formats import WordOrder, word_order_of
 from ._engines import Choice, Settings, choose_activations, selftest_gate
 from ._engines.activations import formats_on
+from ._engines.settings import CPU_VARIABLE
 from ._engines.table import TRANSFORMERS
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -24,6 +24,7 @@ class Serving:
 
     Attributes:
         settings: the user's.
+        wish: whose wish the activations are, where not the settings'.
         devices: that may execute layers.
         refused: why our kernels do not serve, "" where they do.
         next_step: what to do about that, or "".
@@ -31,6 +32,7 @@ class Serving:
     """
 
     settings: Settings
+    wish: str = ""
     devices: tuple[torch.device, ...]
     refused: str = ""
     next_step: str = ""
@@ -43,26 +45,22 @@ class Serving:
     def choose(self, dtype: str) -> Choice:
         """The activations for a model of this dtype, which every device must have kernels for."""
         formats = [name for name in formats_on(self.devices[0]) if all(name in formats_on(d) for d in self.devices)]
-        choice = choose_activations(
-            TRANSFORMERS, self.settings, formats, dtype="fp16" if dtype.endswith("float16") and "b" not in dtype else "bf16"
-        )
-        if choice.format and self.devices[0].type == "cpu":
-            return replace(choice, reason=f"{choice.reason}; on the CPU, which has the slow reference and no kernels")
-        return choice
+        half = "fp16" if dtype.removeprefix("torch.") == "float16" else "bf16"
+        return choose_activations(TRANSFORMERS, self.settings, formats, dtype=half, wish=self.wish)
 
-    def word_order(self, device: torch.device) -> WordOrder:
-        """The order that a layer is executed in whose checkpoint tensors were put on this device."""
-        return word_order_of(self.main if device.type in _STORES and self.main is not None else device)
+    def executes(self, device: torch.device) -> torch.device:
+        """The device that executes a layer whose tensors are put on this one."""
+        return self.main if device.type in _STORES and self.main is not None else device
 
 
-def serving_on(device_map: Any, settings: Settings) -> Serving:
+def serving_on(device_map: Any, settings: Settings, wish: str = "") -> Serving:
     """Looks at every device that the layers of a model may be executed on.
 
     Args:
         device_map: as `from_pretrained` has it: None, "auto" and its like, a device, or a dict of devices.
     """
     devices = executing_devices(device_map)
-    serving = Serving(settings=settings, devices=devices, main=_main_device(device_map))
+    serving = Serving(settings=settings, wish=wish, devices=devices, main=_main_device(device_map))
     for device in devices:
         if refused := _refusal(device, settings):
             return replace(serving, refused=refused[0], next_step=refused[1])
@@ -101,13 +99,14 @@ def _device(place: Any) -> torch.device:
 def _refusal(device: torch.device, settings: Settings) -> tuple[str, str] | None:
     """Why a device does not serve, and the next step."""
     if device.type == "cpu":
-        return None
+        if settings.cpu:
+            return None
+        return "this is a CPU, where we have a slow reference alone", f"{CPU_VARIABLE}=1 takes it, for tests"
     if device.type != "cuda":
-        return f"mxfp4-moe has kernels for CUDA GPUs, this is {device.type}", ""
+        return f"there are no kernels for {device.type}", ""
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if wheel.arch_for(capability) is None:
-        archs = ", ".join(wheel.built_archs())
-        return f"{name} ({capability[0]}.{capability[1]}) has no kernels in this wheel (built for {archs})", ""
+        return f"this wheel has no machine code for compute capability {capability[0]}.{capability[1]} of {name}", ""
     try:
         loading.moe_ops()
     except LoadError as error:

@@ -56,6 +56,7 @@ def enable(*, activation_format: str | None = None) -> bool:
     if activation_format is not None:
         settings = replace(settings, activations=activation_format)
     quantizer.settings = settings
+    quantizer.wish = "" if activation_format is None else "as enable() was asked"
     if not _own:
         _own.append(mapping[_METHOD])
     mapping[_METHOD] = quantizer

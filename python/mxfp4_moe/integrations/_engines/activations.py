@@ -46,7 +46,13 @@ def formats_on(device: Any) -> Sequence[str]:
 
 
 def choose_activations(
-    engine: Engine, settings: Settings, formats: Sequence[str], *, dtype: str = "bf16", engine_default: str = ""
+    engine: Engine,
+    settings: Settings,
+    formats: Sequence[str],
+    *,
+    dtype: str = "bf16",
+    engine_default: str = "",
+    wish: str = "",
 ) -> Choice:
     """The activations for a layer.
 
@@ -54,10 +60,11 @@ def choose_activations(
         formats: those that we have on the layer's device, `formats_on`.
         dtype: "bf16" or "fp16", the model's: W4A16 takes its hidden states as they are.
         engine_default: what the engine would compute with here, where that is not its row's `activations`.
+        wish: whose wish it was, in words, where it was not the settings' or the engine's.
     """
     asked = settings.activations != "engine"
     wanted = settings.activations if asked else engine_default or engine.activations
-    wish = f"as {ACTIVATIONS_VARIABLE} says" if asked else f"as {engine.title} computes"
+    wish = wish or (f"as {ACTIVATIONS_VARIABLE} says" if asked else f"as {engine.title} computes")
     name = "mxfp8" if wanted == "mxfp8" else dtype
     if name in formats:
         return Choice(format=name, reason=f"{_IN_WORDS[name]}, {wish}")
