@@ -30,7 +30,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # May be missing where the package runs, so functions import them, and modules that bring them.
-MAY_BE_MISSING = {"torch", "triton", "vllm"}
+MAY_BE_MISSING = {"sglang", "torch", "transformers", "triton", "vllm"}
 
 PACKAGE = module_names(ROOT / "python", "mxfp4_moe")
 BUILDER = module_names(ROOT, "wheelbuild")

@@ -1,4 +1,4 @@
-"""The experts that stand in a transformers model: `MoEExperts` over weights, `LoadedExperts` while and after loading."""
+"""The experts that stand in a transformers model: `MoEExperts` over weights, `LoadedExperts` where it loads them."""
 
 from __future__ import annotations
 
@@ -165,7 +165,8 @@ class MoEExperts(nn.Module):
         return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
 
     def _device(self) -> torch.device:
-        device: torch.device = self.w13.device
+        w13: Any = self.w13
+        device: torch.device = w13.device
         return device
 
 
@@ -239,7 +240,7 @@ class LoadedExperts(MoEExperts):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.is_loaded:
-            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         elif not self.is_saved_apart:
             if hasattr(self.w13, "full_tensor"):
                 raise RuntimeError(
@@ -249,7 +250,7 @@ class LoadedExperts(MoEExperts):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def format_argument(activation_format: str, dtype: torch.dtype) -> dict[str, str]:
+def format_argument(activation_format: str, dtype: torch.dtype) -> dict[str, Any]:
     """What `fused_moe` is told: nothing for its default."""
     if activation_format == "mxfp8":
         return {}

@@ -101,7 +101,8 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """As `update_ep_plan`, for transformers 5.24."""
         if not self.serving:
-            return super().update_parallel_plan(model, plan)
+            super().update_parallel_plan(model, plan)
+            return
         there = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in (*model.named_parameters(), *model.named_modules())}
         made = {name: style for name, style in _planned(plan).items() if name in there or name in plan}
         gone = [name for name in made if name.rpartition(".")[2] in _PLANNED and name not in there]
@@ -116,7 +117,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         self.model, self.waiting = model, None
         return model
 
-    def get_weight_conversions(self) -> list[Any]:
+    def get_weight_conversions(self) -> Any:
         """A converter for each parameter; checkpoint bytes go in, the kernels' layout comes out."""
         if self.serving is None:
             return super().get_weight_conversions()
@@ -129,7 +130,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
             for parameter, sources in _SOURCES.items()
         ]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Where transformers combines its own conversions with the quantizer's."""
         if self.serving is None:
             return super().update_weight_conversions(weight_conversions, *args, **kwargs)
@@ -177,7 +178,11 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
     def _decline(self, reason: str, next_step: str = "") -> None:
         self.serving = None
         step = f"; {next_step}" if next_step else ""
-        say(TRANSFORMERS, f"mxfp4-moe does not serve this model, transformers' own path does: {reason}{step}", once=False)
+        say(
+            TRANSFORMERS,
+            f"mxfp4-moe does not serve this model, transformers' own path does: {reason}{step}",
+            once=False,
+        )
 
     def _put_experts_in(self, model: Any, use_kernels: bool, files: list[str] | None) -> bool:
         """Replaces every layer's experts on meta; or says why not, and changes nothing."""
@@ -266,14 +271,12 @@ class Converter(WeightConverter):  # type: ignore[misc]
         except Exception as error:
             self.made = error
 
-    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> Any:
         """transformers' call for each parameter, once all tensors are on their way."""
         made = getattr(self, "made", None)
-        if made is None:
-            result: dict[str, Tensor] = super().convert(layer_name, *args, **kwargs)
-            return result
-        self.made = None
-        self.collected_tensors["made"] = [lambda: made]
+        if made is not None:  # passed on as the tensors would be, so that transformers reports errors in its way
+            self.made = None
+            self.collected_tensors["made"] = [lambda: made]
         return super().convert(layer_name, *args, **kwargs)
 
 
@@ -325,7 +328,7 @@ class Convert(ConversionOps):  # type: ignore[misc]
 
 def _planned(plan: dict[str, str]) -> dict[str, str]:
     """A parallel plan with our names; they come first, because older versions take the first rule that is a prefix."""
-    ours = {}
+    ours: dict[str, str] = {}
     for name, style in plan.items():
         path, _, last = name.rpartition(".")
         if path.endswith("experts"):

@@ -14,12 +14,14 @@ from torch import nn
 
 from ..weights import MoEWeights
 from . import _transformers_models as models
-from ._engines import Settings, register
+from ._engines import Choice, Settings, register, say
+from ._engines.activations import IN_WORDS, formats_on
 from ._engines.table import TRANSFORMERS
 from ._transformers_experts import MoEExperts
 
 __all__ = ["MoEExperts", "disable", "enable", "replace_experts"]
 
+_FORMATS = ("bf16", "mxfp8")
 _METHOD = "mxfp4"  # transformers' name for the format
 _own: list[Any] = []  # transformers' own quantizer, while ours is in its place
 
@@ -46,9 +48,11 @@ def enable(*, activation_format: str | None = None) -> bool:
     Raises:
         ValueError: another activation_format.
     """
-    if activation_format not in (None, "bf16", "mxfp8"):
+    if activation_format not in (None, *_FORMATS):
         raise ValueError(f"activation_format: expected 'bf16', 'mxfp8' or None, got {activation_format!r}")
-    standing = register(TRANSFORMERS, lambda settings: _look() or "from_pretrained of an MXFP4 gpt-oss loads our layout")
+    standing = register(
+        TRANSFORMERS, lambda settings: _look() or "from_pretrained of an MXFP4 gpt-oss loads our layout"
+    )
     if not standing.is_in:
         return False
     mapping, quantizer = _look_up()
@@ -83,7 +87,9 @@ def _look() -> str:
     return ""
 
 
-def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -> int:
+def replace_experts(
+    model: nn.Module, *, checkpoint: str | Path | None = None, activation_format: str | None = None
+) -> int:
     """Puts `MoEExperts` in place of every `GptOssExperts` of a model, in place; of all, or after an error of none.
 
     Without checkpoint, each layer's weights are quantized from the model's own. A model that was loaded from an MXFP4
@@ -98,18 +104,21 @@ def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -
 
     What the model saves (`save_pretrained`, `state_dict`) is then a gpt-oss checkpoint with these MXFP4 bytes, and its
     configuration says so (quantization_config). Of layers whose configuration is not within reach, a state dict is
-    refused.
+    refused. One line says which activations the layers compute with.
 
     Args:
         model: a `GptOssForCausalLM`, a `GptOssModel`, or any module that holds decoder layers of one.
         checkpoint: file or directory, as for `MoEWeights.from_safetensors`.
+        activation_format: "bf16" (W4A16, as transformers itself computes) or "mxfp8" (W4A8; docs/accuracy.md). By
+            default "bf16" where every layer's device has kernels for it, else "mxfp8".
 
     Returns:
         The number of layers that were replaced.
 
     Raises:
         ValueError: the model has no GptOssExperts; experts on meta without a checkpoint; a checkpoint of another model
-            or without one of the layers; weights that are not finite; sizes that are not multiples of 32.
+            or without one of the layers; weights that are not finite; sizes that are not multiples of 32; an
+            activation_format that is unknown, or that a layer's device has no kernels for.
         TypeError: experts packed for transformers' own kernels, sharded ones, or those of a version of transformers
             that calls them otherwise.
     """
@@ -118,6 +127,7 @@ def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -
         models.check_here(found)
     else:
         models.check_checkpoint(found, checkpoint)
+    activations = _activations(found, activation_format)
     unsaved = {experts.name for experts in models.layers_without_format(found)}
     made = []
     for experts in found:
@@ -125,13 +135,17 @@ def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -
             weights = _weights(experts, checkpoint)
         except ValueError as error:
             raise ValueError(f"{experts.name or models.EXPERTS}: {error}") from error
-        made.append(MoEExperts(weights, unsaved=_UNSAVED.format(experts.name) if experts.name in unsaved else ""))
+        why = _UNSAVED.format(experts.name) if experts.name in unsaved else ""
+        made.append(MoEExperts(weights, activation_format=activations.format, unsaved=why))
     if found and not found[0].name:
         raise ValueError(f"model: expected a module that holds {models.EXPERTS}, got {models.EXPERTS} itself")
     for experts, module in zip(found, made, strict=True):
         parent, _, attribute = experts.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, module.train(experts.module.training))
     models.note_format(found)
+    if found:
+        line = f"mxfp4-moe runs the experts of {len(found)} layers of {type(model).__name__}: {activations.reason}"
+        say(TRANSFORMERS, line, once=False)
     return len(found)
 
 
@@ -139,6 +153,24 @@ _UNSAVED = (
     "{}: cannot be saved, because it was replaced in a part of a model that does not have the model's configuration, "
     "which must say that these weights are MXFP4; call replace_experts on the model or on whole decoder layers"
 )
+
+
+def _activations(found: list[models.FoundExperts], asked: str | None) -> Choice:
+    """Which ones: those that were asked for, or bfloat16 ones, or those that every device has."""
+    if asked not in (None, *_FORMATS):
+        raise ValueError(f"activation_format: expected 'bf16', 'mxfp8' or None, got {asked!r}")
+    devices = {experts.device for experts in found}
+    there = [name for name in _FORMATS if all(name in formats_on(device) for device in devices)]
+    chosen = asked or next(iter(there), "mxfp8")
+    if chosen not in there:
+        raise ValueError(
+            f"activation_format: expected {' or '.join(map(repr, there))}, what this wheel has for "
+            f"{', '.join(sorted(map(str, devices)))}, got {chosen!r}"
+        )
+    wish = "as replace_experts was asked" if asked else "as transformers computes"
+    if not asked and chosen == "mxfp8":
+        wish = "for want of bfloat16 ones on this device"
+    return Choice(format=chosen, reason=f"{IN_WORDS[chosen]}, {wish}")
 
 
 def _weights(experts: models.FoundExperts, checkpoint: str | Path | None) -> MoEWeights:

@@ -15,7 +15,7 @@ from .settings import ACTIVATIONS_VARIABLE, Settings
 from .table import Engine
 
 ALWAYS_THERE = ("mxfp8",)
-_IN_WORDS = {
+IN_WORDS = {
     "mxfp8": "MXFP8 activations (W4A8)",
     "bf16": "bfloat16 activations (W4A16)",
     "fp16": "float16 activations (W4A16)",
@@ -67,9 +67,9 @@ def choose_activations(
     wish = wish or (f"as {ACTIVATIONS_VARIABLE} says" if asked else f"as {engine.title} computes")
     name = "mxfp8" if wanted == "mxfp8" else dtype
     if name in formats:
-        return Choice(format=name, reason=f"{_IN_WORDS[name]}, {wish}")
+        return Choice(format=name, reason=f"{IN_WORDS[name]}, {wish}")
     others = [other for other in formats if other != name]
     step = ""
     if "mxfp8" in others:
         step = f"{ACTIVATIONS_VARIABLE}=mxfp8 takes our kernels with MXFP8 activations (docs/accuracy.md)"
-    return Choice(format="", reason=f"no kernels with {_IN_WORDS[name]} on this device, {wish}", next_step=step)
+    return Choice(format="", reason=f"no kernels with {IN_WORDS[name]} on this device, {wish}", next_step=step)
