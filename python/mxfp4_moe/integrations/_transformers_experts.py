@@ -226,8 +226,17 @@ class LoadedExperts(MoEExperts):
     def stored(self) -> dict[str, Tensor]:
         """The whole layer as gpt-oss's checkpoints have it, on the CPU: their names, their MXFP4 bytes."""
         tensors: dict[str, Any] = {name: self.real(name) for name in TENSORS}
+        self._refuse_part(tensors["w13"], "transformers of this version does not save expert-parallel models")
         stored = _stored_of(replace(self._weights, word_order=self._word_order, **tensors))
         return {name: tensor.cpu() for name, tensor in stored.items()}
+
+    def _refuse_part(self, w13: Any, next_step: str) -> None:
+        count = self._weights.num_global_experts
+        if hasattr(w13, "full_tensor") or len(w13) != count:
+            raise RuntimeError(
+                f"w13: expected a whole layer of {count} experts, got one rank's part, of which no state dict can be "
+                f"made; {next_step}"
+            )
 
     def extra_repr(self) -> str:
         """The sizes and the activations, for print(model), whatever is loaded."""
@@ -242,11 +251,7 @@ class LoadedExperts(MoEExperts):
         if not self.is_loaded:
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         elif not self.is_saved_apart:
-            if hasattr(self.w13, "full_tensor"):
-                raise RuntimeError(
-                    f"{prefix}w13: expected a whole layer, got one rank's part, of which no state dict can be made; "
-                    "call save_pretrained on every rank, which saves whole layers"
-                )
+            self._refuse_part(self.w13, "call save_pretrained on every rank, which saves whole layers")
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
