@@ -30,7 +30,7 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Exact:
-    """gpt-oss's experts in float64, from MXFP4's values; `rounded` is what hidden states, the activation and rows get."""
+    """gpt-oss's experts in float64, from MXFP4's values; `rounded` is what inputs, activations and rows get."""
 
     def __init__(self, raw: dict[str, Tensor], rounded: torch.dtype | None = None) -> None:
         self.w13 = dequantize_mxfp4(raw["w13"], raw["w13_scale"]).double()
