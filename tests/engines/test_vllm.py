@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_gpt_oss import LAYERS, write_gpt_oss
+from tiny_gpt_oss import EXPERTS, HIDDEN, INTER, LAYERS, write_gpt_oss
+from vllm_checks import computed_again, first_call, start
 
-import mxfp4_moe
 from mxfp4_moe.formats import weight_bytes
 from mxfp4_moe.integrations._engines import engine, standing
 
 pytestmark = pytest.mark.engines
 
-PROGRAM = Path(__file__).with_name("vllm_program.py")
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 OURS = {"MXFP4_MOE_CPU": "1", "MXFP4_MOE_ACTIVATIONS": "mxfp8"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
@@ -56,25 +55,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gpt_oss(tmp_path_factory.mktemp("gpt-oss"))
 
 
-def start(model: Path, out: Path, keywords: dict[str, Any], **environment: str) -> tuple[dict[str, Any], str]:
-    """vLLM's answers, and what it printed."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MXFP4_MOE_", "VLLM_"))}
-    command = [sys.executable, str(PROGRAM), str(model), str(out), json.dumps(keywords)]
-    path = os.pathsep.join([str(PROGRAM.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command,
-        env=ours | {"PYTHONPATH": path} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    data: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return data, done.stdout
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_vllm_generates_with_our_layer(case: str, model: Path, tmp_path: Path) -> None:
     keywords, environment, kind = CASES[case]
@@ -89,24 +69,11 @@ def test_vllm_generates_with_our_layer(case: str, model: Path, tmp_path: Path) -
         assert worker["experts"] == [kind] * LAYERS
         assert worker["calls"] >= LAYERS * 8, "a prefill and seven steps, at least"
     for rank in range(ranks):
-        check_first_call(model, torch.load(f"{out}.rank{rank}.pt"), rank, ranks, case)
+        kept = first_call(out, rank)
+        split = "every second" if "every second" in case else "ep" if "EP" in case else "tp"
+        assert torch.equal(computed_again(model, kept, rank, ranks, split, "cpu"), kept["output"])
+        assert int((kept["output"] != 0).any(1).sum()) > 100, "prompts of 192 tokens in one batch"
     check_answers(model, data["texts"])
-
-
-def check_first_call(model: Path, kept: dict[str, torch.Tensor], rank: int, ranks: int, case: str) -> None:
-    """The first layer's first call, computed again from the checkpoint's bytes, without anything of vLLM."""
-    if "every second" in case:
-        whole = mxfp4_moe.MoEWeights.from_safetensors(model, layer=0)
-        raw = {name: tensor[rank::ranks].contiguous() for name, tensor in whole.to_mxfp4()._asdict().items()}
-        weights = mxfp4_moe.MoEWeights.from_mxfp4(**raw)
-    elif case.startswith("EP"):
-        weights = mxfp4_moe.MoEWeights.from_safetensors(model, layer=0, ep_rank=rank, ep_size=ranks)
-    else:
-        weights = mxfp4_moe.MoEWeights.from_safetensors(model, layer=0, tp_rank=rank, tp_size=ranks)
-    ids = kept["local_ids"] + weights.first_expert
-    again = mxfp4_moe.fused_moe(kept["hidden"], kept["topk_weights"], ids, weights)
-    assert torch.equal(again, kept["output"])
-    assert int((again != 0).any(1).sum()) > 100, "prompts of 192 tokens in one batch"
 
 
 def check_answers(model: Path, texts: list[dict[str, Any]]) -> None:
@@ -204,8 +171,6 @@ def test_the_doctor_says_that_we_are_in() -> None:
 def test_parameters_are_one_row_of_bytes_for_each_expert(model: Path, tmp_path: Path) -> None:
     """What EPLB moves between ranks; and raw weights are gone."""
     data, _ = start(model, tmp_path / "out.json", {"enforce_eager": True}, **OURS)
-    from tiny_gpt_oss import EXPERTS, HIDDEN, INTER
-
     assert data["workers"][0]["parameters"] == {
         "w13_weight": [EXPERTS, weight_bytes(2 * INTER, HIDDEN)],
         "w2_weight": [EXPERTS, weight_bytes(HIDDEN, INTER)],

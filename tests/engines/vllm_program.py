@@ -2,7 +2,7 @@
 
     vllm_program.py MODEL OUT.json '{"tensor_parallel_size": 2, ...}'
 
-In every worker, the calls of the layer are counted, and the first one is kept with its inputs and output: so a test
+In every worker, the calls of our layer are counted, and the first one is kept with its inputs and output: so a test
 knows that our layer ran, and can compute it again from the checkpoint's own bytes.
 """
 
@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +24,81 @@ os.environ |= {
 }
 PROMPTS = [[(7 * i + 3 * j) % 500 + 3 for i in range(n)] for j, n in enumerate((5, 17, 40, 130))]
 TOKENS = 8
+_seen: dict[str, Any] = {"calls": 0}
 
 
-def watch(out: str, model: Any) -> str:
-    """In a worker: counts the reference's calls, which every CPU call of ours ends in, and keeps the first."""
+def watch(out: str, model: Any) -> None:
+    """In a worker: counts our layers' calls, and keeps the first, which is the first layer's in a prefill.
+
+    On the CPU every call ends in the reference, also one from a compiled graph. On a GPU the experts' own calls are
+    seen: all but those that CUDA graphs replay.
+    """
     import torch
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    from mxfp4_moe import reference
+    import mxfp4_moe
+    from mxfp4_moe import engines, reference
 
-    rank, seen = get_tensor_model_parallel_rank(), {"calls": 0}
-    compute = reference.fused_moe
+    rank = get_tensor_model_parallel_rank()
 
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        result = compute(*arguments, **keywords)
-        seen["calls"] += 1
-        if seen["calls"] == 1:
+    def keep(hidden: Any, topk_weights: Any, local_ids: Any, output: Any, keywords: dict[str, Any]) -> None:
+        _seen["calls"] += 1
+        if _seen["calls"] == 1:
+            tensors = {"hidden": hidden, "topk_weights": topk_weights, "local_ids": local_ids, "output": output}
+            kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            torch.save({**kept, "keywords": keywords}, f"{out}.rank{rank}.pt")
+
+    if not torch.cuda.is_available():
+        compute = reference.fused_moe
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            result = compute(*arguments, **keywords)
             hidden, topk_weights, topk_ids, weights = arguments
-            ids = topk_ids - weights.first_expert
-            kept = {"hidden": hidden, "topk_weights": topk_weights, "local_ids": ids, "output": result}
-            torch.save({name: tensor.clone() for name, tensor in kept.items()}, f"{out}.rank{rank}.pt")
-        return result
+            keep(hidden, topk_weights, topk_ids - weights.first_expert, result, {})
+            return result
 
-    reference.fused_moe = counted
-    reference.seen = seen  # type: ignore[attr-defined]
-    return f"rank {rank}"
+        reference.fused_moe = counted
+        return
+
+    def watched(experts: Any, apply: Callable[..., Any]) -> Callable[..., Any]:
+        def run(**given: Any) -> Any:
+            hidden, result = given["hidden_states"].clone(), apply(**given)
+            if experts.is_monolithic():
+                top_k = experts.moe_config.experts_per_token
+                topk_weights, ids = mxfp4_moe.topk_softmax(given["router_logits"].contiguous(), top_k)
+                local, output = ids - experts.weights.first_expert, result
+            else:
+                topk_weights, ids, output = given["topk_weights"].float(), given["topk_ids"], given["output"]
+                shifted = experts.shifted
+                local = ids - experts.weights.first_expert if shifted else engines.local_ids(ids, given["expert_map"])
+            if not torch.cuda.is_current_stream_capturing():
+                keep(hidden, topk_weights, local, output, experts.keywords)
+            return result
+
+        return run
+
+    for experts in our_experts(model):
+        experts.apply = watched(experts, experts.apply)
+
+
+def our_experts(model: Any) -> list[Any]:
+    """The kernels of all layers of experts, vLLM's own too."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    return [layer.quant_method.moe_kernel.fused_experts for layer in layers]
 
 
 def tell(model: Any) -> dict[str, Any]:
-    """In a worker: what `watch` has seen, and whose methods the experts have."""
+    """In a worker: what `watch` has seen, and whose the experts are."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
-    from mxfp4_moe import reference
-
-    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    kernels = [getattr(layer.quant_method, "moe_kernel", None) for layer in experts]
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     return {
-        "calls": getattr(reference, "seen", {"calls": 0})["calls"],
-        "methods": [type(layer.quant_method).__module__ for layer in experts],
-        "experts": [type(kernel.fused_experts).__name__ for kernel in kernels if kernel is not None],
-        "parameters": {name: list(p.shape) for name, p in experts[0].named_parameters()},
+        "calls": _seen["calls"],
+        "methods": [type(layer.quant_method).__module__ for layer in layers],
+        "experts": [type(experts).__name__ for experts in our_experts(model)],
+        "parameters": {name: list(p.shape) for name, p in layers[0].named_parameters()},
     }
 
 
@@ -81,9 +117,10 @@ def main() -> None:
         seed=0,
         **keywords,
     )
-    engine.apply_model(functools.partial(workers.watch, out))
+    if os.environ.get("MXFP4_MOE_ENGINES") != "off":
+        engine.apply_model(functools.partial(workers.watch, out))
+    prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, logprobs=1, detokenize=False, ignore_eos=True)
-    answers = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False)
     texts = [
         {
             "prompt": prompt,
@@ -93,9 +130,16 @@ def main() -> None:
                 for step, token in zip(answer.outputs[0].logprobs, answer.outputs[0].token_ids, strict=True)
             ],
         }
-        for prompt, answer in zip(PROMPTS, answers, strict=True)
+        for prompt, answer in zip(PROMPTS, engine.generate(prompts, sampling, use_tqdm=False), strict=True)
     ]
-    Path(out).write_text(json.dumps({"texts": texts, "workers": engine.apply_model(workers.tell)}), encoding="utf-8")
+    # How likely the prompts' own tokens are: the same text for everybody, whatever was chosen above.
+    forced = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    given = [
+        [step[token].logprob for step, token in zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)]
+        for prompt, answer in zip(PROMPTS, engine.generate(prompts, forced, use_tqdm=False), strict=True)
+    ]
+    workers_say = engine.apply_model(workers.tell)
+    Path(out).write_text(json.dumps({"texts": texts, "given": given, "workers": workers_say}), encoding="utf-8")
 
 
 if __name__ == "__main__":
