@@ -109,52 +109,40 @@ def differences(reader: Any, texts: list[dict[str, Any]]) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize(
-    ("environment", "line"),
-    [
-        ({"MXFP4_MOE_CPU": "1"}, "no kernels with bfloat16 activations (W4A16) on this device, as vLLM computes"),
-        ({}, "this is a CPU, where we have a slow reference alone"),
-    ],
-)
-def test_what_we_decline_stays_vllms(environment: dict[str, str], line: str, model: Path, tmp_path: Path) -> None:
-    """vLLM has no kernel for this CPU unless it has AMX, so only what it was asked for is looked at."""
-    code = (
-        "from vllm.plugins import load_general_plugins; load_general_plugins();"
-        "from vllm.engine.arg_utils import EngineArgs; from vllm.config import set_current_vllm_config;"
-        f"config = EngineArgs({str(model)!r}, skip_tokenizer_init=True).create_engine_config();"
-        "from vllm.model_executor.layers.quantization import get_quantization_config;"
-        "kind = get_quantization_config('gpt_oss_mxfp4'); print('CONFIG', kind.__name__)\n"
-        "from mxfp4_moe.integrations import _vllm_decide as d; from types import SimpleNamespace as N; import torch\n"
-        "parallel = N(use_batched_activation_format=False, tp_rank=0, ep_rank=0, dp_rank=0, use_ep=False,"
-        " use_all2all_kernels=False, enable_eplb=False, dp_size=1)\n"
-        "from vllm.model_executor.layers.fused_moe.activation import MoEActivation\n"
-        "from vllm.model_executor.layers.fused_moe.config import RoutingMethodType\n"
-        "def layer(**k):\n"
-        "    moe = dict(moe_backend='auto', in_dtype=torch.bfloat16, activation=MoEActivation.SWIGLUOAI,"
-        " moe_parallel_config=parallel, is_act_and_mul=True, has_hash_routing=False, is_lora_enabled=False,"
-        " routing_method=RoutingMethodType.Renormalize, router_logits_dtype=None, hidden_dim=288,"
-        " experts_per_token=4, num_experts=8) | k\n"
-        "    return N(moe_config=N(**moe), apply_router_weight_on_input=False, routed_scaling_factor=1.0,"
-        " custom_routing_function=None)\n"
-        "with set_current_vllm_config(config):\n"
-        "    for given in ({}, {'moe_backend': 'marlin'}, {'is_lora_enabled': True}, {'in_dtype': torch.float32}):\n"
-        "        d.say_once(layer(**given), d.decide(layer(**given), True, d.Settings.read()))\n"
-        "    parallel.use_batched_activation_format = True\n"
-        "    d.say_once(layer(), d.decide(layer(), True, d.Settings.read()))\n"
-    )
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("MXFP4_MOE_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=ours | environment, capture_output=True, text=True, check=False, timeout=300
-    )
+DECLINES = {  # what a case of vllm_declines.py says, without settings of activations: all are vLLM's
+    "as it is": "no kernels with bfloat16 activations (W4A16) on this device, as vLLM computes",
+    "backend": "--moe-backend marlin was asked for",
+    "lora": "our kernels do not support LoRA",
+    "batched": "our kernels do not support batched_experts activation format",
+    "on input": "this model applies router weights to the input",
+    "float32": "hidden states are torch.float32",
+    "activation": "no kernel has the activation situ",
+}
+
+
+@pytest.mark.parametrize("asked", ["engine", "mxfp8"])
+def test_what_we_decline_stays_vllms(asked: str, model: Path) -> None:
+    lines = declines(model, MXFP4_MOE_CPU="1", MXFP4_MOE_ACTIVATIONS=asked)
+    assert lines["config"] == "MoeGptOssMxfp4Config MoeMxfp4Config"
+    for case, words in DECLINES.items():
+        if asked == "engine" or case != "as it is":
+            assert lines[case].startswith(f"vLLM: {words}"), case
+    if asked == "mxfp8":  # and these are ours
+        assert lines["as it is"].startswith("MonolithicExperts: MXFP8 activations (W4A8), as MXFP4_MOE_ACTIVATIONS")
+        assert lines["router"].startswith("ModularExperts: ")
+        assert lines["many"].startswith("ModularExperts: ")
+
+
+def test_a_cpu_is_left_to_vllm(model: Path) -> None:
+    assert declines(model)["as it is"].startswith("vLLM: this is a CPU, where we have a slow reference alone; MXFP4_")
+
+
+def declines(model: Path, **environment: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MXFP4_MOE_")}
+    command = [sys.executable, str(Path(__file__).with_name("vllm_declines.py")), str(model)]
+    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "CONFIG MoeGptOssMxfp4Config" in done.stdout
-    said = done.stdout + done.stderr
-    assert line in said
-    assert "--moe-backend marlin was asked for" in said
-    if environment:
-        assert "our kernels do not support LoRA" in said
-        assert "our kernels do not support batched_experts activation format" in said
-        assert "hidden states are torch.float32" in said
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
 
 
 def test_the_doctor_says_that_we_are_in() -> None:
