@@ -13,7 +13,7 @@ from mxfp4_moe._health import remembered
 from mxfp4_moe._install import wheel
 from mxfp4_moe._install.driver import Gpu
 from mxfp4_moe.integrations import _engines
-from mxfp4_moe.integrations._engines import Settings, SettingsError, choose_activations, standing
+from mxfp4_moe.integrations._engines import Settings, SettingsError, choose_activations, settings, standing
 from mxfp4_moe.integrations._engines.findings import engine_findings, finding_of
 from mxfp4_moe.integrations._engines.hooks import missing_hooks, missing_in_files
 
@@ -258,3 +258,34 @@ def test_the_doctor_names_engines_where_none_is_installed(monkeypatch: pytest.Mo
     monkeypatch.setattr(standing, "installed_version", lambda engine: "")
     (finding,) = engine_findings()
     assert finding.text == "none of vLLM, SGLang, transformers is installed"
+
+
+# ---- one fact, one place ---------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("engine", [row for row in _engines.ENGINES if row.tested], ids=lambda row: row.name)
+def test_the_page_has_the_tested_versions(engine: _engines.Engine) -> None:
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    assert f"| {engine.title} | {standing.ranges(engine)} | {', '.join(engine.tested_with)} |" in page
+
+
+def test_the_page_has_every_setting() -> None:
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    variables = [value for name, value in vars(settings).items() if name.endswith("_VARIABLE")]
+    assert len(variables) == 5
+    assert [variable for variable in variables if f"| `{variable}` |" not in page] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "ci" / "engines").glob("*-requirements.txt")), ids=lambda path: path.stem
+)
+def test_ci_runs_an_engine_whose_version_is_in_the_range(path: Path) -> None:
+    engine = _engines.engine(path.name.removesuffix("-requirements.txt"))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    pins = dict(line.lower().split("==") for line in lines)
+    (version,) = [pins[name] for name in engine.distributions if name in pins]
+    assert standing.is_tested(engine, version)
+    workflow = (ROOT / ".github" / "workflows" / "engines.yml").read_text(encoding="utf-8")
+    assert engine.name in workflow.partition("engine: [")[2].partition("]")[0].split(", ")

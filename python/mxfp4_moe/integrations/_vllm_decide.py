@@ -70,6 +70,9 @@ def decide(layer: Any, gpt_oss: bool, settings: Settings) -> Decision:
     config = get_current_vllm_config()
     if getattr(config.parallel_config, "enable_elastic_ep", False):
         return no("elastic expert parallelism moves experts in a way that is not supported yet")
+    online = getattr(layer.quant_config, "online_quantization_config", None)
+    if online is not None and online.resolve_quant_method_cls(type(layer), layer.layer_name) is not None:
+        return no("--quantization-config asks vLLM to quantize these experts anew")
     if layer.apply_router_weight_on_input:
         return no("this model applies router weights to the input")
     if moe.in_dtype not in (torch.bfloat16, torch.float16):
@@ -134,7 +137,7 @@ def _experts(layer: Any, config: Any) -> tuple[Any, str]:
     batched = moe.moe_parallel_config.use_batched_activation_format
     form = mk.FusedMoEActivationFormat.BatchedExperts if batched else mk.FusedMoEActivationFormat.Standard
     kinds: list[Any] = [MonolithicExperts, ModularExperts]
-    captures = getattr(config.model_config, "enable_return_routed_experts", False)
+    captures = getattr(getattr(config, "aux_output_config", None), "enable_return_routed_experts", False)
     if captures or layer.routed_scaling_factor != 1.0 or layer.custom_routing_function is not None:
         kinds = [ModularExperts]  # what the router chose or did is asked for outside of the kernel
     why = ""
