@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import stub_engines
@@ -110,7 +111,7 @@ class Arguments:
 class Config:
     """A model's config.json, as transformers reads it."""
 
-    quantization_config = {"quant_method": "mxfp4"}
+    quantization_config: ClassVar = {"quant_method": "mxfp4"}
     swiglu_limit = 7.0
 
 

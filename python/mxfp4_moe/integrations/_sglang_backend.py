@@ -72,7 +72,9 @@ def choose_backend(args: Any, hf_config: Any) -> dict[str, str]:
     return {"moe_runner_backend": BACKEND}
 
 
-def get_quant_method(original: Callable[..., Any], config: Any, layer: Any, prefix: str, *args: Any, **more: Any) -> Any:
+def get_quant_method(
+    original: Callable[..., Any], config: Any, layer: Any, prefix: str, *args: Any, **more: Any
+) -> Any:
     """Around SGLang's look-up of a layer's method: ours for experts of an MXFP4 checkpoint, where the backend is."""
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 

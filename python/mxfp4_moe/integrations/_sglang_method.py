@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._call.fused_moe import fused_moe
 from ..engines import prepare_layer, wrap_layer
+from ..formats import BLOCK
 from ..weights import GateUpOrder, MoEWeights
 from ._engines import Settings, say
 from ._engines.table import SGLANG
@@ -33,6 +34,14 @@ class Method(Mxfp4MoEMethod):  # type: ignore[misc]
         super().__init__(prefix=prefix)
         self._settings = settings
         self._format = activations(settings).format
+
+    def create_weights(self, layer: nn.Module, *args: Any, intermediate_size_per_partition: int, **more: Any) -> None:
+        """SGLang's parameters, with room for a rank's whole blocks of 32; what is not loaded is zero.
+
+        SGLang's loader cuts I between blocks, so that a rank may have more rows than I / ranks.
+        """
+        room = -(-intermediate_size_per_partition // BLOCK) * BLOCK
+        super().create_weights(layer, *args, intermediate_size_per_partition=room, **more)
 
     def create_moe_runner(self, layer: nn.Module, moe_runner_config: Any) -> None:
         """SGLang's call with what stands between the GEMMs; there is no runner, `apply` is all.
