@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..integrations.transformers import enable, replace_experts
 from .engine.random_model import Sizes, write_gpt_oss
 
 WAYS = {
@@ -64,8 +65,6 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
         seconds, the peaks in bytes, and the class of the experts, by which one sees which path it was.
     """
     import transformers
-
-    from ..integrations.transformers import enable, replace_experts
 
     for file in model.glob("*.safetensors"):
         file.read_bytes()  # so that every way finds the files in memory
@@ -141,11 +140,9 @@ def table(result: dict[str, Any]) -> str:
         f"|---|---|---:|---:|{'---:|' if gpu else ''}---:|",
     ]
     for row in result["ways"]:
-        on_gpu = f" {row['peak_gpu_bytes'] / 1e9:.2f} |" if gpu else ""
-        lines.append(
-            f"| {WAYS[row['way']]} | {', '.join(row['experts'])} | {row['seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} |"
-            f"{on_gpu} {row['model_bytes'] / 1e9:.2f} |"
-        )
+        peaks = [row["peak_bytes"], *([row["peak_gpu_bytes"]] if gpu else []), row["model_bytes"]]
+        figures = " | ".join(f"{size / 1e9:.2f}" for size in peaks)
+        lines.append(f"| {WAYS[row['way']]} | {', '.join(row['experts'])} | {row['seconds']:.1f} | {figures} |")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ dispatcher do not know they do what they do for `triton`: standard top-k, and id
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from sglang.srt import server_args
@@ -81,9 +82,7 @@ def get_quant_method(
     ours = get_moe_runner_backend() is member() and isinstance(layer, FusedMoE)
     if not ours or not config.is_checkpoint_mxfp4_serialized:
         return original(config, layer, prefix, *args, **more)
-    from ._sglang_method import Method
-
-    return Method(prefix, _settings[0])
+    return import_module("._sglang_method", __package__).Method(prefix, _settings[0])  # SGLang has it by then
 
 
 def _then(next_step: str) -> str:
