@@ -62,7 +62,8 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
     """One way, in this process.
 
     Returns:
-        seconds, the peaks in bytes, and the class of the experts, by which one sees which path it was.
+        seconds, those of processors (which others on the machine change little), the peaks in bytes, and the class of
+        the experts, by which one sees which path it was.
     """
     import transformers
 
@@ -72,7 +73,7 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
     if way in ("dequantize", "replace"):
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     with Peak() as peak:
-        start = time.perf_counter()
+        start, begin = time.perf_counter(), time.process_time()
         if way == "enable":
             enable(activation_format="mxfp8")
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
@@ -80,12 +81,13 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
             replace_experts(loaded, activation_format="mxfp8")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - begin
     experts = {type(layer.mlp.experts).__name__ for layer in loaded.model.layers}
     held = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
     return {
         "way": way,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_bytes": peak.most,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         "model_bytes": held,
@@ -135,14 +137,14 @@ def _in_a_process(way: str, model: Path, device_map: str) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     gpu = any(row["peak_gpu_bytes"] for row in result["ways"])
-    lines = [
-        f"| way | experts | seconds | peak memory, GB |{' peak GPU memory, GB |' if gpu else ''} model, GB |",
-        f"|---|---|---:|---:|{'---:|' if gpu else ''}---:|",
-    ]
+    titles = ["way", "experts", "seconds", "CPU seconds", "peak memory, GB"]
+    titles += [*(["peak GPU memory, GB"] if gpu else []), "model, GB"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|---|{'---:|' * (len(titles) - 2)}"]
     for row in result["ways"]:
         peaks = [row["peak_bytes"], *([row["peak_gpu_bytes"]] if gpu else []), row["model_bytes"]]
+        cpu = f"{row['cpu_seconds']:.1f}"
         figures = " | ".join(f"{size / 1e9:.2f}" for size in peaks)
-        lines.append(f"| {WAYS[row['way']]} | {', '.join(row['experts'])} | {row['seconds']:.1f} | {figures} |")
+        lines.append(f"| {WAYS[row['way']]} | {', '.join(row['experts'])} | {row['seconds']:.1f} | {cpu} | {figures} |")
     return "\n".join(lines)
 
 
