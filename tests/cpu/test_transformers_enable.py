@@ -15,6 +15,7 @@ from gpt_oss_models import LAYERS, VOCABULARY, read_tensors, run_ranks, write_mo
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from mxfp4_moe import engines, formats
+from mxfp4_moe._install.troubles import release
 from mxfp4_moe.integrations import _transformers_experts as experts_module
 from mxfp4_moe.integrations import _transformers_quantizer as quantizer_module
 from mxfp4_moe.integrations import transformers as integration
@@ -362,4 +363,5 @@ def test_an_expert_parallel_plan_shards_our_layout(folder: Path, tmp_path: Path)
         assert line["alone"] > 0.1, "one rank alone is not the layer"
         # Each rank rounds its own sum to bfloat16, and the two are added in bfloat16: three roundings of 2^-9.
         assert line["error"] < 3 * 2**-9
-    same(read_tensors(tmp_path), read_tensors(folder))
+    if release(transformers.__version__) >= (5, 13):  # before, transformers cannot save an expert-parallel model
+        same(read_tensors(tmp_path), read_tensors(folder))

@@ -98,5 +98,5 @@ def run_ranks(program: Path, ranks: int, *arguments: str) -> subprocess.Complete
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MXFP4_MOE_CPU": "1", "HF_HUB_OFFLINE": "1"}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [*start, str(program), *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [*start, str(program), *arguments], env=environment, capture_output=True, text=True, check=False, timeout=900
     )
