@@ -48,7 +48,7 @@ def load(folder: Path, **options: Any) -> Any:
 def replaced(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The same model by the other way: dequantized, then our experts from the checkpoint."""
     model = load(folder, dtype=dtype, quantization_config=Mxfp4Config(dequantize=True))
-    assert replace_experts(model, checkpoint=folder, activation_format="mxfp8") == LAYERS
+    assert replace_experts(model, checkpoint=folder, activation_format="mxfp8") == len(model.model.layers)
     return model
 
 
@@ -345,6 +345,54 @@ def test_another_quantizer_in_that_place_stays(monkeypatch: pytest.MonkeyPatch, 
     assert mapping["mxfp4"].__name__ == "Theirs"
     assert "Theirs here, somebody else's" in capfd.readouterr().err
     forget()
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose matrices are what memory goes to: six layers of 20 MB, of which w13 is 13."""
+    sizes = {"num_hidden_layers": 6, "num_local_experts": 12, "hidden_size": 1024, "intermediate_size": 1024}
+    return write_model(tmp_path_factory.mktemp("larger"), **sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("enabled")
+def test_the_gpu_holds_the_layout_and_two_matrices_at_most(larger: Path) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = load(larger, device_map="cuda")
+    peak = torch.cuda.max_memory_allocated() - before
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    matrix = layers(model)[0].w13.nbytes
+    assert {layer.weights.word_order for layer in layers(model)} == {formats.word_order_of(layers(model)[0].w13.device)}
+    # transformers takes the model's size once from the allocator before it loads, and gives it back. Beside that: two
+    # raw matrices, and one that is being made, with pieces of an expert.
+    assert peak - held < 4 * matrix
+    raw = sum(layer.w13.nbytes + layer.w2.nbytes for layer in layers(model))
+    assert 8 * matrix < raw, "all raw matrices at once are twice as much"
+    expected = logits(replaced(larger).to("cuda"), prompt().cuda())
+    assert torch.equal(logits(model, prompt().cuda()), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("enabled")
+def test_layers_on_the_cpu_are_executed_on_the_gpu(larger: Path, tmp_path: Path) -> None:
+    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    places: dict[str, int | str] = dict.fromkeys(names, 0)
+    model = load(larger, device_map=places | {f"model.layers.{layer}": "cpu" for layer in range(1, 6)})
+    whole = load(larger, device_map="cuda")
+    assert layers(model)[1].w13.is_meta
+    order = formats.word_order_of(torch.device("cuda", 0))
+    assert torch.equal(layers(model)[1].real("w13"), layers(whole)[1].w13.cpu()), f"prepared in {order}"
+    before = torch.cuda.memory_allocated()
+    assert torch.equal(logits(model, prompt().cuda()), logits(whole, prompt().cuda()))
+    assert torch.cuda.memory_allocated() - before < layers(whole)[1].w2.nbytes, "a layer stayed"
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        model.save_pretrained(tmp_path)
+    same(read_tensors(tmp_path), read_tensors(larger))
 
 
 # ---- expert parallelism ----------------------------------------------------------------------------------------------
