@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..bench import picture, report, shapes
 from ..bench.rivals import choose
 from ..tiles import load_manifest
+from . import bench_engine
 
 if TYPE_CHECKING:
     from ..bench.run import Plan, TileMN
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="write FILE (time) and FILE with -roofline in its name, as SVG"
     )
+    bench_engine.add_arguments(parser)
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +68,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.engine:
+        return bench_engine.run(arguments, Stopwatch())
     refusal = gpu_refusal(arguments.device)
     if refusal:
         print(f"mxfp4-moe bench: {refusal}", file=sys.stderr)

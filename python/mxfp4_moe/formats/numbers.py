@@ -42,7 +42,7 @@ def decode_e2m1(packed: Tensor) -> Tensor:
         float32 [..., K].
     """
     require_tensor("packed", packed, torch.uint8)
-    values = torch.tensor(E2M1_VALUES, device=packed.device)
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=packed.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)  # of all 256 bytes
     return torch.nn.functional.embedding(packed.to(torch.int32), pairs).flatten(-2)
 

@@ -106,7 +106,7 @@ def finalize(
     require_tensor("topk_weights", topk_weights, torch.float32, ("T", "k"), rows.device)
     tokens, k = topk_weights.shape
     require_tensor("slot_row", slot_row, torch.int32, (tokens * k,), rows.device)
-    acc = torch.zeros(tokens, rows.shape[1], device=rows.device)
+    acc = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
     for j in range(k):
         row = slot_row.view(tokens, k)[:, j].to(torch.int64)
         token = (row >= 0).nonzero().squeeze(1)
