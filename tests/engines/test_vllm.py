@@ -104,7 +104,7 @@ DECLINES = {  # what a case of vllm_declines.py says, without settings of activa
     "as it is": "no kernels with bfloat16 activations (W4A16) on this device, as vLLM computes",
     "backend": "--moe-backend marlin was asked for",
     "lora": "our kernels do not support LoRA",
-    "batched": "our kernels do not support batched_experts activation format",
+    "batched": "our kernels do not support ('batched_experts',) activation format",
     "on input": "this model applies router weights to the input",
     "float32": "hidden states are torch.float32",
     "activation": "no kernel has the activation situ",
