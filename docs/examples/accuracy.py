@@ -177,8 +177,8 @@ def main() -> None:
         whole_model(device, sizes, 1, 16)
         return
     one_layer(device, 8, 2880, 2880, 64)
-    sizes = Sizes(layers=6, experts=16, hidden=512, intermediate=512, heads=8, kv_heads=2, vocabulary=2048)
-    whole_model(device, sizes, 8, 64)
+    sizes = Sizes(layers=6, experts=16, hidden=256, intermediate=256, heads=4, kv_heads=2, vocabulary=1024)
+    whole_model(device, sizes, 8, 32)
 
 
 if __name__ == "__main__":

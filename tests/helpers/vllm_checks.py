@@ -50,15 +50,10 @@ def computed_again(model: Path, kept: dict[str, Any], rank: int, ranks: int, spl
     """That call, from the checkpoint's bytes and without anything of vLLM.
 
     Args:
-        split: "tp", "ep", or "every second" expert.
+        split: "tp" or "ep".
     """
-    if split == "every second":
-        whole = mxfp4_moe.MoEWeights.from_safetensors(model, layer=0, device=device)
-        raw = {name: tensor[rank::ranks].contiguous() for name, tensor in whole.to_mxfp4()._asdict().items()}
-        weights = mxfp4_moe.MoEWeights.from_mxfp4(**raw)
-    else:
-        place = {f"{split}_rank": rank, f"{split}_size": ranks}
-        weights = mxfp4_moe.MoEWeights.from_safetensors(model, layer=0, device=device, **place)
+    place = {f"{split}_rank": rank, f"{split}_size": ranks}
+    weights = mxfp4_moe.MoEWeights.from_safetensors(model, layer=0, device=device, **place)
     hidden, topk_weights, local_ids = (kept[name].to(device) for name in ("hidden", "topk_weights", "local_ids"))
     ids = local_ids + weights.first_expert
     return mxfp4_moe.fused_moe(hidden, topk_weights, ids, weights, **kept["keywords"]).cpu()
