@@ -96,9 +96,7 @@ _SCHEMA_TYPES = {
 
 
 def _schema_of(call: type[NamedTuple]) -> str:
-    defaults = {
-        name: "=" + (f'"{v}"' if isinstance(v, str) else f"{v}") for name, v in call._field_defaults.items()
-    }
+    defaults = {name: "=" + (f'"{v}"' if isinstance(v, str) else f"{v}") for name, v in call._field_defaults.items()}
     types = get_type_hints(call)
     return ", ".join(f"{_SCHEMA_TYPES[types[name]]} {name}{defaults.get(name, '')}" for name in call._fields)
 

@@ -162,8 +162,9 @@ def fused_moe(
 ) -> Tensor:
     """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
 
-    Activations are quantized to MXFP8 (`quantize_mxfp8`) or rounded to bfloat16 before each GEMM. The second GEMM's rows
-    are rounded to bfloat16 before the weighted sum; for a float16 output they are not, and the sum alone is rounded to it.
+    Activations are quantized to MXFP8 (`quantize_mxfp8`) or rounded to bfloat16 before each GEMM. The second GEMM's
+    rows are rounded to bfloat16 before the weighted sum; for a float16 output they are not, and the sum alone is
+    rounded to it.
 
     Args:
         hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn.
