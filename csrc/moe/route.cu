@@ -3,7 +3,7 @@
 // in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
 //      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
 // out  slot_row [R], slot -> row or -1; row_expert [R]; valid_rows
-//      m_tiles: every expert's rows cut into pieces of at most tile_m, experts and rows ascending
+//      m_tiles: every expert's rows cut into equal pieces of at most tile_m (shared/schedule.cuh), experts and rows ascending
 //      if wanted expert_offsets [E + 1] and row_slot [R], row -> slot, -1 past the valid rows
 // Called by layer.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
 // the result is the same on every run, for any number of warps and blocks. Few slots have a kernel of their own:
@@ -235,9 +235,10 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
   for (int64_t i = thread; i < num_m_tiles; i += threads) {
     const int t = static_cast<int>(i);
     const int expert = expert_of(tile_base, experts, t);
-    const int row_begin = row_base[expert] + (t - tile_base[expert]) * args.tile_m;
-    const int rows_left = row_base[expert + 1] - row_begin;
-    const int4 entry = make_int4(expert, row_begin, row_begin + min(rows_left, args.tile_m), 0);
+    const int first = row_base[expert], end = row_base[expert + 1];
+    const int rows = rows_of_m_tile(end - first, args.tile_m);
+    const int row_begin = first + (t - tile_base[expert]) * rows;
+    const int4 entry = make_int4(expert, row_begin, min(row_begin + rows, end), 0);
     reinterpret_cast<int4*>(args.m_tiles)[t] = entry;
   }
   if (is_cluster) {

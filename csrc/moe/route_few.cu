@@ -82,8 +82,9 @@ __device__ __forceinline__ void route_few(const RouteArgs& args, const Ids& ids)
       all += of_other;
     });
     for (int t = 0; t < my_tiles; ++t) {
-      const int from = begin + t * args.tile_m;
-      reinterpret_cast<int4*>(args.m_tiles)[first_tile + t] = make_int4(expert, from, min(from + args.tile_m, end), 0);
+      const int rows = rows_of_m_tile(end - begin, args.tile_m);
+      const int from = begin + t * rows;
+      reinterpret_cast<int4*>(args.m_tiles)[first_tile + t] = make_int4(expert, from, min(from + rows, end), 0);
     }
     if (slot == 0) {
       *args.num_m_tiles = all;

@@ -15,6 +15,13 @@ MXFP4_MOE_HOST_DEVICE constexpr int32_t m_tiles_of(int32_t rows, int32_t tile_m)
   return (rows + tile_m - 1) / tile_m;
 }
 
+// Rows of each but the last of those: as equal as multiples of 8 can be, because a tile takes time by its rows on SM90,
+// and never less than the weights, which it reads whatever its rows, take to be expanded.
+MXFP4_MOE_HOST_DEVICE constexpr int32_t rows_of_m_tile(int32_t rows, int32_t tile_m) {
+  const int32_t tiles = m_tiles_of(rows, tile_m);
+  return tiles == 0 ? tile_m : ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+}
+
 // Upper bound on the m-tiles of `rows` rows spread in any way over `experts` experts. It is reached: as many experts
 // as possible hold one row past a full tile.
 MXFP4_MOE_HOST_DEVICE constexpr int64_t max_m_tiles(int64_t rows, int64_t experts, int64_t tile_m) {

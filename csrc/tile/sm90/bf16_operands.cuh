@@ -72,21 +72,26 @@ __device__ __forceinline__ void expand(uint32_t (&pair)[4], uint32_t w) {
   pair[3] = (__funnelshift_r(w, w, 2) & kHigh) | ((w << 6) & kLow);
 }
 
-// 128 in constant memory, because ptxas turns a multiplication by a number that it knows into a shift, which runs on the
-// ALU that expanding keeps busy; multiply-adds have a pipe of their own.
-static __constant__ uint32_t bf16_exponent_one = 1u << 7;
+// 1 in a bf16's exponent field, unknown to the compiler, because ptxas turns a multiplication by a number that it knows
+// into a shift, which runs on the ALU that expanding keeps busy; multiply-adds have a pipe of their own.
+__device__ __forceinline__ uint32_t bf16_exponent_one() {
+  uint32_t one;
+  asm volatile("mov.u32 %0, %%ntid.y;" : "=r"(one));  // blocks have one dimension
+  return one << 7;
+}
 
 // The factor of the scale word's byte `step`, below 128, for both halves: 2^(byte - 2).
-__device__ __forceinline__ uint32_t factor_of(uint32_t word, int step) {
+__device__ __forceinline__ uint32_t factor_of(uint32_t word, int step, uint32_t exponent_one) {
   constexpr uint32_t kBias = (127 - 2) << 7;
-  return __byte_perm(word, 0, 0x4040 | step | step << 8) * bf16_exponent_one + (kBias << 16 | kBias);
+  return __byte_perm(word, 0, 0x4040 | step | step << 8) * exponent_one + (kBias << 16 | kBias);
 }
 
 template <bool kLarge>
-__device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, uint32_t scales, int step) {
+__device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, uint32_t scales, int step,
+                                              uint32_t exponent_one) {
   expand(pair, w);
   if constexpr (!kLarge) {
-    const uint32_t factor = factor_of(scales, step);
+    const uint32_t factor = factor_of(scales, step, exponent_one);
 #pragma unroll
     for (int i = 0; i < 4; ++i) pair[i] = multiply_pairs(pair[i], factor);
   } else {  // 2^(byte - 2) as 2^126 or 2^0, and the rest
@@ -101,11 +106,12 @@ __device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, u
 
 // The A registers of rows g and g + 8 for a K block's two MMAs.
 template <bool kLarge>
-__device__ __forceinline__ void expand_rows(uint32_t (&a)[8], const uint32_t* words, const uint32_t* scales, int step) {
+__device__ __forceinline__ void expand_rows(uint32_t (&a)[8], const uint32_t* words, const uint32_t* scales, int step,
+                                            uint32_t exponent_one) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t pair[4];
-    expand_scaled<kLarge>(pair, words[r], scales[r], step);
+    expand_scaled<kLarge>(pair, words[r], scales[r], step, exponent_one);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i * 2 + r] = pair[i];
   }

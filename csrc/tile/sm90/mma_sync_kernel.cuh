@@ -41,12 +41,12 @@ struct BlockOperands {
 
   template <bool kLarge>
   __device__ __forceinline__ void multiply(float (&acc)[Shape::kFragM][Shape::kFragN][4],
-                                           const uint32_t (&scales)[kWeightGroups], int step) const {
+                                           const uint32_t (&scales)[kWeightGroups], int step, uint32_t one) const {
     if constexpr (Shape::kSwap) {
 #pragma unroll
       for (int i = 0; i < Shape::kFragM; ++i) {
         uint32_t a[8];
-        expand_rows<kLarge>(a, words + i * 2, scales + i * 2, step);
+        expand_rows<kLarge>(a, words + i * 2, scales + i * 2, step, one);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -59,7 +59,7 @@ struct BlockOperands {
 #pragma unroll
       for (int j = 0; j < Shape::kFragN; ++j) {
         uint32_t b[4];
-        expand_scaled<kLarge>(b, words[j], scales[j], step);
+        expand_scaled<kLarge>(b, words[j], scales[j], step, one);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -80,6 +80,7 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
   using Operands = BlockOperands<Shape, kActGroups>;
   Operands operands[2];
   uint32_t scales[Operands::kWeightGroups];
+  const uint32_t one = bf16_exponent_one();
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
     operands[0].load(smem, ring.stage, 0, at, act_at);
@@ -98,7 +99,7 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
         } else if (kt > 1) {
           open();
         }
-        operands[step % 2].template multiply<decltype(large)::value>(acc, scales, step);
+        operands[step % 2].template multiply<decltype(large)::value>(acc, scales, step, one);
       }
     };
     if (!has_large(scales))

@@ -27,9 +27,9 @@ struct Bf16Tile {
   static constexpr int kAccumulators = kFragM * kFragN * 4;
   static constexpr int kProducer = kMmaWarps;  // the warp that loads
   // A whole warpgroup produces where warps hold more sums than each thread starts with registers for, so that
-  // registers can be moved: 12 x 168 = 8 x 240 + 4 x 24.
+  // registers can be moved: 12 x 168 >= 8 x 240 + 4 x 24, 20 x 96 >= 16 x 112 + 4 x 24.
   static constexpr bool kMovesRegisters = kMovesRegisters_;
-  static constexpr int kMmaRegisters = 240, kProducerRegisters = 24;
+  static constexpr int kMmaRegisters = kMmaWarps > 8 ? 112 : 240, kProducerRegisters = 24;
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
   // Activations are bf16, two halves of a K tile of 128 bytes a row each (TMA's swizzle, and wgmma's); they come in
@@ -77,19 +77,15 @@ struct MmaSyncTile : Bf16Tile<M, N, kSwap, (kSwap ? N : M) / 4, kSwap ? M : N, 4
   static constexpr int kBlocksPerSm = Tile::Fits::blocks_that_fit(6, kRegistersWanted);
 };
 
-// wgmma: weight rows are the MMA's M, 64 to a warpgroup and set, and activation rows its N, whatever the tile's mode.
-// Two sets of weight rows to a warpgroup share barriers, descriptors and what it reads of the activations, where their
-// sums leave registers for it.
-constexpr int wgmma_row_sets(int m, int n) { return m <= 128 && n >= 128 ? 2 : 1; }
-constexpr int wgmma_warps(int m, int n) { return n / (16 * wgmma_row_sets(m, n)); }
-constexpr bool wgmma_moves_registers(int m, int n) { return m >= 128 && wgmma_warps(m, n) == 8; }
+// wgmma: weight rows are the MMA's M, 64 to a warpgroup, and activation rows its N, whatever the tile's mode. One
+// warpgroup for each 64 rows, and not two sets of them to one, because expanding takes latency that other warps hide.
+constexpr bool wgmma_moves_registers(int m, int n) { return m * n >= 128 * 256; }
 
 template <int M, int N>
-struct WgmmaTile : Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)> {
-  using Tile = Bf16Tile<M, N, true, 16 * wgmma_row_sets(M, N), M, wgmma_warps(M, N), wgmma_moves_registers(M, N)>;
-  static constexpr int kRowSets = Tile::kFragM;
+struct WgmmaTile : Bf16Tile<M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)> {
+  using Tile = Bf16Tile<M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)>;
   // Beside the accumulators: two units of operands, scales, addresses.
-  static constexpr int kRegistersWanted = Tile::kAccumulators + 64;
+  static constexpr int kRegistersWanted = Tile::kAccumulators + 48;
   static constexpr int kBlocksPerSm =
       Tile::kMovesRegisters ? 1 : Tile::Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
 };

@@ -2,9 +2,8 @@
 // are those of mma_sync_kernel.cuh.
 //
 // Fast because: wgmma takes the weights from registers, so that they are expanded once for all activation rows and
-// never stored; the next operands are expanded while MMAs run, also across K tiles; a warpgroup has two sets of 64
-// weight rows, where registers allow, which share barriers, loads and descriptors; sums stay in the tensor core; and
-// the activations' side is as narrow as the tile has rows.
+// never stored; the next operands are expanded while MMAs run, by as many warps as there are rows for; sums stay in the
+// tensor core; and the activations' side is as narrow as the tile has rows.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -24,11 +23,8 @@ struct WgmmaOf;
     using Type =                                                                                                     \
         cute::SM90::GMMA::MMA_64x##COLS##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
   };
-MXFP4_MOE_WGMMA(8)
 MXFP4_MOE_WGMMA(16)
-MXFP4_MOE_WGMMA(24)
 MXFP4_MOE_WGMMA(32)
-MXFP4_MOE_WGMMA(40)
 MXFP4_MOE_WGMMA(48)
 MXFP4_MOE_WGMMA(64)
 MXFP4_MOE_WGMMA(80)
@@ -41,12 +37,11 @@ MXFP4_MOE_WGMMA(224)
 MXFP4_MOE_WGMMA(256)
 #undef MXFP4_MOE_WGMMA
 
-// The next narrower width that is worth its code.
-constexpr int narrower(int cols) {
-  constexpr int kWidths[] = {224, 192, 160, 128, 112, 96, 80, 64, 48, 40, 32, 24, 16, 8};
-  for (int width : kWidths)
-    if (cols > width) return width;
-  return 0;
+// The next narrower width that is worth its code, for a tile of m rows; 0: none. Below 32 columns expanding the weights
+// takes longer than the MMAs.
+constexpr int narrower(int m, int cols) {
+  const int step = m <= 128 ? 16 : 32, least = m <= 64 ? 16 : m <= 128 ? 32 : 64;
+  return cols > least ? cols - step : 0;
 }
 
 template <class Mma, size_t... kD>
@@ -87,42 +82,46 @@ __device__ __forceinline__ void start_block(float* sums, const uint32_t (&a)[8],
 
 // One output tile's sums, of its first kCols activation rows, for one warpgroup. Afterwards every stage is released.
 //
-// The MMAs of a K block and a set of weight rows are a unit. A unit's weights are expanded while the unit before it
-// runs, once the one before that is done, whose registers they take; the first ones of a K tile while the last unit of
-// the K tile before runs. No MMA runs from one K tile into the next: where they did, ptxas gave every width operands
-// of its own, and had none left.
+// A K block's weights are expanded while the MMAs of the block before it run, once those of the one before that are
+// done, whose registers they take; the first ones of a K tile while the last of the K tile before run. No MMA runs from
+// one K tile into the next: where they did, ptxas gave every width operands of its own, and had none left.
 template <class Shape, int kCols>
-__device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][kCols / 8][4], int k,
-                                           const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
-                                           const Places& at) {
-  constexpr int kSets = Shape::kRowSets;
-  uint32_t a[2][8], scales[kSets * 2];
+__device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], int k, const SharedStorage<Shape>& smem,
+                                           Ring<Shape::kStages>& ring, const Places& at) {
+  // Where sums leave few registers, words are not loaded ahead.
+  constexpr int kAhead = Shape::kMmaWarps > 8 && Shape::M > 64 ? 0 : 1;
+  uint32_t a[2][8], words[1 + kAhead][2], scales[2];
+  const uint32_t one = bf16_exponent_one();
   bool large;
 
-  const auto expand_unit = [&](int stage, auto unit, auto is_large) {
-    constexpr int kUnit = decltype(unit)::value, kStep = kUnit / kSets, kSet = kUnit % kSets;
-    uint32_t words[2];
-    load_words<2>(words, smem.weight(stage) + at.words + kStep * kWeightStepBytes + kSet * 8);
-    expand_rows<decltype(is_large)::value>(a[kUnit % 2], words, scales + kSet * 2, kStep);
+  const auto load_block = [&](int stage, auto block) {
+    constexpr int kBlock = decltype(block)::value;
+    load_words<2>(words[kBlock % (1 + kAhead)], smem.weight(stage) + at.words + kBlock * kWeightStepBytes);
+  };
+  const auto expand_block = [&](auto block) {
+    constexpr int kBlock = decltype(block)::value;
+    expand_rows<false>(a[kBlock % 2], words[kBlock % (1 + kAhead)], scales, kBlock, one);
+  };
+  const auto start = [&](int stage, int block, const uint32_t (&operand)[8]) {
+    start_block<kCols>(&acc[0][0][0], operand, smem.act(stage) + block / 2 * Shape::kHalfBytes, block % 2);
   };
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
     load_scales(scales, smem.weight(ring.stage) + at.scales);
+    load_block(ring.stage, cute::C<0>{});
     large = has_large(scales);
-    if (!large)
-      expand_unit(ring.stage, cute::C<0>{}, std::false_type());
-    else
-      expand_unit(ring.stage, cute::C<0>{}, std::true_type());
+    expand_block(cute::C<0>{});
   };
-  const auto k_tile = [&](int stage, bool is_last, auto steps, auto is_large) {
-    constexpr int kUnits = decltype(steps)::value * kSets;
-    for_each_of<kUnits>([&](auto unit) {
-      constexpr int kUnit = decltype(unit)::value, kStep = kUnit / kSets;
-      start_block<kCols>(&acc[kUnit % kSets][0][0], a[kUnit % 2], smem.act(stage) + kStep / 2 * Shape::kHalfBytes,
-                         kStep % 2);
-      if constexpr (kUnit > 0) cute::warpgroup_wait<1>();
-      if constexpr (kUnit + 1 < kUnits) {
-        expand_unit(stage, cute::C<kUnit + 1>{}, is_large);
+  const auto k_tile = [&](int stage, bool is_last, auto blocks) {
+    constexpr int kBlocks = decltype(blocks)::value;
+    for_each_of<kBlocks>([&](auto block) {
+      constexpr int kBlock = decltype(block)::value;
+      if constexpr (kAhead == 1 && kBlock + 1 < kBlocks) load_block(stage, cute::C<kBlock + 1>{});
+      start(stage, kBlock, a[kBlock % 2]);
+      if constexpr (kBlock > 0) cute::warpgroup_wait<1>();
+      if constexpr (kBlock + 1 < kBlocks) {
+        if constexpr (kAhead == 0) load_block(stage, cute::C<kBlock + 1>{});
+        expand_block(cute::C<kBlock + 1>{});
       } else if (!is_last) {
         open();
       }
@@ -130,13 +129,26 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][kCols / 8
     cute::warpgroup_wait<0>();
     release(smem, stage);
   };
-  const auto multiply = [&](bool is_last, auto steps) {
+  // Scales that take two factors: seldom, so small and simple.
+  const auto large_k_tile = [&](int stage, bool is_last, int blocks) {
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      uint32_t at_once[2];
+      load_words<2>(at_once, smem.weight(stage) + at.words + block * kWeightStepBytes);
+      expand_rows<true>(a[0], at_once, scales, block, one);
+      start(stage, block, a[0]);
+      cute::warpgroup_wait<0>();
+    }
+    if (!is_last) open();
+    release(smem, stage);
+  };
+  const auto multiply = [&](bool is_last, auto blocks) {
     const int stage = ring.stage;
     ring.advance();
     if (!large)
-      k_tile(stage, is_last, steps, std::false_type());
+      k_tile(stage, is_last, blocks);
     else
-      k_tile(stage, is_last, steps, std::true_type());
+      large_k_tile(stage, is_last, blocks);
   };
 
   const bool half_tail = (k - 1) % kTileK < 64;
@@ -146,40 +158,32 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][kCols / 8
   if (half_tail) multiply(true, cute::C<2>{});
 }
 
-// A tile that is taken as kCols activation rows wide, for the epilogue.
+// As narrow as the rows allow.
 template <class Shape, int kCols>
-struct Narrow : Shape {
-  static constexpr int kWarpN = kCols, kFragN = kCols / 8;
-};
+__device__ __forceinline__ void sum_rows(int rows, float (&acc)[1][Shape::kFragN][4], int k,
+                                         const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
+                                         const Places& at) {
+  constexpr int kNarrower = narrower(Shape::M, kCols);
+  if constexpr (kNarrower > 0) {
+    if (rows <= kNarrower) return sum_rows<Shape, kNarrower>(rows, acc, k, smem, ring, at);
+  }
+  sum_over_k<Shape, kCols>(acc, k, smem, ring, at);
+}
 
-// What the computing warps of a block do (run_block): for each of its output tiles the sums, and those to memory. Every
-// width has sums and an epilogue of its own: where widths shared registers, ptxas let MMAs wait for each other.
 template <class Shape>
-struct WgmmaTiles {
+struct WgmmaSum {
+  static constexpr float kUnit = kAccumulatorUnit;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
 
-  // As narrow as the rows allow.
-  template <int kCols>
-  __device__ __forceinline__ void run(int tile, int rows, Ring<Shape::kStages>& ring) const {
-    if constexpr (narrower(kCols) > 0) {
-      if (rows <= narrower(kCols)) return run<narrower(kCols)>(tile, rows, ring);
-    }
-    float acc[Shape::kFragM][kCols / 8][4] = {};
-    sum_over_k<Shape, kCols>(acc, p.k, smem, ring, places(first_row(warp_id() * Shape::kWarpM + lane_id() / 4)));
-    multiply_accumulators<Narrow<Shape, kCols>>(acc, kAccumulatorUnit);
-    const TileCoord done = tile_coord(computed_anew(tile), ceil_div(p.n, Shape::N));
-    store_tile<Narrow<Shape, kCols>>(acc, p, load_m_tile(p.m_tiles + done.m), done.n,
-                                     warp_m0<Shape>(uniform(warp_id())), 0, lane_id, smem.amax());
-  }
+  __device__ __forceinline__ WgmmaSum(const GemmParams& params, const SharedStorage<Shape>& storage, int, int)
+      : p(params), smem(storage) {}
 
-  __device__ __forceinline__ void operator()(int, int) const {
-    Ring<Shape::kStages> ring;
-    const auto num_n_tiles = [&] { return ceil_div(p.n, Shape::N); };
-    for (int tile = blockIdx.x; tile < uniform(load_num_m_tiles(p)) * num_n_tiles(); tile += gridDim.x) {
-      const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + tile_coord(tile, num_n_tiles()).m);
-      run<Shape::M>(tile, uniform(m_tile.row_end - m_tile.row_begin), ring);
-    }
+  __device__ __forceinline__ void operator()(float (&acc)[1][Shape::kFragN][4], Ring<Shape::kStages>& ring,
+                                             const TileCoord& coord) const {
+    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
+    const Places at = places(first_row(warp_id() * Shape::kWarpM + lane_id() / 4));
+    sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at);
   }
 };
 
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_wgmma(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, WgmmaTiles<Shape>{p, smem});
+  run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
 }
 
 template <int M, int N>
