@@ -193,12 +193,12 @@ def pieces(
 
     def steps_of(codes: Tensor, bytes_: Tensor, kind: Format) -> Operand:
         parts = BLOCK // products
-        made = operand(codes.view(len(codes), -1, products), bytes_.repeat_interleave(parts, -1), kind)
+        made = operand(codes.view(len(codes), k // products, products), bytes_.repeat_interleave(parts, -1), kind)
         return made.by_step()
 
     if in_bf16:
         x = rows if row_scales is None else mxfp8_to_bf16(rows, row_scales)
-        a = bf16_operand(x.view(m, -1, products)).by_step()
+        a = bf16_operand(x.view(m, k // products, products)).by_step()
     else:
         assert row_scales is not None
         a = steps_of(rows, row_scales, "e4m3")
@@ -206,7 +206,7 @@ def pieces(
         some = slice(c, c + columns)
         nibbles = torch.stack((packed[some] & 15, packed[some] >> 4), -1).flatten(-2)
         if in_bf16:
-            b = bf16_operand(half_weights(nibbles, scales[some]).view(len(nibbles), -1, products)).by_step()
+            b = bf16_operand(half_weights(nibbles, scales[some]).view(len(nibbles), k // products, products)).by_step()
         else:
             b = steps_of(nibbles, scales[some], "e2m1")
         for r in range(0, m, count):

@@ -325,6 +325,13 @@ class TestMxfp8ToBf16:
         assert torch.equal(self.made().isnan(), self.EXACT.isnan())
         assert formats.mxfp8_to_bf16(self.CODES[:1, :32], torch.full((1, 1), 255, dtype=torch.uint8)).isnan().all()
 
+    def test_of_bfloat16_values_the_largest_alone_leave_the_range(self) -> None:
+        """docs/arithmetic.md: E4M3 rounds 31/32 of 2^128 up."""
+        x = torch.zeros(2, 32, dtype=torch.bfloat16)
+        x[0, 3], x[1, 3] = 1.9375 * 2.0**127, 1.9296875 * 2.0**127
+        out = formats.mxfp8_to_bf16(*formats.quantize_mxfp8(x))
+        assert out[:, 3].tolist() == [float("inf"), 1.875 * 2.0**127]
+
     def test_signs_of_zeros_stay(self) -> None:
         assert torch.equal(self.made().signbit()[:, 128], torch.ones(255, dtype=torch.bool))
 

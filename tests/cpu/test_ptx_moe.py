@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_cases import NUMBERS, ids_of, layer_of, ordinal
+from moe_cases import BF16, MXFP8_IN_BF16, NUMBERS, ids_of, layer_of, ordinal
 from ptx import launch
 from ptx.faults import Fault, Kind
 from ptx.running import EXECUTED, execute
@@ -22,6 +22,7 @@ from ptx_moe_checks import (
     TILE,
     TOPK_TOLERANCE,
     activated,
+    check_activation_in_bf16,
     check_activation_of_many_rows,
     check_activation_rounding,
     check_finalize,
@@ -132,6 +133,15 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, tokens: int) 
     check_quantize_permute(width, dtype, tokens)
 
 
+@pytest.mark.parametrize("row_format", [MXFP8_IN_BF16, BF16])
+@pytest.mark.parametrize(
+    ("width", "dtype", "tokens"), [(160, torch.bfloat16, 9), (96, torch.float16, 9), (64, torch.bfloat16, 514)]
+)
+def test_quantize_permute_to_bf16_is_exact(width: int, dtype: torch.dtype, tokens: int, row_format: int) -> None:
+    """As SM90's tiles read rows; the PTX is SM12x's, of the same source."""
+    check_quantize_permute(width, dtype, tokens, row_format)
+
+
 def test_quantize_permute_reads_hidden_states_while_route_runs() -> None:
     """Nothing but the rows' numbers comes from route, so the rest is done before that has finished."""
     check_quantize_permute_behind_route()
@@ -143,6 +153,12 @@ def test_quantize_permute_reads_hidden_states_while_route_runs() -> None:
 def test_permute_is_exact(width: int, swizzled: bool, tokens: int) -> None:
     """Every code, and scale bytes of all sizes: those above 248 become NaN blocks."""
     check_permute(width, swizzled, tokens)
+
+
+@pytest.mark.parametrize(("width", "swizzled", "tokens"), [(160, False, 7), (288, True, 7), (96, True, 130)])
+def test_permute_to_bf16_is_exact(width: int, swizzled: bool, tokens: int) -> None:
+    """Products beyond bfloat16's range are infinite, small ones multiples of 2^-133."""
+    check_permute(width, swizzled, tokens, MXFP8_IN_BF16)
 
 
 # ---- activation ------------------------------------------------------------------------------------------------------
@@ -183,6 +199,13 @@ def test_activation_of_many_rows() -> None:
 def test_activation_rounds_exactly(rounding: torch.dtype) -> None:
     """Ties, denormals, float16's overflow, and what is rounded before the bias."""
     check_activation_rounding(rounding)
+
+
+@pytest.mark.parametrize("rounding", [None, *HALVES], ids=str)
+@pytest.mark.parametrize("row_format", [MXFP8_IN_BF16, BF16])
+def test_activation_to_bf16_is_exact(row_format: int, rounding: torch.dtype | None) -> None:
+    """Magnitudes from bfloat16's denormals to its largest, ties, NaN, infinities."""
+    check_activation_in_bf16(row_format, rounding)
 
 
 # ---- finalize --------------------------------------------------------------------------------------------------------

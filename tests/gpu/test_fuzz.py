@@ -114,6 +114,8 @@ def make_case(number: int) -> Case:
         "output_dtype": rng.choice([torch.bfloat16, torch.float16]),
         "intermediate_rounding": rng.random() < 0.3,
     }
+    if not isinstance(given, str):
+        options["activation_format"] = rng.choice(mxfp4_moe.activation_formats(device))
     calls, scales = [], []
     for _ in range(REPLAYS if graph else 1):
         magnitude = 2.0 ** rng.randint(-6, 4)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from gpu_problems import Call, bits
+from moe_cases import BF16, MXFP8
 from torch import Tensor
 
 from mxfp4_moe import formats, reference
@@ -22,10 +23,30 @@ def kernel_activation(
 ) -> tuple[Tensor, Tensor]:
     """The kernel between the GEMMs: codes uint8 [R, I] in plain order, scales uint8 [R, I/32], of all rows."""
     rows = gemm1.shape[0]
-    offsets = torch.full((weights.num_experts + 1,), rows, dtype=torch.int32, device=gemm1.device)
+    codes, scales = _activation(gemm1, row_expert, weights, rounding, MXFP8)
+    inter = codes.shape[1]
+    padding = scales.transpose(0, 1)[:rows].flatten(1)[:, inter // 32 :]
+    assert not padding.any(), "scale bytes past the row must be zero"
+    return formats.deinterleave_k(codes), formats.unpack_row_scales(scales, rows, inter)
+
+
+def kernel_activation_in_bf16(
+    gemm1: Tensor, row_expert: Tensor, weights: MoEWeights, rounding: torch.dtype | None, row_format: int
+) -> tuple[Tensor, None]:
+    """The same as rows for SM90: bfloat16 [R, I], of MXFP8 values or of values as they come, and no scales."""
+    rows, scales = _activation(gemm1, row_expert, weights, rounding, row_format)
+    assert rows.dtype is torch.bfloat16
+    assert scales.numel() == 0
+    return rows, None
+
+
+def _activation(
+    gemm1: Tensor, row_expert: Tensor, weights: MoEWeights, rounding: torch.dtype | None, row_format: int
+) -> tuple[Tensor, Tensor]:
+    offsets = torch.full((weights.num_experts + 1,), len(gemm1), dtype=torch.int32, device=gemm1.device)
     each = [n if isinstance(n, Tensor) else None for n in (weights.alpha, weights.beta, weights.limit)]
     alpha, beta, limit = (0.0 if isinstance(n, Tensor) else n for n in (weights.alpha, weights.beta, weights.limit))
-    codes, scales = loading.moe_ops().activation(
+    made: tuple[Tensor, Tensor] = loading.moe_ops().activation(
         gemm1.contiguous(),
         row_expert.to(torch.int32),
         offsets,
@@ -36,23 +57,35 @@ def kernel_activation(
         math.inf if limit is None else limit,
         *each,
         rounding=ROUNDINGS.index(rounding),
+        rows=row_format,
     )
-    inter = codes.shape[1]
-    padding = scales.transpose(0, 1)[:rows].flatten(1)[:, inter // 32 :]
-    assert not padding.any(), "scale bytes past the row must be zero"
-    return formats.deinterleave_k(codes), formats.unpack_row_scales(scales, rows, inter)
+    return made
 
 
-def exact_layer(call: Call, weights: MoEWeights, *, intermediate_rounding: bool = False, **options: Any) -> Tensor:
+def exact_layer(
+    call: Call,
+    weights: MoEWeights,
+    *,
+    intermediate_rounding: bool = False,
+    activation_format: str = "mxfp8",
+    **options: Any,
+) -> Tensor:
     """The reference with the kernel's own activation, whose exp is not torch's: the layer's bits, no tolerance."""
     dtype = options.get("output_dtype")
     if dtype is None:
         dtype = reference.default_output_dtype(call.hidden_states, options.get("hidden_states_scale"))
     rounding = dtype if intermediate_rounding else None
+
+    def between(gemm1: Tensor, row_expert: Tensor) -> tuple[Tensor, Tensor | None]:
+        if activation_format == "bf16":
+            return kernel_activation_in_bf16(gemm1, row_expert, weights, rounding, BF16)
+        return kernel_activation(gemm1, row_expert, weights, rounding)
+
     return reference.layer(
         *call.args(),
         weights,
-        lambda gemm1, row_expert: kernel_activation(gemm1, row_expert, weights, rounding),
+        between,
+        activation_format=activation_format,
         arithmetic=arithmetic_here(weights.device),
         **options,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4_moe import formats
 from mxfp4_moe.problems import random_weights
 from mxfp4_moe.weights import MoEWeights
 
@@ -39,6 +40,23 @@ def ordinal(codes: Tensor) -> Tensor:
     """E4M3 codes as integers in the order of their values: neighbours differ by one."""
     magnitude = (codes & 0x7F).int()
     return torch.where(codes >= 0x80, -magnitude, magnitude)
+
+
+MXFP8, MXFP8_IN_BF16, BF16 = ROW_FORMATS = range(3)  # csrc/moe/kernels.h, RowFormat
+
+
+def rows_of(values: Tensor, row_format: int) -> tuple[Tensor, Tensor | None]:
+    """What the rows that GEMMs read are made of: codes and scales in plain order, or bfloat16 alone."""
+    if row_format == BF16:
+        return values.to(torch.bfloat16), None
+    codes, scales = formats.quantize_mxfp8(values)
+    return (codes, scales) if row_format == MXFP8 else (formats.mxfp8_to_bf16(codes, scales), None)
+
+
+def same_bf16(actual: Tensor, expected: Tensor) -> bool:
+    """Equal bits; a NaN equals any other, for conversions make their own."""
+    nan = actual.isnan() & expected.isnan()
+    return bool(((actual.view(torch.int16) == expected.view(torch.int16)) | nan).all())
 
 
 NUMBERS: dict[str, dict[str, Any]] = {

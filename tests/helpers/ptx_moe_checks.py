@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from moe_cases import ids_of, layer_of, special_rows
+from moe_cases import MXFP8, MXFP8_IN_BF16, ids_of, layer_of, rows_of, same_bf16, special_rows
 from ptx import launch
 from ptx.running import Run, execute
 from ptx.workspace import intermediates
@@ -111,14 +111,15 @@ def layer_shapes(hidden: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     return (64, width), (width, 32)
 
 
-def check_quantize_permute(width: int, dtype: torch.dtype, tokens: int) -> None:
+def check_quantize_permute(width: int, dtype: torch.dtype, tokens: int, row_format: int = MXFP8) -> None:
     x = special_rows(width, dtype).repeat(-(-tokens // 9), 1)[:tokens].contiguous()
     top_k, experts = (5, 5) if tokens < 100 else (1, 3)
     ids = ids_of(tokens, top_k, experts, torch.int32, CPU)
     offsets, row_slot, slot_row = reference.route(ids, experts)
     inputs = {"hidden_states": x, "slot_row": slot_row}
-    done = operator(["quantize_permute"], "quantize_permute", x, slot_row, top_k, **inputs, early=["slot_row"])
-    check_rows(done, *formats.quantize_mxfp8(x), row_slot[: int(offsets[-1])] // top_k)
+    arguments = (x, slot_row, top_k, row_format)
+    done = operator(["quantize_permute"], "quantize_permute", *arguments, **inputs, early=["slot_row"])
+    check_rows(done, *rows_of(x, row_format), row_slot[: int(offsets[-1])] // top_k)
 
 
 def check_quantize_permute_behind_route() -> None:
@@ -134,36 +135,49 @@ def check_quantize_permute_behind_route() -> None:
     assert torch.equal(own["scales1"][:, :27], formats.pack_row_scales(scales[row_slot // top_k])[:, :27])
 
 
-def check_rows(done: Run, expected_codes: Tensor, expected_scales: Tensor, token: Tensor) -> None:
+def check_rows(done: Run, expected: Tensor, expected_scales: Tensor | None, token: Tensor) -> None:
     """Rows of these tokens, and nothing behind them."""
-    codes, scales = done.results
+    rows, scales = done.results
     valid = len(token)
-    assert torch.equal(codes[:valid], formats.interleave_k(expected_codes[token]))
+    assert not done.written(rows)[valid:].any()
+    if expected_scales is None:
+        assert scales.numel() == 0
+        assert same_bf16(rows[:valid], expected[token])
+        return
+    assert torch.equal(rows[:valid], formats.interleave_k(expected[token]))
     assert torch.equal(scales[:, :valid], formats.pack_row_scales(expected_scales[token])[:, :valid])
-    assert not done.written(codes)[valid:].any()
     assert not done.written(scales)[:, valid:].any()
 
 
-def check_permute(width: int, swizzled: bool, tokens: int) -> None:
+def check_permute(width: int, swizzled: bool, tokens: int, row_format: int = MXFP8) -> None:
     """Every code, and scale bytes of all sizes: those above 248 become NaN blocks."""
     g = torch.Generator().manual_seed(width)
     top_k, experts = (3, 5) if tokens < 100 else (1, 2)
     codes = torch.randint(0, 256, (tokens, width), generator=g, dtype=torch.uint8)
     scales = torch.randint(0, 256, (tokens, width // 32), generator=g, dtype=torch.uint8)
-    scales[1], scales[2], scales[3] = 248, 249, 255
+    scales[1], scales[2], scales[3], scales[4] = 248, 249, 255, 0
     given = formats.swizzle_scales(scales).flatten() if swizzled else scales
     ids = ids_of(tokens, top_k, experts, torch.int32, CPU)
     offsets, row_slot, slot_row = reference.route(ids, experts)
     inputs = {"hidden_states": codes, "scale": given, "slot_row": slot_row}
-    done = operator(["permute"], "permute", codes, given, swizzled, slot_row, top_k, **inputs, early=["slot_row"])
-    expected = reference.mxfp8_rows(codes, given, "swizzled" if swizzled else "linear")
+    arguments = (codes, given, swizzled, slot_row, top_k, row_format)
+    done = operator(["permute"], "permute", *arguments, **inputs, early=["slot_row"])
+    plain = reference.mxfp8_rows(codes, given, "swizzled" if swizzled else "linear")
+    expected = plain if row_format == MXFP8 else (formats.mxfp8_to_bf16(*plain), None)
+    if row_format == MXFP8_IN_BF16:
+        assert expected[0].isinf().any(), "2^121 times 448"
     check_rows(done, *expected, row_slot[: int(offsets[-1])] // top_k)
 
 
 def activated(
-    gemm1: Tensor, row_expert: Tensor, weights: Any, rounding: torch.dtype | None, valid: int
+    gemm1: Tensor,
+    row_expert: Tensor,
+    weights: Any,
+    rounding: torch.dtype | None,
+    valid: int,
+    row_format: int = MXFP8,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's codes in plain order and its scales, of the valid rows."""
+    """The kernel's codes in plain order and its scales, of the valid rows; or its bfloat16 rows and nothing."""
     rows = len(gemm1)
     offsets = torch.full((weights.num_experts + 1,), valid, dtype=torch.int32)
     numbers = (weights.alpha, weights.beta, weights.limit)
@@ -173,15 +187,41 @@ def activated(
     biases = {} if weights.w13_bias is None else {"bias": weights.w13_bias}
     own = {f"number {i}": n for i, n in enumerate(each) if n is not None}
     arguments = (gemm1, row_expert, offsets, weights.w13_bias, weights.activation.code)
-    arguments += (alpha, beta, math.inf if limit is None else limit, *each, (None, *HALVES).index(rounding))
+    arguments += (alpha, beta, math.inf if limit is None else limit, *each, (None, *HALVES).index(rounding), row_format)
     done = operator(["activation"], "activation", *arguments, **inputs, **biases, **own, early=list(inputs))
-    codes, scales = done.results
-    inter = codes.shape[1]
-    assert not done.written(codes)[valid:].any()
+    made, scales = done.results
+    inter = made.shape[1]
+    assert not done.written(made)[valid:].any()
+    if row_format != MXFP8:
+        assert scales.numel() == 0
+        return made[:valid], scales
     assert not done.written(scales)[:, valid:].any()
     padding = scales.transpose(0, 1)[:valid].flatten(1)[:, inter // 32 :]
     assert not padding.any(), "scale bytes past the row must be zero"
-    return formats.deinterleave_k(codes[:valid]), formats.unpack_row_scales(scales, rows, inter)[:valid]
+    return formats.deinterleave_k(made[:valid]), formats.unpack_row_scales(scales, rows, inter)[:valid]
+
+
+def check_activation_in_bf16(row_format: int, rounding: torch.dtype | None) -> None:
+    """Without an exp every bit is known: magnitudes from bfloat16's denormals to its largest, ties, NaN, infinities."""
+    rows, inter = 7, 160
+    g = torch.Generator().manual_seed(11)
+    gemm1 = torch.randn(rows, inter, generator=g)
+    gemm1 *= (
+        torch.randint(-130, 126, (rows, inter // 32, 1), generator=g)
+        .float()
+        .exp2()
+        .repeat_interleave(32, -1)
+        .view(rows, inter)
+    )
+    gemm1[0] = 1 + torch.arange(inter) * 2.0**-8  # every second one is a tie
+    gemm1[1] = torch.arange(inter) * 2.0**-134
+    gemm1[2, :4] = torch.tensor([torch.nan, torch.inf, torch.finfo(torch.float32).max, -0.0])
+    weights = layer_of(5, inter, "identity", "one for all", bias=False, device=CPU)
+    row_expert = torch.arange(rows, dtype=torch.int32) % 5
+    made, _ = activated(gemm1, row_expert, weights, rounding, rows, row_format)
+    values = gemm1 if rounding is None else gemm1.to(rounding).float()
+    expected, _ = rows_of(values, row_format)
+    assert same_bf16(made, expected)
 
 
 def check_activation_of_many_rows() -> None:

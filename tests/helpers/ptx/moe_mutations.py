@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ptx_moe_checks as cases
 import torch
+from moe_cases import BF16, MXFP8_IN_BF16
 
 from wheelbuild.kernel_ptx import compile_source_to_ptx
 
@@ -45,6 +46,10 @@ def _route() -> None:
 
 def _quantize() -> None:
     cases.check_quantize_permute(160, torch.bfloat16, 9)
+
+
+def _quantize_in_bf16() -> None:
+    cases.check_quantize_permute(160, torch.bfloat16, 9, MXFP8_IN_BF16)
 
 
 def _finalize() -> None:
@@ -163,6 +168,38 @@ MUTATIONS = (
         old="act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)",
         new="act_scale_offset(row + 1, k_tile * kBlocksPerWord, to.rows)",
         case=_quantize,
+    ),
+    Mutation(
+        name="quantize to bf16: odd k before even k",
+        unit="quantize_permute",
+        file="moe/mx_rows.cuh",
+        old="from_even | (4 + from_odd) << 4",
+        new="(4 + from_odd) | from_even << 4",
+        case=_quantize_in_bf16,
+    ),
+    Mutation(
+        name="quantize to bf16: cut, not rounded",
+        unit="quantize_permute",
+        file="shared/bf16_rows.cuh",
+        old='"f"(high), "f"(low)',
+        new='"f"(__uint_as_float(__float_as_uint(high) & 0xFFFF0000u)), "f"(low)',
+        case=lambda: cases.check_quantize_permute(160, torch.float16, 9, BF16),
+    ),
+    Mutation(
+        name="quantize to bf16: the lowest scale is a zero",
+        unit="permute",
+        file="shared/bf16_rows.cuh",
+        old="byte == 0 ? 0x00400000u : byte << 23",
+        new="byte << 23",
+        case=lambda: cases.check_permute(160, True, 7, MXFP8_IN_BF16),
+    ),
+    Mutation(
+        name="activation to bf16: lanes of a quad exchanged",
+        unit="activation",
+        file="moe/mx_rows.cuh",
+        old="(to.out + first * 2)[part] = tile.words",
+        new="(to.out + first * 2)[part ^ 1] = tile.words",
+        case=lambda: cases.check_activation_in_bf16(BF16, None),
     ),
     Mutation(
         name="permute: NaN scales pass",
