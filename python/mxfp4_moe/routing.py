@@ -35,11 +35,11 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
         ValueError: another shape, stride or device; k or E outside its range.
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
+    check_topk_softmax(router_logits, top_k)
+    device = router_logits.device
     if torch.compiler.is_compiling():
         result: tuple[Tensor, Tensor] = operators.topk_softmax(router_logits, top_k, renormalize)
         return result
-    check_topk_softmax(router_logits, top_k)
-    device = router_logits.device
     if router_logits.is_cpu:
         with torch.no_grad():
             topk_weights, topk_ids = reference.topk_softmax(router_logits, top_k, renormalize)
@@ -90,17 +90,15 @@ def fused_moe_from_logits(
             f"router_logits: expected one for each of the layer's {weights.num_global_experts} experts, "
             f"got {list(router_logits.shape)}"
         )
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        if not isinstance(hidden_states, Tensor):
-            raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
-        same_rows = hidden_states.dim() > 0 and hidden_states.shape[0] == rows
-        if not same_rows or hidden_states.device != router_logits.device:
-            raise ValueError(
-                f"router_logits: expected {[*hidden_states.shape[:1], weights.num_global_experts]}, as many rows as "
-                f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
-            )
-    if compiling or not hidden_states.is_cuda:
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
+    same_rows = hidden_states.dim() > 0 and hidden_states.shape[0] == rows
+    if not same_rows or hidden_states.device != router_logits.device:
+        raise ValueError(
+            f"router_logits: expected {[*hidden_states.shape[:1], weights.num_global_experts]}, as many rows as "
+            f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
+        )
+    if torch.compiler.is_compiling() or not hidden_states.is_cuda:
         topk_weights, topk_ids = topk_softmax(router_logits, top_k, renormalize)
         return fused_moe(
             hidden_states,

@@ -36,6 +36,9 @@ def check_layer(
 ) -> torch.dtype:
     """Checks everything of a call but its output and its tile.
 
+    Where a graph is traced, what depends on the GPU or would bound the number of tokens is left to the operator, which
+    checks it in each call.
+
     Returns:
         The output dtype.
 
@@ -53,7 +56,8 @@ def check_layer(
         weights.hidden_size,
         device,
     )
-    check_limits(weights.num_experts, *topk_ids.shape)
+    tokens = 0 if torch.compiler.is_compiling() else topk_ids.shape[0]
+    check_limits(weights.num_experts, tokens, topk_ids.shape[1])
     return dtype
 
 
@@ -61,8 +65,11 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
     """The device of a call.
 
     Raises:
+        TypeError: hidden_states is no tensor.
         ValueError: neither CUDA nor CPU, or not where the weights are; weights in another device's word order.
     """
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
     device, on_gpu = hidden_states.device, hidden_states.is_cuda
     if not on_gpu and not hidden_states.is_cpu:
         raise ValueError(f"hidden_states: expected a CUDA or CPU tensor, got one on {device}")
@@ -71,7 +78,7 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
             f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
             f"weights.to('{device}') copies them there"
         )
-    if on_gpu:
+    if on_gpu and not torch.compiler.is_compiling():
         check_word_order(weights.word_order, device)
     return device
 

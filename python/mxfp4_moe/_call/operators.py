@@ -19,7 +19,7 @@ from .._install import errors
 from ..formats import WordOrder
 from ..weights import Activation, MoEWeights
 from . import gradient, launch
-from .checks import check_call, check_layer, check_limits, check_topk_softmax, check_word_order
+from .checks import check_call, check_layer, check_limits, check_output, check_topk_softmax, check_word_order
 from .selection import select
 
 
@@ -179,6 +179,15 @@ def _topk_softmax_fake(router_logits: Tensor, top_k: int, renormalize: bool) -> 
     return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int32)
 
 
+def _write_output(output: Tensor, result: Tensor) -> None:
+    check_output(output, result.dtype, *result.shape, result.device)
+    output.copy_(result)
+
+
+def _write_output_fake(output: Tensor, result: Tensor) -> None:
+    check_output(output, result.dtype, *result.shape, result.device)
+
+
 _LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The kernels read contiguous tensors: a compiler must not choose other strides.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -193,9 +202,13 @@ for _schema, _cpu, _cuda, _fake in (
     _LIBRARY.impl(_name, _cpu, "CPU")  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mxfp4_moe::{_name}", _fake, lib=_LIBRARY)
+_name = _LIBRARY.define("write_output(Tensor(a!) output, Tensor result) -> ()", tags=_TAGS)  # type: ignore[no-untyped-call]
+_LIBRARY.impl(_name, _write_output, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(f"mxfp4_moe::{_name}", _write_output_fake, lib=_LIBRARY)
 gradient.define(_LIBRARY)
 gradient.refuse_in_graphs(_LIBRARY, "moe_layer", "fused_moe", 2)
 gradient.refuse_in_graphs(_LIBRARY, "topk_softmax", "topk_softmax", 1)
 
 moe_layer = torch.ops.mxfp4_moe.moe_layer.default
 topk_softmax = torch.ops.mxfp4_moe.topk_softmax.default
+write_output = torch.ops.mxfp4_moe.write_output.default  # of exported programs
