@@ -65,7 +65,7 @@ def operand(codes: Tensor, scale_bytes: Tensor, kind: Format, arithmetic: Arithm
     if kind == "e4m3":
         values, exponents, unit, peak = decode_e4m3(codes), (codes >> 3 & 15).clamp(min=1).int() - 7, -9, 9
     elif kind == "e2m1":
-        values = torch.tensor(E2M1_VALUES, device=codes.device)[codes.long()]
+        values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)[codes.long()]
         exponents, unit, peak = (codes >> 1 & 3).clamp(min=1).int() - 1, -1, 3
     else:
         raise ValueError(f"format: expected 'e4m3' or 'e2m1', got {kind!r}")

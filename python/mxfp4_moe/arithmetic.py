@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._mma import ZERO_EXPONENT, Format, Steps, exponent, operand, outside, pieces, pow2, to_float32, whole
+from ._torch_state import exact
 from .archs import check_arch
 from .formats import BLOCK
 
@@ -112,6 +113,7 @@ def family(published: Arithmetic) -> tuple[Arithmetic, ...]:
     return tuple(rules.values())
 
 
+@exact
 def mma_step(
     arithmetic: Arithmetic, significands: Tensor, exponents: Tensor, acc: Tensor, *, scale: Tensor | None = None
 ) -> Tensor:
@@ -138,6 +140,7 @@ def mma_step(
     return to_float32(total * pow2(last), arithmetic)
 
 
+@exact
 def block_scaled_mma(
     a_codes: Tensor,
     b_codes: Tensor,
@@ -174,6 +177,7 @@ def block_scaled_mma(
     return acc.reshape(*batch, m, n)
 
 
+@exact
 def gemm(
     arithmetic: Arithmetic, codes: Tensor, row_scales: Tensor, packed: Tensor, scales: Tensor, out: Tensor
 ) -> None:

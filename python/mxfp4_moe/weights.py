@@ -144,7 +144,7 @@ class MoEWeights:
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
         with explained(f"weights cannot be put on {device}"):
-            place = torch.empty(0, device=device).device  # with its index
+            place = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
             order = word_order_of(place)
 
             def moved(tensor: Tensor) -> Tensor:

@@ -180,12 +180,13 @@ def _topk_softmax_fake(router_logits: Tensor, top_k: int, renormalize: bool) -> 
 
 
 def _write_output(output: Tensor, result: Tensor) -> None:
-    check_output(output, result.dtype, *result.shape, result.device)
+    _write_output_fake(output, result)
     output.copy_(result)
 
 
 def _write_output_fake(output: Tensor, result: Tensor) -> None:
-    check_output(output, result.dtype, *result.shape, result.device)
+    tokens, hidden_size = result.shape
+    check_output(output, result.dtype, tokens, hidden_size, result.device)
 
 
 _LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-untyped-call]

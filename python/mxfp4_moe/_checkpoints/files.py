@@ -96,7 +96,7 @@ class Checkpoint:
         first = entries[0]
         shapes = [entry.shape if part is None else entry.shape[1:] for entry in entries]
         sizes = [entry.nbytes if part is None else entry.nbytes // entry.shape[0] for entry in entries]
-        buffer, at = torch.empty(sum(sizes), dtype=torch.uint8), 0
+        buffer, at = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu"), 0
         for entry, size in zip(entries, sizes, strict=True):
             self._read_into(entry, (part or 0) * size, buffer[at : at + size])
             at += size

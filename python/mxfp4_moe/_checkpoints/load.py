@@ -54,7 +54,7 @@ def open_layer(
     """
     found = choose_layer(checkpoint, layer, prefix=prefix, scheme=scheme, among=among)
     sizes = layer_sizes(checkpoint, found, gated=gated)
-    place = torch.empty(0, device=device).device  # with its index
+    place = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
     reader = _Reader(checkpoint, found, sizes, place)
     raw = RawLayer(
         w13=reader.source(found.scheme.w13),

@@ -157,7 +157,9 @@ def cutlass_fused_moe(
     if output_dtype not in _HALVES:
         raise ValueError(f"output_dtype: expected torch.bfloat16 or torch.float16, got {output_dtype}")
     if token_final_scales is None:
-        token_final_scales = torch.ones(token_selected_experts.shape, device=token_selected_experts.device)
+        token_final_scales = torch.ones(
+            token_selected_experts.shape, dtype=torch.float32, device=token_selected_experts.device
+        )
 
     numbers = (swiglu_alpha, swiglu_beta, swiglu_limit)
     weights: MoEWeights = prepared_weights(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import describe, require_tensor
+from .._torch_state import exact
 from ..formats import (
     BLOCK,
     E8M0_MAX,
@@ -87,6 +88,7 @@ def mxfp8_dequantize_host(
     return dequantize_mxfp8(input.view(torch.uint8), _load_scales("scale_tensor", scale_tensor, rows, k, layout))
 
 
+@exact
 def mxfp4_quantize(
     a: Tensor,
     backend: str = "cuda",

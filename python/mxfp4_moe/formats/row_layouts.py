@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import describe, require_blocks, require_multiple, require_tensor
+from .._torch_state import exact
 from .numbers import BLOCK, decode_e4m3
 
 
@@ -71,6 +72,7 @@ def deinterleave_k(codes: Tensor) -> Tensor:
     return torch.unflatten(codes, -1, (-1, 2, 16)).transpose(-1, -2).flatten(-3)
 
 
+@exact
 def fold_activations(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """MXFP8 rows as the kernels of SM90 that take no scales read them: csrc/shared/folded.cuh.
 

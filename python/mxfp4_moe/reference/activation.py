@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._torch_state import exact
 from ..activations import Activation
 
 _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+@exact
 def activate(
     gemm1: Tensor,
     row_expert: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._torch_state import exact
 from ..arithmetic import FP32_CHAIN, Arithmetic
 from ..formats import (
     BLOCK,
@@ -81,6 +82,7 @@ def m_tiles(expert_offsets: Tensor, tile_m: int) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int32, device=expert_offsets.device).reshape(-1, 4)
 
 
+@exact
 def finalize(
     rows: Tensor, topk_weights: Tensor, slot_row: Tensor, row_expert: Tensor, w2_bias: Tensor | None
 ) -> Tensor:
@@ -103,7 +105,7 @@ def finalize(
     require_tensor("topk_weights", topk_weights, torch.float32, ("T", "k"), rows.device)
     tokens, k = topk_weights.shape
     require_tensor("slot_row", slot_row, torch.int32, (tokens * k,), rows.device)
-    acc = torch.zeros(tokens, rows.shape[1], device=rows.device)
+    acc = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
     for j in range(k):
         row = slot_row.view(tokens, k)[:, j].to(torch.int64)
         token = (row >= 0).nonzero().squeeze(1)
@@ -144,6 +146,7 @@ def default_output_dtype(hidden_states: Tensor, hidden_states_scale: Tensor | No
     return hidden_states.dtype if hidden_states_scale is None else torch.bfloat16
 
 
+@exact
 def fused_moe(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -202,6 +205,7 @@ def fused_moe(
     )
 
 
+@exact
 def layer(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -254,6 +258,7 @@ def layer(
     return finalize(gemm2.to(output_dtype), topk_weights, slot_row, row_expert, weights.w2_bias)
 
 
+@exact
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
     """`mxfp4_moe.topk_softmax` in plain torch: a stable sort, then a softmax in float32.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._torch_state import exact
 from ..arithmetic import FP32_CHAIN, Arithmetic, gemm
 from ..formats import (
     BLOCK,
@@ -20,6 +21,7 @@ from ..formats import (
 _MIB = 1 << 20
 
 
+@exact
 def grouped_gemm(
     codes: Tensor,
     row_scales: Tensor,
@@ -80,7 +82,7 @@ def _grouped_gemm(
     offsets = expert_offsets.tolist()
     if offsets[0] < 0 or offsets[-1] > rows or offsets != sorted(offsets):
         raise ValueError(f"expert_offsets: expected ascending values in 0..{rows}, got {offsets}")
-    out = torch.zeros(rows, n, device=codes.device)
+    out = torch.zeros(rows, n, dtype=torch.float32, device=codes.device)
     for e, (begin, end) in enumerate(pairwise(offsets)):
         if end > begin:
             one = codes[begin:end], row_scales[begin:end], *weight(e), out[begin:end]

@@ -56,7 +56,7 @@ def prepare(found: Found, tensors: LayerTensors) -> Callable[[CallInputs], Calla
 
     w13, w2 = tensors.w13[:, up_gate].contiguous().view(torch.int64), tensors.w2.view(torch.int64)
     bias13, bias2 = tensors.w13_bias[:, up_gate].contiguous(), tensors.w2_bias
-    ones = torch.ones(shape.experts, device=device)
+    ones = torch.ones(shape.experts, dtype=torch.float32, device=device)
     quantized = [scales(tensors.w13_scale[:, up_gate]), ones, scales(tensors.w2_scale), ones]
     alpha, beta, limit = ones * 1.702, ones, ones * 7.0
 
