@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def describe(tensor: Tensor) -> str:
@@ -46,6 +47,30 @@ def require_tensor(
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected {expected} on {device}, got {describe(value)} on {value.device}")
+
+
+def require_device(name: str, value: object) -> torch.device:
+    """The device that was meant, with its index, by itself, by its name or by a GPU's number.
+
+    Raises:
+        TypeError, ValueError: no device, such as a dtype, or one that torch does not know.
+        RuntimeError, AssertionError: torch's, for a device that is not here.
+    """
+    if not isinstance(value, (torch.device, str, int)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a torch.device, its name or a GPU's number, got {value!r}")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        known = "'cpu', 'cuda' or 'cuda:0'"
+        raise ValueError(f"{name}: expected a device such as {known}, got {value!r}") from error
+    return torch.empty(0, dtype=torch.uint8, device=device).device
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be read: not of a meta or a fake tensor, nor while a graph is traced or captured."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def require_contiguous(name: str, tensor: Tensor) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._arguments import require_device
 from ..activations import Activation
 from .config import compare_sizes, read_config, stated_activation
 from .contents import FoundLayer, LayerSizes, choose_layer, layer_sizes
@@ -54,7 +55,7 @@ def open_layer(
     """
     found = choose_layer(checkpoint, layer, prefix=prefix, scheme=scheme, among=among)
     sizes = layer_sizes(checkpoint, found, gated=gated)
-    place = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
+    place = require_device("device", device)
     reader = _Reader(checkpoint, found, sizes, place)
     raw = RawLayer(
         w13=reader.source(found.scheme.w13),
