@@ -140,8 +140,6 @@ class MoEWeights:
     def to(self, device: torch.device | str | int) -> MoEWeights:
         """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
 
-        Where the word order changes, the copy is made expert by expert.
-
         Raises:
             TypeError, ValueError: no device, such as a dtype.
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
