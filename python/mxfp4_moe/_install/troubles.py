@@ -103,7 +103,8 @@ TROUBLES = (
     ),
     Trouble(
         name="a torch that is too old",
-        pattern=r"abi3\.so: undefined symbol: \w*(torch|c10)|module 'torch[\w.]*' has no attribute|named 'torch\.",
+        pattern=r"abi3\.so: undefined symbol: \w*(torch|c10)|module 'torch[\w.]*' has no attribute|named 'torch\."
+        r"|cannot import name '\w+' from 'torch",
         examples=("ImportError: moe.abi3.so: undefined symbol: torch_list_push_back",),
         means="this torch is older than 2.10 and lacks functions that the wheel calls",
         remedy="pip install --upgrade 'torch>=2.10', in a build for CUDA {wheel_major}",
