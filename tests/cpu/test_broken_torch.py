@@ -76,7 +76,7 @@ def test_whichever_module_is_first(tmp_path: Path, name: str) -> None:
         assert means in message, (module, message)
         assert message.endswith(DOCTOR)
         assert "\n" not in message
-        assert cause not in ("NoneType", "ImportError") or "ImportError(" in torch or "from torch" in torch, module
+        assert cause != "NoneType", module
 
 
 def test_modules_that_need_no_torch_are_imported_without_it(tmp_path: Path) -> None:
@@ -90,11 +90,10 @@ def test_another_modules_fault_is_not_torchs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delitem(sys.modules, "torch")
     importing.explain(ImportError("this transformers is broken", name="transformers"))
     importing.explain(AttributeError("NoneType has no attribute"))
-    with pytest.raises(
-        ImportError, match=r"^mxfp4_moe cannot be used \(ModuleNotFoundError: No module named 'torch'\)"
-    ) as e:
+    words = r"^mxfp4_moe cannot be used \(ModuleNotFoundError: No module named 'torch'\)"
+    with pytest.raises(ImportError, match=words) as caught:
         importing.explain(ModuleNotFoundError("No module named 'torch'", name="torch"))
-    importing.explain(e.value)
+    importing.explain(caught.value)
 
 
 def test_the_package_is_watched_once() -> None:

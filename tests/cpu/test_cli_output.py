@@ -1,4 +1,4 @@
-"""Where the command's words cannot go, or are not waited for: stdout closed, full or left, Ctrl-C, no temporary folder."""
+"""Where the command cannot go on as it wants: stdout that is closed, full or left, Ctrl-C, no temporary folder."""
 
 from __future__ import annotations
 
