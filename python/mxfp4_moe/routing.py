@@ -11,6 +11,7 @@ from ._call.checks import check_devices, check_hidden_states, check_limits, chec
 from ._call.fused_moe import fused_moe
 from ._call.gradient import refuse_gradient
 from ._call.selection import tile_of_call
+from ._call.transforms import in_graph, refuse_transforms
 from .weights import MoEWeights
 
 
@@ -36,8 +37,9 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
     check_topk_softmax(router_logits, top_k)
+    refuse_transforms("topk_softmax", router_logits)
     device = router_logits.device
-    if torch.compiler.is_compiling():
+    if in_graph(router_logits):
         result: tuple[Tensor, Tensor] = operators.topk_softmax(router_logits, top_k, renormalize)
         return result
     if router_logits.is_cpu:
@@ -98,7 +100,8 @@ def fused_moe_from_logits(
             f"router_logits: expected {[*hidden_states.shape[:1], weights.num_global_experts]}, as many rows as "
             f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
         )
-    if torch.compiler.is_compiling() or not hidden_states.is_cuda:
+    refuse_transforms("fused_moe_from_logits", hidden_states, router_logits)
+    if in_graph(hidden_states) or not hidden_states.is_cuda:
         topk_weights, topk_ids = topk_softmax(router_logits, top_k, renormalize)
         return fused_moe(
             hidden_states,

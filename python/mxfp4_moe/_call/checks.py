@@ -12,6 +12,7 @@ from .. import reference
 from .._arguments import require_contiguous, require_tensor
 from ..formats import BLOCK, WordOrder, word_order_of
 from ..weights import MoEWeights
+from .transforms import in_graph
 
 MAX_EXPERTS = 1024  # csrc/moe/kernels.h, kMaxExperts
 MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/checks.h, kMaxSlots
@@ -56,7 +57,7 @@ def check_layer(
         weights.hidden_size,
         device,
     )
-    tokens = 0 if torch.compiler.is_compiling() else topk_ids.shape[0]
+    tokens = 0 if in_graph(hidden_states) else topk_ids.shape[0]
     check_limits(weights.num_experts, tokens, topk_ids.shape[1])
     return dtype
 
@@ -78,7 +79,7 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
             f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
             f"weights.to('{device}') copies them there"
         )
-    if on_gpu and not torch.compiler.is_compiling():
+    if on_gpu and not in_graph(hidden_states):
         check_word_order(weights.word_order, device)
     return device
 

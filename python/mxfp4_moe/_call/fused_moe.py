@@ -17,6 +17,7 @@ from .checks import check_layer, check_output
 from .gradient import refuse_gradient
 from .launch import run
 from .selection import check_tile, tile_of_call
+from .transforms import as_fake, in_graph, refuse_transforms
 
 
 def fused_moe(
@@ -82,9 +83,10 @@ def fused_moe(
     output_dtype = check_layer(
         hidden_states, topk_weights, topk_ids, weights, hidden_states_scale, scale_layout, output_dtype
     )
+    refuse_transforms("fused_moe", hidden_states, topk_weights)
     device, (tokens, top_k) = hidden_states.device, topk_ids.shape
     check_output(output, output_dtype, tokens, weights.hidden_size, device)
-    if torch.compiler.is_compiling():
+    if in_graph(hidden_states):
         check_tile(tile_mn)
         result = _traced(
             hidden_states,
@@ -152,10 +154,10 @@ def _traced(
         hidden_states,
         topk_weights,
         topk_ids - weights.first_expert if weights.first_expert else topk_ids,
-        weights.w13,
-        weights.w13_bias,
-        weights.w2,
-        weights.w2_bias,
+        as_fake(weights.w13, hidden_states),
+        as_fake(weights.w13_bias, hidden_states),
+        as_fake(weights.w2, hidden_states),
+        as_fake(weights.w2_bias, hidden_states),
         weights.hidden_size,
         weights.intermediate_size,
         weights.word_order.value,
@@ -163,9 +165,9 @@ def _traced(
         alpha,
         beta,
         limit,
-        alphas,
-        betas,
-        limits,
+        as_fake(alphas, hidden_states),
+        as_fake(betas, hidden_states),
+        as_fake(limits, hidden_states),
         hidden_states_scale,
         scale_layout,
         output_dtype,

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._arguments import describe, require_blocks, require_tensor
+from .._arguments import describe, has_values, require_blocks, require_tensor
 from .._torch_state import exact
 
 BLOCK = 32  # values that share one E8M0 scale (OCP MX v1.0, table 1)
@@ -62,7 +62,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
         ValueError: odd K, or a NaN (E2M1 has none).
     """
     values = _float32("x", x, 2)
-    if bool(values.isnan().any()):
+    if has_values(values) and bool(values.isnan().any()):
         raise ValueError(f"x: expected no NaN (E2M1 cannot hold one), got {describe(x)} with NaN")
     bounds = torch.tensor(_E2M1_BOUNDS, dtype=torch.float32, device=x.device)
     codes = torch.bucketize(values.abs(), bounds, out_int32=True).to(torch.uint8)
@@ -193,7 +193,7 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: K not a multiple of 32, or a value that is not finite.
     """
     blocks = torch.unflatten(_float32("x", x, BLOCK), -1, (-1, BLOCK))
-    if not bool(blocks.isfinite().all()):
+    if has_values(blocks) and not bool(blocks.isfinite().all()):
         raise ValueError(f"x: expected finite values, got {describe(x)} with NaN or infinity")
     amax = blocks.abs().amax(-1)
     scales = ((amax.view(torch.int32) >> 23) - 2).clamp_(min=0).to(torch.uint8)
