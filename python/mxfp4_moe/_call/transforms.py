@@ -51,8 +51,9 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def as_fake(tensor: Tensor | None, beside: Tensor) -> Tensor | None:
-    """A weight as a fake tensor of the mode of a fake one beside it; as it is beside a real one."""
+    """A weight as a fake tensor of the mode of a fake one beside it, if that takes no real ones; else as it is."""
     if tensor is None or type(beside).__name__ != "FakeTensor" or type(tensor).__name__ == "FakeTensor":
         return tensor
-    fake: Tensor = beside.fake_mode.from_tensor(tensor)  # type: ignore[attr-defined]
+    mode = beside.fake_mode  # type: ignore[attr-defined]
+    fake: Tensor = tensor if mode.allow_non_fake_inputs else mode.from_tensor(tensor)
     return fake
