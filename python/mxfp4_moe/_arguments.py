@@ -78,14 +78,26 @@ def require_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
 
 
+def require_count(name: str, value: object) -> None:
+    """Raises an error that names the argument, unless it is an integer from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}")
+
+
 def require_multiple(name: str, value: int, multiple: int) -> None:
-    """Raises a ValueError that names the argument, unless it is a multiple, and not negative."""
+    """Raises an error that names the argument, unless it is an integer, a multiple, and not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < 0 or value % multiple:
         raise ValueError(f"{name}: expected a multiple of {multiple}, got {value}")
 
 
 def require_blocks(name: str, tensor: Tensor, multiple: int) -> None:
-    """Raises a ValueError that names the tensor, unless its last dimension is a multiple."""
+    """Raises an error that names the tensor, unless it is one and its last dimension is a multiple."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dim() == 0 or tensor.shape[-1] % multiple:
         raise ValueError(f"{name}: expected a last dimension that is a multiple of {multiple}, got {describe(tensor)}")
 

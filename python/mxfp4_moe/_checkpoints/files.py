@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path: expected a str or a path, got {path!r}")
         self.path = Path(path)
         self.bytes_read = 0  # of tensors
         self._headers: dict[Path, dict[str, Entry]] = {}

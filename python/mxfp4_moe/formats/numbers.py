@@ -224,5 +224,5 @@ def _float32(name: str, x: Tensor, multiple: int) -> Tensor:
 
 def _scale_blocks(values: Tensor, scales: Tensor) -> Tensor:
     require_blocks("values", values, BLOCK)
-    require_tensor("scales", scales, torch.uint8, [*values.shape[:-1], values.shape[-1] // BLOCK])
+    require_tensor("scales", scales, torch.uint8, [*values.shape[:-1], values.shape[-1] // BLOCK], values.device)
     return (torch.unflatten(values, -1, (-1, BLOCK)) * decode_e8m0(scales).unsqueeze(-1)).flatten(-2)

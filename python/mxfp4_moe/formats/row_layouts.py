@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import describe, require_blocks, require_multiple, require_tensor
+from .._arguments import describe, require_blocks, require_count, require_multiple, require_tensor
 from .._torch_state import exact
 from .numbers import BLOCK, decode_e4m3
 
@@ -44,6 +44,7 @@ def unswizzle_scales(swizzled: Tensor, n: int, k: int) -> Tensor:
     Returns:
         uint8 [..., n, k/32].
     """
+    require_count("n", n)
     require_multiple("k", k, BLOCK)
     require_tensor("swizzled", swizzled, torch.uint8)
     tail = [-(-n // 128), -(-k // 128), 512]
@@ -85,7 +86,8 @@ def fold_activations(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         with scales below byte 47 are stored times 2^190, those above 156 times 2^-10, and are far unless all zeros. In
         each block of 32, k = 8 t + c stands at 16 (c % 2) + 8 (c // 4) + 2 t + c // 2 % 2.
     """
-    require_tensor("scales", scales, torch.uint8, ("R", "K/32"))
+    require_tensor("codes", codes, torch.uint8, ("R", "K"))
+    require_tensor("scales", scales, torch.uint8, (codes.shape[0], codes.shape[1] // BLOCK), codes.device)
     values = decode_e4m3(codes).double()
     low, high = scales < 47, scales > 156
     shifts = 90 + 100 * (low.double() - high.double())
@@ -123,6 +125,7 @@ def unpack_row_scales(packed: Tensor, rows: int, k: int) -> Tensor:
     Returns:
         uint8 [rows, k/32].
     """
+    require_count("rows", rows)
     require_multiple("k", k, BLOCK)
     require_tensor("packed", packed, torch.uint8, (-(-k // 128), -(-rows // 4) * 4, 4))
     return packed.transpose(0, 1).flatten(1)[:rows, : k // BLOCK].contiguous()
