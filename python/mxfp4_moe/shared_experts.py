@@ -133,7 +133,7 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
         num_shared=experts - routed.num_experts,
         shared_ids=ids,
         shared_ids_int32=ids.to(torch.int32),
-        shared_weights=torch.full((experts - routed.num_experts,), weight, device=routed.device),
+        shared_weights=torch.full((experts - routed.num_experts,), weight, dtype=torch.float32, device=routed.device),
     )
 
 
@@ -143,7 +143,7 @@ def _joined_bias(biases: list[tuple[Tensor | None, MoEWeights]], columns: int) -
         return None
     return torch.cat(
         [
-            torch.zeros(layer.num_experts, columns, device=layer.device) if bias is None else bias
+            torch.zeros(layer.num_experts, columns, dtype=torch.float32, device=layer.device) if bias is None else bias
             for bias, layer in biases
         ]
     )
@@ -156,7 +156,9 @@ def _joined_number(numbers: list[tuple[float | Tensor, MoEWeights]]) -> float | 
         return first
     return torch.cat(
         [
-            number if isinstance(number, Tensor) else torch.full((layer.num_experts,), number, device=layer.device)
+            number
+            if isinstance(number, Tensor)
+            else torch.full((layer.num_experts,), number, dtype=torch.float32, device=layer.device)
             for number, layer in numbers
         ]
     )

@@ -162,6 +162,7 @@ def test_permute_to_bf16_is_exact(width: int, swizzled: bool, tokens: int) -> No
     """Products beyond bfloat16's range are infinite, small ones multiples of 2^-133."""
     check_permute(width, swizzled, tokens, MXFP8_IN_BF16)
 
+
 # ---- the drop-in's quantizer ----------------------------------------------------------------------------------------
 
 

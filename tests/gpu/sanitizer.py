@@ -16,7 +16,7 @@ from dataclasses import replace
 import router_cases
 import torch
 from gpu_layers import exact_layer, same
-from gpu_problems import bits, gpu, random_call, random_problem, random_weights, relative_error
+from gpu_problems import bits, gpu, random_call, random_problem, random_weights
 from quantize_cases import LAYOUTS, rows_of
 
 import mxfp4_moe

@@ -66,8 +66,6 @@ def check_fields(weights: Any) -> int:
         raise ValueError(f"beta: expected a number above 0 with activation 'situ', got {weights.beta}")
     if weights.limit is not None:
         check_number("limit", weights.limit, experts, device)
-        if not isinstance(weights.limit, Tensor) and weights.limit <= 0:
-            raise ValueError(f"limit: expected a number above 0, or None, got {weights.limit}")
     check_int("first_expert", weights.first_expert)
     check_int("num_global_experts", weights.num_global_experts)
     every: int = weights.num_global_experts or weights.first_expert + experts

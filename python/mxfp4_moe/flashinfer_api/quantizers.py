@@ -22,6 +22,7 @@ from torch import Tensor
 from .._arguments import describe, require_tensor
 from .._call import gradient, launch
 from .._install import errors, loading
+from .._torch_state import exact
 from ..formats import (
     BLOCK,
     E8M0_MAX,
@@ -176,6 +177,7 @@ def mxfp8_dequantize_host(
 # ---- MXFP4 -----------------------------------------------------------------------------------------------------------
 
 
+@exact
 def mxfp4_quantize(
     a: Tensor,
     backend: str = "cuda",
@@ -292,7 +294,7 @@ def mxfp4_dequantize_host(weight: Tensor, scale: Tensor, group_size: int = 32) -
     if group_size < 2 or group_size % 2 or k % group_size:
         raise ValueError(f"group_size: expected an even divisor of K = {k}, got {group_size}")
     require_tensor("scale", scale, torch.uint8, (rows, k // group_size), weight.device)
-    ones = torch.full((rows, -(-k // BLOCK)), 127, dtype=torch.uint8)
+    ones = torch.full((rows, -(-k // BLOCK)), 127, dtype=torch.uint8, device=weight.device)
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % (BLOCK // 2)))
     values = dequantize_mxfp4(padded, ones)[:, :k]
     return torch.unflatten(values, 1, (-1, group_size)).mul(decode_e8m0(scale).unsqueeze(-1)).flatten(1) + 0.0

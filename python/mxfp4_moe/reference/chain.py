@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._torch_state import exact
 from ..arithmetic import Arithmetic
 from ..formats import (
     BLOCK,
@@ -84,6 +85,7 @@ def m_tiles(expert_offsets: Tensor, tile_m: int) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int32, device=expert_offsets.device).reshape(-1, 4)
 
 
+@exact
 def finalize(
     rows: Tensor, topk_weights: Tensor, slot_row: Tensor, row_expert: Tensor, w2_bias: Tensor | None
 ) -> Tensor:
@@ -106,7 +108,7 @@ def finalize(
     require_tensor("topk_weights", topk_weights, torch.float32, ("T", "k"), rows.device)
     tokens, k = topk_weights.shape
     require_tensor("slot_row", slot_row, torch.int32, (tokens * k,), rows.device)
-    acc = torch.zeros(tokens, rows.shape[1], device=rows.device)
+    acc = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
     for j in range(k):
         row = slot_row.view(tokens, k)[:, j].to(torch.int64)
         token = (row >= 0).nonzero().squeeze(1)
@@ -147,6 +149,7 @@ def default_output_dtype(hidden_states: Tensor, hidden_states_scale: Tensor | No
     return hidden_states.dtype if hidden_states_scale is None else torch.bfloat16
 
 
+@exact
 def fused_moe(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -162,8 +165,9 @@ def fused_moe(
 ) -> Tensor:
     """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
 
-    Activations are quantized to MXFP8 (`quantize_mxfp8`) or rounded to bfloat16 before each GEMM. The second GEMM's rows
-    are rounded to bfloat16 before the weighted sum; for a float16 output they are not, and the sum alone is rounded to it.
+    Activations are quantized to MXFP8 (`quantize_mxfp8`) or rounded to bfloat16 before each GEMM. The second GEMM's
+    rows are rounded to bfloat16 before the weighted sum; for a float16 output they are not, and the sum alone is
+    rounded to it.
 
     Args:
         hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn.
@@ -208,6 +212,7 @@ def fused_moe(
     )
 
 
+@exact
 def as_rows(values: Tensor, activation_format: str) -> Rows:
     """Floats [R, K] as a GEMM reads them: `quantize_mxfp8`, or bfloat16 alone."""
     if activation_format not in ACTIVATION_FORMATS:
@@ -215,6 +220,7 @@ def as_rows(values: Tensor, activation_format: str) -> Rows:
     return (values.to(torch.bfloat16), None) if activation_format == "bf16" else quantize_mxfp8(values)
 
 
+@exact
 def layer(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -273,6 +279,7 @@ def layer(
     return finalize(gemm2.to(ROW_DTYPES[output_dtype]), topk_weights, slot_row, row_expert, weights.w2_bias)
 
 
+@exact
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
     """`mxfp4_moe.topk_softmax` in plain torch: a stable sort, then a softmax in float32.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._torch_state import exact
 from ..routers import GroupScore, Router, ScoringFunc
 from .chain import _FLOATS, _IDS, topk_softmax
 
@@ -22,6 +23,7 @@ _LEAST_SUM = 1e-20
 _LANES = 32
 
 
+@exact
 def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`mxfp4_moe.select_experts` in plain torch.
 

@@ -54,6 +54,7 @@ def _quantize() -> None:
 def _quantize_in_bf16() -> None:
     cases.check_quantize_permute(160, torch.bfloat16, 9, MXFP8_IN_BF16)
 
+
 def _plain_rows() -> None:
     check_mxfp8_quantize(9, 96, 256, torch.bfloat16, 0)
 
@@ -72,6 +73,7 @@ def _finalize_to_float16() -> None:
 
 def _activation(name: str, numbers: str) -> Callable[[], None]:
     return lambda: cases.check_activation(name, True, None, numbers)
+
 
 def _groups() -> None:
     routers.check_named("DeepSeek-V3", torch.float32)
