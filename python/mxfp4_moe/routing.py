@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._arguments import require_device
 from ._call import launch, operators
 from ._call.activation_format import check_format_on
 from ._call.checks import (
@@ -23,6 +24,7 @@ from ._call.fused_moe import fused_moe
 from ._call.gradient import refuse_gradient
 from ._call.selection import tile_of_call
 from ._call.transforms import as_fake, in_graph, refuse_transforms
+from ._checkpoints.options import check_layer
 from ._checkpoints.router import router_fields
 from .reference import routers as reference_routers
 from .routers import GroupScore, Router, ScoringFunc
@@ -134,10 +136,14 @@ def load_router(
 
     Raises:
         FileNotFoundError, RuntimeError: as `MoEWeights.from_pretrained`.
+        TypeError: an argument of another type.
         ValueError: the same; no config.json, a model whose router is not known, a config that does not say what is
             needed, no bias where the model has one, or a layer whose experts are fixed by token id; says what to do.
     """
-    return Router(**router_fields(path, layer=layer, prefix=prefix, device=device))
+    check_layer(layer)
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a str or None, got {prefix!r}")
+    return Router(**router_fields(path, layer=layer, prefix=prefix, device=require_device("device", device)))
 
 
 def fused_moe_from_logits(

@@ -29,6 +29,7 @@ LEFT_OUT = {
     ("fused_moe_from_logits", "renormalize"),
     ("select_tile_mn_for_sm120", "num_tokens"),
     ("get_cutlass_fused_moe_module", "backend"),
+    ("get_cutlass_fused_moe_module", "use_fast_build"),  # taken, and there is nothing to build
     ("word_order_of", "device"),
     *((call, flag) for call in ("fused_moe", "fused_moe_from_logits") for flag in ("auto_tile_select",)),
     *((call, "intermediate_rounding") for call in ("fused_moe", "fused_moe_from_logits")),

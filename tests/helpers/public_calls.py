@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import model_checkpoints
 import oracles
 import torch
 from safetensors.torch import save_file
@@ -21,7 +22,8 @@ from torch import Tensor
 
 import mxfp4_moe
 from mxfp4_moe import accuracy, arithmetic, flashinfer_api, formats, problems, reference
-from mxfp4_moe.tiles import Tile
+from mxfp4_moe.reference import routers
+from mxfp4_moe.routers import Router, ScoringFunc
 from mxfp4_moe.weights import MoEWeights
 
 E, H, INTER, T, K = 3, 64, 64, 5, 2
@@ -75,6 +77,25 @@ class Inputs:
         self.more, self.sizes, self.tiny_halves = self.tiny * 8, self.tiny.abs().double(), self.tiny.bfloat16()
         self.near = self.tiny * 1.25
         self.low_logits = self.logits - 90
+        self.bias = _floats(E)
+        self.router = Router(
+            top_k=K, scoring_func="sqrtsoftplus", e_score_correction_bias=self.bias, routed_scaling_factor=2.0**-126
+        )
+        self.router_folder = self._router_folder(folder / "router")
+        self.shared = MoEWeights.from_mxfp4(**oracles.random_checkpoint(1, H, INTER))
+
+    def _router_folder(self, folder: Path) -> Path:
+        """A layer whose config.json says sigmoid, and whose files have a correction bias."""
+        folder.mkdir()
+        layer = model_checkpoints.layer_of("weight-scale", E, H, INTER)
+        tensors = model_checkpoints.tensors_of("weight-scale", layer, 0)
+        name = "model.layers.0.mlp.gate.e_score_correction_bias"
+        model_checkpoints.write(folder, tensors | {name: self.bias.bfloat16()})
+        config = {"model_type": "mimo_v2_flash", "hidden_act": "silu", "hidden_size": H, "moe_intermediate_size": INTER}
+        config |= {"n_routed_experts": E, "num_experts_per_tok": K, "scoring_func": "sigmoid", "n_group": 1}
+        config |= {"topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+        model_checkpoints.write_config(folder, config)
+        return folder
 
     @staticmethod
     def _interleaved(scales: Tensor) -> Tensor:
@@ -90,6 +111,13 @@ CASES: dict[str, Case] = {
         i.x, i.logits, K, i.weights, output=torch.zeros_like(i.x)
     ),
     "mxfp4_moe.topk_softmax": lambda i: mxfp4_moe.topk_softmax(i.logits, K, False),
+    "mxfp4_moe.select_experts": lambda i: mxfp4_moe.select_experts(i.logits, i.router),
+    "mxfp4_moe.load_router": lambda i: mxfp4_moe.load_router(i.router_folder, layer=0),
+    "mxfp4_moe.join_shared_experts": lambda i: (
+        mxfp4_moe.join_shared_experts(i.weights, i.shared, 0.5).choices(i.topk_weights, i.ids),
+        mxfp4_moe.join_shared_experts(i.weights, i.shared, 0.5).weights,
+    ),
+    "mxfp4_moe.activation_formats": lambda i: mxfp4_moe.activation_formats("cpu"),
     "mxfp4_moe.select_tile_mn_for_sm120": lambda i: mxfp4_moe.select_tile_mn_for_sm120(100),
     "mxfp4_moe.get_cutlass_fused_moe_module": lambda i: mxfp4_moe.get_cutlass_fused_moe_module().fused_moe(
         i.x.half(), i.topk_weights, i.ids, i.weights, intermediate_rounding=True
@@ -115,20 +143,20 @@ CASES: dict[str, Case] = {
     "formats.encode_e8m0": lambda i: formats.encode_e8m0(i.tiny.abs()),
     "formats.quantize_mxfp8": lambda i: formats.quantize_mxfp8(i.tiny),
     "formats.dequantize_mxfp8": lambda i: formats.dequantize_mxfp8(i.codes, i.scales),
+    "formats.mxfp8_to_bf16": lambda i: formats.mxfp8_to_bf16(i.codes, i.scales),
     "formats.quantize_mxfp4": lambda i: formats.quantize_mxfp4(i.tiny),
     "formats.dequantize_mxfp4": lambda i: formats.dequantize_mxfp4(i.packed, i.packed_scales),
     "formats.swizzle_scales": lambda i: formats.swizzle_scales(i.scales),
     "formats.unswizzle_scales": lambda i: formats.unswizzle_scales(formats.swizzle_scales(i.scales), 8, H),
     "formats.interleave_k": lambda i: formats.interleave_k(i.codes),
     "formats.deinterleave_k": lambda i: formats.deinterleave_k(i.codes),
-    "formats.mxfp8_to_bf16": lambda i: formats.mxfp8_to_bf16(i.codes, i.scales),
     "formats.pack_row_scales": lambda i: formats.pack_row_scales(i.scales),
     "formats.unpack_row_scales": lambda i: formats.unpack_row_scales(formats.pack_row_scales(i.scales), 8, H),
-    "formats.pack_words": lambda i: formats.pack_words(i.packed, formats.WordOrder.HALVES),
-    "formats.unpack_words": lambda i: formats.unpack_words(i.packed, formats.WordOrder.HALVES),
+    "formats.pack_words": lambda i: formats.pack_words(i.packed, formats.WordOrder.PAIRS),
+    "formats.unpack_words": lambda i: formats.unpack_words(i.packed, formats.WordOrder.PAIRS),
     "formats.weight_bytes": lambda i: formats.weight_bytes(64, H),
     "formats.word_order_of": lambda i: formats.word_order_of(CPU),
-    "formats.arrange_weights": lambda i: formats.arrange_weights(i.packed, i.packed_scales, formats.WordOrder.HALVES),
+    "formats.arrange_weights": lambda i: formats.arrange_weights(i.packed, i.packed_scales, formats.WordOrder.PAIRS),
     "formats.restore_weights": lambda i: formats.restore_weights(
         i.weights.w2[0], H, INTER, formats.WordOrder.CONTAINERS
     ),
@@ -137,10 +165,11 @@ CASES: dict[str, Case] = {
     ),
     "formats.write_rows": lambda i: _written(i),
     "formats.reorder_words": lambda i: formats.reorder_words(
-        i.weights.w2[0], H, INTER, formats.WordOrder.CONTAINERS, formats.WordOrder.HALVES
+        i.weights.w2[0], H, INTER, formats.WordOrder.CONTAINERS, formats.WordOrder.PAIRS
     ),
     # reference
     "reference.activate": lambda i: reference.activate(i.gemm1, i.row_expert, None, "geglu_tanh"),
+    "reference.as_rows": lambda i: (reference.as_rows(i.tiny, "bf16")[0], *reference.as_rows(i.tiny, "mxfp8")),
     "reference.default_output_dtype": lambda i: reference.default_output_dtype(i.x, None),
     "reference.finalize": lambda i: reference.finalize(i.rows, i.topk_weights, i.slot_row, i.row_expert, None),
     "reference.fused_moe": lambda i: reference.fused_moe(
@@ -154,6 +183,10 @@ CASES: dict[str, Case] = {
     "reference.mxfp8_rows": lambda i: reference.mxfp8_rows(i.codes, i.scales, "linear"),
     "reference.route": lambda i: reference.route(i.ids, E),
     "reference.topk_softmax": lambda i: reference.topk_softmax(i.low_logits, K, False),
+    "routers.select_experts": lambda i: routers.select_experts(i.logits, i.router),
+    "routers.scores": lambda i: [routers.scores(i.low_logits, kind) for kind in ScoringFunc],
+    "routers.exp_of_negative": lambda i: routers.exp_of_negative(i.low_logits),
+    "routers.log1p_of_fraction": lambda i: routers.log1p_of_fraction(i.tiny.abs()),
     # arithmetic, accuracy
     "arithmetic.mma_step": lambda i: arithmetic.mma_step(arithmetic.SM12X_MXF8F6F4, *i.step),
     "arithmetic.block_scaled_mma": lambda i: arithmetic.block_scaled_mma(*i.block, a_format="e4m3", b_format="e2m1"),
@@ -170,6 +203,7 @@ CASES: dict[str, Case] = {
     "flashinfer_api.cutlass_fused_moe_workspace_size": lambda i: flashinfer_api.cutlass_fused_moe_workspace_size(
         8, H, INTER, E, K, x_dtype=torch.bfloat16, weight_dtype=torch.int64
     ),
+    "flashinfer_api.set_raw_weights": lambda i: flashinfer_api.set_raw_weights("auto"),
     "flashinfer_api.forget_weights": lambda i: flashinfer_api.forget_weights(),
     "flashinfer_api.mxfp8_quantize": lambda i: flashinfer_api.mxfp8_quantize(i.x),
     "flashinfer_api.mxfp8_dequantize_host": lambda i: flashinfer_api.mxfp8_dequantize_host(
@@ -177,12 +211,17 @@ CASES: dict[str, Case] = {
     ),
     "flashinfer_api.mxfp4_quantize": lambda i: flashinfer_api.mxfp4_quantize(i.tiny_halves),
     "flashinfer_api.mxfp4_dequantize": lambda i: flashinfer_api.mxfp4_dequantize(i.packed, i.packed_scales, sfLayout=2),
+    "flashinfer_api.fp4_quantize": lambda i: flashinfer_api.fp4_quantize(
+        i.tiny_halves, torch.ones(1, dtype=torch.float32, device="cpu"), 32, True
+    ),
+    "flashinfer_api.mxfp4_dequantize_host": lambda i: flashinfer_api.mxfp4_dequantize_host(i.packed, i.packed_scales),
+    "flashinfer_api.get_cutlass_fused_moe_module": lambda i: flashinfer_api.get_cutlass_fused_moe_module().tile,
+    "flashinfer_api.select_tile_mn_for_sm120": lambda i: flashinfer_api.select_tile_mn_for_sm120(1),
     "flashinfer_api.block_scale_interleave": lambda i: flashinfer_api.block_scale_interleave(i.scales),
     # problems
     "problems.bits": lambda i: problems.bits(i.tiny),
     "problems.relative_error": lambda i: problems.relative_error(i.near, i.tiny),
     "problems.arithmetic_here": lambda i: problems.arithmetic_here(CPU).name,
-    "problems.kernels_here": lambda i: problems.kernels_here(Tile(m=64, n=128, swap_ab=False), CPU),
     "problems.offsets_of": lambda i: problems.offsets_of([1, 0, 3], CPU),
     "problems.random_problem": lambda i: problems.random_problem(64, 32, CPU, rows_per_expert=(1, 9)),
     "problems.sparse_problem": lambda i: problems.sparse_problem(64, 32, CPU),
@@ -192,17 +231,17 @@ CASES: dict[str, Case] = {
     "problems.random_call": lambda i: vars(problems.random_call(3, 2, i.weights)),
 }
 # Public, and nothing that a setting of torch could change; or of a GPU alone.
-OTHERS = {"mxfp4_moe.prewarm_moe_tiles", "problems.places"}
+OTHERS = {"mxfp4_moe.prewarm_moe_tiles", "flashinfer_api.prewarm_moe_tiles", "problems.places"}
 
 
 def _written(i: Inputs) -> Tensor:
     weight = torch.zeros_like(i.weights.w2[0])
     rows = formats.read_rows(i.weights.w2[0], H, INTER, slice(0, H), CONTAINERS)
-    formats.write_rows(weight, H, INTER, 0, *rows, HALVES)
+    formats.write_rows(weight, H, INTER, 0, *rows, PAIRS)
     return weight
 
 
-CONTAINERS, HALVES = formats.WordOrder.CONTAINERS, formats.WordOrder.HALVES
+CONTAINERS, PAIRS = formats.WordOrder.CONTAINERS, formats.WordOrder.PAIRS
 
 
 def _gemm(i: Inputs) -> Tensor:
@@ -217,6 +256,7 @@ def public_functions() -> set[str]:
         "mxfp4_moe": mxfp4_moe,
         "formats": formats,
         "reference": reference,
+        "routers": routers,
         "arithmetic": arithmetic,
         "accuracy": accuracy,
         "flashinfer_api": flashinfer_api,

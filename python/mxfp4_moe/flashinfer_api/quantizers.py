@@ -207,6 +207,7 @@ def mxfp4_quantize(
     return _quantize_mxfp4("a", a, sf_layout("sfLayout", sfLayout))
 
 
+@exact
 def fp4_quantize(
     input: Tensor,
     global_scale: Tensor | None = None,
@@ -276,6 +277,7 @@ def mxfp4_dequantize(a_fp4: Tensor, a_sf: Tensor, sfLayout: SfLayout | int = SfL
     return dequantize_mxfp4(packed, load_scales("a_sf", a_sf.cpu().view(torch.uint8), rows, half_k * 2, layout))
 
 
+@exact
 def mxfp4_dequantize_host(weight: Tensor, scale: Tensor, group_size: int = 32) -> Tensor:
     """Values of MXFP4 data whose scales are linear, float32 [M, K]; zeros come out positive, as FlashInfer's.
 

@@ -58,6 +58,7 @@ def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | Non
     return weights * router.routed_scaling_factor, ids.to(torch.int32)
 
 
+@exact
 def scores(logits: Tensor, scoring_func: ScoringFunc) -> Tensor:
     """A score for each logit, float32; of a softmax the numerators, exp(x - the row's largest)."""
     if scoring_func == ScoringFunc.SOFTMAX:
@@ -71,6 +72,7 @@ def scores(logits: Tensor, scoring_func: ScoringFunc) -> Tensor:
     return softplus.double().sqrt().float()
 
 
+@exact
 def exp_of_negative(y: Tensor) -> Tensor:
     """e^y for y <= 0, within 1.2 ulp of float32; 0 below -87."""
     shifted = y * _LOG2_E + _ROUNDER
@@ -83,6 +85,7 @@ def exp_of_negative(y: Tensor) -> Tensor:
     return torch.where(y < -87.0, 0.0, of_r * power)
 
 
+@exact
 def log1p_of_fraction(t: Tensor) -> Tensor:
     """log(1 + t) for 0 <= t <= 1, within 2 ulp of float32."""
     s = t / (t + 2.0)
