@@ -112,7 +112,7 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
 
     Activations take two 8 x 16 byte matrices per 8 rows, bf16 four; wgmma reads them from shared memory itself. Packed
     weights take one word per lane, of which as many come at once as stand side by side (csrc/shared/weight_layout.cuh):
-    four where the warp has as many groups of 8 rows; of wgmma, two, those of a set of rows.
+    four where the warp has as many groups of 8 rows.
     """
     proof = tile_model.prove(tile, arch)
     wgmma = proof.opcode == "HGMMA"
@@ -123,7 +123,7 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
         "mma_per_step": proof.mma_per_step,
         "matrices_per_step": 0 if wgmma else act // 8 * (4 if proof.reads_bf16 else 2),
         "words_per_step": weight // 8,
-        "words_per_load": min(weight // 8, 2 if wgmma else 4),
+        "words_per_load": min(weight // 8, 4),
         "variants": proof.reads_bf16,
         "limit": thresholds.limit(arch, tile.name),
     }

@@ -28,7 +28,7 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
         build.resolve_build({"PATH": ""})
     assert re.fullmatch(
         r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a: registers: 128 accumulators per thread .* "
-        r"want 192 with the rest, a block of 544 threads has 96 for each",
+        r"want 176 with the rest, a block of 640 threads has 112 for each",
         str(error.value),
     )
 

@@ -33,7 +33,9 @@ def test_text_json_and_exit_status_say_the_same(
 ) -> None:
     env = CASES[name][0] if name else HEALTHY
     monkeypatch.setattr("mxfp4_moe.cli.doctor.gather", lambda verify: env)
-    findings = checks.examine(env)
+    engines = [checks.ok("engines", "vLLM 1.0: mxfp4-moe is not in, it is Sunday", "wait")]
+    monkeypatch.setattr("mxfp4_moe.cli.doctor.engine_findings", lambda gpus: engines)
+    findings = [*checks.examine(env), *engines]
     status, out = run(capsys, "--json")
     data = json.loads(out)
     assert status == worst(findings) == {"a tile is missing": 1, "no torch": 2, "": 0}[name]

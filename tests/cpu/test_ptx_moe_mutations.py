@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ptx import launch
+from ptx import launch, moe_mutations, router_mutations
 from ptx.faults import Fault
-from ptx.moe_mutations import MUTATIONS, Mutation
+from ptx.moe_mutations import Mutation
+
+MUTATIONS = (*moe_mutations.MUTATIONS, *router_mutations.MUTATIONS)
 
 
 def noticed(mutation: Mutation) -> str:

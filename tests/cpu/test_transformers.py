@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from mxfp4_moe import formats
-from mxfp4_moe.integrations import transformers as integration
+from mxfp4_moe.integrations import _transformers_experts as integration
 from mxfp4_moe.integrations.transformers import MoEExperts, replace_experts
 
 EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, VOCABULARY = 32, 4, 64, 96, 2, 32

@@ -263,7 +263,7 @@ def test_what_the_container_needs_installs_under_its_python() -> None:
 
 
 def test_workflows_are_workflows() -> None:
-    assert {path.name for path in WORKFLOWS} == {"test.yml", "wheels.yml"}
+    assert {path.name for path in WORKFLOWS} == {"engines.yml", "test.yml", "wheels.yml"}
     tool("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS)
 
 

@@ -43,8 +43,8 @@ that fetches brings a whole warpgroup, whose registers go to the others. Up to {
 as leave each three stages, and its threads the registers that their accumulators ask for.
 
 **SM90** (`csrc/tile/sm90/tile_shape.cuh`): a stage's activations are M x 256 bytes of bf16, which need no scales. From
-M = 32 and N = 64 on a tile's kernel is `grouped_gemm_wgmma`, where weights are A whatever the tile's mode, 64 or 128
-rows to a warpgroup; the others have `grouped_gemm_mma_sync`. Tiles with N of at least 64 activate.
+M = 32 and N = 64 on a tile's kernel is `grouped_gemm_wgmma`, where weights are A whatever the tile's mode, 64 rows
+to a warpgroup; the others have `grouped_gemm_mma_sync`. Tiles with N of at least 64 activate.
 
 The build compares this proof with the constants of every compiled kernel, for each arch.
 

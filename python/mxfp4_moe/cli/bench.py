@@ -17,6 +17,7 @@ from .._install.troubles import DOCTOR, words
 from ..bench import picture, report, shapes
 from ..bench.rivals import choose
 from ..tiles import load_manifest
+from . import bench_engine
 
 if TYPE_CHECKING:
     from ..bench.run import Plan, TileMN
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="write FILE (time) and FILE with -roofline in its name, as SVG"
     )
+    bench_engine.add_arguments(parser)
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +69,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.engine:
+        return bench_engine.run(arguments, Stopwatch())
     refusal = gpu_refusal(arguments.device)
     if refusal:
         print(f"mxfp4-moe bench: {refusal}", file=sys.stderr)

@@ -18,6 +18,7 @@ from .._health.environment import gather
 from .._health.findings import Finding, as_text, worst
 from .._install import cache, wheel
 from .._install.troubles import REINSTALL, Versions, recognize, words
+from ..integrations._engines.findings import engine_findings
 
 HELP = "what works here, what does not, and the self-test"
 
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             report, tested = run_selftest(arguments.device)
         except Exception as reason:
             tested = [cannot_run(words(reason))]
-    findings = examine(gather(verify=arguments.verify))
+    env = gather(verify=arguments.verify)
+    findings = [*examine(env), *engine_findings(env.driver.gpus if env.driver else ())]
     if tested:  # what has just been seen, in place of what is remembered
         findings = [*(finding for finding in findings if finding.subject not in _FROM_SELFTEST), *tested]
     level = worst(findings)

@@ -1,162 +1,95 @@
-"""gpt-oss of Hugging Face transformers (version 5) with this library's experts: one call, `replace_experts`."""
+"""gpt-oss of Hugging Face transformers (version 5) with this library's experts.
+
+`enable` for models that are about to be loaded, `replace_experts` for those in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._call.fused_moe import fused_moe
-from .._checkpoints.prepare import move
-from ..formats import WordOrder, word_order_of
-from ..weights import GateUpOrder, MoEWeights
+from ..weights import MoEWeights
 from . import _transformers_models as models
+from ._engines import Choice, Settings, register, say
+from ._engines.activations import IN_WORDS, formats_on
+from ._engines.table import TRANSFORMERS
+from ._transformers_experts import MoEExperts
 
-_TENSORS = ("w13", "w2", "w13_bias", "w2_bias")
-_MATRICES = ("w13", "w2")
-_STORED = {  # argument of from_mxfp4 -> name in a state dict, which is that of gpt-oss's checkpoints
-    "w13": "gate_up_proj_blocks",
-    "w13_scale": "gate_up_proj_scales",
-    "w13_bias": "gate_up_proj_bias",
-    "w2": "down_proj_blocks",
-    "w2_scale": "down_proj_scales",
-    "w2_bias": "down_proj_bias",
-}
+__all__ = ["MoEExperts", "disable", "enable", "replace_experts"]
+
+_FORMATS = ("bf16", "mxfp8")
+_METHOD = "mxfp4"  # transformers' name for the format
+_own: list[Any] = []  # transformers' own quantizer, while ours is in its place
 
 
-class MoEExperts(nn.Module):
-    """Experts that stand where transformers' `GptOssExperts` stood; the weights are buffers.
+def enable(*, activation_format: str | None = None) -> bool:
+    """From now on `from_pretrained` loads an MXFP4 gpt-oss into the kernels' layout, and its experts run on them.
 
-    ``to(device)`` moves them, and puts the weights' words in that device's order. A change of dtype (``half()``,
-    ``to(torch.bfloat16)``) leaves them as they are: codes are bytes, and the layer adds its biases in float32. A state
-    dict has gpt-oss's names and MXFP4 bytes, wherever it was made, so that what is saved is a checkpoint of the model:
-    gate_up_proj_blocks, gate_up_proj_scales, gate_up_proj_bias, down_proj_blocks, down_proj_scales, down_proj_bias;
-    biases are bfloat16 where that holds them exactly. A backward pass through the module is an error that says so.
+    The checkpoint's bytes are prepared matrix by matrix for the device that executes the layer; no dequantized copy is
+    made. ``device_map``, offloading to CPU and disk, an expert-parallel plan and ``save_pretrained`` (MXFP4 under the
+    checkpoint's names) work as in transformers. Each load says in one line which activations it computes with. Where
+    our kernels do not serve, it says why in one line, and transformers' own path does: another GPU, ``use_kernels``, a
+    checkpoint that is not MXFP4, or activations that we have no kernels for.
+
+    Nothing is raised: of a version of transformers that was not tested, or that lacks what is needed here, one line
+    tells, and transformers stays as it is. MXFP4_MOE_ENGINES and the other variables of docs/engines.md count here too.
 
     Args:
-        weights: the layer's weights.
-        unsaved: why no state dict can be made of them; empty where one can.
+        activation_format: "bf16" (W4A16, as transformers itself computes) or "mxfp8" (W4A8; docs/accuracy.md). By
+            default what MXFP4_MOE_ACTIVATIONS says, and without it transformers' own.
+
+    Returns:
+        Whether it is enabled.
+
+    Raises:
+        ValueError: another activation_format.
     """
-
-    def __init__(self, weights: MoEWeights, *, unsaved: str = "") -> None:
-        super().__init__()
-        self._unsaved = unsaved
-        for name in _TENSORS:
-            self.register_buffer(name, getattr(weights, name))
-        self._weights = weights
-        self._word_order = weights.word_order  # of the buffers
-
-    @property
-    def weights(self) -> MoEWeights:
-        """The buffers as `MoEWeights`."""
-        if any(getattr(self._weights, name) is not getattr(self, name) for name in _TENSORS):
-            device = self._device()
-            tensors = {name: getattr(self, name) for name in _TENSORS}
-            for name in ("alpha", "beta", "limit"):  # with one number for each expert they move too
-                value = getattr(self._weights, name)
-                tensors[name] = value.to(device) if isinstance(value, Tensor) else value
-            self._weights = replace(self._weights, **tensors, word_order=self._word_order)
-        return self._weights
-
-    def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
-        """hidden_states [..., H], router_indices [T, k], routing_weights [T, k] -> [..., H] in hidden_states' dtype.
-
-        float32 hidden states are rounded to bfloat16 on the way in.
-        """
-        if routing_weights.shape != router_indices.shape:
-            raise ValueError(
-                f"routing_weights: expected {list(router_indices.shape)}, a weight for each chosen expert, got "
-                f"{list(routing_weights.shape)}; transformers before version 5 gives one for each expert there is"
-            )
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if rows.dtype not in (torch.bfloat16, torch.float16):
-            rows = rows.to(torch.bfloat16)
-        out = fused_moe(rows, routing_weights.to(torch.float32).contiguous(), router_indices.contiguous(), self.weights)
-        return out.to(hidden_states.dtype).view(hidden_states.shape)
-
-    def extra_repr(self) -> str:
-        """The sizes, for print(model)."""
-        return repr(self.weights)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEExperts:
-        # What nn.Module calls for to(), cuda(), half() and so on: devices are followed, dtypes are not.
-        biases = {name: self._buffers[name] for name in ("w13_bias", "w2_bias")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, bias in biases.items():
-            if bias is not None:
-                self._buffers[name] = bias.to(self._device())
-        order = word_order_of(self._device())
-        for name in _MATRICES:
-            self._buffers[name] = self._reordered(name, self._buffers[name], self._word_order, order)
-        self._word_order = order
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._unsaved:
-            raise RuntimeError(self._unsaved)
-        # Prepared rows know nothing of the order in which a checkpoint had them, and these names have this one.
-        tensors = replace(self.weights, gate_up_order=GateUpOrder.INTERLEAVED).to_mxfp4()._asdict()
-        for argument, name in _STORED.items():
-            tensor = tensors[argument]
-            if tensor is not None:
-                destination[prefix + name] = _as_stored(argument, tensor)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        given = dict(state_dict)
-        stored = {argument: given.pop(prefix + name, None) for argument, name in _STORED.items()}
-        own = {name: getattr(self, name) for name in _TENSORS}
-        lacking = [n for a, n in _STORED.items() if stored[a] is None and own.get(a.removesuffix("_scale")) is not None]
-        if lacking:
-            missing_keys.extend(prefix + name for name in lacking)
-            return
-        try:
-            loaded = MoEWeights.from_mxfp4(**stored, activation=self._weights.activation)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix}{error}")
-            return
-        order = self._word_order
-        if local_metadata.get("assign_to_params_buffers", False):
-            order = loaded.word_order
-        for name in _TENSORS:
-            tensor = getattr(loaded, name)
-            fits = (tensor is None) == (own[name] is None) and (tensor is None or tensor.shape == own[name].shape)
-            if not fits or loaded.intermediate_size != self._weights.intermediate_size:
-                error_msgs.append(f"size mismatch for {prefix}{name}: expected {self._weights}, got {loaded}")
-                return
-            if tensor is not None:
-                matrix = name in _MATRICES
-                given[prefix + name] = self._reordered(name, tensor, loaded.word_order, order) if matrix else tensor
-        super()._load_from_state_dict(given, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._word_order = order
-
-    def _reordered(self, name: str, weight: Any, old: WordOrder, new: WordOrder) -> Any:
-        """One of the matrices in another word order; itself where it has that already."""
-        if old is new:
-            return weight
-        hidden, inter = self._weights.hidden_size, self._weights.intermediate_size
-        n, k = (self._weights.w13_rows, hidden) if name == "w13" else (hidden, inter)
-        return move(weight, weight.device, n, k, old, new)
-
-    def _device(self) -> torch.device:
-        w13 = self._buffers["w13"]
-        assert w13 is not None
-        return w13.device
+    if activation_format not in (None, *_FORMATS):
+        raise ValueError(f"activation_format: expected 'bf16', 'mxfp8' or None, got {activation_format!r}")
+    standing = register(
+        TRANSFORMERS, lambda settings: _look() or "from_pretrained of an MXFP4 gpt-oss loads our layout"
+    )
+    if not standing.is_in:
+        return False
+    mapping, quantizer = _look_up()
+    settings = Settings.read()
+    if activation_format is not None:
+        settings = replace(settings, activations=activation_format)
+    quantizer.settings = settings
+    quantizer.wish = "" if activation_format is None else "as enable() was asked"
+    if not _own:
+        _own.append(mapping[_METHOD])
+    mapping[_METHOD] = quantizer
+    return True
 
 
-def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -> int:
+def disable() -> None:
+    """Puts transformers' own quantizer back; models that are loaded stay as they are."""
+    if _own:
+        mapping, _ = _look_up()
+        mapping[_METHOD] = _own.pop()
+
+
+def _look_up() -> tuple[dict[str, Any], Any]:
+    """transformers' table of quantizers, and our class for it."""
+    mapping: dict[str, Any] = import_module("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING
+    return mapping, import_module("._transformers_quantizer", __package__).Quantizer
+
+
+def _look() -> str:
+    mapping, quantizer = _look_up()
+    if not issubclass(quantizer, mapping[_METHOD]):
+        raise TypeError(f"transformers' quantizer for {_METHOD} is {mapping[_METHOD].__name__} here, somebody else's")
+    return ""
+
+
+def replace_experts(
+    model: nn.Module, *, checkpoint: str | Path | None = None, activation_format: str | None = None
+) -> int:
     """Puts `MoEExperts` in place of every `GptOssExperts` of a model, in place; of all, or after an error of none.
 
     Without checkpoint, each layer's weights are quantized from the model's own. A model that was loaded from an MXFP4
@@ -171,18 +104,21 @@ def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -
 
     What the model saves (`save_pretrained`, `state_dict`) is then a gpt-oss checkpoint with these MXFP4 bytes, and its
     configuration says so (quantization_config). Of layers whose configuration is not within reach, a state dict is
-    refused.
+    refused. One line says which activations the layers compute with.
 
     Args:
         model: a `GptOssForCausalLM`, a `GptOssModel`, or any module that holds decoder layers of one.
         checkpoint: file or directory, as for `MoEWeights.from_safetensors`.
+        activation_format: "bf16" (W4A16, as transformers itself computes) or "mxfp8" (W4A8; docs/accuracy.md). By
+            default "bf16" where every layer's device has kernels for it, else "mxfp8".
 
     Returns:
         The number of layers that were replaced.
 
     Raises:
         ValueError: the model has no GptOssExperts; experts on meta without a checkpoint; a checkpoint of another model
-            or without one of the layers; weights that are not finite; sizes that are not multiples of 32.
+            or without one of the layers; weights that are not finite; sizes that are not multiples of 32; an
+            activation_format that is unknown, or that a layer's device has no kernels for.
         TypeError: experts packed for transformers' own kernels, sharded ones, or those of a version of transformers
             that calls them otherwise.
     """
@@ -191,6 +127,7 @@ def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -
         models.check_here(found)
     else:
         models.check_checkpoint(found, checkpoint)
+    activations = _activations(found, activation_format)
     unsaved = {experts.name for experts in models.layers_without_format(found)}
     made = []
     for experts in found:
@@ -198,13 +135,17 @@ def replace_experts(model: nn.Module, *, checkpoint: str | Path | None = None) -
             weights = _weights(experts, checkpoint)
         except ValueError as error:
             raise ValueError(f"{experts.name or models.EXPERTS}: {error}") from error
-        made.append(MoEExperts(weights, unsaved=_UNSAVED.format(experts.name) if experts.name in unsaved else ""))
+        why = _UNSAVED.format(experts.name) if experts.name in unsaved else ""
+        made.append(MoEExperts(weights, activation_format=activations.format, unsaved=why))
     if found and not found[0].name:
         raise ValueError(f"model: expected a module that holds {models.EXPERTS}, got {models.EXPERTS} itself")
     for experts, module in zip(found, made, strict=True):
         parent, _, attribute = experts.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, module.train(experts.module.training))
     models.note_format(found)
+    if found:
+        line = f"mxfp4-moe runs the experts of {len(found)} layers of {type(model).__name__}: {activations.reason}"
+        say(TRANSFORMERS, line, once=False)
     return len(found)
 
 
@@ -212,6 +153,24 @@ _UNSAVED = (
     "{}: cannot be saved, because it was replaced in a part of a model that does not have the model's configuration, "
     "which must say that these weights are MXFP4; call replace_experts on the model or on whole decoder layers"
 )
+
+
+def _activations(found: list[models.FoundExperts], asked: str | None) -> Choice:
+    """Which ones: those that were asked for, or bfloat16 ones, or those that every device has."""
+    if asked not in (None, *_FORMATS):
+        raise ValueError(f"activation_format: expected 'bf16', 'mxfp8' or None, got {asked!r}")
+    devices = {experts.device for experts in found}
+    there = [name for name in _FORMATS if all(name in formats_on(device) for device in devices)]
+    chosen = asked or next(iter(there), "mxfp8")
+    if chosen not in there:
+        raise ValueError(
+            f"activation_format: expected {' or '.join(map(repr, there))}, what this wheel has for "
+            f"{', '.join(sorted(map(str, devices)))}, got {chosen!r}"
+        )
+    wish = "as replace_experts was asked" if asked else "as transformers computes"
+    if not asked and chosen == "mxfp8":
+        wish = "for want of bfloat16 ones on this device"
+    return Choice(format=chosen, reason=f"{IN_WORDS[chosen]}, {wish}")
 
 
 def _weights(experts: models.FoundExperts, checkpoint: str | Path | None) -> MoEWeights:
@@ -227,11 +186,3 @@ def _weights(experts: models.FoundExperts, checkpoint: str | Path | None) -> MoE
         w2_bias=module.down_proj_bias,
         **numbers,
     )
-
-
-def _as_stored(argument: str, tensor: Tensor) -> Tensor:
-    """As gpt-oss's checkpoints have it: blocks of 16 bytes, biases in bfloat16 unless that would change them."""
-    if argument.endswith("_bias"):
-        narrow = tensor.to(torch.bfloat16)
-        return narrow if tensor.is_meta or torch.equal(narrow.to(tensor.dtype), tensor) else tensor
-    return tensor if argument.endswith("_scale") else tensor.view(*tensor.shape[:2], -1, 16)

@@ -6,7 +6,6 @@ from .proof import WEIGHT_BLOCK_BYTES, WEIGHT_BLOCK_ROWS, TileProof, shape_refus
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, smem_per_sm
 from .tile import Tile
 
-_MMA_REGISTERS = 240
 _PRODUCER_REGISTERS = 24
 
 
@@ -15,16 +14,8 @@ def has_wgmma(m: int, n: int) -> bool:
     return m >= 32 and n >= 64
 
 
-def _wgmma_row_sets(m: int, n: int) -> int:
-    return 2 if m <= 128 and n >= 128 else 1
-
-
-def _wgmma_warps(m: int, n: int) -> int:
-    return n // (16 * _wgmma_row_sets(m, n))
-
-
 def _wgmma_moves_registers(m: int, n: int) -> bool:
-    return m >= 128 and _wgmma_warps(m, n) == 8
+    return m * n >= 128 * 256
 
 
 def prove_sm90(tile: Tile, arch: str) -> TileProof:
@@ -36,8 +27,8 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
     # MmaSyncTile or WgmmaTile: what each makes of Bf16Tile
     swap = tile.swap_ab or wgmma
     if wgmma:
-        warp_m, warp_n = 16 * _wgmma_row_sets(m, n), m
-        mma_warps, moves_registers = _wgmma_warps(m, n), _wgmma_moves_registers(m, n)
+        warp_m, warp_n = 16, m
+        mma_warps, moves_registers = n // 16, _wgmma_moves_registers(m, n)
     else:
         warp_m, warp_n = (n if swap else m) // 4, m if swap else n
         mma_warps, moves_registers = 4, False
@@ -49,6 +40,7 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
     fragments_m, fragments_n = warp_m // 16, warp_n // 8
     warp_weight_rows = warp_m if swap else warp_n
     accumulators = fragments_m * fragments_n * 4
+    mma_registers = 112 if mma_warps > 8 else 240
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
     act_bytes = 2 * m * 128  # bf16, as two halves of a K tile
     weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
@@ -64,7 +56,7 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
 
     # kRegistersWanted and kBlocksPerSm of each
     if wgmma:
-        registers_wanted = accumulators + 64
+        registers_wanted = accumulators + 48
         blocks_per_sm = 1 if moves_registers else fits.blocks_that_fit(MAX_BLOCKS_PER_SM, registers_wanted)
     else:
         act_registers = 4 * fragments_n if swap else 8 * fragments_m
@@ -74,14 +66,12 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
     # Bf16Layout
     stages = fits.stages_for(blocks_per_sm)
 
-    if wgmma and mma_warps % 4:
-        refusals.append(f"{mma_warps} warps of {warp_m} weight rows are not whole warpgroups of 4")
     here = fits.registers_for(blocks_per_sm)
     if moves_registers:
-        moved, there = mma_warps * _MMA_REGISTERS + 4 * _PRODUCER_REGISTERS, threads // 32 * here
+        moved, there = mma_warps * mma_registers + 4 * _PRODUCER_REGISTERS, threads // 32 * here
         if moved > there:
             refusals.append(f"registers: warps take {moved} of a block's {there}")
-        here = _MMA_REGISTERS
+        here = mma_registers
     if registers_wanted > here:
         refusals.append(
             f"registers: {accumulators} accumulators per thread ({warp_m} x {warp_n} per warp) want {registers_wanted} "

@@ -10,7 +10,7 @@ memory.py      what is there, written, aligned; order.py: what happened before w
 barriers.py    mbarriers and other barriers; tensor_copy.py: tensor maps and copies that land late
 faults.py      what is reported
 tiny.py        tiny kernels, for tests of the executor itself
-mutants.py     mistakes (mutations.py, moe_mutations.py), each of which must be noticed
+mutants.py     mistakes (mutations.py, moe_mutations.py, router_mutations.py), each of which must be noticed
 
 docs/sm12x-without-sm12x.md says what a run stands for and what it does not.
 """

@@ -1,0 +1,77 @@
+"""Asks our decision of layers that vLLM might make, with vLLM's own types around it; prints what it says.
+
+vllm_declines.py MODEL
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.plugins import load_general_plugins
+
+
+def layer(*, batched: bool = False, on_input: bool = False, **changes: Any) -> Any:
+    """What `decide` looks at of a layer of gpt-oss's experts."""
+    parallel = {"tp_rank": 0, "ep_rank": 0, "dp_rank": 0, "dp_size": 1, "use_batched_activation_format": batched}
+    parallel |= {"use_ep": False, "use_all2all_kernels": False, "enable_eplb": False}
+    moe = {
+        "moe_backend": "auto",
+        "in_dtype": torch.bfloat16,
+        "activation": MoEActivation.SWIGLUOAI,
+        "is_act_and_mul": True,
+        "has_hash_routing": False,
+        "is_lora_enabled": False,
+        "routing_method": RoutingMethodType.Renormalize,
+        "router_logits_dtype": None,
+        "hidden_dim": 288,
+        "experts_per_token": 4,
+        "num_experts": 8,
+        "moe_parallel_config": SimpleNamespace(**parallel),
+    }
+    return SimpleNamespace(
+        moe_config=SimpleNamespace(**{**moe, **changes}),
+        apply_router_weight_on_input=on_input,
+        routed_scaling_factor=1.0,
+        custom_routing_function=None,
+        quant_config=None,
+        layer_name="model.layers.0.mlp.experts",
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "backend": {"moe_backend": "marlin"},
+    "lora": {"is_lora_enabled": True},
+    "batched": {"batched": True},
+    "on input": {"on_input": True},
+    "float32": {"in_dtype": torch.float32},
+    "activation": {"activation": MoEActivation.SITU},
+    "router": {"routing_method": RoutingMethodType.DeepseekV4},
+    "many": {"experts_per_token": 17, "num_experts": 32},
+}
+
+
+def main() -> None:
+    load_general_plugins()
+    config = EngineArgs(sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+    print("config:", get_quantization_config("gpt_oss_mxfp4").__name__, get_quantization_config("mxfp4").__name__)
+    from mxfp4_moe.integrations._engines import Settings
+    from mxfp4_moe.integrations._vllm_decide import decide
+
+    with set_current_vllm_config(config):
+        for name, changes in CASES.items():
+            found = decide(layer(**changes), True, Settings.read())
+            kind = "vLLM" if found.experts is None else found.experts.__name__
+            print(f"{name}: {kind}: {found.reason}; {found.next_step}")
+
+
+if __name__ == "__main__":
+    main()

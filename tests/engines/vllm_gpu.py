@@ -1,0 +1,94 @@
+"""vLLM on GPUs with our kernels and CUDA graphs, alone and over two ranks: a program, for a machine without pytest.
+
+    python tests/engines/vllm_gpu.py [--ranks 2] [--activations mxfp8] [--model FOLDER] [--keywords JSON]
+
+For each case: our layer ran in every rank; the first layer's first call has the bits of `fused_moe` on the checkpoint's
+own bytes, on a GPU of the same kind; with two ranks their outputs add up to the whole layer's within the bfloat16
+rounding of each; and the prompts' tokens are as likely as with one rank, and as with vLLM's own kernels, within what
+differs. Exit status 1 where one of these does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+import torch
+from vllm_checks import computed_again, first_call, start
+
+from mxfp4_moe.bench.engine.random_model import Sizes, write_gpt_oss
+
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+# Each rank rounds its sum to bfloat16, half of 2^-8 at most; 5e-3 is what the GPU tests allow a layer.
+SUM_TOLERANCE = 5e-3
+# Mean |d log p| of a prompt's token, in a random model, which amplifies: twice what MXFP8 activations did on the CPU.
+SAME_MEAN, OWN_MEAN = 0.25, 0.5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--activations", default="mxfp8", help="MXFP4_MOE_ACTIVATIONS: engine, bf16 or mxfp8")
+    parser.add_argument("--model", type=Path, help="a gpt-oss in MXFP4; without one, two layers of gpt-oss-20b's size")
+    parser.add_argument("--keywords", default="{}", help="JSON for vLLM's LLM, such as an attention backend")
+    arguments = parser.parse_args()
+    common = {"gpu_memory_utilization": 0.4, **GRAPHS, **json.loads(arguments.keywords)}
+    ours = {"MXFP4_MOE_ACTIVATIONS": arguments.activations, "MXFP4_MOE_VERIFY": "1"}
+    cases: list[tuple[str, dict[str, Any], str]] = [("one", {}, "tp")]
+    if arguments.ranks == 2:
+        two = {"tensor_parallel_size": 2}
+        cases += [("TP 2", two, "tp"), ("EP 2", {**two, "enable_expert_parallel": True}, "ep")]
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or write_gpt_oss(Path(folder) / "model", Sizes(layers=2))
+        checks = Checks()
+        likely: dict[str, torch.Tensor] = {}
+        for name, keywords, split in cases:
+            out = Path(folder) / f"{name}.json"
+            data, said = start(model, out, {**common, **keywords}, **ours)
+            ranks = keywords.get("tensor_parallel_size", 1)
+            lines = [line[line.index("mxfp4-moe") :] for line in said.splitlines() if "mxfp4-moe" in line]
+            print(f"{name}:", *dict.fromkeys(lines), sep="\n    ")
+            checks(name, "all ranks verified", said.count("the bits of fused_moe") == ranks)
+            checks(name, "our layer was called", all(worker["calls"] > 0 for worker in data["workers"]))
+            kept = [first_call(out, rank) for rank in range(ranks)]
+            for rank, call in enumerate(kept):
+                again = computed_again(model, call, rank, ranks, split, "cuda")
+                checks(name, f"rank {rank}'s first call has fused_moe's bits", torch.equal(again, call["output"]))
+            likely[name] = torch.tensor([p for text in data["given"] for p in text])
+            if ranks > 1:
+                whole = computed_again(model, kept[0], 0, 1, "tp", "cuda").double()  # rank 0 has the whole layer's ids
+                total = torch.stack([call["output"].double() for call in kept]).sum(0)
+                error = float((total - whole).norm() / whole.norm())
+                checks(name, f"ranks add up to the layer: {error:.1e} <= {SUM_TOLERANCE}", error <= SUM_TOLERANCE)
+                checks.mean(name, "one rank", likely[name], likely["one"], SAME_MEAN)
+        data, said = start(model, Path(folder) / "own.json", common, MXFP4_MOE_ENGINES="off")
+        own = torch.tensor([p for text in data["given"] for p in text])
+        checks("own", "vLLM's own kernels ran", "mxfp4_moe" not in str(data["workers"][0]["methods"]))
+        checks.mean("one", f"vLLM's own {data['workers'][0]['experts'][0]}", likely["one"], own, OWN_MEAN)
+    return checks.status
+
+
+class Checks:
+    """What was checked, printed; the exit status."""
+
+    def __init__(self) -> None:
+        self.status = 0
+
+    def __call__(self, name: str, what: str, holds: bool) -> None:
+        print(f"  {'ok  ' if holds else 'FAIL'} {name}: {what}", flush=True)
+        self.status |= not holds
+
+    def mean(self, name: str, other: str, a: torch.Tensor, b: torch.Tensor, limit: float) -> None:
+        change = (a - b).abs()
+        words = f"|d log p| against {other}: mean {change.mean():.4f} <= {limit}, largest {change.max():.3f}"
+        self(name, words, float(change.mean()) <= limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
