@@ -15,10 +15,17 @@ from mxfp4_moe._install import importing
 from mxfp4_moe._install.troubles import DOCTOR
 
 PACKAGE = Path(mxfp4_moe.__file__).parent
+
+
+def imports_others_first(path: Path) -> bool:
+    """Parts of an engine and rivals, which another library imports, or which import it: it may be missing."""
+    return path.stem.startswith(("_vllm_", "_sglang_")) or path.parent.name == "rivals"
+
+
 MODULES = sorted(
     ".".join(["mxfp4_moe", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
-    if path.stem != "__main__" and path.parent.name != "rivals"  # which import others that may be missing
+    if path.stem != "__main__" and not imports_others_first(path)
 )
 # Each module is the first one that is imported, in a process that has none.
 IMPORT_EACH = """
