@@ -184,11 +184,9 @@ def fused_moe_from_logits(
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
     if isinstance(top_k, Router):
-        router = top_k
-        rows, experts = check_router(router_logits, router)
+        rows, experts = check_router(router_logits, top_k)
     else:
         rows, experts = check_topk_softmax(router_logits, top_k)
-        router = _softmax_router(top_k, bool(renormalize))
     if experts != weights.num_global_experts:
         raise ValueError(
             f"router_logits: expected one for each of the layer's {weights.num_global_experts} experts, "
@@ -204,7 +202,10 @@ def fused_moe_from_logits(
         )
     refuse_transforms("fused_moe_from_logits", hidden_states, router_logits)
     if in_graph(hidden_states) or not hidden_states.is_cuda:
-        topk_weights, topk_ids = select_experts(router_logits, router)
+        if isinstance(top_k, Router):
+            topk_weights, topk_ids = select_experts(router_logits, top_k)
+        else:
+            topk_weights, topk_ids = topk_softmax(router_logits, top_k, renormalize)
         return fused_moe(
             hidden_states,
             topk_weights,
@@ -219,6 +220,7 @@ def fused_moe_from_logits(
             intermediate_rounding=intermediate_rounding,
             activation_format=activation_format,
         )
+    router = top_k if isinstance(top_k, Router) else _softmax_router(top_k, bool(renormalize))
     device = check_devices(hidden_states, weights)
     dtype = check_hidden_states(
         hidden_states,

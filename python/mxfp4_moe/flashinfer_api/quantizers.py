@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._arguments import describe, require_tensor
 from .._call import gradient, launch
+from .._call.transforms import in_graph, refuse_transforms
 from .._install import errors, loading
 from .._torch_state import exact
 from ..formats import (
@@ -95,7 +96,8 @@ def mxfp8_quantize(
     k = input.shape[-1]
     padded_k = -(-k // alignment) * alignment
     rows = input.reshape(-1, k)
-    if torch.compiler.is_compiling():
+    refuse_transforms("mxfp8_quantize", input)
+    if in_graph(input):
         codes, scales = _quantize_mxfp8(rows, padded_k, int(layout))
         return codes.view(*input.shape[:-1], padded_k), scales
     quantize = _mxfp8_cuda if input.is_cuda else _mxfp8_torch
