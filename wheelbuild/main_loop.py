@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wheelbuild.control_flow import basic_blocks, is_any, successors
+from wheelbuild.control_flow import basic_blocks, successors
 from wheelbuild.machine_code import Instruction
 
 
@@ -106,24 +106,30 @@ def _words(instruction: Instruction) -> int:
 
 def _usual_way(body: set[int], blocks: Sequence[Sequence[Instruction]], mma: str) -> set[int]:
     """A loop's blocks without its dearer alternatives: of a branch both of whose ways have MMAs, or multiply operands
-    for them, the longer way.
+    for them (HMUL2), the way that has more instructions for each.
 
     A way is what only one side of the branch leads to.
     """
     following = successors(blocks)
     dominators = _dominators(following)
     before = {block: {source for source in body if block in following[source]} for block in body}
-    multiplies = {index for index in body if any(is_any(instruction, (mma, "HMUL2")) for instruction in blocks[index])}
 
     def way(first: int) -> set[int]:
         return {block for block in body if dominators[block] >> first & 1}
 
+    def count(of: set[int], name: str) -> int:
+        return sum(instruction.is_a(name) for block in of for instruction in blocks[block])
+
     for branch in sorted(body):
         sides = [side for side in following[branch] if side in body]
         ways = [way(side) for side in sides if branch not in way(side) and before[side] - way(side) == {branch}]
-        if len(ways) == 2 and all(way & multiplies for way in ways):
-            longer = max(ways, key=lambda way: sum(len(blocks[block]) for block in way))
-            return _usual_way(body - longer, blocks, mma)
+        if len(ways) < 2:
+            continue
+        mmas, products = ([count(way, name) for way in ways] for name in (mma, "HMUL2"))
+        if all(mmas) or (not any(mmas) and all(products)):
+            lengths = [sum(len(blocks[block]) for block in way) for way in ways]
+            dearer = max(ways, key=lambda way: lengths[ways.index(way)] / max(mmas[ways.index(way)], 1))
+            return _usual_way(body - dearer, blocks, mma)
     return body
 
 
@@ -133,7 +139,7 @@ def find_main_loop(kernel: Sequence[Instruction], mma: str, *, variants: bool = 
     Of several such loops the one with most instructions per MMA; None when no loop has an MMA. `variants`: of a kernel
     that has a loop for every number of rows that it tells apart, around all of which is one that reads global memory,
     and in each loop second ways for what is seldom: the loop for most rows, which has most instructions, with the
-    shorter of each two ways.
+    cheaper of each two ways.
     """
     if not any(instruction.is_a(mma) for instruction in kernel):
         return None, 0

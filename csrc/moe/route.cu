@@ -3,7 +3,8 @@
 // in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
 //      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
 // out  slot_row [R], slot -> row or -1; row_expert [R]; valid_rows
-//      m_tiles: every expert's rows cut into equal pieces of at most tile_m (shared/schedule.cuh), experts and rows ascending
+//      m_tiles: every expert's rows cut into equal pieces of at most tile_m (shared/schedule.cuh), experts and rows
+//      ascending
 //      if wanted expert_offsets [E + 1] and row_slot [R], row -> slot, -1 past the valid rows
 // Called by layer.cpp, first of a layer's kernels. A counting sort, stable in slot order and without atomics, so that
 // the result is the same on every run, for any number of warps and blocks. Few slots have a kernel of their own:

@@ -157,7 +157,7 @@ def test_of_variants_the_longest_loop_that_reads_no_global_memory_counts() -> No
     assert find_main_loop(kernel, "HMMA", variants=True) == (None, 0)
 
 
-def test_of_two_ways_through_a_loop_the_shorter_counts() -> None:
+def test_of_two_ways_through_a_loop_the_cheaper_counts() -> None:
     mma = "HMMA.16816.F32 R4, R8, R12, R4"
     ways = (
         "LDS R4, [R2]",  # 0
@@ -187,6 +187,8 @@ def test_of_two_ways_through_a_loop_the_shorter_counts() -> None:
     scales = ("HMUL2.BF16_V2 R4, R4, R5",)
     operands = (*ways[:2], *scales * 2, ways[4], *scales * 3, *ways[8:9], mma, *ways[9:])
     assert counts(operands) == (8, 1), "but one that multiplies operands"
+    again = (*ways[:5], *scales, mma, "@P2 BRA {5}", *ways[8:])
+    assert counts(again) == (7, 2), "a loop of fewer instructions with more for each MMA"
     joined = tuple("BRA {5}" if place == 4 else line for place, line in enumerate(ways))
     assert counts(joined) == (10, 4), "what both sides lead to is neither's"
 
