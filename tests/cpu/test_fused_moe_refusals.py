@@ -40,6 +40,18 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Exception]
         r"weights: expected MoEWeights, got dict",
     ),
     (
+        "activation format of no kernel",
+        lambda c: {"activation_format": "fp16"},
+        ValueError,
+        r"activation_format: expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; .*",
+    ),
+    (
+        "activation format of MXFP8 rows",
+        lambda c: mxfp8(c) | {"activation_format": "bf16"},
+        ValueError,
+        r"activation_format: expected 'mxfp8' for hidden_states that are MXFP8 already, got 'bf16'; .*",
+    ),
+    (
         "hidden_states type",
         lambda c: {"hidden_states": c["hidden_states"].tolist()},
         TypeError,

@@ -14,16 +14,19 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mxfp4_moe
-from mxfp4_moe import MoEWeights, formats
+from mxfp4_moe import MoEWeights, flashinfer_api, formats
 from mxfp4_moe._call import operators
 
 CALL = make_call()
 WEIGHTS, X = CALL["weights"], CALL["hidden_states"]
 LOGITS = torch.randn(T, WEIGHTS.num_experts, generator=torch.Generator().manual_seed(0))
+ROUTER = mxfp4_moe.Router(top_k=K, scoring_func="sigmoid", e_score_correction_bias=torch.zeros(WEIGHTS.num_experts))
 CALLS: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "fused_moe": (lambda x: mxfp4_moe.fused_moe(**{**CALL, "hidden_states": x}), X),
     "fused_moe_from_logits": (lambda x: mxfp4_moe.fused_moe_from_logits(x, LOGITS, K, WEIGHTS), X),
     "topk_softmax": (lambda x: mxfp4_moe.topk_softmax(x, K)[0], LOGITS),
+    "select_experts": (lambda x: mxfp4_moe.select_experts(x, ROUTER)[0], LOGITS),
+    "mxfp8_quantize": (lambda x: flashinfer_api.mxfp8_quantize(x)[1], X),
 }
 
 
@@ -71,6 +74,8 @@ def test_fake_tensors_give_shapes(name: str, active: bool) -> None:
         "fused_moe": lambda: mxfp4_moe.fused_moe(**fake),
         "fused_moe_from_logits": lambda: mxfp4_moe.fused_moe_from_logits(x, logits, K, WEIGHTS),
         "topk_softmax": lambda: mxfp4_moe.topk_softmax(logits, K)[0],
+        "select_experts": lambda: mxfp4_moe.select_experts(logits, ROUTER)[0],
+        "mxfp8_quantize": lambda: flashinfer_api.mxfp8_quantize(x)[1],
     }
     if active:
         with mode:
