@@ -144,6 +144,17 @@ class TestRefuses:
             else:
                 way()
 
+    @pytest.mark.parametrize("value", [0.0, -4.0])
+    def test_what_situ_divides_by(self, checkpoint: dict[str, torch.Tensor], value: float) -> None:
+        """The same for one number and for each expert's; of the others, beta may be 0."""
+        numbers = torch.tensor([1.5, value, 2.0])
+        for beta, words in ((value, "a finite number"), (numbers, "finite numbers")):
+            with pytest.raises(
+                ValueError, match=f"^beta: expected {words} above 0 with activation 'situ', got {value}"
+            ):
+                MoEWeights.from_mxfp4(**checkpoint, activation="situ", beta=beta)
+            MoEWeights.from_mxfp4(**checkpoint, activation="swiglu_oai", beta=beta)
+
     def test_several_experts_numbers(self, checkpoint: dict[str, torch.Tensor]) -> None:
         with pytest.raises(ValueError, match=r"got nan for expert 0 \(of 3 such experts\)$"):
             MoEWeights.from_mxfp4(**checkpoint, alpha=torch.full((3,), math.nan))

@@ -61,9 +61,8 @@ def check_fields(weights: Any) -> int:
         require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
         require_contiguous(name, tensor)
     check_number("alpha", weights.alpha, experts, device)
-    check_number("beta", weights.beta, experts, device)
-    if weights.activation is Activation.SITU and not isinstance(weights.beta, Tensor) and not weights.beta > 0:
-        raise ValueError(f"beta: expected a number above 0 with activation 'situ', got {weights.beta}")
+    divides = " with activation 'situ'" if weights.activation is Activation.SITU else ""
+    check_number("beta", weights.beta, experts, device, above_zero=divides)
     if weights.limit is not None:
         check_number("limit", weights.limit, experts, device)
     check_int("first_expert", weights.first_expert)

@@ -44,16 +44,20 @@ def split_number(value: Number | None, otherwise: _Otherwise) -> tuple[float | _
     return (otherwise if value is None else value), None
 
 
-def check_number(name: str, value: object, experts: int | str, device: torch.device) -> None:
-    """One float for all experts, or float32 [E]: finite, and a limit above 0, as float32 has it.
+def check_number(name: str, value: object, experts: int | str, device: torch.device, *, above_zero: str = "") -> None:
+    """One float for all experts, or float32 [E]: finite, and a limit or what has to be above 0, as float32 has it.
 
     A tensor's values are read, which on a GPU waits for them; where there is nothing to read, as of meta tensors, they
     are not looked at.
 
+    Args:
+        above_zero: with what else it has to be above 0, such as " with activation 'situ'"; "" for nothing.
+
     Raises:
         TypeError, ValueError: not so.
     """
-    positive = name == "limit"
+    positive = bool(above_zero) or name == "limit"
+    above = f" above 0{above_zero}" if positive else ""
     if isinstance(value, Tensor):
         require_tensor(name, value, torch.float32, (experts,), device)
         require_contiguous(name, value)
@@ -61,14 +65,15 @@ def check_number(name: str, value: object, experts: int | str, device: torch.dev
         wrong = [e for e, number in enumerate(numbers) if not _is_number(number, positive)]
         if wrong:
             raise ValueError(
-                f"{name}: expected finite numbers{' above 0' if positive else ''}, got {numbers[wrong[0]]} for expert "
-                f"{wrong[0]}" + (f" (of {len(wrong)} such experts)" if len(wrong) > 1 else "")
+                f"{name}: expected finite numbers{above}, got {numbers[wrong[0]]} for expert {wrong[0]}"
+                + (f" (of {len(wrong)} such experts)" if len(wrong) > 1 else "")
             )
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, or float32 [{experts}], got {type(value).__name__}")
     if not _is_number(value, positive):
-        raise ValueError(f"{name}: expected a finite number{' above 0, or None' if positive else ''}, got {value}")
+        wanted = above + (", or None" if name == "limit" else "")
+        raise ValueError(f"{name}: expected a finite number{wanted}, got {value}")
 
 
 def _is_number(value: float, positive: bool) -> bool:
