@@ -13,14 +13,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 platform=linux_aarch64
 folder=$dist/aarch64
 
-PYTHONPATH=$root "$(find_python)" -m wheelbuild.make_target "$platform" --check # now, not after minutes
+module "$(find_python)" wheelbuild.make_target "$platform" --check # now, not after minutes
 rm -rf "$folder"
 
 say "The x86-64 wheel of this tree"
 MXFP4_MOE_DIST=$folder/x86_64 bash "$root/ci/build-wheel.sh"
 
 say "Python, torch and CUDA of aarch64"
-PYTHONPATH=$root "$build_env/bin/python" -m wheelbuild.make_target "$platform"
+module "$build_env/bin/python" wheelbuild.make_target "$platform"
 
 say "The aarch64 wheel"
 start=$SECONDS
@@ -31,6 +31,6 @@ wheel=$(echo "$folder"/repaired/*.whl)
 bash "$root/ci/audit.sh" "$wheel"
 
 say "Checks"
-toolchain=$(PYTHONPATH=$root "$build_env/bin/python" -m wheelbuild.versions toolchain)
-PYTHONPATH=$root MXFP4_MOE_TOOLCHAIN=${MXFP4_MOE_TOOLCHAIN-$toolchain} \
-  "$build_env/bin/python" -m wheelbuild.release.cross_check --seconds "$seconds" "$wheel" "$folder"/x86_64/*.whl
+toolchain=$(module "$build_env/bin/python" wheelbuild.versions toolchain)
+MXFP4_MOE_TOOLCHAIN=${MXFP4_MOE_TOOLCHAIN-$toolchain} \
+  module "$build_env/bin/python" wheelbuild.release.cross_check --seconds "$seconds" "$wheel" "$folder"/x86_64/*.whl

@@ -14,11 +14,11 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   "$python" -m pip install --quiet tomli # requirements.py reads TOML, which Python 3.10 cannot
 fi
 record=$("$python" -c 'import sys; print(sys.prefix)')/mxfp4-moe-requirements.txt
-requirements=$(PYTHONPATH=$root "$python" -m wheelbuild.requirements)
+requirements=$(module "$python" wheelbuild.requirements)
 if [[ ! -f $record || $(<"$record") != "$requirements" ]]; then
   # torch's own wheels pin the toolkit that they were made with. The one that compiles may be newer, so it comes after
   # torch, in a step that does not look back; pip then says that torch wants another, and the newer one serves it too.
-  toolkit=$(PYTHONPATH=$root "$python" -m wheelbuild.requirements --toolkit)
+  toolkit=$(module "$python" wheelbuild.requirements --toolkit)
   { grep -vxF -- "${toolkit:-none}" <<<"$requirements" && echo build; } >"$record.new"
   "$python" -m pip install --progress-bar off -r "$record.new"
   [[ -z $toolkit ]] || "$python" -m pip install --progress-bar off "$toolkit"

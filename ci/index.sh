@@ -10,4 +10,4 @@ if [[ $# -ne 2 ]]; then
   exit 1
 fi
 
-PYTHONPATH=$root "$(find_python)" -m wheelbuild.release.index "$1" "$2"
+module "$(find_python)" wheelbuild.release.index "$(realpath "$1")" "$(realpath -m "$2")"

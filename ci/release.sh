@@ -9,7 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 labels=("$@")
 if [[ ${#labels[@]} -eq 0 ]]; then
-  mapfile -t labels < <(PYTHONPATH=$root "$(find_python)" -m wheelbuild.versions labels)
+  mapfile -t labels < <(module "$(find_python)" wheelbuild.versions labels)
 fi
 release=$dist/release
 rm -rf "$release"
@@ -37,4 +37,5 @@ bash "$root/ci/sdist.sh" "$release"
 bash "$root/ci/rehearse.sh" "$release" "${labels[@]}"
 
 say "Released into $release"
+cd "$root"
 tool python -m wheelbuild.release.table "${rows[@]}"

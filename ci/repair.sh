@@ -7,6 +7,7 @@ set -euo pipefail
 # shellcheck source=ci/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 wheel=$(the_wheel "${1:-}")
-folder=${2:-$dist/repaired}
+folder=$(realpath -m "${2:-$dist/repaired}")
 
+cd "$root"
 tool python -m wheelbuild.release.repair "$wheel" "$folder"

@@ -6,6 +6,7 @@
 set -euo pipefail
 # shellcheck source=ci/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-folder=${1:-$dist}
+folder=$(realpath -m "${1:-$dist}")
 
+cd "$root"
 tool python -m wheelbuild.release.sdist "$folder"

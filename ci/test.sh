@@ -13,7 +13,7 @@ if [[ -z $(newest_wheel) || ! -x $build_env/bin/python ]]; then
 fi
 MXFP4_MOE_WHEEL=$(newest_wheel)
 # What tests compile is compiled with what compiled the wheel.
-toolchain=$(PYTHONPATH=$root "$build_env/bin/python" -m wheelbuild.versions toolchain)
+toolchain=$(module "$build_env/bin/python" wheelbuild.versions toolchain)
 export MXFP4_MOE_WHEEL MXFP4_MOE_BUILD_ENV=$build_env MXFP4_MOE_TOOLCHAIN=${MXFP4_MOE_TOOLCHAIN-$toolchain}
 
 say "Test environment: $run_env with $(basename "$MXFP4_MOE_WHEEL")"
@@ -29,16 +29,16 @@ fi
 
 cd "$root"
 say "Lint"
-"$run_env/bin/ruff" check .
-"$run_env/bin/ruff" format --check .
+"$run_env/bin/python" -m ruff check .
+"$run_env/bin/python" -m ruff format --check .
 find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' | sort |
   xargs "$run_env/bin/clang-format" --dry-run -Werror
 
 say "Types"
-"$run_env/bin/mypy" --strict python wheelbuild
+"$run_env/bin/python" -m mypy --strict python wheelbuild
 
 say "Assemblers"
-PYTHONPATH=$root "$run_env/bin/python" -m wheelbuild.assemblers
+module "$run_env/bin/python" wheelbuild.assemblers
 
 say "Tests"
-"$run_env/bin/pytest" "$@"
+"$run_env/bin/python" -m pytest "$@"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.graph import run_plan
+from wheelbuild.plain_paths import require_quotable
 from wheelbuild.plan import Plan, plan
 from wheelbuild.report import COSTS_NAME, REPORT_NAME, make_costs, make_report, summary
 from wheelbuild.settings import NAME_SUFFIX_VARIABLE, Settings, read_settings
@@ -58,6 +59,7 @@ def resolve_build(env: Mapping[str, str]) -> Build:
     except tiles.ManifestError as error:
         raise BuildError(str(error)) from error
     settings = read_settings(env, manifest)
+    require_quotable()
     if settings.cross:
         toolchain = resolve_cross_toolchain(env, settings.archs, settings.platform)
     else:

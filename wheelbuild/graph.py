@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wheelbuild import REFUSED, ROOT, BuildError
+from wheelbuild.plain_paths import make_links
 from wheelbuild.plan import CompileJob, Plan
 
 BYTES_PER_NVCC = 2 * 1024**3  # one nvcc job on CuTe headers, rounded up
@@ -98,7 +99,8 @@ def find_ninja() -> str:
 
 
 def _environment() -> Mapping[str, str]:
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # The source tree by its short name, in which commands run: its path may have PYTHONPATH's separator in it.
+    python_path = os.pathsep.join(filter(None, [os.curdir, os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": python_path, "NINJA_STATUS": "[%f/%t] "}
 
 
@@ -115,6 +117,7 @@ def _write_if_changed(path: Path, text: str) -> None:
 def run_plan(plan: Plan, max_jobs: int | None) -> None:
     """Builds what is out of date. Prints a line per finished job; BuildError when one fails."""
     jobs, nvcc_jobs = job_counts(_cores(), available_memory(), max_jobs)
+    make_links(plan.links, ROOT)
     graph = ROOT / plan.folder / "build.ninja"
     _write_if_changed(graph, graph_text(plan, nvcc_jobs))
     command = [find_ninja(), "-f", str(plan.folder / "build.ninja"), "-j", str(jobs)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wheelbuild import ROOT, BuildError
+from wheelbuild.plain_paths import PlainPaths, make_links
 from wheelbuild.plan import NVCC_FLAGS, own_name, tile_defines
 from wheelbuild.tile_model import tiles
 from wheelbuild.toolchain import find_cutlass, find_cxx, package_dirs, resolve_cuda
@@ -133,21 +134,24 @@ def compile_source_to_ptx(source: Path, arch: str, defines: Sequence[str], name:
     folders = package_dirs(os.environ)
     cuda = resolve_cuda(os.environ, folders, [arch])
     includes = [*find_cutlass(os.environ, folders).include_dirs, *cuda.include_dirs]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "kernel.ptx"
+    (root / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root / "build") as made:  # where its path is plain, seen from the root
+        folder = Path(made).relative_to(root)
+        plain, output = PlainPaths(folder / "links"), folder / "kernel.ptx"
         command = [
-            *(str(cuda.nvcc), "-ptx", "-ccbin", str(find_cxx(os.environ))),
+            *(str(plain(cuda.nvcc)), "-ptx", "-ccbin", str(plain(find_cxx(os.environ)))),
             *(flag for flag in NVCC_FLAGS if flag not in ("-c", "-Xptxas", "-v")),
             *("-gencode", f"arch=compute_{arch},code=compute_{arch}"),
             *own_name(source),
             *defines,
-            *(word for include in includes for word in ("-isystem", str(include))),
+            *(word for include in includes for word in ("-isystem", str(plain(include)))),
             *(str(source), "-o", str(output)),
         ]
+        make_links(plain.links, root)
         result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise BuildError(f"{name} for sm_{arch} does not compile to PTX: {result.stderr.strip()}")
-        return output.read_text(encoding="utf-8")
+        return (root / output).read_text(encoding="utf-8")
 
 
 def collect(chosen: Sequence[Tile]) -> dict[str, dict[str, str]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from wheelbuild import ROOT, emulation
+from wheelbuild import emulation
 from wheelbuild.block_scaled import OPCODE as BLOCK_SCALED
+from wheelbuild.plain_paths import PlainPaths
 from wheelbuild.tile_model import floors
 from wheelbuild.tile_model import tiles as tile_model
 
@@ -76,6 +77,7 @@ class Plan:
     tiles: tuple[Tile, ...]
     archs: tuple[str, ...]
     folder: Path
+    links: Mapping[Path, Path] = field(default_factory=dict)  # to be made first: wheelbuild.plain_paths
 
     def library(self, module: str) -> Path:
         return self.folder / f"{module}.abi3.so"
@@ -149,7 +151,7 @@ def block_scaled(tile: Tile, arch: str) -> dict[str, object]:
     return {"fp4": "A" if tile.swap_ab else "B", "shared_memory": memory}
 
 
-def _system(folders: Sequence[Path]) -> tuple[str, ...]:
+def _system(folders: Iterable[Path]) -> tuple[str, ...]:
     return tuple(word for folder in folders for word in ("-isystem", str(folder)))
 
 
@@ -163,13 +165,15 @@ def own_name(source: Path) -> tuple[str, ...]:
     return ("-Xcudafe", f"--orig_src_path_name={source}")
 
 
-def _prefix_maps(toolchain: Toolchain) -> tuple[str, ...]:
-    """Messages quote __FILE__; these keep the builder's folders out of them, and out of the libraries."""
-    maps = [(ROOT, ".")]
-    maps += [(folder, "cutlass") for folder in toolchain.cutlass.include_dirs]
+def _prefix_maps(toolchain: Toolchain, plain: PlainPaths) -> tuple[str, ...]:
+    """Messages quote __FILE__; these keep the builder's folders out of them, and out of the libraries.
+
+    The source tree's own is not among them: sources are named relative to it.
+    """
+    maps = [(folder, "cutlass") for folder in toolchain.cutlass.include_dirs]
     maps += [(folder, "torch") for folder in toolchain.torch.include_dirs[:1]]
     maps += [(folder, "cuda") for folder in toolchain.cuda.include_dirs[:1]]
-    return tuple(f"-ffile-prefix-map={folder}={name}" for folder, name in maps)
+    return tuple(f"-ffile-prefix-map={plain(folder)}={name}" for folder, name in maps)
 
 
 class _Planner:
@@ -178,6 +182,7 @@ class _Planner:
         self.toolchain = toolchain
         self.thresholds = thresholds
         self.folder = folder
+        self.plain = PlainPaths(folder / "links")
         self.archs = settings.archs
         self.machine_archs = self.machine(settings.archs)
         self.defines = (emulation.DEFINE,) if settings.emulates else ()
@@ -215,50 +220,51 @@ class _Planner:
     def nvcc(
         self, module: str, source: Path, archs: tuple[str, ...], defines: tuple[str, ...], output: Path
     ) -> CompileJob:
-        tools = self.toolchain
+        tools, plain = self.toolchain, self.plain
         command: list[str | Path] = [
-            tools.cuda.nvcc,
+            plain(tools.cuda.nvcc),  # which looks for its parts beside the name that it is called by
             *NVCC_FLAGS,
-            *("-ccbin", str(tools.cxx), "-Xcompiler", ",".join((*HIDDEN, *_prefix_maps(tools)))),
+            *("-ccbin", str(plain(tools.cxx)), "-Xcompiler", ",".join((*HIDDEN, *_prefix_maps(tools, plain)))),
             *(word for arch in self.machine(archs) for word in gencode(arch)),
             *own_name(source),
             *defines,
             *self.defines,
-            *_system(tools.cutlass.include_dirs),
+            *_system(map(plain, tools.cutlass.include_dirs)),
             # Before nvcc's own, which are of the platform that builds.
-            *(("-I", str(tools.cuda.include_dirs[0])) if self.settings.cross else ()),
-            *(_system(tools.cuda.include_dirs[1:]) if self.settings.cross else ()),
+            *(("-I", str(plain(tools.cuda.include_dirs[0]))) if self.settings.cross else ()),
+            *(_system(map(plain, tools.cuda.include_dirs[1:])) if self.settings.cross else ()),
             *_dependencies(source, output),
         ]
         return self._job("nvcc", output.stem, module, [source], output, command, archs=archs)
 
     def cxx(self, module: str, source: Path, defines: tuple[str, ...], output: Path) -> CompileJob:
-        tools = self.toolchain
+        tools, plain = self.toolchain, self.plain
+        headers = (*tools.torch.include_dirs, *tools.python.include_dirs, *tools.cuda.include_dirs)
         command: list[str | Path] = [
-            tools.cxx,
+            plain(tools.cxx),
             *CXX_FLAGS,
             *HIDDEN,
-            *_prefix_maps(tools),
+            *_prefix_maps(tools, plain),
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"-DPy_LIMITED_API={PYTHON_TARGET_VERSION}",
             *defines,
             *self.defines,
-            *_system((*tools.torch.include_dirs, *tools.python.include_dirs, *tools.cuda.include_dirs)),
+            *_system(map(plain, headers)),
             *_dependencies(source, output),
         ]
         return self._job("cxx", output.stem, module, [source], output, command)
 
     def link(self, module: str, objects: Sequence[CompileJob], output: Path) -> CompileJob:
-        tools = self.toolchain
+        tools, plain = self.toolchain, self.plain
         command: list[str | Path] = [
-            tools.cxx,
+            plain(tools.cxx),
             *("-shared", "-o", str(output)),
             *(job.output for job in objects),
             *LINK_FLAGS,
             f"-Wl,--version-script={EXPORTS}",
-            f"-L{tools.torch.library_dir}",
+            f"-L{plain(tools.torch.library_dir)}",
             *LINK_LIBRARIES,
-            tools.cuda.cudart,
+            plain(tools.cuda.cudart),
         ]
         inputs = [job.output for job in objects]
         return self._job("link", f"{module}.link", module, inputs, output, command, implicit=[EXPORTS])
@@ -272,7 +278,7 @@ class _Planner:
             ("--library", library),
             ("--archs", ",".join(self.machine_archs)),
             ("--expect", json.dumps({"compile": limits, **expect}, sort_keys=True)),
-            ("--cuobjdump", self.toolchain.cuda.cuobjdump),
+            ("--cuobjdump", self.plain(self.toolchain.cuda.cuobjdump)),
             ("--output", output),
             *(("--record", job.record) for job in compiled if job.kind == "nvcc" and job.record is not None),
         ]
@@ -365,4 +371,4 @@ def plan(
         folder=folder,
     )
     load = planner.load([made.library(module) for module in made.modules], made.load)
-    return replace(made, jobs=(*made.jobs, load))
+    return replace(made, jobs=(*made.jobs, load), links=planner.plain.links)

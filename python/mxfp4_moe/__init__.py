@@ -11,7 +11,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._install import troubles, wheel
+from ._install import importing, wheel
 
 if TYPE_CHECKING:
     from ._call.activation_format import activation_formats
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .weights import Activation, GateUpOrder, MoEWeights
 
 __version__ = wheel.version()
+
+importing.watch()
 
 if _conflict := wheel.conflict():
     warnings.warn(_conflict, RuntimeWarning, stacklevel=2)
@@ -73,30 +75,9 @@ _MODULE_OF = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = import_module(f".{_MODULE_OF[name]}", __name__)
-    except (ImportError, OSError, AttributeError) as error:
-        _explain(error)
-        raise
-    value = getattr(module, name)
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value  # the next time it is found without coming here
     return value
-
-
-def _explain(error: Exception) -> None:
-    """Raises an ImportError with the next step, where torch is missing, broken or too old; returns otherwise."""
-    torch = sys.modules.get("torch")
-    built_with = (wheel.read_report() or {}).get("built_with") or {}
-    here = troubles.Versions(
-        wheel_cuda=str(built_with.get("cuda", "")),
-        torch_cuda=getattr(getattr(torch, "version", None), "cuda", None) or "",
-        importing_torch=torch is None,
-    )
-    if trouble := troubles.recognize(troubles.words(error), here):
-        means, remedy = trouble.words(here)
-        raise ImportError(
-            f"{__name__} cannot be used ({troubles.words(error)}): {means}; {remedy}; {troubles.DOCTOR}"
-        ) from error
 
 
 def __dir__() -> list[str]:

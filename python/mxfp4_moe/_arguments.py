@@ -48,20 +48,56 @@ def require_tensor(
         raise ValueError(f"{name}: expected {expected} on {device}, got {describe(value)} on {value.device}")
 
 
+def require_device(name: str, value: object) -> torch.device:
+    """The device that was meant, with its index, by itself, by its name or by a GPU's number.
+
+    Raises:
+        TypeError, ValueError: no device, such as a dtype, or one that torch does not know.
+        RuntimeError, AssertionError: torch's, for a device that is not here.
+    """
+    if not isinstance(value, (torch.device, str, int)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a torch.device, its name or a GPU's number, got {value!r}")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        known = "'cpu', 'cuda' or 'cuda:0'"
+        raise ValueError(f"{name}: expected a device such as {known}, got {value!r}") from error
+    return torch.empty(0, dtype=torch.uint8, device=device).device
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be read: not of a meta or a fake tensor, nor while a graph is traced or captured."""
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def require_contiguous(name: str, tensor: Tensor) -> None:
     """Raises a ValueError that names the argument and its strides."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
 
 
+def require_count(name: str, value: object) -> None:
+    """Raises an error that names the argument, unless it is an integer from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}")
+
+
 def require_multiple(name: str, value: int, multiple: int) -> None:
-    """Raises a ValueError that names the argument, unless it is a multiple, and not negative."""
+    """Raises an error that names the argument, unless it is an integer, a multiple, and not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < 0 or value % multiple:
         raise ValueError(f"{name}: expected a multiple of {multiple}, got {value}")
 
 
 def require_blocks(name: str, tensor: Tensor, multiple: int) -> None:
-    """Raises a ValueError that names the tensor, unless its last dimension is a multiple."""
+    """Raises an error that names the tensor, unless it is one and its last dimension is a multiple."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dim() == 0 or tensor.shape[-1] % multiple:
         raise ValueError(f"{name}: expected a last dimension that is a multiple of {multiple}, got {describe(tensor)}")
 

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ._mma import ZERO_EXPONENT, Steps, pieces, pow2
+from ._torch_state import exact
 from .arithmetic import Arithmetic, family
 
 _FLOAT64_ULP = 2.0**-52  # the exact sums are float64 sums of exact steps
 
 
+@exact
 def sums_and_bound(
     rows: Tensor,
     row_scales: Tensor | None,

@@ -32,6 +32,7 @@ from ._mma import (
     to_float32,
     whole,
 )
+from ._torch_state import exact
 from .archs import check_arch
 from .formats import BLOCK, decode_e8m0
 
@@ -126,6 +127,7 @@ def family(published: Arithmetic) -> tuple[Arithmetic, ...]:
     return tuple(rules.values())
 
 
+@exact
 def mma_step(
     arithmetic: Arithmetic, significands: Tensor, exponents: Tensor, acc: Tensor, *, scale: Tensor | None = None
 ) -> Tensor:
@@ -152,6 +154,7 @@ def mma_step(
     return to_float32(total * pow2(last), arithmetic)
 
 
+@exact
 def block_scaled_mma(
     a_codes: Tensor,
     b_codes: Tensor,
@@ -196,6 +199,7 @@ def block_scaled_mma(
     return acc.reshape(*batch, m, n)
 
 
+@exact
 def gemm(
     arithmetic: Arithmetic, rows: Tensor, row_scales: Tensor | None, packed: Tensor, scales: Tensor, out: Tensor
 ) -> None:

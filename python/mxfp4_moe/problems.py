@@ -149,7 +149,7 @@ def arithmetic_here(device: torch.device) -> Arithmetic:
 
 def offsets_of(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:
     """int32 [E+1] for the given rows of each expert."""
-    return torch.tensor([0, *rows_per_expert], device=device).cumsum(0).to(torch.int32)
+    return torch.tensor([0, *rows_per_expert], dtype=torch.int64, device=device).cumsum(0).to(torch.int32)
 
 
 def random_problem(
@@ -172,11 +172,11 @@ def random_problem(
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high + 1, shape, generator=g, device=device)
 
-    order = torch.randperm(len(rows_per_expert), generator=torch.Generator().manual_seed(k + n)).tolist()
+    order = torch.randperm(len(rows_per_expert), generator=torch.Generator().manual_seed(k + n), device="cpu").tolist()
     offsets = offsets_of([rows_per_expert[i] for i in order], device)
     experts, rows = len(order), int(offsets[-1]) + ROWS_OF_NO_EXPERT
     magnitude = integers(-20, 20, rows, k // 32, 1).float().exp2()
-    values = torch.randn(rows, k // 32, 32, generator=g, device=device) * magnitude
+    values = torch.randn(rows, k // 32, 32, generator=g, dtype=torch.float32, device=device) * magnitude
     codes, row_scales = formats.quantize_mxfp8(values.flatten(1))
     any_codes = integers(0, 255, rows, k).to(torch.uint8)
     any_codes[(any_codes & 0x7F) == 0x7F] = 0x08  # no NaN
@@ -247,7 +247,7 @@ def _with_exact_sums(codes: Tensor, row_scales: Tensor, packed: Tensor, scales: 
     """A problem whose sums are exact in float64, in float32, and in the arithmetic of any kernel."""
     a = formats.decode_e4m3(codes).double() * formats.decode_e8m0(row_scales).double().repeat_interleave(32, 1)
     b = formats.decode_e2m1(packed).double() * formats.decode_e8m0(scales).double().repeat_interleave(32, 2)
-    expected = torch.zeros(len(codes), packed.shape[1], device=codes.device)
+    expected = torch.zeros(len(codes), packed.shape[1], dtype=torch.float32, device=codes.device)
     for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
         expected[begin:end] = (a[begin:end] @ b[e].T).float() + 0.0
     return GemmProblem(
@@ -276,9 +276,9 @@ def layout_problem(device: torch.device) -> GemmProblem:
     expert = torch.repeat_interleave(e, offsets.diff())
     valid = row[: len(expert)]
     at = hot[valid]
-    value = torch.tensor(formats.E2M1_VALUES, device=device)[nibbles[expert, :, at].long()]
+    value = torch.tensor(formats.E2M1_VALUES, dtype=torch.float32, device=device)[nibbles[expert, :, at].long()]
     exponent = row_scales[valid, at // 32].int()[:, None] + scales[expert, :, at // 32].int() - 254
-    expected = torch.zeros(rows, n, device=device)
+    expected = torch.zeros(rows, n, dtype=torch.float32, device=device)
     expected[valid] = value * exponent.float().exp2() + 0.0  # a sum that starts at +0 never ends at -0
     return GemmProblem(
         rows=codes, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected
@@ -296,7 +296,7 @@ def random_weights(
         return torch.randint(low, high + 1, shape, dtype=torch.uint8, generator=g, device=device)
 
     def biases(*shape: int) -> Tensor | None:
-        return torch.randn(shape, generator=g, device=device).mul(0.2).bfloat16() if bias else None
+        return torch.randn(shape, generator=g, dtype=torch.float32, device=device).mul(0.2).bfloat16() if bias else None
 
     return MoEWeights.from_mxfp4(
         integers(0, 255, experts, rows, hidden // 2),
@@ -340,7 +340,7 @@ def random_call(
 ) -> Call:
     """Normal hidden states; distinct experts per token with softmax weights, as a router gives them."""
     g = torch.Generator(weights.device).manual_seed(10_000 * seed + tokens)
-    logits = torch.randn(tokens, weights.num_experts, generator=g, device=weights.device)
+    logits = torch.randn(tokens, weights.num_experts, generator=g, dtype=torch.float32, device=weights.device)
     values, choice = logits.topk(top_k, dim=-1)
-    hidden = torch.randn(tokens, weights.hidden_size, generator=g, device=weights.device)
+    hidden = torch.randn(tokens, weights.hidden_size, generator=g, dtype=torch.float32, device=weights.device)
     return Call(hidden_states=hidden.to(dtype), topk_weights=values.softmax(-1), topk_ids=choice.to(ids))

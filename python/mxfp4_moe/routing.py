@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._arguments import require_device
 from ._call import launch, operators
 from ._call.activation_format import check_format_on
 from ._call.checks import (
@@ -22,6 +23,8 @@ from ._call.checks import (
 from ._call.fused_moe import fused_moe
 from ._call.gradient import refuse_gradient
 from ._call.selection import tile_of_call
+from ._call.transforms import as_fake, in_graph, refuse_transforms
+from ._checkpoints.options import check_layer
 from ._checkpoints.router import router_fields
 from .reference import routers as reference_routers
 from .routers import GroupScore, Router, ScoringFunc
@@ -59,11 +62,12 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) ->
         ValueError: another shape, stride or device; k or E outside its range.
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
-    if torch.compiler.is_compiling():
+    check_topk_softmax(router_logits, top_k)
+    refuse_transforms("topk_softmax", router_logits)
+    device = router_logits.device
+    if in_graph(router_logits):
         result: tuple[Tensor, Tensor] = operators.topk_softmax(router_logits, top_k, renormalize)
         return result
-    check_topk_softmax(router_logits, top_k)
-    device = router_logits.device
     if router_logits.is_cpu:
         with torch.no_grad():
             topk_weights, topk_ids = reference.topk_softmax(router_logits, top_k, renormalize)
@@ -95,11 +99,13 @@ def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | Non
         ValueError: another shape, stride or device; E that does not fit the router's k, bias and groups.
         RuntimeError: a GPU that the wheel has no machine code for; an extension that does not fit this torch.
     """
-    if torch.compiler.is_compiling():
+    check_router(router_logits, router, topk_ids)
+    refuse_transforms("select_experts", router_logits)
+    if in_graph(router_logits):
         result: tuple[Tensor, Tensor] = operators.select_experts(
             router_logits,
             topk_ids,
-            router.e_score_correction_bias,
+            as_fake(router.e_score_correction_bias, router_logits),
             router.top_k,
             ScoringFunc(router.scoring_func).value,
             router.renormalize,
@@ -109,7 +115,6 @@ def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | Non
             float(router.routed_scaling_factor),
         )
         return result
-    check_router(router_logits, router, topk_ids)
     if router_logits.is_cpu:
         with torch.no_grad():
             topk_weights, chosen = reference_routers.select_experts(router_logits, router, topk_ids)
@@ -131,10 +136,14 @@ def load_router(
 
     Raises:
         FileNotFoundError, RuntimeError: as `MoEWeights.from_pretrained`.
+        TypeError: an argument of another type.
         ValueError: the same; no config.json, a model whose router is not known, a config that does not say what is
             needed, no bias where the model has one, or a layer whose experts are fixed by token id; says what to do.
     """
-    return Router(**router_fields(path, layer=layer, prefix=prefix, device=device))
+    check_layer(layer)
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a str or None, got {prefix!r}")
+    return Router(**router_fields(path, layer=layer, prefix=prefix, device=require_device("device", device)))
 
 
 def fused_moe_from_logits(
@@ -175,28 +184,28 @@ def fused_moe_from_logits(
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
     if isinstance(top_k, Router):
-        router = top_k
-        rows, experts = check_router(router_logits, router)
+        rows, experts = check_router(router_logits, top_k)
     else:
         rows, experts = check_topk_softmax(router_logits, top_k)
-        router = _softmax_router(top_k, bool(renormalize))
     if experts != weights.num_global_experts:
         raise ValueError(
             f"router_logits: expected one for each of the layer's {weights.num_global_experts} experts, "
             f"got {list(router_logits.shape)}"
         )
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        if not isinstance(hidden_states, Tensor):
-            raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
-        same_rows = hidden_states.dim() > 0 and hidden_states.shape[0] == rows
-        if not same_rows or hidden_states.device != router_logits.device:
-            raise ValueError(
-                f"router_logits: expected {[*hidden_states.shape[:1], weights.num_global_experts]}, as many rows as "
-                f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
-            )
-    if compiling or not hidden_states.is_cuda:
-        topk_weights, topk_ids = select_experts(router_logits, router)
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
+    same_rows = hidden_states.dim() > 0 and hidden_states.shape[0] == rows
+    if not same_rows or hidden_states.device != router_logits.device:
+        raise ValueError(
+            f"router_logits: expected {[*hidden_states.shape[:1], weights.num_global_experts]}, as many rows as "
+            f"hidden_states, on {hidden_states.device}, got {list(router_logits.shape)} on {router_logits.device}"
+        )
+    refuse_transforms("fused_moe_from_logits", hidden_states, router_logits)
+    if in_graph(hidden_states) or not hidden_states.is_cuda:
+        if isinstance(top_k, Router):
+            topk_weights, topk_ids = select_experts(router_logits, top_k)
+        else:
+            topk_weights, topk_ids = topk_softmax(router_logits, top_k, renormalize)
         return fused_moe(
             hidden_states,
             topk_weights,
@@ -211,6 +220,7 @@ def fused_moe_from_logits(
             intermediate_rounding=intermediate_rounding,
             activation_format=activation_format,
         )
+    router = top_k if isinstance(top_k, Router) else _softmax_router(top_k, bool(renormalize))
     device = check_devices(hidden_states, weights)
     dtype = check_hidden_states(
         hidden_states,

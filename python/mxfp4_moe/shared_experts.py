@@ -9,15 +9,19 @@ routed layer they cost their weights and one row more per token. docs/decisions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ._arguments import require_tensor
+from .activations import Activation
 from .weights import MoEWeights
 
 _IDS = (torch.int32, torch.int64)
+_LARGEST = torch.finfo(torch.float32).max
+_SOFT = (Activation.SITU, Activation.CLAMPED_RELU2)  # soft(x, limit) is x without a limit alone, at no number
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,10 +88,15 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
             factor afterwards.
 
     Raises:
-        TypeError: not MoEWeights.
+        TypeError: not MoEWeights, or a weight that is no number.
         ValueError: slices of layers; another hidden size, activation or device; a width that is no multiple of the
-            routed experts'. The message says what to do.
+            routed experts'; a limit of one of the two alone, of an activation that has no number for none; a weight
+            that is not finite. The message says what to do.
     """
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"weight: expected a number, got {weight!r}")
+    if not math.isfinite(weight):
+        raise ValueError(f"weight: expected a finite number, got {weight}")
     for name, weights in (("routed", routed), ("shared", shared)):
         if not isinstance(weights, MoEWeights):
             raise TypeError(f"{name}: expected MoEWeights, got {type(weights).__name__}")
@@ -102,6 +111,12 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
             raise ValueError(
                 f"shared: expected {what} {expected}, as routed has, got {actual}; call it as its own layer"
             )
+    if (routed.limit is None) != (shared.limit is None) and routed.activation in _SOFT:
+        expected, actual = ("None", "one") if routed.limit is None else ("a limit", "None")
+        raise ValueError(
+            f"shared: expected limit to be {expected} with {routed.activation.value}, as routed's, got {actual}; call "
+            "it as its own layer"
+        )
     width = routed.intermediate_size
     parts, rest = divmod(shared.intermediate_size, width)
     if rest:
@@ -122,9 +137,7 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
         activation=routed.activation,
         alpha=_joined_number([(layer.alpha, layer) for layer in layers]),
         beta=_joined_number([(layer.beta, layer) for layer in layers]),
-        limit=None
-        if all(layer.limit is None for layer in layers)
-        else _joined_number([(float("inf") if layer.limit is None else layer.limit, layer) for layer in layers]),
+        limit=_joined_limit(layers),
         gate_up_order=routed.gate_up_order,
     )
     ids = torch.arange(routed.num_experts, experts, device=routed.device)
@@ -133,7 +146,7 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
         num_shared=experts - routed.num_experts,
         shared_ids=ids,
         shared_ids_int32=ids.to(torch.int32),
-        shared_weights=torch.full((experts - routed.num_experts,), weight, device=routed.device),
+        shared_weights=torch.full((experts - routed.num_experts,), weight, dtype=torch.float32, device=routed.device),
     )
 
 
@@ -143,10 +156,17 @@ def _joined_bias(biases: list[tuple[Tensor | None, MoEWeights]], columns: int) -
         return None
     return torch.cat(
         [
-            torch.zeros(layer.num_experts, columns, device=layer.device) if bias is None else bias
+            torch.zeros(layer.num_experts, columns, dtype=torch.float32, device=layer.device) if bias is None else bias
             for bias, layer in biases
         ]
     )
+
+
+def _joined_limit(layers: list[MoEWeights]) -> float | Tensor | None:
+    """Where one layer has no limit, that of its experts is float32's largest number, at which nothing is clamped."""
+    if all(layer.limit is None for layer in layers):
+        return None
+    return _joined_number([(_LARGEST if layer.limit is None else layer.limit, layer) for layer in layers])
 
 
 def _joined_number(numbers: list[tuple[float | Tensor, MoEWeights]]) -> float | Tensor:
@@ -156,7 +176,9 @@ def _joined_number(numbers: list[tuple[float | Tensor, MoEWeights]]) -> float | 
         return first
     return torch.cat(
         [
-            number if isinstance(number, Tensor) else torch.full((layer.num_experts,), number, device=layer.device)
+            number
+            if isinstance(number, Tensor)
+            else torch.full((layer.num_experts,), number, dtype=torch.float32, device=layer.device)
             for number, layer in numbers
         ]
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import require_device
 from ._checkpoints.fields import Mxfp4Tensors, alone, check_fields
 from ._checkpoints.files import Checkpoint
 from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields
@@ -59,7 +60,8 @@ class MoEWeights:
         w2_bias: float32 [E, H], or None.
         activation: what stands between the GEMMs.
         alpha, beta, limit: numbers of the activation, where its formula (`Activation`) has them. One float for all
-            experts, or float32 [E]; limit None clamps nothing.
+            experts, or float32 [E]; finite, limit above 0 or None, which clamps nothing. A tensor's values are read
+            here, once, which waits for a GPU's; no call reads them.
         gate_up_order: order in which the checkpoint had w13's rows; `to_mxfp4` restores it.
         first_expert: global id of expert 0 here; other than 0 in the slices that `expert_parallel` makes. Ids of
             experts that are not here contribute nothing.
@@ -67,7 +69,7 @@ class MoEWeights:
 
     Raises:
         TypeError: a tensor of another dtype, or a value of another type.
-        ValueError: a tensor whose shape, device or stride does not fit; numbers that are not finite.
+        ValueError: a tensor whose shape, device or stride does not fit; a number that float32 does not hold as finite.
     """
 
     w13: Tensor
@@ -138,22 +140,19 @@ class MoEWeights:
     def to(self, device: torch.device | str | int) -> MoEWeights:
         """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
 
-        Where the word order changes, the copy is made expert by expert.
-
         Raises:
+            TypeError, ValueError: no device, such as a dtype.
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
         with explained(f"weights cannot be put on {device}"):
-            place = torch.empty(0, device=device).device  # with its index
-            order = word_order_of(place)
+            place = require_device("device", device)
+            order, hidden, inter = word_order_of(place), self.hidden_size, self.intermediate_size
 
             def moved(tensor: Tensor) -> Tensor:
-                hidden, inter = self.hidden_size, self.intermediate_size
-                if tensor is self.w13 and order is not self.word_order:
-                    return move(tensor, place, self.w13_rows, hidden, self.word_order, order)
-                if tensor is self.w2 and order is not self.word_order:
-                    return move(tensor, place, hidden, inter, self.word_order, order)
-                return tensor.to(place)
+                if order is self.word_order or tensor.dtype is not torch.uint8:  # no codes
+                    return tensor.to(place)
+                size = (self.w13_rows, hidden) if tensor is self.w13 else (hidden, inter)
+                return move(tensor, place, *size, self.word_order, order)
 
             return replace(self._map(moved), word_order=order)
 

@@ -21,6 +21,7 @@ from wheelbuild import ROOT, BuildError
 from wheelbuild.block_scaled import SELECTORS, SharedMemory, check_block_scaled
 from wheelbuild.kernel_ptx import compile_to_ptx
 from wheelbuild.machine_code import Code, parse_sass
+from wheelbuild.plain_paths import PlainPaths, make_links
 from wheelbuild.plan import block_scaled
 from wheelbuild.tile_model import tiles
 from wheelbuild.toolchain import Cuda, package_dirs, resolve_cuda
@@ -104,8 +105,10 @@ def ptx_of(tile: tiles.Tile) -> str:
 def assembled(ptx: str, cuda: Cuda, folder: Path) -> Code:
     source, cubin = folder / "tile.ptx", folder / "tile.cubin"
     source.write_text(ptx, encoding="utf-8")
-    command = [str(cuda.nvcc), "-cubin", f"-arch=sm_{ARCH}", str(source), "-o", str(cubin)]
-    subprocess.run(command, check=True, capture_output=True)
+    plain = PlainPaths(Path("links"))
+    command = [str(plain(cuda.nvcc)), "-cubin", f"-arch=sm_{ARCH}", source.name, "-objtemp", "-o", cubin.name]
+    make_links(plain.links, folder)
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
     return read(cuda, cubin)
 
 

@@ -78,7 +78,7 @@ class TestConfig:
             ),
             (
                 {"hidden_act": "situ", "activation_situ_beta": 0},
-                "beta: expected a number above 0 with activation 'situ', got 0",
+                "beta: expected a finite number above 0 with activation 'situ', got 0",
             ),
             ({"hidden_act": None}, "has no hidden_act"),
             ({"swiglu_limit": 7.0}, "has swiglu_limit 7.0, and what it limits in model_type 'qwen3_moe' is not known"),

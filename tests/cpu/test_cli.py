@@ -92,6 +92,7 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
         "._floors",
         "._install",
         "._install.elf",
+        "._install.importing",
         "._install.troubles",
         "._install.wheel",
         ".archs",

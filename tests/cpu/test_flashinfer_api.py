@@ -267,6 +267,26 @@ class TestCall:
             ({"swiglu_limit": torch.ones(3)}, ValueError, r"swiglu_limit: expected float32 \[4\], got float32 \[3\]"),
             ({"swiglu_alpha": 1.702}, TypeError, "swiglu_alpha: expected a tensor, got float"),
             (
+                {"swiglu_alpha": torch.full((E,), torch.nan)},
+                ValueError,
+                "swiglu_alpha: expected finite numbers, got nan",
+            ),
+            (
+                {"swiglu_limit": torch.zeros(E)},
+                ValueError,
+                "swiglu_limit: expected finite numbers above 0, got 0.0 for",
+            ),
+            (
+                {"activation_type": 10, "situ_beta": torch.zeros(E)},
+                ValueError,
+                "situ_beta: expected finite numbers above 0 with activation 'situ', got 0.0 for expert 0",
+            ),
+            (
+                {"activation_type": 10, "situ_linear_beta": torch.full((E,), torch.inf)},
+                ValueError,
+                "situ_linear_beta: expected finite numbers above 0, got inf for expert 0",
+            ),
+            (
                 {"fc1_expert_biases": torch.ones(E, 9)},
                 ValueError,
                 r"fc1_expert_biases: expected .* \[4, 320\], got float32",

@@ -13,8 +13,8 @@ from layers import INTER, E, H, T, make_call, mxfp8
 from torch import Tensor
 
 import mxfp4_moe
-from mxfp4_moe import formats, reference
-from mxfp4_moe._call import checks
+from mxfp4_moe import formats, get_cutlass_fused_moe_module, reference
+from mxfp4_moe._call import checks, operators
 from mxfp4_moe._call.checks import MAX_SLOTS, check_limits, check_word_order
 from mxfp4_moe._call.launch import check_capability
 from mxfp4_moe.weights import MoEWeights
@@ -38,6 +38,18 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Exception]
         lambda c: {"weights": {"w13": c["weights"].w13}},
         TypeError,
         r"weights: expected MoEWeights, got dict",
+    ),
+    (
+        "activation format of no kernel",
+        lambda c: {"activation_format": "fp16"},
+        ValueError,
+        r"activation_format: expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; .*",
+    ),
+    (
+        "activation format of MXFP8 rows",
+        lambda c: mxfp8(c) | {"activation_format": "bf16"},
+        ValueError,
+        r"activation_format: expected 'mxfp8' for hidden_states that are MXFP8 already, got 'bf16'; .*",
     ),
     (
         "hidden_states type",
@@ -259,6 +271,96 @@ def test_bad_input_is_refused_in_one_sentence(
     with pytest.raises(error, match=message) as caught:
         mxfp4_moe.fused_moe(**call)
     assert "\n" not in str(caught.value)
+
+
+LOGITS = torch.randn(T, E, generator=torch.Generator().manual_seed(0))
+TILE_MODULE = get_cutlass_fused_moe_module(tile_mn=(8, 128))
+
+
+def through_module(**call: Any) -> Tensor:
+    return TILE_MODULE.fused_moe(**call)
+
+
+def from_logits(**call: Any) -> Tensor:
+    """With random logits in place of topk_ids and topk_weights, whose refusals are `fused_moe`'s alone."""
+    (tokens, top_k) = call.pop("topk_ids").shape
+    del call["topk_weights"]
+    return mxfp4_moe.fused_moe_from_logits(router_logits=LOGITS[:tokens], top_k=top_k, **call)
+
+
+def refusal(call: Callable[..., Any], arguments: dict[str, Any]) -> tuple[type[Exception], str] | None:
+    """What was raised, and in which words; None for a call that goes through."""
+    try:
+        call(**arguments)
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+class Exported(torch.nn.Module):
+    """A call with its tensors as inputs, for torch.export; the rest are constants."""
+
+    def __init__(self, call: Callable[..., Tensor], constants: dict[str, Any]) -> None:
+        super().__init__()
+        self.call, self.constants = call, constants
+
+    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
+        return self.call(**tensors, **self.constants)
+
+
+CALLS = {"fused_moe": mxfp4_moe.fused_moe, "module": through_module, "from_logits": from_logits}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("change", [b[1] for b in BAD], ids=[b[0] for b in BAD])
+def test_compiled_and_exported_calls_are_refused_as_eager_ones(
+    change: Callable[[dict[str, Any]], dict[str, Any]], name: str
+) -> None:
+    """The same exception in the same words; a graph that must be whole, or is exported, has the words in torch's."""
+    call = make_call()
+    changed = change(call)
+    if name == "from_logits" and {"topk_ids", "topk_weights"} & changed.keys():
+        return  # no arguments of this call
+    if name == "module" and "output" not in changed:
+        return  # it hands its arguments to fused_moe
+    call |= changed
+    torch._dynamo.reset()
+    eager = refusal(CALLS[name], call)
+    assert eager is not None
+    assert refusal(torch.compile(CALLS[name], backend="aot_eager"), call) == eager
+    torch._dynamo.reset()
+    whole = refusal(torch.compile(CALLS[name], backend="aot_eager", fullgraph=True), call)
+    assert whole is not None
+    assert repr(eager[1])[1:-1] in whole[1].replace("\\'", "'")
+    if isinstance(call["hidden_states"], Tensor):
+        tensors = {key: value for key, value in call.items() if isinstance(value, Tensor)}
+        constants = {key: value for key, value in call.items() if key not in tensors}
+        exported = refusal(
+            lambda **_: torch.export.export(Exported(CALLS[name], constants), (tensors,), strict=False), call
+        )
+        assert exported is not None
+        assert eager[1] in exported[1]
+
+
+def test_an_exported_program_refuses_another_output_than_it_was_exported_with() -> None:
+    call = make_call()
+    weights = call.pop("weights")
+    output = torch.zeros(T, H, dtype=torch.bfloat16)
+    program = torch.export.export(
+        Exported(mxfp4_moe.fused_moe, {"weights": weights}), (call | {"output": output},), strict=False
+    ).module()
+    program(call | {"output": output})
+    assert torch.equal(output, mxfp4_moe.fused_moe(**call, weights=weights))
+    for other in (output.float(), output.int(), output[None].expand(2, T, H).contiguous(), output[:3]):
+        before = other.clone()
+        with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError), match=r"\boutput\b"):
+            program(call | {"output": other})
+        assert torch.equal(other, before)
+
+
+def test_the_operator_that_writes_an_exported_programs_output() -> None:
+    result = torch.randn(T, H).bfloat16()
+    torch.library.opcheck(operators.write_output, (torch.zeros_like(result), result))
 
 
 def test_k_that_is_no_multiple_of_32_is_refused_with_the_weights() -> None:

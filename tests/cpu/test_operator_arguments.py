@@ -222,7 +222,7 @@ def test_a_compiled_call_of_a_part_chooses_its_tile_as_an_eager_one(
     operands: list[tuple[object, ...]] = []
     monkeypatch.setattr(operators, "moe_layer", lambda *arguments: operands.append(arguments) or arguments[0])
     tensors = (call[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
-    fused_moe._traced(*tensors, part, None, "linear", None, False)
+    fused_moe._traced(*tensors, part, None, "linear", torch.bfloat16, False, "mxfp8")
     operators._moe_layer_cuda(*operands[0])
     assert asked == [(T, K, E, H, INTER, None)] * 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,35 @@ def test_a_factor_for_all() -> None:
     x, topk_weights, topk_ids = call()
     expected = float64(x, topk_weights, topk_ids, one, two, torch.full((1,), 0.4))
     assert error(run(joined, x, topk_weights, topk_ids), expected) <= TOLERANCE[torch.bfloat16]
+
+
+def test_no_limit_beside_a_limit() -> None:
+    """float32's largest number, which clamps no number; an infinity is no limit of an expert."""
+    one = layer(0, activation="swiglu_oai", limit=2.0)["weights"]
+    two = layer(1, experts=1, activation="swiglu_oai", limit=None)["weights"]
+    for joined in (join_shared_experts(one, two), join_shared_experts(two, one)):
+        limit = joined.weights.limit
+        assert isinstance(limit, torch.Tensor)
+        assert sorted(limit.tolist()) == [2.0] * E + [torch.finfo(torch.float32).max]
+    assert join_shared_experts(two, two).weights.limit is None
+
+
+def test_a_soft_limit_has_no_number_for_none() -> None:
+    numbers = {"activation": "situ", "beta": 4.0}
+    with_limit, without = layer(0, **numbers, limit=25.0)["weights"], layer(1, **numbers, limit=None)["weights"]
+    with pytest.raises(
+        ValueError, match=r"^shared: expected limit to be a limit with situ, as routed's, got None; call"
+    ):
+        join_shared_experts(with_limit, without)
+    with pytest.raises(ValueError, match=r"^shared: expected limit to be None with situ, as routed's, got one; call"):
+        join_shared_experts(without, with_limit)
+
+
+@pytest.mark.parametrize(("weight", "error"), [(math.nan, ValueError), (math.inf, ValueError), (True, TypeError)])
+def test_a_factor_that_is_none(weight: float, error: type[Exception]) -> None:
+    one = layer(0)["weights"]
+    with pytest.raises(error, match=r"^weight: expected a (finite )?number, got "):
+        join_shared_experts(one, one, weight)
 
 
 def test_the_bytes_are_those_that_came() -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import mxfp4_moe
+from mxfp4_moe import reference
+from mxfp4_moe._checkpoints import options
+from mxfp4_moe.flashinfer_api import block_scale_interleave
+from mxfp4_moe.problems import random_call
 from mxfp4_moe.weights import MoEWeights
 
 
@@ -82,8 +88,13 @@ class TestRefuses:
             ({"beta": torch.zeros(2)}, ValueError, r"beta: expected float32 \[3\], got float32 \[2\]"),
             ({"limit": torch.zeros(3).double()}, TypeError, r"limit: expected float32 \[3\], got float64 \[3\]"),
             ({"beta": math.nan}, ValueError, "beta: expected a finite number, got nan"),
-            ({"limit": math.inf}, ValueError, "limit: expected a finite number, got inf"),
-            ({"limit": 0}, ValueError, "limit: expected a number above 0, or None, got 0"),
+            ({"limit": math.inf}, ValueError, "limit: expected a finite number above 0, or None, got inf"),
+            ({"limit": 0}, ValueError, "limit: expected a finite number above 0, or None, got 0"),
+            ({"limit": -7.0}, ValueError, "limit: expected a finite number above 0, or None, got -7.0"),
+            ({"limit": 1e-50}, ValueError, "limit: expected a finite number above 0, or None, got 1e-50"),  # in float32
+            ({"alpha": 1e39}, ValueError, r"alpha: expected a finite number, got 1e\+39"),
+            ({"beta": 10**400}, ValueError, "beta: expected a finite number, got 1000"),
+            ({"alpha": None}, TypeError, r"alpha: expected a number, or float32 \[3\], got NoneType"),
             ({"ep_size": 4}, ValueError, "ep_size: expected 1 to 3 ranks for 3 experts, got 4"),
             ({"ep_size": 0}, ValueError, "ep_size: expected 1 to 3 ranks for 3 experts, got 0"),
             ({"ep_size": 3, "ep_rank": 3}, ValueError, "ep_rank: expected 0 to 2, got 3"),
@@ -102,6 +113,63 @@ class TestRefuses:
         change = {n: torch.zeros(v, dtype=torch.uint8) if isinstance(v, tuple) else v for n, v in change.items()}
         with pytest.raises(error, match=f"^{message}"):
             MoEWeights.from_mxfp4(**{**checkpoint, **change})
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -2.5, 1e-46])
+    @pytest.mark.parametrize("name", ["alpha", "beta", "limit"])
+    def test_each_experts_numbers(self, checkpoint: dict[str, torch.Tensor], name: str, value: float) -> None:
+        """What one number may not be, no expert's may be: of every way in, and of the reference."""
+        numbers = torch.tensor([1.5, value, 2.0])
+        kept = numbers[1].item()  # as float32 has it
+        refused = not math.isfinite(kept) or (name == "limit" and kept <= 0)
+        words = f"^{name}: expected finite numbers{' above 0' if name == 'limit' else ''}, got {kept} for expert 1$"
+        weights = MoEWeights.from_mxfp4(**checkpoint)
+        floats = {n: torch.zeros_like(checkpoint[n]).repeat(1, 1, 2).float() for n in ("w13", "w2")}
+        packed = (checkpoint[n].view(torch.int64) for n in ("w13", "w2"))
+        swizzled = [torch.stack([block_scale_interleave(e) for e in checkpoint[n]]) for n in ("w13_scale", "w2_scale")]
+        shaped = [s.view(3, -1, 4 * k).view(torch.int32) for s, k in zip(swizzled, (1, 2), strict=True)]
+        w13, w2 = packed
+        ways: dict[str, Any] = {
+            "from_mxfp4": lambda: MoEWeights.from_mxfp4(**checkpoint, **{name: numbers}),
+            "from_float": lambda: MoEWeights.from_float(**floats, **{name: numbers}),
+            "from_flashinfer": lambda: MoEWeights.from_flashinfer(w13, shaped[0], w2, shaped[1], **{name: numbers}),
+            "replace": lambda: replace(weights, **{name: numbers}),
+            "activate": lambda: reference.activate(
+                torch.ones(3, 32), torch.arange(3), None, "swiglu_oai", **{name: numbers}
+            ),
+        }
+        for way in ways.values():
+            if refused:
+                with pytest.raises(ValueError, match=words):
+                    way()
+            else:
+                way()
+
+    @pytest.mark.parametrize("value", [0.0, -4.0])
+    def test_what_situ_divides_by(self, checkpoint: dict[str, torch.Tensor], value: float) -> None:
+        """The same for one number and for each expert's; of the others, beta may be 0."""
+        numbers = torch.tensor([1.5, value, 2.0])
+        for beta, words in ((value, "a finite number"), (numbers, "finite numbers")):
+            with pytest.raises(
+                ValueError, match=f"^beta: expected {words} above 0 with activation 'situ', got {value}"
+            ):
+                MoEWeights.from_mxfp4(**checkpoint, activation="situ", beta=beta)
+            MoEWeights.from_mxfp4(**checkpoint, activation="swiglu_oai", beta=beta)
+
+    def test_several_experts_numbers(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        with pytest.raises(ValueError, match=r"got nan for expert 0 \(of 3 such experts\)$"):
+            MoEWeights.from_mxfp4(**checkpoint, alpha=torch.full((3,), math.nan))
+
+    def test_numbers_without_values_are_taken_as_they_are(self, checkpoint: dict[str, torch.Tensor]) -> None:
+        weights = MoEWeights.from_mxfp4(**checkpoint, limit=torch.full((3,), 7.0)).to("meta")
+        assert weights.limit.device.type == "meta"
+
+    def test_a_call_reads_no_number(self, checkpoint: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are looked at when weights are made: a call would wait for the GPU."""
+        weights = MoEWeights.from_mxfp4(**checkpoint, limit=torch.full((3,), 7.0))
+        monkeypatch.setattr(options, "has_values", lambda tensor: pytest.fail("a number is read"))
+        monkeypatch.setattr(reference, "fused_moe", lambda x, *_, **__: torch.zeros_like(x))
+        call = random_call(2, 2, weights)
+        mxfp4_moe.fused_moe(*call.args(), weights)
 
     @pytest.mark.parametrize("name", ["w13_scale", "w2_scale"])
     def test_a_nan_scale(self, checkpoint: dict[str, torch.Tensor], name: str) -> None:
@@ -158,7 +226,7 @@ class TestRefuses:
             ),
             ("first_expert", lambda f: True, TypeError, "first_expert: expected an integer, got bool"),
             ("num_global_experts", lambda n: 2, ValueError, "first_expert: expected 0 to -1"),
-            ("limit", lambda a: -1.0, ValueError, r"limit: expected a number above 0, or None, got -1\.0"),
+            ("limit", lambda a: -1.0, ValueError, r"limit: expected a finite number above 0, or None, got -1\.0"),
         ],
     )
     def test_inconsistent_prepared_weights(

@@ -22,6 +22,7 @@ from wheelbuild import ROOT
 from wheelbuild.release.audit import audit
 
 TILE = "m8n64_swap"  # the smallest
+ODD = "some where, (el):s'e\"="  # a folder's name that shells, compilers and make would misread
 EPOCH = "1700000000"
 
 
@@ -85,9 +86,9 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     with tarfile.open(sdist) as archive:
         # Python before 3.11.4 and 3.10.12 has no filters; the archive is our own.
         safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        archive.extractall(folder / "somewhere" / "else", **safely)
-    (unpacked,) = (folder / "somewhere" / "else").iterdir()
-    temporary = folder / "temporary"
+        archive.extractall(folder / ODD, **safely)
+    (unpacked,) = (folder / ODD).iterdir()
+    temporary = folder / ODD / "temporary"
     temporary.mkdir()
     first = start(tree, folder / "first", "022", {"LC_ALL": "C"})
     other = {"LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo", "TMPDIR": str(temporary)}

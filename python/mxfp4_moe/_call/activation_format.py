@@ -7,6 +7,7 @@ import functools
 import torch
 
 from .. import reference
+from .._arguments import require_device
 from .._install import wheel
 from ..formats import WordOrder, word_order_of
 
@@ -20,11 +21,12 @@ def activation_formats(device: torch.device | str | int) -> tuple[str, ...]:
     Returns:
         Names, the default first: ("mxfp8", "bf16") on SM90 GPUs and for CPU tensors, ("mxfp8",) on SM12x GPUs, whose
         MMA takes scales; () where the wheel has no kernels.
+
+    Raises:
+        TypeError, ValueError: no device, such as a dtype.
+        RuntimeError, AssertionError: torch's, for a device that is not here.
     """
-    place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    return _formats_of(place)
+    return _formats_of(require_device("device", device))
 
 
 @functools.cache

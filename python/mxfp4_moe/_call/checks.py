@@ -14,6 +14,7 @@ from ..formats import BLOCK, WordOrder, word_order_of
 from ..routers import MAX_TOP_K, GroupScore, Router
 from ..weights import MoEWeights
 from .activation_format import check_activation_format, check_format_on
+from .transforms import in_graph
 
 MAX_EXPERTS = 1024  # csrc/moe/kernels.h, kMaxExperts
 MAX_SLOTS = 2**31 - 1 - 1024  # tokens * top_k: rows are counted in int32; csrc/moe/checks.h, kMaxSlots
@@ -38,6 +39,9 @@ def check_layer(
 ) -> torch.dtype:
     """Checks everything of a call but its output and its tile.
 
+    Where a graph is traced, what depends on the GPU or would bound the number of tokens is left to the operator, which
+    checks it in each call.
+
     Returns:
         The output dtype.
 
@@ -56,8 +60,10 @@ def check_layer(
         device,
         activation_format,
     )
-    check_format_on(activation_format, device)
-    check_limits(weights.num_experts, *topk_ids.shape)
+    if not in_graph(hidden_states):
+        check_format_on(activation_format, device)
+    tokens = 0 if in_graph(hidden_states) else topk_ids.shape[0]
+    check_limits(weights.num_experts, tokens, topk_ids.shape[1])
     return dtype
 
 
@@ -65,8 +71,11 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
     """The device of a call.
 
     Raises:
+        TypeError: hidden_states is no tensor.
         ValueError: neither CUDA nor CPU, or not where the weights are; weights in another device's word order.
     """
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
     device, on_gpu = hidden_states.device, hidden_states.is_cuda
     if not on_gpu and not hidden_states.is_cpu:
         raise ValueError(f"hidden_states: expected a CUDA or CPU tensor, got one on {device}")
@@ -75,7 +84,7 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
             f"weights: expected MoEWeights on {device}, where hidden_states is, got {weights.device}; "
             f"weights.to('{device}') copies them there"
         )
-    if on_gpu:
+    if on_gpu and not in_graph(hidden_states):
         check_word_order(weights.word_order, device)
     return device
 

@@ -16,7 +16,8 @@ from . import operators
 from .checks import check_layer, check_output
 from .gradient import refuse_gradient
 from .launch import run
-from .selection import tile_of_call
+from .selection import check_tile, tile_of_call
+from .transforms import as_fake, in_graph, refuse_transforms
 
 
 def fused_moe(
@@ -43,7 +44,7 @@ def fused_moe(
     stream, without synchronization; CUDA graphs capture it, and any number of threads and streams may call at once. All
     tensors are contiguous and on one device.
     In a function under torch.compile or torch.export the call is one operator, `mxfp4_moe::moe_layer`, which chooses
-    its tile when it runs: tile_mn and auto_tile_select mean nothing there.
+    its tile when it runs: tile_mn is checked and auto_tile_select means nothing there.
 
     Limits: E up to 1024, T * k up to 2^31 - 1025; H and I are multiples of 32; products of sizes may pass 2^31.
 
@@ -85,7 +86,21 @@ def fused_moe(
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
-    if torch.compiler.is_compiling():
+    output_dtype = check_layer(
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        weights,
+        hidden_states_scale,
+        scale_layout,
+        output_dtype,
+        activation_format,
+    )
+    refuse_transforms("fused_moe", hidden_states, topk_weights)
+    device, (tokens, top_k) = hidden_states.device, topk_ids.shape
+    check_output(output, output_dtype, tokens, weights.hidden_size, device)
+    if in_graph(hidden_states):
+        check_tile(tile_mn)
         result = _traced(
             hidden_states,
             topk_weights,
@@ -97,21 +112,12 @@ def fused_moe(
             intermediate_rounding,
             activation_format,
         )
-        return result if output is None else output.copy_(result)
-    if not isinstance(hidden_states, Tensor):
-        raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
-    output_dtype = check_layer(
-        hidden_states,
-        topk_weights,
-        topk_ids,
-        weights,
-        hidden_states_scale,
-        scale_layout,
-        output_dtype,
-        activation_format,
-    )
-    device, (tokens, top_k) = hidden_states.device, topk_ids.shape
-    check_output(output, output_dtype, tokens, weights.hidden_size, device)
+        if output is None:
+            return result
+        if torch.compiler.is_exporting():  # a program is called with any tensors: it checks them itself
+            operators.write_output(output, result)
+            return output
+        return output.copy_(result)
     tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights, device)
 
     if hidden_states.is_cpu:
@@ -153,13 +159,11 @@ def _traced(
     weights: MoEWeights,
     hidden_states_scale: Tensor | None,
     scale_layout: str,
-    output_dtype: torch.dtype | None,
+    output_dtype: torch.dtype,
     intermediate_rounding: bool,
-    activation_format: str = "mxfp8",
+    activation_format: str,
 ) -> Tensor:
     """The call as a compiled graph sees it: tensors and constants, and no tile that would tie it to T."""
-    if output_dtype is None:
-        output_dtype = reference.default_output_dtype(hidden_states, hidden_states_scale)
     alpha, alphas = split_number(weights.alpha, 0.0)
     beta, betas = split_number(weights.beta, 0.0)
     limit, limits = split_number(weights.limit, None)
@@ -167,10 +171,10 @@ def _traced(
         hidden_states,
         topk_weights,
         topk_ids - weights.first_expert if weights.first_expert else topk_ids,
-        weights.w13,
-        weights.w13_bias,
-        weights.w2,
-        weights.w2_bias,
+        as_fake(weights.w13, hidden_states),
+        as_fake(weights.w13_bias, hidden_states),
+        as_fake(weights.w2, hidden_states),
+        as_fake(weights.w2_bias, hidden_states),
         weights.hidden_size,
         weights.intermediate_size,
         weights.word_order.value,
@@ -178,9 +182,9 @@ def _traced(
         alpha,
         beta,
         limit,
-        alphas,
-        betas,
-        limits,
+        as_fake(alphas, hidden_states),
+        as_fake(betas, hidden_states),
+        as_fake(limits, hidden_states),
         hidden_states_scale,
         scale_layout,
         output_dtype,

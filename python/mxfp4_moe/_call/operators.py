@@ -22,7 +22,15 @@ from ..routers import Router
 from ..weights import Activation, MoEWeights
 from . import gradient, launch
 from .activation_format import check_format_on, code_of
-from .checks import check_call, check_layer, check_limits, check_router, check_topk_softmax, check_word_order
+from .checks import (
+    check_call,
+    check_layer,
+    check_limits,
+    check_output,
+    check_router,
+    check_topk_softmax,
+    check_word_order,
+)
 from .selection import select
 
 
@@ -229,6 +237,16 @@ def _select_experts_fake(*arguments: object) -> tuple[Tensor, Tensor]:
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
+def _write_output(output: Tensor, result: Tensor) -> None:
+    _write_output_fake(output, result)
+    output.copy_(result)
+
+
+def _write_output_fake(output: Tensor, result: Tensor) -> None:
+    tokens, hidden_size = result.shape
+    check_output(output, result.dtype, tokens, hidden_size, result.device)
+
+
 _LIBRARY = torch.library.Library("mxfp4_moe", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The kernels read contiguous tensors: a compiler must not choose other strides.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -247,6 +265,9 @@ for _schema, _cpu, _cuda, _fake in (
     _LIBRARY.impl(_name, _cpu, "CPU")  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mxfp4_moe::{_name}", _fake, lib=_LIBRARY)
+_name = _LIBRARY.define("write_output(Tensor(a!) output, Tensor result) -> ()", tags=_TAGS)  # type: ignore[no-untyped-call]
+_LIBRARY.impl(_name, _write_output, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(f"mxfp4_moe::{_name}", _write_output_fake, lib=_LIBRARY)
 gradient.define(_LIBRARY)
 gradient.refuse_in_graphs(_LIBRARY, "moe_layer", "fused_moe", 2)
 gradient.refuse_in_graphs(_LIBRARY, "topk_softmax", "topk_softmax", 1)
@@ -255,3 +276,4 @@ gradient.refuse_in_graphs(_LIBRARY, "select_experts", "select_experts", 1)
 moe_layer = torch.ops.mxfp4_moe.moe_layer.default
 topk_softmax = torch.ops.mxfp4_moe.topk_softmax.default
 select_experts = torch.ops.mxfp4_moe.select_experts.default
+write_output = torch.ops.mxfp4_moe.write_output.default  # of exported programs

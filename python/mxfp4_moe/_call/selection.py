@@ -36,6 +36,27 @@ def tile_of_call(
     return select(tokens, top_k, weights.num_global_experts, *sizes, device.index)  # a slice: its share of rows
 
 
+def check_tile(tile_mn: tuple[int, int] | None) -> None:
+    """Refuses a tile that `tile_of_call` would; also while a graph is traced.
+
+    Raises:
+        TypeError, ValueError: as `manifest_tile`.
+    """
+    if tile_mn is not None and pair(tile_mn) not in _having():
+        raise _unknown_tile(tile_mn)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _having() -> tuple[tuple[int, int], ...]:
+    """The manifest's tiles, which a trace takes as they are: it cannot read files."""
+    return tuple(tile.mn for tile in loading.manifest().tiles)
+
+
+def _unknown_tile(tile_mn: tuple[int, int]) -> ValueError:
+    having = ", ".join(map(str, _having()))
+    return ValueError(f"tile_mn: expected a tile of the manifest ({having}), got {tuple(tile_mn)}")
+
+
 def manifest_tile(tile_mn: tuple[int, int]) -> Tile:
     """The manifest's tile of this shape.
 
@@ -44,10 +65,8 @@ def manifest_tile(tile_mn: tuple[int, int]) -> Tile:
         ValueError: not in the manifest; the message lists what is.
     """
     tile = Tile.from_mn(pair(tile_mn))
-    tiles = loading.manifest().tiles
-    if tile not in tiles:
-        having = ", ".join(str(t.mn) for t in tiles)
-        raise ValueError(f"tile_mn: expected a tile of the manifest ({having}), got {tile.mn}")
+    if tile not in loading.manifest().tiles:
+        raise _unknown_tile(tile.mn)
     return tile
 
 

@@ -61,13 +61,10 @@ def check_fields(weights: Any) -> int:
         require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
         require_contiguous(name, tensor)
     check_number("alpha", weights.alpha, experts, device)
-    check_number("beta", weights.beta, experts, device)
-    if weights.activation is Activation.SITU and not isinstance(weights.beta, Tensor) and not weights.beta > 0:
-        raise ValueError(f"beta: expected a number above 0 with activation 'situ', got {weights.beta}")
+    divides = " with activation 'situ'" if weights.activation is Activation.SITU else ""
+    check_number("beta", weights.beta, experts, device, above_zero=divides)
     if weights.limit is not None:
         check_number("limit", weights.limit, experts, device)
-        if not isinstance(weights.limit, Tensor) and weights.limit <= 0:
-            raise ValueError(f"limit: expected a number above 0, or None, got {weights.limit}")
     check_int("first_expert", weights.first_expert)
     check_int("num_global_experts", weights.num_global_experts)
     every: int = weights.num_global_experts or weights.first_expert + experts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path: expected a str or a path, got {path!r}")
         self.path = Path(path)
         self.bytes_read = 0  # of tensors
         self._headers: dict[Path, dict[str, Entry]] = {}
@@ -96,7 +99,7 @@ class Checkpoint:
         first = entries[0]
         shapes = [entry.shape if part is None else entry.shape[1:] for entry in entries]
         sizes = [entry.nbytes if part is None else entry.nbytes // entry.shape[0] for entry in entries]
-        buffer, at = torch.empty(sum(sizes), dtype=torch.uint8), 0
+        buffer, at = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu"), 0
         for entry, size in zip(entries, sizes, strict=True):
             self._read_into(entry, (part or 0) * size, buffer[at : at + size])
             at += size

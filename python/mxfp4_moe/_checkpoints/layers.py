@@ -141,7 +141,7 @@ def prepared_fields(
     if w2_bias is not None:
         require_tensor(raw.bias_names[1], w2_bias, _FLOATS, (experts, hidden), device)
     for name, number in zip(("alpha", "beta", "limit"), numbers, strict=True):
-        if number is not None:
+        if number is not None or name != "limit":
             check_number(name, number, experts, device)
     first, last = shard_of("ep", ranks[0], ranks[1], experts, 1)
     begin, end = shard_of("tp", ranks[2], ranks[3], inter, BLOCK)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._arguments import require_device
 from ..activations import Activation
 from .config import compare_sizes, read_config, stated_activation
 from .contents import FoundLayer, LayerSizes, choose_layer, layer_sizes
 from .files import Checkpoint
 from .layers import RawLayer
-from .options import GateUpOrder, Number, member
+from .options import GateUpOrder, Number, check_number, member
 from .schemes import SCHEMES, Between, Scheme
 from .sources import Source, float_source, mxfp4_source
 
@@ -52,9 +53,12 @@ def open_layer(
     Raises:
         FileNotFoundError, ValueError: as `choose_layer` and `layer_sizes`.
     """
+    for name, value in (("prefix", prefix), ("scheme", scheme)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: expected a str or None, got {value!r}")
     found = choose_layer(checkpoint, layer, prefix=prefix, scheme=scheme, among=among)
     sizes = layer_sizes(checkpoint, found, gated=gated)
-    place = torch.empty(0, device=device).device  # with its index
+    place = require_device("device", device)
     reader = _Reader(checkpoint, found, sizes, place)
     raw = RawLayer(
         w13=reader.source(found.scheme.w13),
@@ -143,6 +147,8 @@ def settle(
         stated = None
     given = {"alpha": alpha, "beta": beta} | ({} if isinstance(limit, str) else {"limit": limit})
     for what, value in given.items():
+        if value is not None:
+            check_number(what, value, opened.sizes.num_experts, opened.raw.device)
         says = None if stated is None else getattr(stated, what)
         if stated is not None and not _same(value, says) and (value is not None or what == "limit"):
             _contradiction(what, where, says, value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import struct
 from enum import Enum
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .._arguments import require_contiguous, require_tensor
+from .._arguments import has_values, require_contiguous, require_tensor
 
 Number = float | Tensor  # one for all experts, or float32 [E]
 
@@ -43,15 +44,45 @@ def split_number(value: Number | None, otherwise: _Otherwise) -> tuple[float | _
     return (otherwise if value is None else value), None
 
 
-def check_number(name: str, value: object, experts: int, device: torch.device) -> None:
-    """One float for all experts, or float32 [E]."""
+def check_number(name: str, value: object, experts: int | str, device: torch.device, *, above_zero: str = "") -> None:
+    """One float for all experts, or float32 [E]: finite, and a limit or what has to be above 0, as float32 has it.
+
+    A tensor's values are read, which on a GPU waits for them; where there is nothing to read, as of meta tensors, they
+    are not looked at.
+
+    Args:
+        above_zero: with what else it has to be above 0, such as " with activation 'situ'"; "" for nothing.
+
+    Raises:
+        TypeError, ValueError: not so.
+    """
+    positive = bool(above_zero) or name == "limit"
+    above = f" above 0{above_zero}" if positive else ""
     if isinstance(value, Tensor):
         require_tensor(name, value, torch.float32, (experts,), device)
-        return require_contiguous(name, value)
+        require_contiguous(name, value)
+        numbers = value.tolist() if has_values(value) else []
+        wrong = [e for e, number in enumerate(numbers) if not _is_number(number, positive)]
+        if wrong:
+            raise ValueError(
+                f"{name}: expected finite numbers{above}, got {numbers[wrong[0]]} for expert {wrong[0]}"
+                + (f" (of {len(wrong)} such experts)" if len(wrong) > 1 else "")
+            )
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, or float32 [{experts}], got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not _is_number(value, positive):
+        wanted = above + (", or None" if name == "limit" else "")
+        raise ValueError(f"{name}: expected a finite number{wanted}, got {value}")
+
+
+def _is_number(value: float, positive: bool) -> bool:
+    """Whether float32, in which the kernels compute, has it as something finite, and as something above 0."""
+    try:
+        number: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    except (OverflowError, struct.error):  # the second for an integer beyond float64
+        return False
+    return math.isfinite(number) and (number > 0 or not positive)
 
 
 def check_int(name: str, value: object) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._arguments import has_values
 from ..formats import BLOCK, quantize_mxfp4, unswizzle_scales
 
 Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n, K/2], scales [n, K/32]
@@ -61,7 +62,7 @@ def flashinfer_scales(swizzled: Tensor, n: int, k: int) -> Tensor:
 
 def _refuse_scales(name: str, scales: Tensor, expert: int) -> None:
     """255 is no number; a weight under 2^127 (254) is infinite in bfloat16, and SM90's kernels have no room for it."""
-    if bool((scales > WEIGHT_SCALE_MAX).any()):
+    if has_values(scales) and bool((scales > WEIGHT_SCALE_MAX).any()):
         row, block = (scales > WEIGHT_SCALE_MAX).nonzero()[0].tolist()
         raise ValueError(
             f"{name}: expected E8M0 bytes 0..{WEIGHT_SCALE_MAX} (2^126), got {int(scales[row, block])} at "

@@ -315,6 +315,10 @@ def read_torch(wheel: WheelFacts | None) -> tuple[TorchFacts, CudartFacts | None
             process.kill()
             output, _ = process.communicate()
             late = True
+        except BaseException:  # Ctrl-C
+            process.kill()
+            process.communicate()
+            raise
         errors.seek(0)
         said = [line.strip() for line in errors if line.strip()]
     whole = [line for line in output.splitlines(keepends=True) if line.endswith("\n")]  # the last may be cut short

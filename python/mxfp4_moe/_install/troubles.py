@@ -103,7 +103,8 @@ TROUBLES = (
     ),
     Trouble(
         name="a torch that is too old",
-        pattern=r"abi3\.so: undefined symbol: \w*(torch|c10)|module 'torch[\w.]*' has no attribute",
+        pattern=r"abi3\.so: undefined symbol: \w*(torch|c10)|module 'torch[\w.]*' has no attribute|named 'torch\."
+        r"|cannot import name '\w+' from 'torch",
         examples=("ImportError: moe.abi3.so: undefined symbol: torch_list_push_back",),
         means="this torch is older than 2.10 and lacks functions that the wheel calls",
         remedy="pip install --upgrade 'torch>=2.10', in a build for CUDA {wheel_major}",
@@ -168,6 +169,15 @@ TROUBLES = (
         ),
         means="a file of the wheel is not what was built: an install that broke off, a full disk, or an edited file",
         remedy=REINSTALL,
+    ),
+    Trouble(
+        name="no place for temporary files",
+        pattern=r"No usable temporary directory found",
+        examples=(
+            "FileNotFoundError: [Errno 2] No usable temporary directory found in ['/tmp', '/var/tmp', '/usr/tmp', '/']",
+        ),
+        means="no folder for temporary files can be written",
+        remedy="set TMPDIR to a folder that can be written and has space",
     ),
     Trouble(
         name="a driver that is too old",

@@ -56,7 +56,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def _fp8_rate(device: torch.device) -> float | None:
     a, b = (_square(device, torch.float8_e4m3fn) for _ in range(2))
-    one = torch.ones((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
     try:
         us = elapsed_us(lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16), 10).median
     except (RuntimeError, ValueError, NotImplementedError):  # a GPU or a torch without it

@@ -43,8 +43,8 @@ def main() -> None:
         intermediate_size=i,
         word_order=word_order_of(device),
     )
-    hidden = torch.randn(given.tokens, h, device=device).bfloat16()
-    logits = torch.randn(given.tokens, e, device=device)
+    hidden = torch.randn(given.tokens, h, dtype=torch.float32, device=device).bfloat16()
+    logits = torch.randn(given.tokens, e, dtype=torch.float32, device=device)
 
     def call_ms() -> float:
         torch.cuda.synchronize(device)

@@ -56,7 +56,7 @@ def layer_tensors(shape: MoEShape, device: torch.device, seed: int = 0) -> Layer
         return torch.randint(low, high + 1, sizes, dtype=torch.uint8, generator=g, device=device)
 
     def bias(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=g, device=device).mul_(0.2).bfloat16()
+        return torch.randn(sizes, generator=g, dtype=torch.float32, device=device).mul_(0.2).bfloat16()
 
     return LayerTensors(
         shape=shape,
@@ -76,10 +76,10 @@ def call_inputs(shape: MoEShape, tokens: int, device: torch.device, seed: int) -
     rounding or way with ties changes which experts are picked.
     """
     g = torch.Generator(device).manual_seed(1_000_003 * seed + tokens)
-    hidden = torch.randn(tokens, shape.hidden, generator=g, device=device).bfloat16()
+    hidden = torch.randn(tokens, shape.hidden, generator=g, dtype=torch.float32, device=device).bfloat16()
     step = max(1, 256 // shape.experts)  # in units of bfloat16's last place
     levels = (torch.arange(shape.experts, dtype=torch.int16, device=device) * step + 0x3F80).view(torch.bfloat16)
-    order = torch.rand(tokens, shape.experts, generator=g, device=device).argsort(-1)
+    order = torch.rand(tokens, shape.experts, generator=g, dtype=torch.float32, device=device).argsort(-1)
     logits = levels.float()[order]
     active = int(logits.topk(shape.top_k, dim=-1).indices.flatten().bincount().count_nonzero())
     return CallInputs(hidden_states=hidden, logits=logits, active_experts=active)

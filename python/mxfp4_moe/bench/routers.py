@@ -95,7 +95,9 @@ def rules(device: torch.device, names: Sequence[str] | None = None) -> list[Rule
         key = f"{model.num_experts} {sorted(fields.items())}"
         if has_bias(stated, scheme):
             g = torch.Generator(device).manual_seed(model.num_experts)
-            fields["e_score_correction_bias"] = torch.randn(model.num_experts, generator=g, device=device) * 0.1
+            fields["e_score_correction_bias"] = (
+                torch.randn(model.num_experts, generator=g, dtype=torch.float32, device=device) * 0.1
+            )
         found.setdefault(key, Rule(model=model.name, experts=model.num_experts, router=Router(**fields)))
     return list(found.values())
 
@@ -141,7 +143,7 @@ def vllm_calls(ops: Any) -> MakeCall:
 
     def make_call(logits: Tensor, router: Router) -> Call:
         tokens, bias = len(logits), router.e_score_correction_bias
-        weights = torch.empty(tokens, router.top_k, device=logits.device)
+        weights = torch.empty(tokens, router.top_k, dtype=torch.float32, device=logits.device)
         ids = torch.empty(tokens, router.top_k, dtype=torch.int32, device=logits.device)
         source = torch.empty_like(ids)
         renormalize, factor = router.renormalize, float(router.routed_scaling_factor)
@@ -285,13 +287,15 @@ def _measure(
 
 def _logits(experts: int, tokens: int, device: torch.device, seed: int) -> Tensor:
     g = torch.Generator(device).manual_seed(seed)
-    return torch.randn(tokens, experts, generator=g, device=device) * 2
+    return torch.randn(tokens, experts, generator=g, dtype=torch.float32, device=device) * 2
 
 
 def _dense(routed: Routed, experts: int) -> Tensor:
     """[T, E]: whose order of choices does not matter."""
     weights, ids = routed
-    return torch.zeros(len(weights), experts, device=weights.device).scatter_(1, ids.long(), weights.float())
+    return torch.zeros(len(weights), experts, dtype=torch.float32, device=weights.device).scatter_(
+        1, ids.long(), weights.float()
+    )
 
 
 def write(results: Results, path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._install.troubles import DOCTOR, words
 from ..bench import picture, report, shapes
 from ..bench.rivals import choose
 from ..tiles import load_manifest
@@ -116,8 +117,8 @@ def gpu_refusal(index: int) -> str:
     """Why nothing can be timed here, in one sentence; empty when it can."""
     try:
         import torch
-    except ImportError as error:
-        return f"a GPU is timed through torch, which cannot be imported: {error}"
+    except Exception as error:  # a broken torch raises whatever it likes
+        return f"a GPU is timed through torch, which cannot be imported: {words(error)}; {DOCTOR}"
     if torch.version.cuda is None:
         return f"a GPU is needed, and torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():

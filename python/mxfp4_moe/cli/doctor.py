@@ -17,7 +17,7 @@ from .._health.checks import arithmetic_finding, error, examine, ok, warning
 from .._health.environment import gather
 from .._health.findings import Finding, as_text, worst
 from .._install import cache, wheel
-from .._install.troubles import REINSTALL, words
+from .._install.troubles import REINSTALL, Versions, recognize, words
 from ..integrations._engines.findings import engine_findings
 
 HELP = "what works here, what does not, and the self-test"
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             report, tested = run_selftest(arguments.device)
         except Exception as reason:
-            tested = [error(_SELFTEST, f"cannot be run: {words(reason)}", REINSTALL)]
+            tested = [cannot_run(words(reason))]
     env = gather(verify=arguments.verify)
     findings = [*examine(env), *engine_findings(env.driver.gpus if env.driver else ())]
     if tested:  # what has just been seen, in place of what is remembered
@@ -65,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
         if report:
             print(f"\n{report.text()}")
     return int(level)
+
+
+def cannot_run(message: str) -> Finding:
+    """The self-test could not even be started."""
+    trouble = recognize(message, Versions())
+    if trouble is None:
+        return error(_SELFTEST, f"cannot be run: {message}", REINSTALL)
+    means, remedy = trouble.words(Versions())
+    return error(_SELFTEST, f"cannot be run: {means} ({message})", remedy)
 
 
 def run_selftest(device: int) -> tuple[selftest.Report, list[Finding]]:

@@ -175,7 +175,8 @@ def cutlass_fused_moe(
         (ep_rank, ep_size, tp_rank, tp_size),
         number_names,
     )
-    with TheirNames(fc2_scale=given.names[3]):
+    own_names = dict(zip(("alpha", "beta", "limit"), number_names, strict=True))
+    with TheirNames(fc2_scale=given.names[3], **own_names):
         weights = prepared_weights(given, raw_weights)
         with torch.no_grad():
             result = fused_moe(

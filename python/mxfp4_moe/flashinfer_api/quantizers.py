@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .._arguments import describe, require_tensor
 from .._call import gradient, launch
+from .._call.transforms import in_graph, refuse_transforms
 from .._install import errors, loading
+from .._torch_state import exact
 from ..formats import (
     BLOCK,
     E8M0_MAX,
@@ -94,7 +96,8 @@ def mxfp8_quantize(
     k = input.shape[-1]
     padded_k = -(-k // alignment) * alignment
     rows = input.reshape(-1, k)
-    if torch.compiler.is_compiling():
+    refuse_transforms("mxfp8_quantize", input)
+    if in_graph(input):
         codes, scales = _quantize_mxfp8(rows, padded_k, int(layout))
         return codes.view(*input.shape[:-1], padded_k), scales
     quantize = _mxfp8_cuda if input.is_cuda else _mxfp8_torch
@@ -176,6 +179,7 @@ def mxfp8_dequantize_host(
 # ---- MXFP4 -----------------------------------------------------------------------------------------------------------
 
 
+@exact
 def mxfp4_quantize(
     a: Tensor,
     backend: str = "cuda",
@@ -205,6 +209,7 @@ def mxfp4_quantize(
     return _quantize_mxfp4("a", a, sf_layout("sfLayout", sfLayout))
 
 
+@exact
 def fp4_quantize(
     input: Tensor,
     global_scale: Tensor | None = None,
@@ -274,6 +279,7 @@ def mxfp4_dequantize(a_fp4: Tensor, a_sf: Tensor, sfLayout: SfLayout | int = SfL
     return dequantize_mxfp4(packed, load_scales("a_sf", a_sf.cpu().view(torch.uint8), rows, half_k * 2, layout))
 
 
+@exact
 def mxfp4_dequantize_host(weight: Tensor, scale: Tensor, group_size: int = 32) -> Tensor:
     """Values of MXFP4 data whose scales are linear, float32 [M, K]; zeros come out positive, as FlashInfer's.
 
@@ -292,7 +298,7 @@ def mxfp4_dequantize_host(weight: Tensor, scale: Tensor, group_size: int = 32) -
     if group_size < 2 or group_size % 2 or k % group_size:
         raise ValueError(f"group_size: expected an even divisor of K = {k}, got {group_size}")
     require_tensor("scale", scale, torch.uint8, (rows, k // group_size), weight.device)
-    ones = torch.full((rows, -(-k // BLOCK)), 127, dtype=torch.uint8)
+    ones = torch.full((rows, -(-k // BLOCK)), 127, dtype=torch.uint8, device=weight.device)
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % (BLOCK // 2)))
     values = dequantize_mxfp4(padded, ones)[:, :k]
     return torch.unflatten(values, 1, (-1, group_size)).mul(decode_e8m0(scale).unsqueeze(-1)).flatten(1) + 0.0

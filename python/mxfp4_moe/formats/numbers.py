@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._arguments import describe, require_blocks, require_tensor
+from .._arguments import describe, has_values, require_blocks, require_tensor
+from .._torch_state import exact
 
 BLOCK = 32  # values that share one E8M0 scale (OCP MX v1.0, table 1)
 E4M3_MAX = 448.0
@@ -47,6 +48,7 @@ def decode_e2m1(packed: Tensor) -> Tensor:
     return torch.nn.functional.embedding(packed.to(torch.int32), pairs).flatten(-2)
 
 
+@exact
 def encode_e2m1(x: Tensor) -> Tensor:
     """Packed E2M1 codes of values: round to nearest, ties to even, saturating at +-6.
 
@@ -60,7 +62,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
         ValueError: odd K, or a NaN (E2M1 has none).
     """
     values = _float32("x", x, 2)
-    if bool(values.isnan().any()):
+    if has_values(values) and bool(values.isnan().any()):
         raise ValueError(f"x: expected no NaN (E2M1 cannot hold one), got {describe(x)} with NaN")
     bounds = torch.tensor(_E2M1_BOUNDS, dtype=torch.float32, device=x.device)
     codes = torch.bucketize(values.abs(), bounds, out_int32=True).to(torch.uint8)
@@ -68,6 +70,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
+@exact
 def decode_e4m3(codes: Tensor) -> Tensor:
     """Values of E4M3 codes (the "fn" kind: no infinities; 0x7F and 0xFF are NaN).
 
@@ -81,6 +84,7 @@ def decode_e4m3(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).to(torch.float32)
 
 
+@exact
 def encode_e4m3(x: Tensor) -> Tensor:
     """E4M3 codes of values: round to nearest, ties to even, saturating at +-448; any NaN becomes 0x7F.
 
@@ -132,6 +136,7 @@ def encode_e8m0(x: Tensor) -> Tensor:
     return (exponent + round_up).clamp_(max=E8M0_MAX).to(torch.uint8)
 
 
+@exact
 def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """MXFP8: E4M3 codes and one E8M0 scale per 32 values, the scale rounded up so that nothing overflows.
 
@@ -157,6 +162,7 @@ def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2), scales
 
 
+@exact
 def dequantize_mxfp8(codes: Tensor, scales: Tensor) -> Tensor:
     """Values of MXFP8 data, rounded to float32 (exact unless code * scale leaves float32's range).
 
@@ -170,6 +176,7 @@ def dequantize_mxfp8(codes: Tensor, scales: Tensor) -> Tensor:
     return _scale_blocks(decode_e4m3(codes), scales)
 
 
+@exact
 def mxfp8_to_bf16(codes: Tensor, scales: Tensor) -> Tensor:
     """MXFP8 rows as SM90's kernels read them: code times scale, rounded to nearest even in bfloat16.
 
@@ -186,6 +193,7 @@ def mxfp8_to_bf16(codes: Tensor, scales: Tensor) -> Tensor:
     return dequantize_mxfp8(codes, scales).to(torch.bfloat16)  # float32 has all of them, or infinity
 
 
+@exact
 def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     """MXFP4: packed E2M1 codes and one E8M0 scale per 32 values, by OCP MX v1.0 section 6.3.
 
@@ -202,7 +210,7 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: K not a multiple of 32, or a value that is not finite.
     """
     blocks = torch.unflatten(_float32("x", x, BLOCK), -1, (-1, BLOCK))
-    if not bool(blocks.isfinite().all()):
+    if has_values(blocks) and not bool(blocks.isfinite().all()):
         raise ValueError(f"x: expected finite values, got {describe(x)} with NaN or infinity")
     amax = blocks.abs().amax(-1)
     scales = ((amax.view(torch.int32) >> 23) - 2).clamp_(min=0).to(torch.uint8)
@@ -210,6 +218,7 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     return encode_e2m1(scaled.masked_fill_((amax == 0).unsqueeze(-1), 0.0).flatten(-2)), scales
 
 
+@exact
 def dequantize_mxfp4(packed: Tensor, scales: Tensor) -> Tensor:
     """Values of MXFP4 data, rounded to float32 (exact unless code * scale leaves float32's range).
 
@@ -232,5 +241,5 @@ def _float32(name: str, x: Tensor, multiple: int) -> Tensor:
 
 def _scale_blocks(values: Tensor, scales: Tensor) -> Tensor:
     require_blocks("values", values, BLOCK)
-    require_tensor("scales", scales, torch.uint8, [*values.shape[:-1], values.shape[-1] // BLOCK])
+    require_tensor("scales", scales, torch.uint8, [*values.shape[:-1], values.shape[-1] // BLOCK], values.device)
     return (torch.unflatten(values, -1, (-1, BLOCK)) * decode_e8m0(scales).unsqueeze(-1)).flatten(-2)

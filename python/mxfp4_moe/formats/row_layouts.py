@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import describe, require_blocks, require_multiple, require_tensor
+from .._arguments import describe, require_blocks, require_count, require_multiple, require_tensor
 from .numbers import BLOCK
 
 
@@ -43,6 +43,7 @@ def unswizzle_scales(swizzled: Tensor, n: int, k: int) -> Tensor:
     Returns:
         uint8 [..., n, k/32].
     """
+    require_count("n", n)
     require_multiple("k", k, BLOCK)
     require_tensor("swizzled", swizzled, torch.uint8)
     tail = [-(-n // 128), -(-k // 128), 512]
@@ -97,6 +98,7 @@ def unpack_row_scales(packed: Tensor, rows: int, k: int) -> Tensor:
     Returns:
         uint8 [rows, k/32].
     """
+    require_count("rows", rows)
     require_multiple("k", k, BLOCK)
     require_tensor("packed", packed, torch.uint8, (-(-k // 128), -(-rows // 4) * 4, 4))
     return packed.transpose(0, 1).flatten(1)[:rows, : k // BLOCK].contiguous()

@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .._arguments import require_blocks, require_multiple, require_tensor
+from .._arguments import require_blocks, require_count, require_multiple, require_tensor
 from .._install import wheel
 from .numbers import BLOCK
 
@@ -117,6 +117,8 @@ def weight_bytes(n: int, k: int) -> int:
         n: rows; they pad to 64.
         k: K in values, a multiple of 32.
     """
+    require_count("n", n)
+    require_multiple("k", k, BLOCK)
     return -(-n // WEIGHT_BLOCK_ROWS) * (-(-k // 128) * _BLOCK_SCALE_BYTES + k // BLOCK * _STEP_BYTES)
 
 
@@ -167,9 +169,11 @@ def write_rows(weight: Tensor, n: int, k: int, first: int, packed: Tensor, scale
         first: the first row to write, a multiple of 64.
         packed, scales: as for `arrange_weights`; their number of rows is a multiple of 64, or they end at row n.
     """
+    require_count("n", n)
+    require_multiple("k", k, BLOCK)
+    require_tensor("packed", packed, torch.uint8, ("rows", k // 2))
     rows = packed.shape[0]
-    require_tensor("packed", packed, torch.uint8, (rows, k // 2))
-    require_tensor("scales", scales, torch.uint8, (rows, k // BLOCK))
+    require_tensor("scales", scales, torch.uint8, (rows, k // BLOCK), packed.device)
     require_multiple("first", first, WEIGHT_BLOCK_ROWS)
     if first + rows != n:
         require_multiple("rows", rows, WEIGHT_BLOCK_ROWS)
@@ -202,6 +206,9 @@ def read_rows(weight: Tensor, n: int, k: int, rows: slice, order: WordOrder) -> 
     Returns:
         packed uint8 [rows, k/2], scales uint8 [rows, k/32].
     """
+    require_count("n", n)
+    if not isinstance(rows, slice):
+        raise TypeError(f"rows: expected a slice, got {rows!r}")
     require_multiple("first row", rows.start, WEIGHT_BLOCK_ROWS)
     count = rows.stop - rows.start
     begin, end = rows.start // WEIGHT_BLOCK_ROWS, -(-rows.stop // WEIGHT_BLOCK_ROWS)

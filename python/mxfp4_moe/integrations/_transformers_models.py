@@ -178,7 +178,7 @@ def _device(experts: Any, above: list[tuple[str, nn.Module]]) -> torch.device:
     for _, module in above:
         execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if execution is not None:
-            return torch.empty(0, device=execution).device
+            return torch.empty(0, dtype=torch.uint8, device=execution).device
     for _, module in above:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.device.type != "meta":

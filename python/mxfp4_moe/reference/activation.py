@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._checkpoints.options import check_number
+from .._torch_state import exact
 from ..activations import Activation
 
 _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+@exact
 def activate(
     gemm1: Tensor,
     row_expert: Tensor,
@@ -60,6 +63,9 @@ def activate(
     def rounded(x: Tensor) -> Tensor:
         return x if rounding is None else x.to(rounding).to(torch.float32)
 
+    for name, number in (("alpha", alpha), ("beta", beta), ("limit", limit)):
+        if number is not None:
+            check_number(name, number, "E", gemm1.device)
     gemm1 = rounded(gemm1)
     if w13_bias is not None:
         require_tensor("w13_bias", w13_bias, torch.float32, ("E", columns), gemm1.device)

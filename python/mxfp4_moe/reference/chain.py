@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._torch_state import exact
 from ..arithmetic import Arithmetic
 from ..formats import (
     BLOCK,
@@ -84,6 +85,7 @@ def m_tiles(expert_offsets: Tensor, tile_m: int) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int32, device=expert_offsets.device).reshape(-1, 4)
 
 
+@exact
 def finalize(
     rows: Tensor, topk_weights: Tensor, slot_row: Tensor, row_expert: Tensor, w2_bias: Tensor | None
 ) -> Tensor:
@@ -147,6 +149,7 @@ def default_output_dtype(hidden_states: Tensor, hidden_states_scale: Tensor | No
     return hidden_states.dtype if hidden_states_scale is None else torch.bfloat16
 
 
+@exact
 def fused_moe(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -209,6 +212,7 @@ def fused_moe(
     )
 
 
+@exact
 def as_rows(values: Tensor, activation_format: str) -> Rows:
     """Floats [R, K] as a GEMM reads them: `quantize_mxfp8`, or bfloat16 alone."""
     if activation_format not in ACTIVATION_FORMATS:
@@ -216,6 +220,7 @@ def as_rows(values: Tensor, activation_format: str) -> Rows:
     return (values.to(torch.bfloat16), None) if activation_format == "bf16" else quantize_mxfp8(values)
 
 
+@exact
 def layer(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -274,6 +279,7 @@ def layer(
     return finalize(gemm2.to(ROW_DTYPES[output_dtype]), topk_weights, slot_row, row_expert, weights.w2_bias)
 
 
+@exact
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
     """`mxfp4_moe.topk_softmax` in plain torch: a stable sort, then a softmax in float32.
 

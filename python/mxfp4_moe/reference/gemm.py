@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .._arguments import describe, require_tensor
+from .._torch_state import exact
 from ..arithmetic import SM12X_MXF8F6F4, SM90_BF16, Arithmetic, gemm
 from ..formats import BLOCK
 
 Rows = tuple[Tensor, Tensor | None]  # what a GEMM reads: E4M3 codes and their scales, or bfloat16 alone
 
 
+@exact
 def grouped_gemm(
     rows: Tensor,
     row_scales: Tensor | None,

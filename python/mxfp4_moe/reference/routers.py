@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
+from .._torch_state import exact
 from ..routers import GroupScore, Router, ScoringFunc
 from .chain import _FLOATS, _IDS, topk_softmax
 
@@ -22,6 +23,7 @@ _LEAST_SUM = 1e-20
 _LANES = 32
 
 
+@exact
 def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`mxfp4_moe.select_experts` in plain torch.
 
@@ -56,6 +58,7 @@ def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | Non
     return weights * router.routed_scaling_factor, ids.to(torch.int32)
 
 
+@exact
 def scores(logits: Tensor, scoring_func: ScoringFunc) -> Tensor:
     """A score for each logit, float32; of a softmax the numerators, exp(x - the row's largest)."""
     if scoring_func == ScoringFunc.SOFTMAX:
@@ -69,6 +72,7 @@ def scores(logits: Tensor, scoring_func: ScoringFunc) -> Tensor:
     return softplus.double().sqrt().float()
 
 
+@exact
 def exp_of_negative(y: Tensor) -> Tensor:
     """e^y for y <= 0, within 1.2 ulp of float32; 0 below -87."""
     shifted = y * _LOG2_E + _ROUNDER
@@ -81,6 +85,7 @@ def exp_of_negative(y: Tensor) -> Tensor:
     return torch.where(y < -87.0, 0.0, of_r * power)
 
 
+@exact
 def log1p_of_fraction(t: Tensor) -> Tensor:
     """log(1 + t) for 0 <= t <= 1, within 2 ulp of float32."""
     s = t / (t + 2.0)

@@ -59,14 +59,14 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _normal(g: torch.Generator, *shape: int, std: float) -> Tensor:
-    return (torch.randn(*shape, generator=g) * std).bfloat16()
+    return (torch.randn(*shape, generator=g, dtype=torch.float32, device="cpu") * std).bfloat16()
 
 
 def _others(sizes: Sizes, g: torch.Generator) -> dict[str, Tensor]:
     return {
         "model.embed_tokens.weight": _normal(g, sizes.vocabulary, sizes.hidden, std=1.0),
         "lm_head.weight": _normal(g, sizes.vocabulary, sizes.hidden, std=0.2),
-        "model.norm.weight": torch.ones(sizes.hidden, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(sizes.hidden, dtype=torch.bfloat16, device="cpu"),
     }
 
 
@@ -74,7 +74,7 @@ def _layer(sizes: Sizes, number: int, g: torch.Generator) -> dict[str, Tensor]:
     layer, hidden, inter = f"model.layers.{number}.", sizes.hidden, sizes.intermediate
     tensors = {}
     for name in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{layer}{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        tensors[f"{layer}{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16, device="cpu")
     attention = f"{layer}self_attn."
     for name, heads in (("q_proj", sizes.heads), ("k_proj", sizes.kv_heads), ("v_proj", sizes.kv_heads)):
         tensors[f"{attention}{name}.weight"] = _normal(g, heads * sizes.head_dim, hidden, std=0.05)
@@ -86,8 +86,8 @@ def _layer(sizes: Sizes, number: int, g: torch.Generator) -> dict[str, Tensor]:
     tensors[f"{layer}mlp.router.bias"] = _normal(g, sizes.experts, std=0.1)
     for name, rows, k in (("gate_up_proj", 2 * inter, hidden), ("down_proj", hidden, inter)):
         path, blocks = f"{layer}mlp.experts.{name}", (sizes.experts, rows, k // 32)
-        tensors[f"{path}_blocks"] = torch.randint(0, 256, (*blocks, 16), generator=g, dtype=torch.uint8)
-        tensors[f"{path}_scales"] = torch.randint(118, 123, blocks, generator=g, dtype=torch.uint8)
+        tensors[f"{path}_blocks"] = torch.randint(0, 256, (*blocks, 16), generator=g, dtype=torch.uint8, device="cpu")
+        tensors[f"{path}_scales"] = torch.randint(118, 123, blocks, generator=g, dtype=torch.uint8, device="cpu")
         tensors[f"{path}_bias"] = _normal(g, sizes.experts, rows, std=0.1)
     return tensors
 

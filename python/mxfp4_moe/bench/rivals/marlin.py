@@ -59,8 +59,8 @@ def marlin_weights(blocks: Tensor) -> Tensor:
     nibbles = torch.stack([blocks & 15, blocks >> 4], -1).view(n, k)
     tiles = nibbles.view(n // 64, 64, k // 16, 16).permute(2, 0, 3, 1)  # [K/16, N/64, 16 k, 64 n]
     lane, warp = torch.arange(32, device=device)[:, None, None], torch.arange(4, device=device)[None, :, None]
-    value = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7], device=device)
-    k_of = 2 * (lane % 4) + torch.tensor([0, 1, 8, 9], device=device)[value % 4]
+    value = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7], dtype=torch.int64, device=device)
+    k_of = 2 * (lane % 4) + torch.tensor([0, 1, 8, 9], dtype=torch.int64, device=device)[value % 4]
     n_of = 16 * warp + lane // 4 + 8 * (value // 4)
     at = (k_of * 64 + n_of).flatten()  # [32 lanes, 4 warps, 8 nibbles]
     picked = tiles.reshape(k // 16, n // 64, 1024)[:, :, at].view(k // 16, n // 64, 128, 4, 2)
@@ -81,7 +81,8 @@ def marlin_bias(bias: Tensor) -> Tensor:
     """[..., N] with each 32 columns in the order in which a thread of the epilogue holds them."""
     import torch
 
-    order = torch.tensor([2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)], device=bias.device)
+    columns = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+    order = torch.tensor(columns, dtype=torch.int64, device=bias.device)
     return bias.view(*bias.shape[:-1], -1, 32)[..., order].reshape(bias.shape).contiguous()
 
 

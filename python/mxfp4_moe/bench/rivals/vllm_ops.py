@@ -40,7 +40,7 @@ class Router:
 
         tokens, device = inputs.tokens, inputs.logits.device
         self._ops, self._logits = ops, inputs.logits
-        self.weights = torch.empty(tokens, top_k, device=device)
+        self.weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
         self.ids = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
         self._source = torch.empty_like(self.ids)
 

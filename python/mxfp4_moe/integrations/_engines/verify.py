@@ -47,8 +47,12 @@ def verify_layer(
     """
     more = keywords or {}
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_TOKENS, weights.hidden_size, generator=generator).to(dtype).to(device)
-    logits = torch.randn(_TOKENS, weights.num_global_experts, generator=generator).to(dtype).to(device)
+
+    def normal(columns: int) -> Tensor:  # made on the CPU, so that every device gets the same
+        values = torch.randn(_TOKENS, columns, generator=generator, dtype=torch.float32, device="cpu")
+        return values.to(dtype).to(device)
+
+    hidden, logits = normal(weights.hidden_size), normal(weights.num_global_experts)
     topk_weights, topk_ids = topk_softmax(logits, top_k)
     got = run(hidden, topk_weights, topk_ids, logits)
     if expert_map is not None:
