@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import xml.etree.ElementTree as ElementTree
@@ -185,6 +186,19 @@ def test_the_tables() -> None:
     said = report.summary(run)
     assert "marlin is left out: vLLM is not installed" in said
     assert "copy (read + write) 4,000 GB/s, bf16 matmul 800 TFLOP/s, f16 matmul 790 TFLOP/s" in said
+
+
+def test_what_the_automatic_choice_loses() -> None:
+    run = results()
+    mine = {m.tile: m.us.median for m in run.measurements if m.ours and m.tokens == 64}
+    loss = 100 * (mine["m8n128_swap"] / mine["m64n128"] - 1)
+    said = f"loss of auto at 64 tokens: {loss:.1f}% (m8n128_swap {mine['m8n128_swap']:.1f} us, best m64n128 "
+    assert report.losses(run).startswith(said), "nothing at 1 token, where no tile was asked for"
+    assert len(report.losses(run).splitlines()) == 1
+    alone = dataclasses.replace(run, measurements=[m for m in run.measurements if m.automatic or not m.ours])
+    assert report.losses(alone) == ""
+    same = [dataclasses.replace(m, tile="m64n128") if m.ours else m for m in run.measurements]
+    assert "loss of auto at 64 tokens: 0.0% (m64n128 " in report.losses(dataclasses.replace(run, measurements=same))
 
 
 @pytest.mark.parametrize("draw", [picture.time_picture, picture.roofline_picture])

@@ -181,6 +181,7 @@ def test_without_a_gpu_it_is_one_sentence(
     [
         (["--tokens", "0"], "tokens: expected positive integers"),
         (["--tile", "100,100"], "tile: expected one of 64,8;"),
+        (["--tile", "auto;big"], "tile: expected auto, all, or M,N"),
         (["--tile", "big"], "tile: expected auto, all, or M,N"),
         (["--rivals", "cutlass"], "rivals: expected all, none, or some of"),
         (["--rivals-path", "/nonexistent"], "rivals-path: /nonexistent is no folder"),
@@ -207,6 +208,7 @@ def test_results_do_not_tell_of_folders() -> None:
 def test_tiles_by_name() -> None:
     assert bench_cli.tiles_of("auto") == [None]
     assert bench_cli.tiles_of("8,128;64,128") == [(8, 128), (64, 128)]
+    assert bench_cli.tiles_of("auto;8,128; auto;64,128;8,128") == [None, (8, 128), (64, 128)], "each once"
     every = bench_cli.tiles_of("all")
     assert every[0] is None
     assert len(every) == 27

@@ -1,4 +1,4 @@
-"""The cost model, and the facts of a GPU that it goes by."""
+"""SM12x's cost model, and the facts of a GPU that it goes by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 from tuned_cases import BY_NAME, GB10, LARGE, LAYER, MIDDLE, RTX_5090, SMALL, TILES
 
-from mxfp4_moe._choice import choice, cost_model, facts
+from mxfp4_moe._choice import choice, cost_model, facts, rows
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe._install import wheel
 from mxfp4_moe.tiles import prove, select_tile
@@ -57,26 +57,26 @@ def test_rows_of_an_expert_are_those_of_random_routing() -> None:
         counts = [0.0, 0.0]
         for _ in range(1500):
             # One expert is like any other: its rows are how many tokens picked it.
-            rows = sum(rng.random() < layer.top_k / layer.experts for _ in range(tokens))
-            counts[0] += -(-rows // m)
-            counts[1] += rows > 0
-        assert cost_model.expected_m_tiles(tokens, layer, m) == pytest.approx(16 * counts[0] / 1500, rel=0.05)
-        assert cost_model.expected_active(tokens, layer) == pytest.approx(16 * counts[1] / 1500, rel=0.05)
-    probabilities = cost_model.row_probabilities(40, 3, 16)
+            mine = sum(rng.random() < layer.top_k / layer.experts for _ in range(tokens))
+            counts[0] += -(-mine // m)
+            counts[1] += mine > 0
+        assert rows.expected_m_tiles(tokens, layer, m) == pytest.approx(16 * counts[0] / 1500, rel=0.05)
+        assert rows.expected_active(tokens, layer) == pytest.approx(16 * counts[1] / 1500, rel=0.05)
+    probabilities = rows.row_probabilities(40, 3, 16)
     assert sum(p for _, p in probabilities) == pytest.approx(1)
-    assert sum(p * rows for rows, p in probabilities) == pytest.approx(40 * 3 / 16)
-    assert cost_model.row_probabilities(7, 4, 4) == ((7, 1.0),)
+    assert sum(p * count for count, p in probabilities) == pytest.approx(40 * 3 / 16)
+    assert rows.row_probabilities(7, 4, 4) == ((7, 1.0),)
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(130, 18, 9), (65, 5, 2), (3, 4, 1), (900, 7, 4)])
 def test_more_choices_than_experts_repeat_them(tokens: int, top_k: int, experts: int) -> None:
     """A layer takes such ids, and so does the choice of its tile."""
-    probabilities = cost_model.row_probabilities(tokens, top_k, experts)
+    probabilities = rows.row_probabilities(tokens, top_k, experts)
     assert sum(p for _, p in probabilities) == pytest.approx(1)
-    assert sum(p * rows for rows, p in probabilities) == pytest.approx(tokens * top_k / experts)
-    assert min(rows for rows, _ in probabilities) >= tokens * (top_k // experts)
+    assert sum(p * count for count, p in probabilities) == pytest.approx(tokens * top_k / experts)
+    assert min(count for count, _ in probabilities) >= tokens * (top_k // experts)
     layer = Layer(experts=experts, top_k=top_k, hidden=64, intermediate=64)
-    assert cost_model.expected_active(tokens, layer) == experts
+    assert rows.expected_active(tokens, layer) == experts
     assert all(cost_model.choose(tokens, layer, device, TILES) in TILES for device in BLACKWELL)
 
 
@@ -103,7 +103,7 @@ def test_time_does_not_fall_with_tokens_nor_rise_with_a_better_gpu(device: Devic
 @pytest.mark.parametrize("device", BLACKWELL, ids=lambda device: device.name)
 def test_no_time_is_below_the_memorys_floor(device: DeviceFacts) -> None:
     for tokens in (1, 16, 256):
-        weights = cost_model.expected_active(tokens, LAYER) * 13_219_200
+        weights = rows.expected_active(tokens, LAYER) * 13_219_200
         floor = weights / device.gb_per_s / 1e3
         fastest = min(cost_model.layer_us(tile, device, LAYER, tokens) for tile in TILES)
         assert floor < fastest < 2 * floor + 20, "near the floor where memory is all that counts"
@@ -149,7 +149,7 @@ def test_causes_are_named() -> None:
     many = cost_model.gemm_time(prove(LARGE, "120f"), RTX_5090, LAYER, 65536, 5760, 2880)
     assert (few.bound_by, many.bound_by) == ("memory", "mma")
     assert few.us > max(few.memory_us, few.latency_us)
-    with pytest.raises(ValueError, match=r"expected one of \[9, 12\]\.x, got 8\.9"):
+    with pytest.raises(ValueError, match=r"expected one of \[12\]\.x, got 8\.9"):
         cost_model.arch_model((8, 9))
 
 

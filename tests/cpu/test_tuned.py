@@ -14,13 +14,15 @@ import torch
 from tuned_cases import H200, LARGE, LAYER, MIDDLE, RTX_5090, SMALL, TILES
 
 from mxfp4_moe._call import selection
-from mxfp4_moe._choice import choice, cost_model, tuned
+from mxfp4_moe._choice import choice, cost_model, sm90_model, tuned
 from mxfp4_moe._choice.facts import DeviceFacts, Layer
 from mxfp4_moe._choice.tuned import Choice, Entry, TunedError, TunedLayer
 from mxfp4_moe._install import blocklist, loading, wheel
 from mxfp4_moe.bench import shapes, statistics, tune
 from mxfp4_moe.cli import tune as tune_cli
 from mxfp4_moe.tiles import Tile, select_tile
+
+SHIPPED = tuned.SHIPPED  # the package's, before `places` puts an empty folder in its place
 
 
 def tuned_layer(layer: Layer = LAYER, **tiles: Tile) -> TunedLayer:
@@ -87,10 +89,11 @@ def test_the_users_table_goes_before_the_shipped_one(places: Path) -> None:
     user_table(table_data())
     assert choice.choose_tile(1, LAYER, H200, TILES) == SMALL
     assert choice.choose_tile(1, dataclasses.replace(LAYER, hidden=4096), H200, TILES) == LARGE
-    rule = select_tile(1, 4, 128, TILES)
-    assert choice.choose_tile(1, dataclasses.replace(LAYER, hidden=64), H200, TILES) == rule
-    other = dataclasses.replace(H200, sms=114)
-    assert choice.choose_tile(1, LAYER, other, TILES) == rule, "a part of the GPU is another device"
+    narrow, other = dataclasses.replace(LAYER, hidden=64), dataclasses.replace(H200, sms=114)
+    assert tuned.look_up(H200, narrow, 1) is None
+    assert choice.choose_tile(1, narrow, H200, TILES) == sm90_model.choose(1, narrow, H200, TILES)
+    assert tuned.look_up(other, LAYER, 1) is None, "a part of the GPU is another device"
+    assert choice.choose_tile(1, LAYER, other, TILES) == sm90_model.choose(1, LAYER, other, TILES)
 
 
 def test_files_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +111,7 @@ def test_files_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tile_that_is_not_among_the_choices_is_not_taken() -> None:
     user_table(table_data())
     left = [tile for tile in TILES if tile != SMALL]
-    assert choice.choose_tile(1, LAYER, H200, left) == select_tile(1, 4, 128, left)
+    assert choice.choose_tile(1, LAYER, H200, left) == sm90_model.choose(1, LAYER, H200, left)
 
 
 def test_a_call_on_a_gpu_takes_the_tables_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +121,8 @@ def test_a_call_on_a_gpu_takes_the_tables_tile(monkeypatch: pytest.MonkeyPatch) 
     assert rule != SMALL
     selection.select.cache_clear()
     assert selection.select(1, 4, 128, 2880, 2880, 0) == SMALL
-    assert selection.select(1, 4, 128, 4096, 2880, 0) == rule, "another layer"
+    other = dataclasses.replace(LAYER, hidden=4096)
+    assert selection.select(16, 4, 128, 4096, 2880, 0) == sm90_model.choose(16, other, H200, TILES) != MIDDLE
     assert selection.select(1, 4, 128, 2880, 2880, None) == rule, "no GPU"
     assert selection.select(0, 4, 128, 2880, 2880, 0) == select_tile(0, 4, 128, TILES)
     selection.select.cache_clear()
@@ -155,11 +159,11 @@ def with_entry(**changes: Any) -> Any:
         ([1], "damaged (TypeError"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_one_warning_and_the_rule(data: Any, words: str) -> None:
+def test_a_table_that_cannot_be_used_is_one_warning_and_the_model(data: Any, words: str) -> None:
     path = user_table(data)
     with pytest.warns(RuntimeWarning) as caught:
-        tile = choice.choose_tile(1, LAYER, H200, TILES)
-    assert tile == select_tile(1, 4, 128, TILES)
+        tile = choice.choose_tile(16, LAYER, H200, TILES)
+    assert tile == sm90_model.choose(16, LAYER, H200, TILES) != MIDDLE
     (said,) = [str(warning.message) for warning in caught]
     assert words in said
     assert str(path) in said
@@ -196,8 +200,9 @@ def test_what_is_written_is_what_is_read() -> None:
 
 
 def test_the_tables_in_the_package_are_valid() -> None:
-    folder = tuned.SHIPPED
-    for path in folder.glob("*.json"):
+    paths = list(SHIPPED.glob("*.json"))
+    assert paths
+    for path in paths:
         data = json.loads(path.read_text())
         device = dataclasses.replace(H200, name=data["device"], capability=tuple(data["capability"]), sms=data["sms"])
         assert tuned.file_name(device) == path.name
@@ -206,11 +211,13 @@ def test_the_tables_in_the_package_are_valid() -> None:
 
 def test_the_choice_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens in (1, 100, 5000):
-        assert choice.choose_tile(tokens, LAYER, H200, TILES) == select_tile(tokens, 4, 128, TILES)
         rounded = tokens if tokens < 32 else choice._rounded(tokens)
+        assert choice.choose_tile(tokens, LAYER, H200, TILES) == sm90_model.choose(rounded, LAYER, H200, TILES)
         known = choice.loop_instructions("120f")
         expected = cost_model.choose(rounded, LAYER, RTX_5090, TILES, known)
         assert choice.choose_tile(tokens, LAYER, RTX_5090, TILES) == expected
+        unknown = dataclasses.replace(H200, capability=(10, 0))
+        assert choice.choose_tile(tokens, LAYER, unknown, TILES) == select_tile(tokens, 4, 128, TILES)
     assert [choice._rounded(tokens) for tokens in (1, 31, 32, 33, 1000, 1023)] == [1, 31, 32, 32, 992, 992]
 
 

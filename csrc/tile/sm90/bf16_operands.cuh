@@ -128,10 +128,11 @@ __device__ __forceinline__ FirstRow first_row(int row) {
 // Where a lane finds what it expands, in a stage's weights: the words and the scales of its first row, in step 0.
 struct Places {
   uint32_t words, scales;
+  uint32_t block;  // of 64 rows
 };
 __device__ __forceinline__ Places places(const FirstRow& row) {
   return {row.block + weight_word_in_block(row.in_block, 0, lane_id() % 4),
-          row.block + weight_scale_word_in_block(row.in_block)};
+          row.block + weight_scale_word_in_block(row.in_block), row.block};
 }
 
 // The scale words of rows g, g + 8, g + 16 .. of a warp whose first row is the first of 8, 16 or 32 in its block.
@@ -158,6 +159,7 @@ __device__ __forceinline__ void load_groups(uint32_t (&words)[kGroups], const ui
   for (int g = 0; g < kGroups; g += kPerLoad) load_words<kPerLoad>(words + g, from + g / 4 * 512);
 }
 
+// Whether any of the warp's scales takes two factors.
 template <int kGroups>
 __device__ __forceinline__ bool has_large(const uint32_t (&scales)[kGroups]) {
   uint32_t all = 0;

@@ -73,7 +73,8 @@ struct MmaSyncTile : Bf16Tile<M, N, kSwap, (kSwap ? N : M) / 4, kSwap ? M : N, 4
   using Tile = Bf16Tile<M, N, kSwap, (kSwap ? N : M) / 4, kSwap ? M : N, 4, false>;
   // Accumulators; operands of two K blocks; an expanded row, sums, addresses.
   static constexpr int kActRegisters = kSwap ? 4 * Tile::kFragN : 8 * Tile::kFragM;
-  static constexpr int kRegistersWanted = Tile::kAccumulators + 2 * kActRegisters + Tile::kWarpWeightRows / 2 + 48;
+  static constexpr int kRowRegisters = Tile::kWarpWeightRows >= 64 ? 64 : Tile::kWarpWeightRows / 2;
+  static constexpr int kRegistersWanted = Tile::kAccumulators + 2 * kActRegisters + kRowRegisters + 48;
   static constexpr int kBlocksPerSm = Tile::Fits::blocks_that_fit(6, kRegistersWanted);
 };
 

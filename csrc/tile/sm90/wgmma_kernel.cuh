@@ -92,6 +92,8 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
   constexpr int kAhead = Shape::kMmaWarps > 8 && Shape::M > 64 ? 0 : 1;
   uint32_t a[2][8], words[1 + kAhead][2], scales[2];
   const uint32_t one = bf16_exponent_one();
+  // Of any of the warpgroup's 64 rows, a block of weights: its warps must not part.
+  const uint32_t block_scales = at.block + lane_id() * 8;
   bool large;
 
   const auto load_block = [&](int stage, auto block) {
@@ -109,7 +111,9 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
     wait_for(smem.full(ring.stage), ring.phase);
     load_scales(scales, smem.weight(ring.stage) + at.scales);
     load_block(ring.stage, cute::C<0>{});
-    large = has_large(scales);
+    uint32_t all[2];
+    load_words<2>(all, smem.weight(ring.stage) + block_scales);
+    large = has_large(all);
     expand_block(cute::C<0>{});
   };
   const auto k_tile = [&](int stage, bool is_last, auto blocks) {

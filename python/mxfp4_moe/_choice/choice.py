@@ -1,4 +1,4 @@
-"""The automatic choice of a tile: a tuned table, else on SM12x the cost model, else the rule by expected rows.
+"""The automatic choice of a tile: a tuned table, else the cost model of SM90 or SM12x, else the rule by expected rows.
 
 Standard library alone. Every tile gives the same bits, so the choice is about time and nothing else.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from .._install import wheel
 from ..tiles import Tile, prove, select_tile
-from . import cost_model, tuned
+from . import cost_model, sm90_model, tuned
 from .facts import DeviceFacts, Layer
 
 _SIGNIFICANT_BITS = 5
@@ -22,10 +22,8 @@ def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[
     found = tuned.look_up(device, layer, tokens)
     if found is not None and found.gemm1 in tiles:
         return found.gemm1
-    served = served_device(device)
-    if served.capability[0] == 12:
-        return _modelled(_rounded(tokens), layer, served, tuple(tiles))
-    return select_tile(tokens, layer.top_k, layer.experts, tiles)
+    model = modelled(_rounded(tokens), layer, served_device(device), tuple(tiles))
+    return model or select_tile(tokens, layer.top_k, layer.experts, tiles)
 
 
 @functools.cache
@@ -41,9 +39,14 @@ def _rounded(tokens: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile, ...]) -> Tile:
-    arch = cost_model.arch_model(device.capability).arch
-    return cost_model.choose(tokens, layer, device, tiles, loop_instructions(arch))
+def modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile, ...]) -> Tile | None:
+    """The tile that the arch's model chooses; None where there is no model. `device`: as `served_device` has it."""
+    if device.capability[0] == 9:
+        return sm90_model.choose(tokens, layer, device, tiles)
+    if device.capability[0] == 12:
+        arch = cost_model.arch_model(device.capability).arch
+        return cost_model.choose(tokens, layer, device, tiles, loop_instructions(arch))
+    return None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""How long a tile should take on a GPU: a model for GPUs that nobody has measured. Pure; standard library alone.
+"""How long a tile should take on SM120 and SM121, which nobody has measured. Pure; standard library alone.
 
 Modelled, not measured: docs/performance.md says what is in it and what is not. It chooses tiles on SM120 and SM121
 where there is no tuned table. A wrong choice costs time, never a bit of the result.
@@ -13,12 +13,12 @@ others count a little (a norm with exponent 4).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..tiles import TILE_K, Tile, TileProof, nearest_tile, prove, select_tile
 from .facts import DeviceFacts, Layer
+from .rows import expected_active, expected_m_tiles
 
 _LATENCY_US = 1.0  # from a load's issue to its bytes, memory under load
 _TILE_US = 0.6  # what a tile costs beside its main loop: epilogue and the first stage's way through
@@ -28,8 +28,6 @@ _L2_BYTES_PER_CLOCK = 64.0  # of one SM
 _SCHEDULERS = 4
 _ISSUE_EFFICIENCY = 0.8
 _OVERLAP = 4.0
-_EXACT_MEAN = 64.0
-_NORMAL_VALUES = 64
 _WEIGHT_BYTES = 0.5 + 1 / 32
 
 
@@ -40,8 +38,7 @@ class ArchModel:
     `mma_flops_per_clock`: of one SM. SM12x: the block-scaled FP8 rate, twice the one of plain FP8 MMAs that accumulate
     in float32. Measured by others from registers alone: 737 TFLOP/s against 370 on an RTX 5090
     (main-horse.github.io/posts/5090-mm-perf), 202 against 102 on an RTX 5060 Ti (flashinfer-ai/flashinfer, issue 3628).
-    Both are E4M3 with E4M3; docs/performance.md says what is known of E4M3 with E2M1. SM90: measured for mma.sync with
-    separate scaling.
+    Both are E4M3 with E4M3; docs/performance.md says what is known of E4M3 with E2M1.
     `loop_instructions`: of one warp and K tile, a line through the build report's figures: a constant, and so many for
     8 rows of weights, for 8 rows of activations, and for a fragment of 16 x 8.
     """
@@ -53,7 +50,6 @@ class ArchModel:
 
 ARCH_MODELS = {
     12: ArchModel(arch="120f", mma_flops_per_clock=2048.0, loop_instructions=(51.5, 8.4, 0.0, 8.8)),
-    9: ArchModel(arch="90a", mma_flops_per_clock=1500.0, loop_instructions=(67.7, 60.9, 36.1, 39.8)),
 }
 
 
@@ -87,51 +83,6 @@ def loop_instructions(proof: TileProof, model: ArchModel) -> float:
     fragments = (proof.warp_m / 16) * (proof.warp_n / 8)
     constant, per_weights, per_acts, per_fragment = model.loop_instructions
     return constant + per_weights * weights / 8 + per_acts * acts / 8 + per_fragment * fragments
-
-
-@functools.cache
-def _normal() -> tuple[float, ...]:
-    """Equally likely values of the standard normal distribution."""
-    from statistics import NormalDist  # it imports much, and few calls come here
-
-    return tuple(NormalDist().inv_cdf((place + 0.5) / _NORMAL_VALUES) for place in range(_NORMAL_VALUES))
-
-
-@functools.lru_cache(maxsize=1024)
-def row_probabilities(tokens: int, top_k: int, experts: int) -> tuple[tuple[float, float], ...]:
-    """(rows, probability) of one expert when each token picks top_k experts uniformly, as different ones as there are.
-
-    With more choices than experts every token has each expert at least once. The rest is a binomial. Up to a mean of 64
-    rows it is written out, as far as eight standard deviations; beyond, the normal distribution stands for it, at 64
-    values that are equally likely.
-    """
-    each, rest = divmod(top_k, experts)
-    always, p, mean = tokens * each, rest / experts, tokens * rest / experts
-    if rest == 0:
-        return ((always, 1.0),)
-    deviation = math.sqrt(mean * (1 - p))
-    if mean > _EXACT_MEAN:
-        return tuple((always + mean + deviation * place, 1 / _NORMAL_VALUES) for place in _normal())
-    high = min(tokens, math.ceil(mean + 8 * deviation) + 8)
-    log_p, log_q, log_all = math.log(p), math.log1p(-p), math.lgamma(tokens + 1)
-
-    def probability(rows: int) -> float:
-        ways = log_all - math.lgamma(rows + 1) - math.lgamma(tokens - rows + 1)
-        return math.exp(ways + rows * log_p + (tokens - rows) * log_q)
-
-    return tuple((always + rows, probability(rows)) for rows in range(high + 1))
-
-
-def expected_m_tiles(tokens: int, layer: Layer, m: int) -> float:
-    """Mean number of m-tiles over all experts: each expert's rows round up to whole tiles."""
-    rows = row_probabilities(tokens, layer.top_k, layer.experts)
-    return layer.experts * sum(probability * math.ceil(count / m) for count, probability in rows)
-
-
-def expected_active(tokens: int, layer: Layer) -> float:
-    """Mean number of experts with a row."""
-    missed = max(1.0 - layer.top_k / layer.experts, 0.0)  # by one token
-    return layer.experts * (1.0 - float(missed**tokens))
 
 
 def gemm_time(

@@ -55,6 +55,7 @@ PUBLISHED = (
     _published("NVIDIA GeForce RTX 5070", (12, 0), 48, 672, 2.51, 48),
     _published("NVIDIA GB10", (12, 1), 48, 273, 2.5, 24),
     _published("NVIDIA H200", (9, 0), 132, 4800, 1.98, 50),
+    _published("NVIDIA H100 80GB HBM3", (9, 0), 132, 3352, 1.98, 50),
 )
 
 # Bounds of what a GPU may say of itself before its maker's figures are believed instead.

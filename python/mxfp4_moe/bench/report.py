@@ -244,6 +244,26 @@ def _cells(results: Results, m: Measurement) -> list[str]:
     ]
 
 
+def losses(results: Results) -> str:
+    """What the automatic choice loses to the fastest of the tiles that were asked for, at each number of tokens; empty
+    where there is no choice or no such tile.
+    """
+    lines = []
+    for tokens in results.tokens:
+        auto = results.automatic(tokens)
+        asked = [m for m in results.measurements if m.ours and not m.automatic and m.tokens == tokens]
+        if auto is None or not asked:
+            continue
+        best = min(asked, key=lambda m: m.us.median)
+        # A tile against itself is two measurements of one thing: their difference is noise, and no loss.
+        lost = 0.0 if best.tile == auto.tile else 100 * (auto.us.median / best.us.median - 1)
+        lines.append(
+            f"loss of auto at {tokens} tokens: {lost:.1f}% ({auto.tile} {auto.us.median:.1f} us, "
+            f"best {best.tile} {best.us.median:.1f} us)"
+        )
+    return "\n".join(lines)
+
+
 def kernel_table(results: Results) -> str:
     """The kernels of each call whose kernels were recorded."""
     rows = [["tokens", "implementation", "#", "kernel", "us", "own us"]]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._choice import cost_model
-from .._choice.choice import served_device
+from .._choice.choice import modelled, served_device
 from .._choice.facts import DeviceFacts, Layer
 from .._choice.tuned import Choice, Entry, TunedLayer
 from .._install import blocklist, loading
@@ -96,10 +95,7 @@ def run(
 
             us = {tile: time(tile, _FIRST_REPLAYS) for tile in tiles}
             rule = select_tile(count, layer.top_k, layer.experts, tiles)
-            model = None
-            served = served_device(facts)
-            if served.capability[0] in cost_model.ARCH_MODELS:
-                model = cost_model.choose(count, layer, served, tiles)
+            model = modelled(count, layer, served_device(facts), tuple(tiles))
             again = {*sorted(us, key=lambda tile: us[tile])[:_SECOND_ROUND], rule, *([model] if model else [])}
             us |= {tile: time(tile, replays) for tile in again}
             chosen = pick({tile: us[tile] for tile in again}, rule)

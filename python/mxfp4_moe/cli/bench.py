@@ -28,7 +28,7 @@ HELP = "time the layer on this GPU, beside its rivals and the GPU's own limits"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     parser.add_argument(
-        "--tile", default="auto", help="auto (the package's choice), all, or M,N; several: 8,128;64,128"
+        "--tile", default="auto", help="auto (the package's choice), all, or M,N; several: auto;8,128;64,128"
     )
     parser.add_argument("--kernels", action="store_true", help="also the time of each kernel of our calls")
     parser.add_argument(
@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"mxfp4-moe bench: {error}", file=sys.stderr)
         return 2
     print(report.summary(results), report.table(results), sep="\n\n")
+    if lost := report.losses(results):
+        print(f"\n{lost}")
     if plan.kernels:
         print(f"\n{report.kernel_table(results)}")
     try:
@@ -145,12 +147,13 @@ def tiles_of(text: str) -> list[TileMN | None]:
         ValueError: no tile, or one that is not in the manifest.
     """
     manifest = [tile.mn for tile in load_manifest().tiles]
-    if text == "auto":
-        return [None]
     if text == "all":
         return [None, *manifest]
     tiles: list[TileMN | None] = []
     for part in text.split(";"):
+        if part.strip() == "auto":
+            tiles.append(None)
+            continue
         sizes = part.split(",")
         if len(sizes) != 2 or not all(size.strip().isdecimal() for size in sizes):
             raise ValueError(f"tile: expected auto, all, or M,N such as 64,128, got {text!r}")
@@ -158,7 +161,7 @@ def tiles_of(text: str) -> list[TileMN | None]:
         if pair not in manifest:
             raise ValueError(f"tile: expected one of {'; '.join(f'{m},{n}' for m, n in manifest)}, got {part!r}")
         tiles.append(pair)
-    return tiles
+    return list(dict.fromkeys(tiles))
 
 
 def shape_of(arguments: argparse.Namespace) -> shapes.MoEShape:

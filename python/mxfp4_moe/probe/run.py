@@ -44,7 +44,8 @@ Verdicts = dict[str, Verdict]  # by the variant's name
 Results = dict[Assembler, dict[str, Verdicts]]  # by assembler and target
 Progress = Callable[[int, int, Assembler, str], None]  # done, of how many, and what has just been done
 
-_REGISTERS = {"p": ("pred", 8), "b": ("b8", 4), "h": ("b16", 16), "r": ("b32", 128), "d": ("b64", 32), "q": ("b128", 4)}
+# As many as the largest statement has: of wgmma 128 sums and four operands.
+_REGISTERS = {"p": ("pred", 8), "b": ("b8", 4), "h": ("b16", 16), "r": ("b32", 136), "d": ("b64", 32), "q": ("b128", 4)}
 
 
 def source(statements: Sequence[str], target: str, isa: Isa) -> tuple[str, list[int]]:

@@ -62,13 +62,13 @@ def route(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def m_tiles(expert_offsets: Tensor, tile_m: int) -> Tensor:
-    """The tiles of rows that a grouped GEMM works on: at most tile_m rows of one expert each.
+    """The tiles of rows that a grouped GEMM works on: an expert's in equal parts, but for multiples of 8, of at most tile_m.
 
     There are at most ``(R + A*(tile_m-1)) // tile_m`` of them, A = min(R, E).
 
     Args:
         expert_offsets: int32 [E+1], ascending.
-        tile_m: rows per tile.
+        tile_m: rows per tile, a multiple of 8.
 
     Returns:
         int32 [num, 4] = {expert, row_begin, row_end, 0}; experts ascending, rows ascending.
@@ -77,11 +77,12 @@ def m_tiles(expert_offsets: Tensor, tile_m: int) -> Tensor:
     if tile_m < 1:
         raise ValueError(f"tile_m: expected at least 1, got {tile_m}")
     offsets = expert_offsets.tolist()
-    tiles = [
-        (expert, row, min(row + tile_m, end), 0)
-        for expert, (begin, end) in enumerate(pairwise(offsets))
-        for row in range(begin, end, tile_m)
-    ]
+    tiles: list[tuple[int, int, int, int]] = []
+    for expert, (begin, end) in enumerate(pairwise(offsets)):
+        if rows := end - begin:
+            each = -(-rows // -(-rows // tile_m))
+            each = -(-each // 8) * 8  # csrc/shared/schedule.cuh, rows_of_m_tile
+            tiles += [(expert, row, min(row + each, end), 0) for row in range(begin, end, each)]
     return torch.tensor(tiles, dtype=torch.int32, device=expert_offsets.device).reshape(-1, 4)
 
 

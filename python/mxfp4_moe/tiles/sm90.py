@@ -60,7 +60,8 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
         blocks_per_sm = 1 if moves_registers else fits.blocks_that_fit(MAX_BLOCKS_PER_SM, registers_wanted)
     else:
         act_registers = 4 * fragments_n if swap else 8 * fragments_m
-        registers_wanted = accumulators + 2 * act_registers + warp_weight_rows // 2 + 48
+        row_registers = 64 if warp_weight_rows >= 64 else warp_weight_rows // 2
+        registers_wanted = accumulators + 2 * act_registers + row_registers + 48
         blocks_per_sm = fits.blocks_that_fit(6, registers_wanted)
 
     # Bf16Layout

@@ -1,0 +1,153 @@
+"""How long a tile takes on SM90: a small physical model, its constants fitted to measurements. Standard library alone.
+
+docs/performance.md says how well it chooses. A wrong choice costs time, never a bit of the result.
+
+Persistent blocks walk the m-tiles of experts with rows times the tiles along n: full rounds, in which each SM has as
+many blocks as fit, and a last one with what is left. A block alone has latencies that its own warps cannot hide; all
+blocks of an SM share what it can issue, most of it the expansion of weights from FP4 to bf16. Meanwhile the memory has
+the weights of the active experts to deliver. Nothing overlaps perfectly, so causes add by a norm and not a maximum.
+Bytes from L2 and the latency of loads were tried and explained nothing more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..tiles import TILE_K, Tile, prove, select_tile
+from .facts import DeviceFacts, Layer
+from .rows import expected_active, row_probabilities
+
+_SENSIBLE = frozenset({(8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (64, 256), (128, 256)})
+_WEIGHT_BYTES = 0.5 + 1 / 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """Clocks of an SM for a K tile where nothing else is said; `sync` is the mma.sync kernel, `wgmma` the other."""
+
+    memory_efficiency: float  # of the published bandwidth
+    overlap: float  # exponent of the norm between the memory and the SMs
+    sm_overlap: float  # between a block alone and all of an SM's
+    sync_expand: float  # 64 weight rows
+    wgmma_expand: float  # 64 weight rows
+    wgmma_row: float  # and for each activation row
+    wgmma_alone: float  # a block alone, whose warpgroups have 64 weight rows each; its activation rows come on top
+    tile: float  # of a tile alone, beside that
+    epilogue: float  # of a tile, for each 64 weight rows by an activation row
+    around_us: float  # microseconds of a layer beside its two GEMMs
+    row_us: float  # microseconds that 2^20 activation values add to that
+
+
+# Fitted with wheelbuild/docs/cost_fit.py on 2026-11-26 to an NVIDIA H100 80GB HBM3 (132 SMs): the eight shapes of its
+# table in tuned/, from 1 to 4096 tokens, and the tiles of `sensible`.
+CONSTANTS = Constants(
+    memory_efficiency=0.9146,
+    overlap=4.546,
+    sm_overlap=1.567,
+    sync_expand=285.8,
+    wgmma_expand=232.2,
+    wgmma_row=2.438,
+    wgmma_alone=349.7,
+    tile=4204.0,
+    epilogue=24.52,
+    around_us=22.83,
+    row_us=1.9,
+)
+
+
+def width(rows: int, m: int) -> int:
+    """The columns that an m-tile of so many rows computes: as csrc/tile/sm90/wgmma_kernel.cuh has them."""
+    if m <= 16:
+        return m
+    step, least = (32, 64) if m > 128 else (16, 32 if m > 64 else 16)
+    return max(-(-rows // step) * step, least)
+
+
+@functools.lru_cache(maxsize=256)
+def widths(tokens: int, top_k: int, experts: int, m: int) -> tuple[tuple[int, float], ...]:
+    """(width, expected m-tiles of one expert that have it): an expert's rows are split as evenly as 8 rows allow."""
+    found: dict[int, float] = {}
+    for expected, probability in row_probabilities(tokens, top_k, experts):
+        rows = round(expected)
+        if rows < 1:
+            continue
+        count = -(-rows // m)
+        each = math.ceil(rows / count / 8) * 8  # csrc/shared/schedule.cuh
+        full, last = width(each, m), width(rows - (count - 1) * each, m)
+        found[full] = found.get(full, 0.0) + probability * (count - 1)
+        found[last] = found.get(last, 0.0) + probability
+    return tuple(found.items())
+
+
+def _norm(a: float, b: float, exponent: float) -> float:
+    return float((a**exponent + b**exponent) ** (1 / exponent))
+
+
+@functools.cache
+def _blocks(tile: Tile) -> int:
+    return prove(tile, "90a").blocks_per_sm
+
+
+def _gemm_us(tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, n: int, k: int, c: Constants) -> float:
+    blocks = _blocks(tile)
+    units, k_tiles, clocks = tile.n / 64, -(-k // TILE_K), device.ghz * 1e3
+    shares = widths(tokens, layer.top_k, layer.experts, tile.m)
+    m_tiles = sum(count for _, count in shares)
+    total = layer.experts * m_tiles * -(-n // tile.n)
+    rounds, left = divmod(total, device.sms * blocks)
+    tail = math.ceil(left / device.sms - 1e-3)
+    full = last = 0.0
+    for columns, count in shares:
+        if tile.m <= 16:
+            shared, alone = c.sync_expand, c.tile
+        else:
+            shared = c.wgmma_expand + c.wgmma_row * columns
+            alone = k_tiles * (c.wgmma_alone + c.wgmma_row * columns) + c.tile
+        shared = units * (k_tiles * shared + c.epilogue * columns)
+        full += rounds * _norm(alone, blocks * shared, c.sm_overlap) * count / m_tiles / clocks
+        if tail:
+            last += _norm(alone, tail * shared, c.sm_overlap) * count / m_tiles / clocks
+    weights = expected_active(tokens, layer) * n * k * _WEIGHT_BYTES
+    memory = weights / (device.gb_per_s * c.memory_efficiency * 1e3)
+    # The last round has the memory for few blocks, and cannot make up for what the others waited for it.
+    return _norm(memory * (1 - left / total), full, c.overlap) + _norm(memory * left / total, last, c.overlap)
+
+
+def layer_us(tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, constants: Constants = CONSTANTS) -> float:
+    """Microseconds of a layer of `tokens` tokens, at least one, from its router's logits to its output."""
+    gemm1 = _gemm_us(tile, device, layer, tokens, 2 * layer.intermediate, layer.hidden, constants)
+    gemm2 = _gemm_us(tile, device, layer, tokens, layer.hidden, layer.intermediate, constants)
+    values = tokens * (layer.top_k + 1) * (layer.hidden + layer.intermediate) / 2**20
+    return gemm1 + gemm2 + constants.around_us + constants.row_us * values
+
+
+def sensible(tile: Tile) -> bool:
+    """Whether a tile is ever the fastest by more than the noise of measuring. Narrow ones load the same activations
+    over and over; too few warps for their rows wait for what they expand (64 x 64, 128 x 64 and 128 x 128, m = 256,
+    and a quarter of 256 weight rows for each of mma.sync's four warps).
+    """
+    return tile.mn in _SENSIBLE
+
+
+def pick(times: Mapping[Tile, float]) -> Tile:
+    """The fastest tile; among equals within a hundredth the one with the fewest weight rows, whose last round is short
+    whatever the experts' rows turn out to be.
+    """
+    fastest = min(times.values())
+    return min((tile for tile in times if times[tile] <= 1.01 * fastest), key=lambda tile: (tile.n, times[tile]))
+
+
+def choose(tokens: int, layer: Layer, device: DeviceFacts, tiles: Iterable[Tile]) -> Tile:
+    """The tile that the model thinks fastest, of the sensible ones if there are any.
+
+    Raises:
+        ValueError: no tiles.
+    """
+    choices = list(tiles)
+    choices = [tile for tile in choices if sensible(tile)] or choices
+    if tokens == 0 or not choices:
+        return select_tile(tokens, layer.top_k, layer.experts, choices)
+    return pick({tile: layer_us(tile, device, layer, tokens) for tile in choices})

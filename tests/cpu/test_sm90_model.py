@@ -1,0 +1,109 @@
+"""SM90's cost model, its fit, and what its choices lose on the measurements that ship as a tuned table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+
+import pytest
+from tuned_cases import BY_NAME, H200, LAYER, TILES
+
+from mxfp4_moe._choice import choice, sm90_model, tuned
+from mxfp4_moe._choice.facts import Layer
+from mxfp4_moe._choice.rows import row_probabilities
+from mxfp4_moe.tiles import Tile
+
+H100 = BY_NAME["NVIDIA H100 80GB HBM3"]
+SENSIBLE = [tile for tile in TILES if sm90_model.sensible(tile)]
+TOKENS = (1, 2, 3, 7, 16, 60, 256, 900, 1024, 3000, 16384)
+
+
+@pytest.mark.parametrize(
+    ("rows", "m", "columns"),
+    [(1, 8, 8), (9, 16, 16), (1, 32, 16), (17, 64, 32), (1, 128, 32), (100, 128, 112), (1, 256, 64), (65, 256, 96)],
+)
+def test_a_tile_computes_whole_steps_of_columns(rows: int, m: int, columns: int) -> None:
+    assert sm90_model.width(rows, m) == columns
+
+
+def test_rows_are_split_evenly() -> None:
+    """Two tokens that both have every expert twice over, and so on: no chance in it."""
+    assert dict(sm90_model.widths(130, 1, 1, 128)) == {80: 1.0, 64: 1.0}, "72 and 58 rows"
+    assert dict(sm90_model.widths(128, 1, 1, 128)) == {128: 1.0}
+    for m in (8, 32, 128):
+        tiles = sum(count for _, count in sm90_model.widths(40, 3, 16, m))
+        assert tiles == pytest.approx(sum(p * math.ceil(count / m) for count, p in row_probabilities(40, 3, 16)))
+
+
+@pytest.mark.parametrize("tile", SENSIBLE, ids=lambda tile: tile.name)
+def test_time_grows_with_work_and_falls_with_a_better_gpu(tile: Tile) -> None:
+    for tokens in TOKENS:
+        us = sm90_model.layer_us(tile, H100, LAYER, tokens)
+        assert sm90_model.layer_us(tile, H100, LAYER, 2 * tokens) > us
+        for better in (
+            dataclasses.replace(H100, gb_per_s=1.2 * H100.gb_per_s),
+            dataclasses.replace(H100, ghz=1.2 * H100.ghz),
+        ):
+            assert sm90_model.layer_us(tile, better, LAYER, tokens) < us
+        weights = 128 * (1 - (31 / 32) ** tokens) * 13_219_200
+        assert us > weights / H100.gb_per_s / 1e3, "the memory's floor"
+
+
+def test_only_sensible_tiles_are_chosen_where_there_are_any() -> None:
+    for device in (H100, H200):
+        assert all(sm90_model.choose(tokens, LAYER, device, TILES) in SENSIBLE for tokens in (0, *TOKENS))
+    left = [tile for tile in TILES if tile not in SENSIBLE]
+    assert sm90_model.choose(64, LAYER, H100, left) in left
+    with pytest.raises(ValueError, match="tiles"):
+        sm90_model.choose(64, LAYER, H100, [])
+
+
+def test_few_tokens_get_small_tiles_and_many_get_large_ones() -> None:
+    chosen = {tokens: sm90_model.choose(tokens, LAYER, H100, TILES).m for tokens in (1, 64, 1024, 16384)}
+    assert chosen[1] <= 16
+    assert chosen[64] <= 16
+    assert 32 <= chosen[1024] <= 64, "32 rows each"
+    assert chosen[16384] == 128
+
+
+def test_of_equals_the_one_with_fewest_weight_rows() -> None:
+    small, large = Tile.from_mn((8, 64)), Tile.from_mn((8, 128))
+    assert sm90_model.pick({large: 100.0, small: 100.9}) == small
+    assert sm90_model.pick({large: 100.0, small: 101.1}) == large
+
+
+def test_layers_with_repeated_and_single_experts() -> None:
+    for experts, top_k in ((1, 1), (2, 5), (4, 4)):
+        layer = Layer(experts=experts, top_k=top_k, hidden=64, intermediate=32)
+        assert all(sm90_model.choose(tokens, layer, H100, TILES) in SENSIBLE for tokens in TOKENS)
+
+
+def test_the_choice_is_the_models_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "look_up", lambda *arguments: None)
+    choice.modelled.cache_clear()
+    assert choice.choose_tile(4096, LAYER, H100, TILES) == Tile.from_mn((128, 256))
+
+
+def test_a_new_number_of_tokens_costs_little_time() -> None:
+    """A fifth of it on the machine that it was written on; a calculation of other order would show."""
+    sm90_model.choose(5, LAYER, H100, TILES)
+    best = math.inf
+    for tokens in range(992, 1024, 4):
+        start = time.perf_counter()
+        sm90_model.choose(tokens, LAYER, H100, TILES)
+        best = min(best, time.perf_counter() - start)
+    assert best < 5e-3
+
+
+def test_the_choice_is_near_the_measured_best() -> None:
+    """By rows of m-tiles, which is what costs most when it is wrong: the model's m is the table's, or the next."""
+    order = [8, 16, 32, 64, 128]
+    path = tuned.SHIPPED / tuned.file_name(H100)
+    for layer in tuned.parse(json.loads(path.read_text())):
+        for entry in layer.entries:
+            if entry.tokens < 16:
+                continue  # one or two rows each: every small tile waits for the same weights
+            chosen = sm90_model.choose(entry.tokens, layer.layer, H100, TILES)
+            assert abs(order.index(chosen.m) - order.index(entry.choice.gemm1.m)) <= 1, (layer.layer, entry)
