@@ -48,21 +48,29 @@ def require_tensor(
         raise ValueError(f"{name}: expected {expected} on {device}, got {describe(value)} on {value.device}")
 
 
-def require_device(name: str, value: object) -> torch.device:
-    """The device that was meant, with its index, by itself, by its name or by a GPU's number.
+def named_device(name: str, value: object) -> torch.device:
+    """The device that was meant, by itself, by its name or by a GPU's number; it need not be here.
 
     Raises:
         TypeError, ValueError: no device, such as a dtype, or one that torch does not know.
-        RuntimeError, AssertionError: torch's, for a device that is not here.
     """
     if not isinstance(value, (torch.device, str, int)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a torch.device, its name or a GPU's number, got {value!r}")
     try:
-        device = torch.device(value)
+        return torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
     except RuntimeError as error:
         known = "'cpu', 'cuda' or 'cuda:0'"
         raise ValueError(f"{name}: expected a device such as {known}, got {value!r}") from error
-    return torch.empty(0, dtype=torch.uint8, device=device).device
+
+
+def require_device(name: str, value: object) -> torch.device:
+    """`named_device`, with its index.
+
+    Raises:
+        TypeError, ValueError: the same.
+        RuntimeError, AssertionError: torch's, for a device that is not here.
+    """
+    return torch.empty(0, dtype=torch.uint8, device=named_device(name, value)).device
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .. import reference
-from .._arguments import require_device
+from .._arguments import named_device
 from .._install import wheel
 from ..formats import WordOrder, word_order_of
 
@@ -26,7 +26,10 @@ def activation_formats(device: torch.device | str | int) -> tuple[str, ...]:
         TypeError, ValueError: no device, such as a dtype.
         RuntimeError, AssertionError: torch's, for a device that is not here.
     """
-    return _formats_of(require_device("device", device))
+    place = named_device("device", device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return _formats_of(place)
 
 
 @functools.cache

@@ -62,9 +62,9 @@ def route(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def m_tiles(expert_offsets: Tensor, tile_m: int) -> Tensor:
-    """The tiles of rows that a grouped GEMM works on: an expert's in equal parts, multiples of 8, of at most tile_m.
+    """The tiles of rows that a grouped GEMM works on: an expert's in equal parts, but for multiples of 8.
 
-    There are at most ``(R + A*(tile_m-1)) // tile_m`` of them, A = min(R, E).
+    A part has at most tile_m rows. There are at most ``(R + A*(tile_m-1)) // tile_m`` of them, A = min(R, E).
 
     Args:
         expert_offsets: int32 [E+1], ascending.
