@@ -10,8 +10,8 @@
 namespace mxfp4_moe {
 namespace {
 
-// The byte of 2^121, twice the largest scale that a quantizer that rounds up makes of bf16 values. SM90's kernels
-// multiply scales by 2^6, which overflows fp32 beyond it. reference.MXFP8_INPUT_SCALE_MAX is the same number.
+// The byte of 2^121, twice the largest scale that a quantizer that rounds up makes of bf16 values; what is beyond is no
+// quantizer's. reference.MXFP8_INPUT_SCALE_MAX is the same number.
 constexpr uint32_t kMaxInputScale = 248;
 
 __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs args) {
