@@ -113,15 +113,15 @@ class Method(Mxfp4MoEMethod):  # type: ignore[misc]
             topk_weights.to(torch.float32).contiguous(),
             topk_ids.contiguous(),
             layer.mxfp4_moe_weights,
-            **self._keywords(hidden_states.dtype),
+            **self._keywords(),
         )
         factor = self.moe_runner_config.routed_scaling_factor
         return output if factor is None or factor == 1.0 else output.mul_(factor)
 
-    def _keywords(self, dtype: torch.dtype) -> dict[str, Any]:
+    def _keywords(self) -> dict[str, Any]:
         if self._format == "mxfp8":  # the default of `fused_moe`
             return {}
-        return {"activation_format": "fp16" if dtype is torch.float16 else "bf16"}
+        return {"activation_format": "bf16"}
 
     def _copy_to_verify(self, tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
         """The raw tensors again, of the first layer, where the user asked for the check."""

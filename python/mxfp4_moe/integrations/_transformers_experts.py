@@ -84,7 +84,7 @@ class MoEExperts(nn.Module):
             routing_weights.to(torch.float32).contiguous(),
             router_indices.contiguous(),
             self.weights,
-            **format_argument(self.activation_format, rows.dtype),
+            **format_argument(self.activation_format),
         )
         return out.to(hidden_states.dtype).view(hidden_states.shape)
 
@@ -255,11 +255,11 @@ class LoadedExperts(MoEExperts):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def format_argument(activation_format: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What `fused_moe` is told: nothing for its default."""
+def format_argument(activation_format: str) -> dict[str, Any]:
+    """What `fused_moe` is told: nothing for its default. Float16 hidden states are rounded to bfloat16 too."""
     if activation_format == "mxfp8":
         return {}
-    return {"activation_format": "fp16" if dtype is torch.float16 else "bf16"}
+    return {"activation_format": "bf16"}
 
 
 def _stored_of(weights: MoEWeights) -> dict[str, Tensor]:
