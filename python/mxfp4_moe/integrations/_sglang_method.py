@@ -147,7 +147,7 @@ class Method(Mxfp4MoEMethod):  # type: ignore[misc]
             dtype=torch.bfloat16,
             top_k=int(config.top_k),
             device=weights.device,
-            keywords=self._keywords(torch.bfloat16),
+            keywords=self._keywords(),
         )
 
 

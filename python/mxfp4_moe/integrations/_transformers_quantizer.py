@@ -238,7 +238,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
             dtype=torch.float16 if model.config.dtype is torch.float16 else torch.bfloat16,
             top_k=int(model.config.num_experts_per_tok),
             device=device,
-            keywords=format_argument(layer.activation_format, model.config.dtype),
+            keywords=format_argument(layer.activation_format),
         )
 
 
