@@ -192,10 +192,13 @@ class TestMTiles:
         for expert, begin, end, zero in tiles.tolist():
             assert zero == 0
             assert offsets[expert] <= begin < end <= offsets[expert + 1]
-            assert (begin - offsets[expert]) % tile_m == 0
-            assert end == min(begin + tile_m, offsets[expert + 1])
+            assert (begin - offsets[expert]) % 8 == 0
+            assert end - begin <= tile_m
             covered += range(begin, end)
         assert covered == list(range(sum(counts)))  # in order, so experts and rows ascend
+        for expert in range(len(counts)):
+            sizes = [end - begin for of, begin, end, _ in tiles.tolist() if of == expert]
+            assert len(set(sizes[:-1])) <= 1  # equal, but for what is left
         active = min(sum(counts), len(counts))
         assert len(tiles) <= (sum(counts) + active * (tile_m - 1)) // tile_m
 

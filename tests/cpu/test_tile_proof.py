@@ -135,7 +135,8 @@ def registers_wanted(proof: tiles.TileProof) -> int:
     if proof.function == "grouped_gemm_wgmma":
         return accumulators + 48
     weights, acts = (proof.warp_m, proof.warp_n) if proof.weights_are_a else (proof.warp_n, proof.warp_m)
-    return accumulators + 2 * (acts // 8 * 4) + weights // 2 + 48  # two K blocks of activations, four words a row
+    rows = 64 if weights >= 64 else weights // 2
+    return accumulators + 2 * (acts // 8 * 4) + rows + 48  # two K blocks of activations, words and operands of the rows
 
 
 def test_the_impossible_candidate_is_refused_for_memory_and_for_registers() -> None:
