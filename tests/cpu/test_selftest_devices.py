@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_wheel
 import pytest
@@ -280,7 +281,7 @@ def test_the_exit_status_says_whether_it_is_a_note(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     report = device(all_tiles)
-    monkeypatch.setattr("mxfp4_moe.cli.doctor.gather", lambda verify: None)
+    monkeypatch.setattr("mxfp4_moe.cli.doctor.gather", lambda verify: SimpleNamespace(driver=None))
     monkeypatch.setattr("mxfp4_moe.cli.doctor.examine", lambda env: [])
     monkeypatch.setattr(selftest, "run", lambda *_, **__: report)
     assert cli.main(["doctor", "--selftest", "--json"]) == status
