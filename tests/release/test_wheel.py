@@ -3,7 +3,7 @@
 These tests need the wheel of the whole manifest: `ci/build.sh` makes it, `ci/test.sh` says which one it is.
 """
 
-from __future__ import configparser
+from __future__ import annotations
 
 import hashlib
 import json
