@@ -5,6 +5,7 @@ These tests need the wheel of the whole manifest: `ci/build.sh` makes it, `ci/te
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import json
 import os
