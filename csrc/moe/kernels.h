@@ -104,7 +104,7 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
 // The same for at most kFewSlots and, of topk_softmax, 256 experts; launch_topk_route calls it.
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
-// To what a layer's activations are brought before each GEMM; _call/checks.py has the same numbers.
+// To what a layer's activations are brought before each GEMM; reference.ACTIVATION_FORMATS has the same order.
 enum class ActivationFormat : int { kMxfp8, kBf16 };
 
 // What the rows that a GEMM reads are.

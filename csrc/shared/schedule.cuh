@@ -15,8 +15,8 @@ MXFP4_MOE_HOST_DEVICE constexpr int32_t m_tiles_of(int32_t rows, int32_t tile_m)
   return (rows + tile_m - 1) / tile_m;
 }
 
-// Rows of each but the last of those: as equal as multiples of 8 can be, because a tile takes time by its rows on SM90,
-// and never less than the weights, which it reads whatever its rows, take to be expanded.
+// Rows of each but the last of those: as equal as multiples of 8 can be. On SM90 a tile takes time by its rows, but
+// never less than its weights take to be expanded, so that a full tile and one of few rows take longer than two halves.
 MXFP4_MOE_HOST_DEVICE constexpr int32_t rows_of_m_tile(int32_t rows, int32_t tile_m) {
   const int32_t tiles = m_tiles_of(rows, tile_m);
   return tiles == 0 ? tile_m : ((rows + tiles - 1) / tiles + 7) / 8 * 8;
