@@ -59,7 +59,7 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 constexpr float kAccumulatorUnit = 2.f;
 
 // A code where bf16 has sign, low exponent and high mantissa is its value times 2^-126. One factor makes that a weight
-// of a scale up to 2^0, bytes 0 to 127. Beyond, where blocks hold weights up to 12 and more, it takes two, and more time.
+// of a scale up to 2^0, bytes 0 to 127. Beyond, where blocks hold weights of 6 and more, it takes two, and more time.
 constexpr uint32_t kLargeScales = 0x80808080u;  // these bits of a scale word
 
 // Eight codes of a row's K block, in word order `pairs` (formats/weight_layout.py), as bf16: pair 0 and 1 for the first
