@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -128,3 +130,16 @@ def test_make_fx_records_the_operator(mode: str) -> None:
     graph = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(*arguments)
     assert operators.moe_layer in [node.target for node in graph.graph.nodes]
     assert torch.equal(graph(*arguments), call(*arguments))
+
+
+def test_a_first_call_imports_no_compiler() -> None:
+    """torch._dynamo takes 1.4 s, and a caller who compiles nothing has no use for it."""
+    program = """
+import sys, torch, mxfp4_moe
+weights = mxfp4_moe.MoEWeights.from_float(torch.randn(4, 128, 64), torch.randn(4, 64, 64))
+hidden_states, logits = torch.randn(5, 64, dtype=torch.bfloat16), torch.randn(5, 4)
+mxfp4_moe.fused_moe_from_logits(hidden_states, logits, 2, weights)
+mxfp4_moe.fused_moe(hidden_states, *mxfp4_moe.topk_softmax(logits, 2), weights, tile_mn=(64, 64))
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
