@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "moe/kernels.h"
 #include "moe/warps.cuh"
 #include "shared/launch.cuh"
@@ -28,20 +30,68 @@ __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(key == kNanKey ? 0x7fc00000u : key >> 31 != 0 ? key & 0x7fffffffu : ~key);
 }
 
-// Lane l holds experts l, l + 32, ...: kPerLane of them, of each of kTokens tokens from `first` on, `stride` apart,
-// whose latencies overlap. All lanes of the warp call it.
-template <typename Logit, int kPerLane, int kTokens>
-__device__ __forceinline__ void choose_experts(const TopkSoftmaxArgs& args, int64_t first, int64_t stride, int lane) {
-  uint32_t keys[kTokens][kPerLane];
+// run(n), n a constant: the first of kWidths experts per lane that suffice, or the last.
+template <int kWidth, int... kWider, typename Run>
+__host__ __device__ __forceinline__ auto with_width(int experts, const Run& run) {
+  if constexpr (sizeof...(kWider) > 0) {
+    if (experts > kWidth * kWarpSize) {
+      return with_width<kWider...>(experts, run);
+    }
+  }
+  return run(std::integral_constant<int, kWidth>{});
+}
+
+template <typename Logit, int kTokens, int kPerLane>
+__device__ __forceinline__ void load_logits_as(const TopkSoftmaxArgs& args, const int64_t (&tokens)[kTokens], int lane,
+                                               float (&values)[kTokens][kPerLane]) {
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    const int64_t token = min(first + t * stride, int64_t{args.tokens} - 1);
-    const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts + lane;
+    const Logit* logits = static_cast<const Logit*>(args.logits) + tokens[t] * args.experts + lane;
     asm("" : "+l"(logits));  // is in registers, so that every load has its distance in the instruction
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int expert = i * kWarpSize + lane;
-      keys[t][i] = expert < args.experts ? key_of(widen(__ldcg(logits + i * kWarpSize))) : kNoKey;
+      Logit logit = 0.0f;
+      if (i * kWarpSize + lane < args.experts) {
+        logit = __ldcg(logits + i * kWarpSize);
+      }
+      values[t][i] = widen(logit);
+    }
+  }
+}
+
+// Lane l's logits of each of the tokens: experts l, l + 32, ..., kPerLane of them, all loads in flight at once. One
+// branch that all lanes take alike finds the dtype, so that there is one kernel for the three (docs/decisions.md).
+template <int kTokens, int kPerLane>
+__device__ __forceinline__ void load_logits(const TopkSoftmaxArgs& args, const int64_t (&tokens)[kTokens], int lane,
+                                            float (&values)[kTokens][kPerLane]) {
+  if (args.type == LogitsType::kFloat32) {
+    load_logits_as<float>(args, tokens, lane, values);
+  } else if (args.type == LogitsType::kBFloat16) {
+    load_logits_as<__nv_bfloat16>(args, tokens, lane, values);
+  } else {
+    load_logits_as<__half>(args, tokens, lane, values);
+  }
+}
+
+// Lane l holds experts l, l + 32, ...: kPerLane of them, of each of kTokens tokens from `first` on, `stride` apart,
+// whose latencies overlap. All lanes of the warp call it.
+template <int kPerLane, int kTokens>
+__device__ __forceinline__ void choose_experts(const TopkSoftmaxArgs& args, int64_t first, int64_t stride, int lane) {
+  int64_t tokens[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    tokens[t] = min(first + t * stride, int64_t{args.tokens} - 1);
+  }
+  float logits[kTokens][kPerLane];
+  load_logits(args, tokens, lane, logits);
+  int experts = args.experts;
+  asm("" : "+r"(experts));  // compared anew: of the loads' comparisons a lane would have to keep up to 32 results
+  uint32_t keys[kTokens][kPerLane];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      keys[t][i] = i * kWarpSize + lane < experts ? key_of(logits[t][i]) : kNoKey;
     }
   }
 
@@ -100,6 +150,7 @@ __device__ __forceinline__ void choose_experts(const TopkSoftmaxArgs& args, int6
   for (int t = 0; t < kTokens; ++t) {
     const float mine = expf(value_of(my_key[t]) - value_of(__shfl_sync(kAllLanes, my_key[t], 0)));
     if (args.renormalize) {
+#pragma unroll 4
       for (int j = 0; j < args.top_k; ++j) {  // in this order
         sum[t] += __shfl_sync(kAllLanes, mine, j);
       }

@@ -20,6 +20,7 @@
 #include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
 #include "moe/score_experts.cuh"
+#include "moe/topk_ids.cuh"
 #include "moe/warps.cuh"
 #include "shared/launch.cuh"
 #include "shared/schedule.cuh"
@@ -89,11 +90,11 @@ __device__ __forceinline__ int expert_of(const int* base, int experts, int i) {
 
 // This block's part of [0, count): all of it, or what falls to it in a cluster.
 struct Part {
-  int64_t begin, end;
+  int begin, end;
 };
 __device__ __forceinline__ Part part_of(int64_t count) {
   const int64_t each = (count + gridDim.x - 1) / gridDim.x;
-  return {min(blockIdx.x * each, count), min((blockIdx.x + 1) * each, count)};
+  return {static_cast<int>(min(blockIdx.x * each, count)), static_cast<int>(min((blockIdx.x + 1) * each, count))};
 }
 
 // The block has the slots of `part`; ids(slot) is a slot's.
@@ -115,9 +116,10 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
   // A whole number of batches per warp keeps the ranges aligned; the last ones may be empty.
   const int64_t slots = part.end - part.begin;
   const int64_t per_warp = (slots + warps * kWarpSize - 1) / (warps * kWarpSize) * kWarpSize;
-  const int64_t begin = min(part.begin + warp * per_warp, part.end);
-  const int64_t end = min(begin + per_warp, part.end);
+  const int64_t begin = min(part.begin + warp * per_warp, int64_t{part.end});
+  const int64_t end = min(begin + per_warp, int64_t{part.end});
 
+#pragma unroll 4
   for (int e = lane; e < experts; e += kWarpSize) {
     mine[e] = 0;
   }
@@ -131,8 +133,10 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
   __syncthreads();
 
   // Per expert: rows of the warps before this one.
+#pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     int total = 0;
+#pragma unroll 1
     for (int w = 0; w < warps; w += kMinWarps) {  // whose loads overlap
       int each[kMinWarps];
 #pragma unroll
@@ -150,8 +154,10 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
   // The total of all blocks goes to row_base until the scan replaces it.
   if (is_cluster) {
     cluster.sync();
+#pragma unroll 1
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
       int total = 0, earlier = 0;
+#pragma unroll 4
       for (unsigned b = 0; b < gridDim.x; ++b) {
         const int there = *cluster.map_shared_rank(counts + e, b);
         earlier += b < blockIdx.x ? there : 0;
@@ -169,6 +175,7 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
   const int first = min(static_cast<int>(threadIdx.x) * per_thread, experts);
   const int last = min(first + per_thread, experts);
   RowsAndTiles sum = 0;
+#pragma unroll 1
   for (int e = first; e < last; ++e) {
     sum += pack(row_base[e], m_tiles_of(row_base[e], args.tile_m));
   }
@@ -183,6 +190,7 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
   }
   __syncthreads();
   RowsAndTiles base = in_warp - sum + (warp > 0 ? warp_sums[warp - 1] : 0);
+#pragma unroll 1
   for (int e = first; e < last; ++e) {
     const int rows = row_base[e];
     row_base[e] = rows_of(base);
@@ -228,6 +236,7 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
 
   // Found again, so that the stores of a warp are next to each other.
   const int64_t thread = blockIdx.x * blockDim.x + threadIdx.x, threads = int64_t{gridDim.x} * blockDim.x;
+#pragma unroll 1
   for (int64_t row = thread; row < args.slots; row += threads) {
     const bool is_valid = row < valid_rows;
     args.row_expert[row] = is_valid ? expert_of(row_base, experts, static_cast<int>(row)) : -1;
@@ -235,6 +244,7 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
       args.row_slot[row] = -1;
     }
   }
+#pragma unroll 1
   for (int64_t i = thread; i < num_m_tiles; i += threads) {
     const int t = static_cast<int>(i);
     const int expert = expert_of(tile_base, experts, t);
@@ -249,59 +259,66 @@ __device__ __forceinline__ void route_block(const RouteArgs& args, const Part& p
   }
 }
 
-template <typename Id>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const RouteArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const auto* ids = static_cast<const Id*>(args.topk_ids);
-  route_block(args, part_of(args.slots), [ids](int64_t slot) { return __ldcg(ids + slot); });
+  route_block(args, part_of(args.slots),
+              [&](int64_t slot) { return load_id(args.topk_ids, args.ids_are_int64, slot); });
 }
 
-template <typename Logit, int kPerLane>
+// The block's part of the tokens, a warp for each: choose(part, ids) chooses their experts and writes the slots' ids to
+// ids[slot], in shared memory, and the block routes those.
+template <typename Choose>
+__device__ __forceinline__ void choose_and_route(const TopkSoftmaxArgs& choice, const RouteArgs& args,
+                                                 const Choose& choose) {
+  extern __shared__ int shared[];
+  int32_t* ids = shared + blockDim.x / kWarpSize * args.experts + kTables * (args.experts + 1);
+  const Part tokens = part_of(choice.tokens);
+  choose(tokens, ids - tokens.begin * choice.top_k);
+  __syncthreads();
+  const int first = tokens.begin * choice.top_k;
+  route_block(args, {first, tokens.end * choice.top_k}, [&](int64_t slot) { return ids[slot - first]; });
+}
+
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     topk_route_kernel(const TopkSoftmaxArgs choice, const RouteArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  constexpr int kTokens = 2;
-  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const Part part = part_of(choice.tokens);
-  const auto tokens = static_cast<int>(part.end - part.begin);
-  const Part slots = {part.begin * choice.top_k, part.end * choice.top_k};
-  extern __shared__ int shared[];
-  int32_t* ids = shared + warps * args.experts + kTables * (args.experts + 1);  // of this block's slots
-  TopkSoftmaxArgs mine = choice;
-  mine.tokens = static_cast<int>(part.end);
-  mine.topk_ids = ids - slots.begin;
-  if (tokens <= warps) {
-    if (warp < tokens) {
-      choose_experts<Logit, kPerLane, 1>(mine, part.begin + warp, warps, lane);
-    }
-  } else {
-    for (int64_t token = part.begin + warp; token < part.end; token += warps * kTokens) {
-      choose_experts<Logit, kPerLane, kTokens>(mine, token, warps, lane);
-    }
-  }
-  __syncthreads();
-  route_block(args, slots, [&](int64_t slot) { return ids[slot - slots.begin]; });
+  choose_and_route(choice, args, [&](const Part& part, int32_t* ids) {
+    constexpr int kTokens = 2;
+    const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    TopkSoftmaxArgs mine = choice;
+    mine.tokens = part.end;
+    mine.topk_ids = ids;
+    with_width<1, 2, 4, 8>(choice.experts, [&](auto width) {
+      if (part.end - part.begin <= warps) {
+        if (part.begin + warp < part.end) {
+          choose_experts<width(), 1>(mine, part.begin + warp, warps, lane);
+        }
+      } else {
+        for (int token = part.begin + warp; token < part.end; token += warps * kTokens) {
+          choose_experts<width(), kTokens>(mine, token, warps, lane);
+        }
+      }
+    });
+  });
 }
 
-template <ScoringFunc kScoring, int kPerLane>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     topk_experts_route_kernel(const TopkExpertsArgs router, const RouteArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const Part part = part_of(router.choice.tokens);
-  const Part slots = {part.begin * router.choice.top_k, part.end * router.choice.top_k};
-  extern __shared__ int shared[];
-  int32_t* ids = shared + warps * args.experts + kTables * (args.experts + 1);  // of this block's slots
-  TopkExpertsArgs mine = router;
-  mine.choice.topk_ids = ids - slots.begin;
-  for (int64_t token = part.begin + warp; token < part.end; token += warps) {
-    score_experts<kScoring, kPerLane>(mine, token, lane);
-  }
-  __syncthreads();
-  route_block(args, slots, [&](int64_t slot) { return ids[slot - slots.begin]; });
+  choose_and_route(router.choice, args, [&](const Part& part, int32_t* ids) {
+    const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    TopkExpertsArgs mine = router;
+    mine.choice.topk_ids = ids;
+    mine.given_ids = nullptr;
+    with_width<4, 8>(router.choice.experts, [&](auto width) {
+      for (int token = part.begin + warp; token < part.end; token += warps) {
+        score_experts<width()>(mine, token, lane);
+      }
+    });
+  });
 }
 
 // One block or one cluster, with a warp for each of `work`, within limits; chosen_slots: whose ids are kept in shared
@@ -336,69 +353,29 @@ cudaError_t launch_one_cluster(Kernel kernel, int64_t work, int chosen_slots, co
   return launch_with(options, kernel, dim3(blocks), warps * kWarpSize, stream, args...);
 }
 
-template <typename Logit>
-cudaError_t launch_topk_route_for(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
-  const auto run = [&](auto kernel) {
-    return launch_one_cluster(kernel, choice.tokens, args.slots, args, stream, choice, args);
-  };
-  if (choice.experts <= 1 * kWarpSize) return run(topk_route_kernel<Logit, 1>);
-  if (choice.experts <= 2 * kWarpSize) return run(topk_route_kernel<Logit, 2>);
-  if (choice.experts <= 4 * kWarpSize) return run(topk_route_kernel<Logit, 4>);
-  return run(topk_route_kernel<Logit, 8>);
-}
-
-template <ScoringFunc kScoring>
-cudaError_t launch_scored_route(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
-  const auto run = [&](auto kernel) {
-    return launch_one_cluster(kernel, router.choice.tokens, args.slots, args, stream, router, args);
-  };
-  if (router.choice.experts <= 4 * kWarpSize) return run(topk_experts_route_kernel<kScoring, 4>);
-  return run(topk_experts_route_kernel<kScoring, 8>);
-}
-
 }  // namespace
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
   if (args.slots <= kFewSlots) {
     return launch_route_few(args, stream);
   }
-  const int work = args.slots / kWarpSize;
-  return args.ids_are_int64 ? launch_one_cluster(route_kernel<int64_t>, work, 0, args, stream, args)
-                            : launch_one_cluster(route_kernel<int32_t>, work, 0, args, stream, args);
+  return launch_one_cluster(route_kernel, args.slots / kWarpSize, 0, args, stream, args);
 }
 
 cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
+  const TopkSoftmaxArgs& choice = router.choice;
   const bool softmax = is_topk_softmax(router);
-  const int experts = router.choice.experts;
-  if (args.slots <= kFewSlots && (!softmax || experts <= kMaxExpertsToRouteAtOnce)) {
+  if (args.slots <= kFewSlots && (!softmax || choice.experts <= kMaxExpertsToRouteAtOnce)) {
     return launch_topk_route_few(router, args, stream);
   }
   const int clusters = args.most_blocks > 1 ? 2 : 1;
-  if (router.choice.tokens > kMaxTokensPerLaunch * clusters || args.slots > kMaxChosenPerLaunch * clusters ||
-      experts > kMaxExpertsToRouteAtOnce) {
+  if (choice.tokens > kMaxTokensPerLaunch * clusters || args.slots > kMaxChosenPerLaunch * clusters ||
+      choice.experts > kMaxExpertsToRouteAtOnce) {
     const cudaError_t error = launch_topk_experts(router, stream);
     return error != cudaSuccess ? error : launch_route(args, stream);
   }
-  if (!softmax) {
-    switch (router.scoring_func) {
-      case ScoringFunc::kSoftmax:
-        return launch_scored_route<ScoringFunc::kSoftmax>(router, args, stream);
-      case ScoringFunc::kSigmoid:
-        return launch_scored_route<ScoringFunc::kSigmoid>(router, args, stream);
-      case ScoringFunc::kSqrtSoftplus:
-        return launch_scored_route<ScoringFunc::kSqrtSoftplus>(router, args, stream);
-    }
-    return cudaErrorInvalidValue;
-  }
-  switch (router.choice.type) {
-    case LogitsType::kFloat32:
-      return launch_topk_route_for<float>(router.choice, args, stream);
-    case LogitsType::kBFloat16:
-      return launch_topk_route_for<__nv_bfloat16>(router.choice, args, stream);
-    case LogitsType::kFloat16:
-      return launch_topk_route_for<__half>(router.choice, args, stream);
-  }
-  return cudaErrorInvalidValue;
+  return softmax ? launch_one_cluster(topk_route_kernel, choice.tokens, args.slots, args, stream, choice, args)
+                 : launch_one_cluster(topk_experts_route_kernel, choice.tokens, args.slots, args, stream, router, args);
 }
 
 }  // namespace mxfp4_moe

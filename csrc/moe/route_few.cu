@@ -12,6 +12,7 @@
 #include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
 #include "moe/score_experts.cuh"
+#include "moe/topk_ids.cuh"
 #include "moe/warps.cuh"
 #include "shared/launch.cuh"
 #include "shared/schedule.cuh"
@@ -83,6 +84,7 @@ __device__ __forceinline__ void route_few(const RouteArgs& args, const Ids& ids)
       first_tile += keys[other] < first_key ? of_other : 0;
       all += of_other;
     });
+#pragma unroll 1
     for (int t = 0; t < my_tiles; ++t) {
       const int rows = rows_of_m_tile(end - begin, args.tile_m);
       const int from = begin + t * rows;
@@ -104,6 +106,7 @@ __device__ __forceinline__ void route_few(const RouteArgs& args, const Ids& ids)
     }
   }
   if (args.expert_offsets != nullptr) {
+#pragma unroll 1
     for (int e = slot; e <= args.experts; e += blockDim.x) {
       int before = 0;
       for_each_of(keys, args.slots, [&](int, unsigned other) { before += other < unsigned(e) * kFewSlots; });
@@ -112,14 +115,13 @@ __device__ __forceinline__ void route_few(const RouteArgs& args, const Ids& ids)
   }
 }
 
-template <typename Id>
 __global__ void __launch_bounds__(kMinThreads) route_few_kernel(const RouteArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  route_few(args, [&](int slot) { return __ldcg(static_cast<const Id*>(args.topk_ids) + slot); });
+  route_few(args, [&](int slot) { return load_id(args.topk_ids, args.ids_are_int64, slot); });
 }
 
-template <typename Logit, int kPerLane>
+template <int kPerLane>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     topk_route_few_kernel(const TopkSoftmaxArgs choice, const RouteArgs args) {
   __shared__ int32_t ids[kFewSlots];
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   const int warps = blockDim.x / kWarpSize;
 #pragma unroll 1
   for (int token = threadIdx.x / kWarpSize; token < choice.tokens; token += warps) {
-    choose_experts<Logit, kPerLane, 1>(mine, token, 0, threadIdx.x % kWarpSize);
+    choose_experts<kPerLane, 1>(mine, token, 0, threadIdx.x % kWarpSize);
   }
   __syncthreads();
   route_few(args, [&](int slot) { return ids[slot]; });
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
 template <int kPerLane>
 constexpr int kMaxScoringWarps = kPerLane > 8 ? kMaxWarps / 2 : kMaxWarps;
 
-template <ScoringFunc kScoring, int kPerLane>
+template <int kPerLane>
 __global__ void __launch_bounds__(kMaxScoringWarps<kPerLane>* kWarpSize)
     topk_experts_route_few_kernel(const TopkExpertsArgs router, const RouteArgs args) {
   __shared__ int32_t ids[kFewSlots];
@@ -148,72 +150,39 @@ __global__ void __launch_bounds__(kMaxScoringWarps<kPerLane>* kWarpSize)
   let_next_kernel_start();
   TopkExpertsArgs mine = router;
   mine.choice.topk_ids = ids;
+  mine.given_ids = nullptr;
   const int warps = blockDim.x / kWarpSize;
 #pragma unroll 1
   for (int token = threadIdx.x / kWarpSize; token < router.choice.tokens; token += warps) {
-    score_experts<kScoring, kPerLane>(mine, token, threadIdx.x % kWarpSize);
+    score_experts<kPerLane>(mine, token, threadIdx.x % kWarpSize);
   }
   __syncthreads();
   route_few(args, [&](int slot) { return ids[slot]; });
 }
 
-template <typename Logit>
-cudaError_t launch_for(const TopkSoftmaxArgs& choice, const RouteArgs& args, cudaStream_t stream) {
-  const int wanted = choice.tokens < kMaxWarps ? choice.tokens * kWarpSize : kMaxWarps * kWarpSize;
-  const int threads = wanted > kMinThreads ? wanted : kMinThreads;
-  const auto run = [&](auto kernel) { return launch(kernel, dim3(1), threads, 0, stream, choice, args); };
-  if (choice.experts <= 1 * kWarpSize) return run(topk_route_few_kernel<Logit, 1>);
-  if (choice.experts <= 2 * kWarpSize) return run(topk_route_few_kernel<Logit, 2>);
-  if (choice.experts <= 4 * kWarpSize) return run(topk_route_few_kernel<Logit, 4>);
-  return run(topk_route_few_kernel<Logit, 8>);
-}
-
-template <ScoringFunc kScoring>
-cudaError_t launch_scored(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
-  const auto run = [&](auto kernel, int most_warps) {
-    const int wanted = (router.choice.tokens < most_warps ? router.choice.tokens : most_warps) * kWarpSize;
-    return launch(kernel, dim3(1), wanted > kMinThreads ? wanted : kMinThreads, 0, stream, router, args);
-  };
-  if (router.choice.experts <= 4 * kWarpSize) {
-    return run(topk_experts_route_few_kernel<kScoring, 4>, kMaxScoringWarps<4>);
-  }
-  if (router.choice.experts <= 8 * kWarpSize) {
-    return run(topk_experts_route_few_kernel<kScoring, 8>, kMaxScoringWarps<8>);
-  }
-  if (router.choice.experts <= 16 * kWarpSize) {
-    return run(topk_experts_route_few_kernel<kScoring, 16>, kMaxScoringWarps<16>);
-  }
-  return run(topk_experts_route_few_kernel<kScoring, 32>, kMaxScoringWarps<32>);
+int threads_of(int tokens, int most_warps) {
+  const int wanted = (tokens < most_warps ? tokens : most_warps) * kWarpSize;
+  return wanted > kMinThreads ? wanted : kMinThreads;
 }
 
 }  // namespace
 
 cudaError_t launch_route_few(const RouteArgs& args, cudaStream_t stream) {
-  return args.ids_are_int64 ? launch(route_few_kernel<int64_t>, dim3(1), kMinThreads, 0, stream, args)
-                            : launch(route_few_kernel<int32_t>, dim3(1), kMinThreads, 0, stream, args);
+  return launch(route_few_kernel, dim3(1), kMinThreads, 0, stream, args);
 }
 
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
-  if (!is_topk_softmax(router)) {
-    switch (router.scoring_func) {
-      case ScoringFunc::kSoftmax:
-        return launch_scored<ScoringFunc::kSoftmax>(router, args, stream);
-      case ScoringFunc::kSigmoid:
-        return launch_scored<ScoringFunc::kSigmoid>(router, args, stream);
-      case ScoringFunc::kSqrtSoftplus:
-        return launch_scored<ScoringFunc::kSqrtSoftplus>(router, args, stream);
-    }
-    return cudaErrorInvalidValue;
+  const TopkSoftmaxArgs& choice = router.choice;
+  if (is_topk_softmax(router)) {
+    const int threads = threads_of(choice.tokens, kMaxWarps);
+    return with_width<1, 2, 4, 8>(choice.experts, [&](auto width) {
+      return launch(topk_route_few_kernel<width()>, dim3(1), threads, 0, stream, choice, args);
+    });
   }
-  switch (router.choice.type) {
-    case LogitsType::kFloat32:
-      return launch_for<float>(router.choice, args, stream);
-    case LogitsType::kBFloat16:
-      return launch_for<__nv_bfloat16>(router.choice, args, stream);
-    case LogitsType::kFloat16:
-      return launch_for<__half>(router.choice, args, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_width<4, 8, 16, 32>(choice.experts, [&](auto width) {
+    const int threads = threads_of(choice.tokens, kMaxScoringWarps<width()>);
+    return launch(topk_experts_route_few_kernel<width()>, dim3(1), threads, 0, stream, router, args);
+  });
 }
 
 }  // namespace mxfp4_moe

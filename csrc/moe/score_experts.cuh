@@ -7,19 +7,30 @@
 #include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
 #include "moe/scores.cuh"
+#include "moe/topk_ids.cuh"
 #include "moe/warps.cuh"
 
 namespace mxfp4_moe {
 
 constexpr float kLeastSum = 1e-20f;  // added to a sum before dividing by it: DeepSeek's, so that 0 / 0 is 0
 
-template <typename Logit, int kPerLane>
-__device__ __forceinline__ void load_logits(const TopkSoftmaxArgs& args, int64_t token, int lane,
-                                            float (&values)[kPerLane]) {
-  const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.experts + lane;
+// values[i] = change(values[i]), four at a time: a loop over registers is unrolled, and a score is long. All move on by
+// four after each turn, so that after the last one each is back in its place.
+template <int kPerLane, typename Change>
+__device__ __forceinline__ void in_turns(float (&values)[kPerLane], const Change& change) {
+  constexpr int kTurn = 4;
+  static_assert(kPerLane % kTurn == 0);
+#pragma unroll 1
+  for (int turn = 0; turn < kPerLane / kTurn; ++turn) {
+    float changed[kTurn];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    values[i] = i * kWarpSize + lane < args.experts ? widen(__ldcg(logits + i * kWarpSize)) : 0.0f;
+    for (int i = 0; i < kTurn; ++i) {
+      changed[i] = change(values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      values[i] = i < kPerLane - kTurn ? values[min(i + kTurn, kPerLane - 1)] : changed[i % kTurn];
+    }
   }
 }
 
@@ -115,58 +126,68 @@ __device__ __forceinline__ int choose(int top_k, int lane, uint32_t (&keys)[kPer
   return mine;
 }
 
-// All lanes of the warp call it for one token. kGiven: the experts are args.given_ids, and only their weights are asked
-// for.
-template <ScoringFunc kScoring, int kPerLane, bool kGiven = false>
+// All lanes of the warp call it for one token.
+template <int kPerLane>
 __device__ __forceinline__ void score_experts(const TopkExpertsArgs& args, int64_t token, int lane) {
   const TopkSoftmaxArgs& choice = args.choice;
-  constexpr bool kSoftmax = kScoring == ScoringFunc::kSoftmax;
-  float scores[kPerLane];  // of a softmax the numerators; first the logits
-  if (choice.type == LogitsType::kFloat32) {
-    load_logits<float>(choice, token, lane, scores);
-  } else if (choice.type == LogitsType::kBFloat16) {
-    load_logits<__nv_bfloat16>(choice, token, lane, scores);
-  } else {
-    load_logits<__half>(choice, token, lane, scores);
-  }
+  const bool is_softmax = args.scoring_func == ScoringFunc::kSoftmax;
+  const bool is_sigmoid = args.scoring_func == ScoringFunc::kSigmoid;
+  const bool is_given = args.given_ids != nullptr;
+  const bool has_groups = args.num_expert_group > 1;
+  const bool by_scores = !is_given && (has_groups || args.bias != nullptr);  // else by logits, with which scores rise
+  const int64_t tokens[1] = {token};
+  float logits[1][kPerLane];
+  load_logits(choice, tokens, lane, logits);
   uint32_t keys[kPerLane];  // what experts are chosen by; kNoKey past the last expert
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    keys[i] = i * kWarpSize + lane < choice.experts ? key_of(scores[i]) : kNoKey;
+    keys[i] = i * kWarpSize + lane < choice.experts ? key_of(logits[0][i]) : kNoKey;
   }
-  const float largest = kSoftmax ? value_of(highest_key(keys)) : 0.0f;
-  float sum = 0.0f;  // of a softmax's numerators: a lane's own in this order, then the lanes' by halves
+
+  float (&scores)[kPerLane] = logits[0];  // of a softmax the numerators; where few are needed they stay logits
+  float sum = 0.0f;                       // of a softmax's numerators: a lane's own in order, then the lanes' by halves
+  if (is_softmax) {
+    const float largest = value_of(highest_key(keys));
+    in_turns(scores, [&](float x) { return score_of<ScoringFunc::kSoftmax>(x, largest); });
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    scores[i] = score_of<kScoring>(scores[i], largest);
-    if (kSoftmax && i * kWarpSize + lane < choice.experts) {
-      sum = __fadd_rn(sum, scores[i]);
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i * kWarpSize + lane < choice.experts) {
+        sum = __fadd_rn(sum, scores[i]);
+      }
     }
-  }
-  if (kSoftmax) {
 #pragma unroll
     for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
       sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, delta));
     }
+  } else if (by_scores && is_sigmoid) {
+    in_turns(scores, [](float x) { return score_of<ScoringFunc::kSigmoid>(x); });
+  } else if (by_scores) {
+    in_turns(scores, [](float x) { return score_of<ScoringFunc::kSqrtSoftplus>(x); });
   }
 
-  const bool has_groups = args.num_expert_group > 1;
   int expert = 0;  // lane j's is choice j
-  if constexpr (kGiven) {
+  if (is_given) {
     const int64_t slot = token * choice.top_k + lane;
     if (lane < choice.top_k) {
-      const int64_t id = args.given_are_int64 ? __ldcg(static_cast<const long long*>(args.given_ids) + slot)
-                                              : __ldcg(static_cast<const int32_t*>(args.given_ids) + slot);
+      const int64_t id = load_id(args.given_ids, args.given_are_int64, slot);
       expert = id >= 0 && id < choice.experts ? static_cast<int>(id) : -1;
     }
   } else {
-    if (has_groups || args.bias != nullptr) {  // else by the logits, since scores rise with them
+    if (by_scores) {
+      float chosen_by[kPerLane];
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        chosen_by[i] = scores[i];
+      }
+      if (is_softmax) {
+        in_turns(chosen_by, [&](float x) { return __fdiv_rn(x, sum); });
+      }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int e = i * kWarpSize + lane;
+        keys[i] = kNoKey;
         if (e < choice.experts) {
-          const float score = kSoftmax ? __fdiv_rn(scores[i], sum) : scores[i];
-          keys[i] = key_of(args.bias != nullptr ? __fadd_rn(score, __ldg(args.bias + e)) : score);
+          keys[i] = key_of(args.bias != nullptr ? __fadd_rn(chosen_by[i], __ldg(args.bias + e)) : chosen_by[i]);
         }
       }
     }
@@ -182,11 +203,14 @@ __device__ __forceinline__ void score_experts(const TopkExpertsArgs& args, int64
     const float there = __shfl_sync(kAllLanes, scores[i], expert & (kWarpSize - 1));
     weight = expert >> 5 == i ? there : weight;
   }
-  if (kSoftmax) {
+  if (is_softmax) {
     weight = __fdiv_rn(weight, sum);
+  } else if (!by_scores && expert >= 0) {
+    weight = is_sigmoid ? score_of<ScoringFunc::kSigmoid>(weight) : score_of<ScoringFunc::kSqrtSoftplus>(weight);
   }
   if (choice.renormalize) {
     float of_all = 0.0f;
+#pragma unroll 4
     for (int j = 0; j < choice.top_k; ++j) {  // in this order
       of_all = __fadd_rn(of_all, __shfl_sync(kAllLanes, weight, j));
     }

@@ -43,7 +43,7 @@ __device__ __forceinline__ float log1p_of_fraction(float t) {
 
 // What one logit says alone; of a softmax, the numerator. `largest` is a softmax's alone: the row's largest logit.
 template <ScoringFunc kScoring>
-__device__ __forceinline__ float score_of(float x, float largest) {
+__device__ __forceinline__ float score_of(float x, float largest = 0.0f) {
   if constexpr (kScoring == ScoringFunc::kSoftmax) {
     return exp_of_negative(__fsub_rn(x, largest));
   }

@@ -21,30 +21,14 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kTokensPerBlock = kThreads / kWarpSize;
 
-template <ScoringFunc kScoring, int kPerLane, bool kGiven>
+template <int kPerLane>
 __global__ void __launch_bounds__(kThreads) topk_experts_kernel(const TopkExpertsArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t token = int64_t{blockIdx.x} * kTokensPerBlock + threadIdx.x / kWarpSize;
   if (token < args.choice.tokens) {
-    score_experts<kScoring, kPerLane, kGiven>(args, token, threadIdx.x % kWarpSize);
+    score_experts<kPerLane>(args, token, threadIdx.x % kWarpSize);
   }
-}
-
-template <ScoringFunc kScoring, bool kGiven>
-cudaError_t launch_for(const TopkExpertsArgs& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((int64_t{args.choice.tokens} + kTokensPerBlock - 1) / kTokensPerBlock));
-  const auto run = [&](auto kernel) { return launch(kernel, grid, kThreads, 0, stream, args); };
-  if (args.choice.experts <= 4 * kWarpSize) return run(topk_experts_kernel<kScoring, 4, kGiven>);
-  if (args.choice.experts <= 8 * kWarpSize) return run(topk_experts_kernel<kScoring, 8, kGiven>);
-  if (args.choice.experts <= 16 * kWarpSize) return run(topk_experts_kernel<kScoring, 16, kGiven>);
-  return run(topk_experts_kernel<kScoring, 32, kGiven>);
-}
-
-template <ScoringFunc kScoring>
-cudaError_t launch_for(const TopkExpertsArgs& args, cudaStream_t stream) {
-  return args.given_ids != nullptr ? launch_for<kScoring, true>(args, stream)
-                                   : launch_for<kScoring, false>(args, stream);
 }
 
 }  // namespace
@@ -56,15 +40,10 @@ cudaError_t launch_topk_experts(const TopkExpertsArgs& args, cudaStream_t stream
   if (args.choice.tokens == 0) {
     return cudaSuccess;
   }
-  switch (args.scoring_func) {
-    case ScoringFunc::kSoftmax:
-      return launch_for<ScoringFunc::kSoftmax>(args, stream);
-    case ScoringFunc::kSigmoid:
-      return launch_for<ScoringFunc::kSigmoid>(args, stream);
-    case ScoringFunc::kSqrtSoftplus:
-      return launch_for<ScoringFunc::kSqrtSoftplus>(args, stream);
-  }
-  return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>((int64_t{args.choice.tokens} + kTokensPerBlock - 1) / kTokensPerBlock));
+  return with_width<4, 8, 16, 32>(args.choice.experts, [&](auto width) {
+    return launch(topk_experts_kernel<width()>, grid, kThreads, 0, stream, args);
+  });
 }
 
 }  // namespace mxfp4_moe

@@ -23,6 +23,11 @@ def _given() -> None:
     routers.check_topk_experts(router, router_cases.logits_of(1, 200, torch.float32), ids)
 
 
+def _given_int64() -> None:
+    router = router_cases.router_of(200, 4, "sigmoid")
+    routers.check_topk_experts(router, router_cases.logits_of(1, 200, torch.float32), torch.tensor([[5, 7, 11, 199]]))
+
+
 def _route_of_router() -> None:
     routers.check_few_named("DeepSeek-V3", 11)
 
@@ -64,8 +69,8 @@ MUTATIONS = (
         name="routers: the bias reaches the weight",
         unit="topk_experts",
         file="moe/score_experts.cuh",
-        old="keys[i] = key_of(args.bias != nullptr ? __fadd_rn(score, __ldg(args.bias + e)) : score);",
-        new="scores[i] = args.bias != nullptr ? __fadd_rn(score, __ldg(args.bias + e)) : score;\n"
+        old="keys[i] = key_of(args.bias != nullptr ? __fadd_rn(chosen_by[i], __ldg(args.bias + e)) : chosen_by[i]);",
+        new="scores[i] = args.bias != nullptr ? __fadd_rn(chosen_by[i], __ldg(args.bias + e)) : chosen_by[i];\n"
         "          keys[i] = key_of(scores[i]);",
         case=_one_group,
     ),
@@ -118,11 +123,51 @@ MUTATIONS = (
         case=_one_group,
     ),
     Mutation(
+        name="routers: bfloat16 logits read as float16",
+        unit="topk_experts",
+        file="moe/choose_experts.cuh",
+        old="args.type == LogitsType::kBFloat16",
+        new="args.type == LogitsType::kFloat16",
+        case=lambda: routers.check_named("DeepSeek-V4-Flash", torch.bfloat16),
+    ),
+    Mutation(
+        name="routers: a score is not moved back to its place",
+        unit="topk_experts",
+        file="moe/score_experts.cuh",
+        old="turn < kPerLane / kTurn",
+        new="turn + 1 < kPerLane / kTurn",
+        case=_one_group,
+    ),
+    Mutation(
+        name="routers: given ids are read as int32 alone",
+        unit="topk_experts",
+        file="moe/topk_ids.cuh",
+        old="return are_int64 ?",
+        new="return false ?",
+        case=_given_int64,
+    ),
+    Mutation(
+        name="routers: a given id of no expert has a score",
+        unit="topk_experts",
+        file="moe/score_experts.cuh",
+        old="!by_scores && expert >= 0",
+        new="!by_scores",
+        case=_given,
+    ),
+    Mutation(
+        name="routers: a score that is taken after the choice is a sigmoid",
+        unit="topk_experts",
+        file="moe/score_experts.cuh",
+        old="weight = is_sigmoid ? score_of<ScoringFunc::kSigmoid>(weight) : score_of<ScoringFunc::kSqrtSoftplus>(weight);",
+        new="weight = score_of<ScoringFunc::kSigmoid>(weight);",
+        case=lambda: routers.check_scores("sqrtsoftplus"),
+    ),
+    Mutation(
         name="routers: no barrier between the choice and the route",
         unit="route_few",
         file="moe/route_few.cu",
-        old="    score_experts<kScoring, kPerLane>(mine, token, threadIdx.x % kWarpSize);\n  }\n  __syncthreads();",
-        new="    score_experts<kScoring, kPerLane>(mine, token, threadIdx.x % kWarpSize);\n  }",
+        old="    score_experts<kPerLane>(mine, token, threadIdx.x % kWarpSize);\n  }\n  __syncthreads();",
+        new="    score_experts<kPerLane>(mine, token, threadIdx.x % kWarpSize);\n  }",
         case=_route_of_router,
     ),
     Mutation(
