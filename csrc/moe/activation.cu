@@ -76,9 +76,32 @@ __device__ __forceinline__ void exchange(const float (&y)[2][kHalfGroup], float 
   }
 }
 
-// kRounds is a constant so that those who do not round do not pay: which dtype, those who do find out as they run.
-template <Activation kActivation, bool kRounds>
-__global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationArgs args, int rows_of_block) {
+// for_each(change) of values that are rounded if `rounding` says so. All lanes take the same branch, one for all values,
+// which is what those who do not round pay.
+template <typename ForEach>
+__device__ __forceinline__ void round_each(Rounding rounding, const ForEach& for_each) {
+  if (rounding == Rounding::kBFloat16) {
+    for_each([](float& x) { x = round_to(Rounding::kBFloat16, x); });
+  } else if (rounding == Rounding::kFloat16) {
+    for_each([](float& x) { x = round_to(Rounding::kFloat16, x); });
+  }
+}
+
+// Blocks that an SM has room for, at least: loads in flight are what hides the way to memory.
+constexpr int blocks_of_sm(Activation activation) {
+  switch (activation) {
+    case Activation::kSwigluOai:
+    case Activation::kGeglu:
+    case Activation::kSitu:
+      return 7;
+    default:
+      return is_gated(activation) ? 8 : 10;
+  }
+}
+
+template <Activation kActivation>
+__global__ void __launch_bounds__(kThreads, blocks_of_sm(kActivation))
+    activation_kernel(const ActivationArgs args, int rows_of_block) {
   constexpr bool kGated = is_gated(kActivation);
   using Groups = TwoGroups<kGated>;
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
@@ -104,9 +127,8 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
           bias.load(args.bias + expert * width + first_column);
           expert_of_bias = expert;
         }
-        if constexpr (kRounds) {
-          sums.for_each([&](float& x, int, int, int) { x = round_to(args.rounding, x); });
-        }
+        round_each(args.rounding,
+                   [&](const auto& change) { sums.for_each([&](float& x, int, int, int) { change(x); }); });
         if (args.bias != nullptr) {
           sums.for_each([&](float& x, int group, int v, int i) { x += bias.x[group][v][i]; });
         }
@@ -123,11 +145,14 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
             } else {
               y[group][i] = apply<kActivation>(sums.x[group][0][i], numbers);
             }
-            if constexpr (kRounds) {
-              y[group][i] = round_to(args.rounding, y[group][i]);
-            }
           }
         }
+        round_each(args.rounding, [&](const auto& change) {
+#pragma unroll
+          for (int i = 0; i < kValuesPerLane; ++i) {
+            change(y[i / kHalfGroup][i % kHalfGroup]);
+          }
+        });
       }
       float x[kValuesPerLane];
       exchange(y, x);
@@ -138,35 +163,34 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const ActivationAr
 
 using Kernel = void (*)(ActivationArgs, int);
 
-template <bool kRounds>
 Kernel kernel_of(Activation activation) {
   switch (activation) {
     case Activation::kSwiglu:
-      return activation_kernel<Activation::kSwiglu, kRounds>;
+      return activation_kernel<Activation::kSwiglu>;
     case Activation::kSwigluOai:
-      return activation_kernel<Activation::kSwigluOai, kRounds>;
+      return activation_kernel<Activation::kSwigluOai>;
     case Activation::kSwigluStep:
-      return activation_kernel<Activation::kSwigluStep, kRounds>;
+      return activation_kernel<Activation::kSwigluStep>;
     case Activation::kGeglu:
-      return activation_kernel<Activation::kGeglu, kRounds>;
+      return activation_kernel<Activation::kGeglu>;
     case Activation::kGegluTanh:
-      return activation_kernel<Activation::kGegluTanh, kRounds>;
+      return activation_kernel<Activation::kGegluTanh>;
     case Activation::kSitu:
-      return activation_kernel<Activation::kSitu, kRounds>;
+      return activation_kernel<Activation::kSitu>;
     case Activation::kSilu:
-      return activation_kernel<Activation::kSilu, kRounds>;
+      return activation_kernel<Activation::kSilu>;
     case Activation::kGelu:
-      return activation_kernel<Activation::kGelu, kRounds>;
+      return activation_kernel<Activation::kGelu>;
     case Activation::kGeluTanh:
-      return activation_kernel<Activation::kGeluTanh, kRounds>;
+      return activation_kernel<Activation::kGeluTanh>;
     case Activation::kRelu:
-      return activation_kernel<Activation::kRelu, kRounds>;
+      return activation_kernel<Activation::kRelu>;
     case Activation::kRelu2:
-      return activation_kernel<Activation::kRelu2, kRounds>;
+      return activation_kernel<Activation::kRelu2>;
     case Activation::kClampedRelu2:
-      return activation_kernel<Activation::kClampedRelu2, kRounds>;
+      return activation_kernel<Activation::kClampedRelu2>;
     case Activation::kIdentity:
-      return activation_kernel<Activation::kIdentity, kRounds>;
+      return activation_kernel<Activation::kIdentity>;
   }
   return nullptr;
 }
@@ -177,8 +201,7 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
   if (args.rows == 0) {
     return cudaSuccess;
   }
-  const Kernel kernel =
-      args.rounding == Rounding::kNone ? kernel_of<false>(args.activation) : kernel_of<true>(args.activation);
+  const Kernel kernel = kernel_of(args.activation);
   if (kernel == nullptr) {
     return cudaErrorInvalidValue;
   }

@@ -286,7 +286,7 @@ MUTATIONS = (
         name="activation: rounded after the bias",
         unit="activation",
         file="moe/activation.cu",
-        old="sums.for_each([&](float& x, int, int, int) { x = round_to(args.rounding, x); });",
+        old="sums.for_each([&](float& x, int, int, int) { change(x); });",
         new="",
         case=lambda: cases.check_activation_rounding(torch.bfloat16),
     ),
