@@ -121,7 +121,7 @@ class Wheel(bdist_wheel):
         for command, _, path in self.distribution.dist_files:
             if command == "bdist_wheel":
                 try:
-                    check_wheel(Path(path), needed_build().thresholds)
+                    check_wheel(Path(path), needed_build().settings.profile, needed_build().thresholds)
                 except BuildError as error:
                     raise SetupError(str(error)) from error
 

@@ -32,7 +32,7 @@ _MEASURED = "[instructions_per_mma.measured]"
 class Thresholds:
     instructions_per_mma: Mapping[str, Mapping[str, float]]  # by arch and tile
     peak_mb: float  # of one run of nvcc
-    wheel_bytes: int
+    wheel_bytes: Mapping[str, int]  # by profile
 
     def limit(self, arch: str, tile: str) -> float | None:
         """Instructions per MMA in the main loop of a tile's kernel; None where there is no limit."""
@@ -52,9 +52,9 @@ def parse_thresholds(text: str) -> Thresholds:
         return Thresholds(
             instructions_per_mma=limits,
             peak_mb=data["compile"]["peak_mb"],
-            wheel_bytes=data["wheel"]["bytes"],
+            wheel_bytes={profile: int(limit) for profile, limit in data["wheel"]["bytes"].items()},
         )
-    except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise BuildError(f"{THRESHOLDS}: not what wheelbuild.thresholds reads: {error!r}") from error
 
 
@@ -62,11 +62,15 @@ def load_thresholds() -> Thresholds:
     return parse_thresholds((ROOT / THRESHOLDS).read_text(encoding="utf-8"))
 
 
-def check_wheel(wheel: Path, thresholds: Thresholds) -> None:
-    """BuildError when the wheel is larger than allowed."""
-    size = wheel.stat().st_size
-    if size > thresholds.wheel_bytes:
-        raise BuildError(f"{wheel.name} has {size:,} bytes, at most {thresholds.wheel_bytes:,} allowed ({THRESHOLDS})")
+def check_wheel(wheel: Path, profile: str, thresholds: Thresholds) -> None:
+    """BuildError when a wheel of this profile is larger than allowed."""
+    size, limit = wheel.stat().st_size, thresholds.wheel_bytes.get(profile)
+    if limit is None:
+        raise BuildError(f"{THRESHOLDS} has no size for a wheel of profile {profile}: state one in [wheel.bytes]")
+    if size > limit:
+        raise BuildError(
+            f"{wheel.name} has {size:,} bytes, at most {limit:,} allowed with profile {profile} ({THRESHOLDS})"
+        )
 
 
 def updated(text: str, report: Mapping[str, Any]) -> str:

@@ -109,6 +109,7 @@ __device__ __forceinline__ void store_padding(const Mxfp8QuantizeArgs& args) {
   const int64_t padding = (height - args.rows % height) % height;
   const int64_t threads = int64_t{gridDim.x} * gridDim.y * kThreads;
   const int64_t thread = (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
+#pragma unroll 1
   for (int64_t i = thread; i < padding * scale_k_tiles(args.padded_k); i += threads) {
     store_word(args, args.rows + i % padding, static_cast<int>(i / padding), 0);
   }

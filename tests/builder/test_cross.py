@@ -37,7 +37,7 @@ from wheelbuild.toolchain import Cuda, Headers, Toolchain, Torch, package_dirs, 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 X86_64, AARCH64 = PLATFORMS["linux_x86_64"], PLATFORMS["linux_aarch64"]
 MOE_SOURCES = [Path("csrc/moe/route.cu"), Path("csrc/moe/operators.cpp")]
-THRESHOLDS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes=12_000_000)
+THRESHOLDS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes={"mxfp4_minimal": 4_000_000})
 EXTENSIONS = Path(mxfp4_moe.__file__).parent / "_ext"
 
 

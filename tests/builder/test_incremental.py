@@ -35,7 +35,7 @@ out_dtypes = ["bfloat16"]
 """
 ROWS = [(128, 128, "false"), (8, 128, "true")]
 ANOTHER = (64, 32, "false")
-LIMITS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes=12_000_000)
+LIMITS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes={"mxfp4_minimal": 4_000_000})
 
 # A compiler, a linker and a check in one: writes its output, and for a source every file that it includes.
 STAND_IN = """#!{python} -SE
@@ -228,4 +228,4 @@ def test_the_build_code_checks_again_and_compiles_nothing(tree: Tree) -> None:
 def test_a_threshold_checks_its_tile_again_and_compiles_nothing(tree: Tree) -> None:
     tighter = dataclasses.replace(LIMITS, instructions_per_mma={"120f": {"m128n128": 3.0}})
     assert tree.scheduled(tree.plan(ROWS, tighter)) == {"tile_m128n128.check"}
-    assert tree.scheduled(tree.plan(ROWS, dataclasses.replace(LIMITS, wheel_bytes=1))) == set()
+    assert tree.scheduled(tree.plan(ROWS, dataclasses.replace(LIMITS, wheel_bytes={"mxfp4_minimal": 1}))) == set()

@@ -54,14 +54,20 @@ def test_the_promised_limits() -> None:
     limits = thresholds.instructions_per_mma["120f"]
     assert limits["m128n128"] <= 3.5
     assert limits["m256n64"] <= 3.55
-    assert (thresholds.peak_mb, thresholds.wheel_bytes) == (2000, 12_000_000)
+    assert thresholds.peak_mb == 2000
+    assert thresholds.wheel_bytes["mxfp4_minimal"] == 4_000_000
+
+
+def test_every_profile_has_a_size() -> None:
+    assert set(load_thresholds().wheel_bytes) == {profile.name for profile in MANIFEST.profiles}
 
 
 LIMITS = """# By hand
 [compile]
 peak_mb = 2000
-[wheel]
-bytes = 10
+[wheel.bytes]
+small = 10
+large = 11
 [instructions_per_mma.set."120f"]
 m128n128 = 3.5 # promised
 
@@ -112,10 +118,20 @@ def test_a_threshold_file_that_cannot_be_read_is_named(text: str) -> None:
 def test_a_wheel_that_is_too_large_is_refused(tmp_path: Path) -> None:
     wheel = tmp_path / "x.whl"
     wheel.write_bytes(b"0" * 10)
-    check_wheel(wheel, parse_thresholds(LIMITS))
+    check_wheel(wheel, "small", parse_thresholds(LIMITS))
     wheel.write_bytes(b"0" * 11)
-    with pytest.raises(BuildError, match=r"^x\.whl has 11 bytes, at most 10 allowed \(ci/thresholds\.toml\)$"):
-        check_wheel(wheel, parse_thresholds(LIMITS))
+    check_wheel(wheel, "large", parse_thresholds(LIMITS))
+    words = r"^x\.whl has 11 bytes, at most 10 allowed with profile small \(ci/thresholds\.toml\)$"
+    with pytest.raises(BuildError, match=words):
+        check_wheel(wheel, "small", parse_thresholds(LIMITS))
+
+
+def test_a_wheel_of_a_profile_without_a_size_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    wheel.write_bytes(b"")
+    words = r"^ci/thresholds\.toml has no size for a wheel of profile other: state one in \[wheel\.bytes\]$"
+    with pytest.raises(BuildError, match=words):
+        check_wheel(wheel, "other", parse_thresholds(LIMITS))
 
 
 def test_a_report_is_json_that_thresholds_read(tmp_path: Path) -> None:

@@ -165,10 +165,11 @@ def audit(path: Path) -> str:
         for check in (check_version, check_metadata, check_contents, check_sbom):
             check(wheel)
     thresholds = load_thresholds()
-    check_wheel(path, thresholds)
+    profile = wheel.report["profile"]
+    check_wheel(path, profile, thresholds)
     return (
         f"{path.name}: {len(wheel.report['tiles'])} tiles, {path.stat().st_size:,} bytes of at most "
-        f"{thresholds.wheel_bytes:,}, metadata and bill of materials in order"
+        f"{thresholds.wheel_bytes[profile]:,}, metadata and bill of materials in order"
     )
 
 
