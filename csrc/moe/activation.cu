@@ -76,8 +76,8 @@ __device__ __forceinline__ void exchange(const float (&y)[2][kHalfGroup], float 
   }
 }
 
-// for_each(change) of values that are rounded if `rounding` says so. All lanes take the same branch, one for all values,
-// which is what those who do not round pay.
+// Rounds, if `rounding` says so, all values that for_each(change) changes. One branch for all of them, which all lanes
+// take alike, is what those who do not round pay.
 template <typename ForEach>
 __device__ __forceinline__ void round_each(Rounding rounding, const ForEach& for_each) {
   if (rounding == Rounding::kBFloat16) {

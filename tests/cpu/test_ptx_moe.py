@@ -272,4 +272,4 @@ def test_every_kernel_was_executed(request: pytest.FixtureRequest) -> None:
     kernels = {kernel for source in sources for kernel in launch.entries(launch.ptx_of_moe(source))}
     kernels = {kernel for kernel in kernels if "topk_experts" not in kernel}  # test_ptx_routers.py
     assert kernels - EXECUTED == set()
-    assert len(kernels) > 70
+    assert len(kernels) > 40
