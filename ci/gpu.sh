@@ -32,7 +32,7 @@ in_shares() {
     pids+=($!)
   done
   for share in "${!pids[@]}"; do
-    wait "${pids[share]}" || { failed=1 && echo "  $name, share $share: see $out/$name.$share.log"; }
+    wait "${pids[share]}" || { failed=1 && echo "  $name, share $share of $jobs: see $out/$name.log"; }
   done
   cat "$out/$name".*.log >"$out/$name.log"
   rm "$out/$name".*.log
