@@ -133,7 +133,7 @@ def f16_pair_fma(a: Array, b: Array, c: Array) -> Array:
 
 def e2m1_bits(x: Array) -> Array:
     """cvt.rn.satfinite.e2m1: codes 0..15; beyond +-6 to +-6, NaN to +6."""
-    magnitude = np.minimum(np.abs(x).astype(f8), 6.0)
+    magnitude = np.fmin(np.abs(x).astype(f8), 6.0)  # of a NaN 6
     _, exponent = np.frexp(magnitude)
     exponent = np.maximum(exponent - 1, 0)
     # In halves of the binade: 2 and 3 for a normal number, 4 being the next exponent's 2.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from wheelbuild import toolchain
 
 from .faults import Fault, Kind
 from .launch import Launch
@@ -85,3 +91,16 @@ def fails(kind: Kind, body: str, text: str = "", **options: object) -> str:
 
 def works(body: str, **options: object) -> np.ndarray:
     return [Run(seed)(body, **options) for seed in SEEDS][-1]
+
+
+def ptxas(body: str) -> str:
+    """What the assembler says against a body for sm_120f; nothing where it takes it."""
+    folders = toolchain.package_dirs(os.environ)
+    cuda = toolchain.resolve_cuda({**os.environ, "MXFP4_MOE_TOOLCHAIN": "pypi"}, folders, ["120f"])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "k.ptx")
+        source.write_text(kernel(body), encoding="utf-8")
+        command = [str(cuda.nvcc.parent / "ptxas"), "-arch=sm_120f", str(source), "-o", str(Path(folder, "k.cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert bool(done.returncode) == bool(done.stderr), done.stderr
+    return done.stderr
