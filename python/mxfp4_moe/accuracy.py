@@ -67,7 +67,7 @@ def sums_and_bound(
 def coarsest(published: Arithmetic) -> tuple[Arithmetic, ...]:
     """Rules of the family whose bounds together cover those of all of it."""
     rules = [rule for rule in family(published) if rule.rounding == "cut"]
-    fewest = min((rule for rule in rules if rule.bits), key=lambda rule: rule.bits or 0)
+    fewest = min((rule for rule in rules if rule.bits), key=lambda rule: (rule.bits or 0, rule.group))
     return (fewest, *(rule for rule in rules if rule.bits is None))
 
 

@@ -124,6 +124,24 @@ def test_sizes_of_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, pair: s
     assert_same(out, whole)
 
 
+@pytest.mark.parametrize("pair", ["mxfp4_mxfp4", "nvfp4_nvfp4"])
+def test_the_coarsest_rule_covers_its_family(pair: str) -> None:
+    """Of FP4 x FP4: the fewest bits and the smallest groups."""
+    published = arithmetic.of_arch("120f", pair)
+    rows, row_scales, packed, scales = problem(pair, 320)
+    given = (rows, row_scales, packed[None], scales[None], torch.tensor([0, 9], dtype=torch.int32))
+    (coarsest,) = accuracy.coarsest(published)
+    sums, bound = accuracy.sums_and_bound(*given, arithmetic=coarsest, pair=pair)
+    worst = 0.0
+    for rule in arithmetic.family(published):
+        out = torch.empty(9, 48)
+        arithmetic.gemm(rule, rows, row_scales, packed, scales, out, pair=pair)
+        error = (out.double() - sums).abs()
+        assert (error <= bound).all(), rule.words()
+        worst = max(worst, float((error / bound).max()))
+    assert worst > 0.01
+
+
 @pytest.mark.parametrize("arch", ["90a", "120f"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_sums_are_within_their_bound(pair: str, arch: str) -> None:
