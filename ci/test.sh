@@ -3,6 +3,7 @@
 #
 #   ci/test.sh [-k expression] [-m gpu] ...
 #
+# MXFP4_MOE_TEST_JOBS processes share the test files, as many as there are cores if it is not set; 0 is this one alone.
 # Uses the newest wheel in dist/ and the environments that ci/build.sh made; runs that first if there is no wheel.
 set -euo pipefail
 # shellcheck source=ci/common.sh
@@ -41,4 +42,4 @@ say "Assemblers"
 module "$run_env/bin/python" wheelbuild.assemblers
 
 say "Tests"
-"$run_env/bin/python" -m pytest "$@"
+"$run_env/bin/python" -m pytest -n "${MXFP4_MOE_TEST_JOBS-auto}" --dist loadfile "$@"

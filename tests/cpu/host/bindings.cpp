@@ -25,6 +25,9 @@ using Atom = cute::SM120::BLOCKSCALED::SM120_16x8x32_TN_VS<cute::float_e4m3_t, c
                                                            cute::float_ue8m0_t, 32>;
 using SwappedAtom = cute::SM120::BLOCKSCALED::SM120_16x8x32_TN_VS<cute::float_e2m1_t, cute::float_e4m3_t, float,
                                                                   cute::float_ue8m0_t, 32>;
+using Fp4Atom = cute::SM120::BLOCKSCALED::SM120_16x8x64_TN_VS<cute::float_e2m1_t, cute::float_e2m1_t, float,
+                                                              cute::float_ue4m3_t, 16>;
+using Bf16Atom = cute::SM80_16x8x16_F32BF16BF16F32_TN;
 using Config = cutlass::detail::Sm1xxBlockScaledConfig<32>;
 
 // (lane, value) -> linear index of a (thread, value) layout, as nested lists [32][values].
@@ -37,11 +40,17 @@ std::vector<std::vector<int>> table(Layout layout) {
 }
 
 template <class Traits>
-py::dict cute_tables() {
+py::dict cute_operand_tables() {
   py::dict tables;
   tables["a"] = table(typename Traits::ALayout{});
   tables["b"] = table(typename Traits::BLayout{});
   tables["c"] = table(typename Traits::CLayout{});
+  return tables;
+}
+
+template <class Traits>
+py::dict cute_tables() {
+  py::dict tables = cute_operand_tables<Traits>();
   tables["sfa"] = table(typename Traits::SFALayout{});
   tables["sfb"] = table(typename Traits::SFBLayout{});
   return tables;
@@ -162,6 +171,8 @@ py::array_t<uint32_t> emulated_mma(py::array_t<uint32_t, py::array::c_style> reg
 PYBIND11_MODULE(mxfp4_moe_host, m) {
   m.def("cute_tables", &cute_tables<cute::MMA_Traits<Atom>>);
   m.def("cute_tables_swapped", &cute_tables<cute::MMA_Traits<SwappedAtom>>);
+  m.def("cute_tables_fp4", &cute_tables<cute::MMA_Traits<Fp4Atom>>);
+  m.def("cute_tables_bf16", &cute_operand_tables<cute::MMA_Traits<Bf16Atom>>);
   m.def("our_tables", &our_tables);
   m.def("emulated_mma", &emulated_mma);
 

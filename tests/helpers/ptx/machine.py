@@ -225,6 +225,7 @@ class Launched:
         """What registers hold before anything is written to them."""
         kinds = {
             "pred": np.bool_,
+            "b8": np.uint8,
             "b16": np.uint16,
             "f16": np.uint16,
             "b32": np.uint32,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from wheelbuild import toolchain
 
 from .faults import Fault, Kind
 from .launch import Launch
@@ -33,11 +39,13 @@ def kernel(body: str, registers: str = "", params: str = ".param .u64 a, .param 
 
 
 class Run:
-    """`a` is read, `b` is written: 64 words each, of which a's are 0, 1, 2 ..."""
+    """`a` is read, `b` is written: 64 words each, or as many as are given, of which a's are 0, 1, 2 ..."""
 
-    def __init__(self, seed: int = 0, lateness: float | None = None, resident: int = 4) -> None:
-        self.a = np.arange(64, dtype=np.uint32)
-        self.b = np.full(64, 0xFFFFFFFF, np.uint32)
+    def __init__(
+        self, seed: int = 0, lateness: float | None = None, resident: int = 4, a: np.ndarray | None = None
+    ) -> None:
+        self.a = np.arange(64, dtype=np.uint32) if a is None else a
+        self.b = np.full(len(self.a), 0xFFFFFFFF, np.uint32)
         self.machine = Machine(seed=seed, lateness=lateness, resident=resident)
         self.machine.memory.add("a", self.a, written=True, writable=True)
         self.machine.memory.add("b", self.b, written=False, writable=True)
@@ -83,3 +91,16 @@ def fails(kind: Kind, body: str, text: str = "", **options: object) -> str:
 
 def works(body: str, **options: object) -> np.ndarray:
     return [Run(seed)(body, **options) for seed in SEEDS][-1]
+
+
+def ptxas(body: str) -> str:
+    """What the assembler says against a body for sm_120f; nothing where it takes it."""
+    folders = toolchain.package_dirs(os.environ)
+    cuda = toolchain.resolve_cuda({**os.environ, "MXFP4_MOE_TOOLCHAIN": "pypi"}, folders, ["120f"])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "k.ptx")
+        source.write_text(kernel(body), encoding="utf-8")
+        command = [str(cuda.nvcc.parent / "ptxas"), "-arch=sm_120f", str(source), "-o", str(Path(folder, "k.cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert bool(done.returncode) == bool(done.stderr), done.stderr
+    return done.stderr
