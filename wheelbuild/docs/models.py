@@ -35,7 +35,7 @@ INTRODUCTION = """# Models
 Written by `python -m wheelbuild.docs.models` from `_checkpoints/models.py` and `schemes.py`; a test keeps it current.
 
 ```
-mxfp4-moe inspect PATH         # layers, naming, sizes, activation, and the call that loads a layer
+mxfp4-moe inspect PATH         # layers, naming, sizes, activation, router, and the calls that load a layer
 ```
 
 ```python
