@@ -1,4 +1,4 @@
-// Bias, activation and MXFP8 quantization: what lies between the two GEMMs.
+// Bias, activation and the rows that GEMM2 reads: what lies between the two GEMMs.
 //
 // in   gemm1 fp32; gated: [R, 2I], columns in groups of 16, 8 gates, then the 8 ups of the same outputs; not gated:
 //      [R, I]; bias likewise [E, 2I] or [E, I]
@@ -12,7 +12,7 @@
 // valid count are not touched.
 // Why it is fast: neighbouring lanes share two groups of outputs, so that every load of a warp takes whole 32-byte
 // sectors, and exchange four results; a block keeps the biases of its columns while the rows' expert is the same; with
-// many rows L1 is as large as it can be; and the result never leaves registers before it is MXFP8.
+// many rows L1 is as large as it can be; and the result never leaves registers before it is what GEMM2 reads.
 #include "moe/mx_rows.cuh"
 #include "shared/nonlinearities.cuh"
 

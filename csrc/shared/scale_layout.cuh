@@ -3,7 +3,8 @@
 // Rows start anywhere, so the scales are words, row after row per K tile: [ceil(K/128), rows padded to 4, 4]. The
 // ecosystem's 128x4 layout (one 512-byte block per 128 rows and 4 K blocks; a row's four scales of a K tile are one
 // 32-bit word) is how MXFP8 hidden states may come. Offsets, allocations and layouts all use the padded sizes. Weights'
-// scales: weight_layout.cuh. formats.py mirrors this file; tests compare it with CuTe's tile_atom_to_shape_SFA/SFB.
+// scales: weight_layout.cuh. formats/row_layouts.py mirrors this file; tests compare it with CuTe's
+// tile_atom_to_shape_SFA/SFB.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-"""Fused mixture-of-experts layers with MXFP4 weights and MXFP8 activations, compiled ahead of time.
+"""Fused mixture-of-experts layers with MXFP4 weights, compiled ahead of time.
 
 The public names come from their modules when they are first asked for. So the command line, which is there for the
 case that torch does not work, starts without importing torch.

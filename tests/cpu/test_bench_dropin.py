@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import types
+
 import pytest
 import torch
 
@@ -30,7 +35,38 @@ def test_the_layer_is_padded_and_runs() -> None:
     weight_cache._layers.clear()
 
 
-def test_it_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("choice", ["keep", "release"])
+def test_memory_without_a_gpu(choice: str) -> None:
+    """In a process of its own, whose allocator gives large tensors back to the system."""
+    shape = "MoEShape(name='', experts=128, top_k=2, hidden=512, intermediate=1024)"
+    program = (
+        "import json\nfrom mxfp4_moe.bench.dropin import memory_on_cpu\nfrom mxfp4_moe.bench.shapes import MoEShape\n"
+        f"print(json.dumps(memory_on_cpu({shape}, {choice!r})))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = json.loads(ran.stdout)
+    layer = found["layer"]
+    assert layer == 128 * 3 * 512 * 1024 * 17 // 32
+    assert found["two"] == 2 * layer // 128
+    low, high = (1.9, 2.5) if choice == "keep" else (0.9, 1.5)  # some ten megabytes are the interpreter's and torch's
+    assert low * layer < found["peak"] < high * layer
+    assert low * layer < found["after"] < high * layer
+
+
+def test_without_a_gpu_there_is_the_memory_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert dropin.main([]) == 1
-    assert "torch sees no GPU here" in capsys.readouterr().err
+    rows = {"keep": [2_000_000, 100_000, 4_000_000, 4_000_000], "release": [2_000_000, 100_000, 2_100_000, 2_000_000]}
+    names = ("layer", "two", "peak", "after")
+
+    def child(module: str, arguments: list[str]) -> dict[str, object]:
+        choice = arguments[-1]
+        return {"raw": choice, **dict(zip(names, rows[choice], strict=True))}
+
+    monkeypatch.setattr(dropin, "in_a_process", child)
+    monkeypatch.setattr(dropin, "__spec__", types.SimpleNamespace(name="bench.dropin"))
+    assert dropin.main([]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][0] == "CPU,"
+    assert ["release", "2", "0", "2", "2"] in lines

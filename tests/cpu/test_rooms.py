@@ -12,7 +12,7 @@ from wheelbuild import ROOT
 
 # Rooms of the package from the ground up: each imports its own and those before it, and nothing else of the package.
 FLOORS = (
-    ("_arguments", "_floors", "_torch_state", "activations", "archs", "routers", "tiles", "probe"),
+    ("_arguments", "_floors", "_router_rules", "_torch_state", "activations", "archs", "routers", "tiles", "probe"),
     ("_install",),
     ("formats",),
     ("_mma", "accuracy", "arithmetic"),

@@ -51,6 +51,12 @@ def test_time_grows_with_work_and_falls_with_a_better_gpu(tile: Tile) -> None:
         assert us > weights / H100.gb_per_s / 1e3, "the memory's floor"
 
 
+def test_the_sensible_tiles_are_those_that_were_found_to_be() -> None:
+    """By measurements over all tiles (docs/performance.md); a tile that is new goes by the rule."""
+    found = {(8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (64, 256), (128, 256)}
+    assert {tile.mn for tile in SENSIBLE} == found
+
+
 def test_only_sensible_tiles_are_chosen_where_there_are_any() -> None:
     for device in (H100, H200):
         assert all(sm90_model.choose(tokens, LAYER, device, TILES) in SENSIBLE for tokens in (0, *TOKENS))

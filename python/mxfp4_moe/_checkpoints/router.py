@@ -5,17 +5,20 @@ Nothing is guessed: what a model's config.json must say of its router and does n
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._router_rules import RouterRule
 from .config import NAME, ExpertConfig, read_config
 from .contents import FoundLayer, choose_layer
 from .files import Checkpoint
+from .headers import Entry
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 _FLOATS = ("F32", "BF16", "F16")
 _GROUPS, _GROUPS_KEPT = ("n_group", "num_expert_group"), ("topk_group",)
@@ -133,6 +136,46 @@ ROUTERS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundRouter:
+    """The router of one layer, as config.json and headers show it.
+
+    Attributes:
+        rule: everything but the correction bias.
+        bias: the tensor of its correction bias, or None.
+        table: the name of the table where experts go by token id, or "" where the layer chooses.
+    """
+
+    rule: RouterRule
+    bias: Entry | None
+    table: str
+
+
+def find_router(checkpoint: Checkpoint, config: ExpertConfig | None, found: FoundLayer) -> FoundRouter:
+    """The router of a layer that the checkpoint has.
+
+    Raises:
+        ValueError: as `routing.load_router`, but for layers whose experts are fixed by token id.
+    """
+    if config is None:
+        raise ValueError(
+            f"router: expected {NAME} in {checkpoint.folder}, which says how experts are chosen, got none; make a "
+            "mxfp4_moe.Router"
+        )
+    if found.num_experts is not None and config.num_experts != found.num_experts:
+        raise ValueError(
+            f"{config.file}: expected {found.num_experts} experts, which layer {found.layer} has, got "
+            f"{config.num_experts}: the config is another model's, or tensors are missing"
+        )
+    scheme = router_scheme(config)
+    rule = RouterRule(**config_fields(config, scheme))
+    table = _behind(found, scheme.by_token_id) if scheme.by_token_id else ""
+    if table not in checkpoint:
+        table = ""
+    bias = _bias(checkpoint, config, scheme, found) if has_bias(config, scheme) and not table else None
+    return FoundRouter(rule=rule, bias=bias, table=table)
+
+
 def router_fields(
     path: str | Path, *, layer: int, prefix: str | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
@@ -141,30 +184,31 @@ def router_fields(
     Raises:
         FileNotFoundError, ValueError: as `routing.load_router`.
     """
+    import torch
+
     with Checkpoint(path) as checkpoint:
         found = choose_layer(checkpoint, layer, prefix=prefix)
-        config = read_config(checkpoint.folder)
-        if config is None:
+        router = find_router(checkpoint, read_config(checkpoint.folder), found)
+        if router.table:
             raise ValueError(
-                f"router: expected {NAME} in {checkpoint.folder}, which says how experts are chosen, got none; make a "
-                "mxfp4_moe.Router"
+                f"router: expected a layer that chooses, got layer {layer}, whose experts go by token id "
+                f"({router.table}); {weigh_call(router.rule)} weighs them"
             )
-        if found.num_experts is not None and config.num_experts != found.num_experts:
-            raise ValueError(
-                f"{config.file}: expected {found.num_experts} experts, which layer {layer} has, got "
-                f"{config.num_experts}: the config is another model's, or tensors are missing"
-            )
-        scheme = router_scheme(config)
-        fields = config_fields(config, scheme)
-        if scheme.by_token_id and (table := _behind(found, scheme.by_token_id)) in checkpoint:
-            shown = ", ".join(f"{name}={value!r}" for name, value in fields.items())
-            raise ValueError(
-                f"router: expected a layer that chooses, got layer {layer}, whose experts go by token id ({table}); "
-                f"select_experts(router_logits, Router({shown}), topk_ids=tid2eid[input_ids]) weighs them"
-            )
-        if has_bias(config, scheme):
-            fields["e_score_correction_bias"] = _bias(checkpoint, config, scheme, found, device)
+        fields = vars(router.rule).copy()
+        if router.bias is not None:
+            bias = checkpoint.read([router.bias], "cpu")
+            fields["e_score_correction_bias"] = bias.to(device=device, dtype=torch.float32)
     return fields
+
+
+def weigh_call(rule: RouterRule) -> str:
+    """The call that weighs experts which are fixed by token id."""
+    fields = ((field.name, getattr(rule, field.name), field.default) for field in dataclasses.fields(rule))
+    said = (
+        (name, value.value if isinstance(value, Enum) else value) for name, value, usual in fields if value != usual
+    )
+    shown = ", ".join(f"{name}={value!r}" for name, value in said)
+    return f"select_experts(router_logits, Router({shown}), topk_ids=tid2eid[input_ids])"
 
 
 def router_scheme(config: ExpertConfig) -> RouterScheme:
@@ -237,11 +281,7 @@ def _behind(found: FoundLayer, name: str) -> str:
     return f"{found.prefix}{found.layer}.{name}"
 
 
-def _bias(
-    checkpoint: Checkpoint, config: ExpertConfig, scheme: RouterScheme, found: FoundLayer, device: torch.device | str
-) -> Tensor:
-    import torch
-
+def _bias(checkpoint: Checkpoint, config: ExpertConfig, scheme: RouterScheme, found: FoundLayer) -> Entry:
     names = [_behind(found, name) for name in scheme.bias]
     name = next((name for name in names if name in checkpoint), None)
     if name is None:
@@ -251,4 +291,4 @@ def _bias(
         raise ValueError(
             f"{name}: expected F32, BF16 or F16 [{config.num_experts}], got {entry.dtype} {list(entry.shape)}"
         )
-    return checkpoint.read([entry], "cpu").to(device=device, dtype=torch.float32)
+    return entry

@@ -18,6 +18,7 @@ from .contents import (
     other_format,
 )
 from .files import Checkpoint
+from .router import FoundRouter, find_router, weigh_call
 from .schemes import BY_NAME, Between
 
 
@@ -29,6 +30,8 @@ class Group:
         problem: why they cannot be loaded, or "".
         between: what stands between their GEMMs, or None with `unknown` saying why that cannot be told.
         call: what loads the first of them.
+        router: how their experts are chosen, or None with `router_unknown` saying why that cannot be told.
+        router_call: what loads the first one's router, or weighs the experts that its table names.
     """
 
     scheme: str
@@ -39,6 +42,9 @@ class Group:
     unknown: str
     problem: str
     call: str
+    router: FoundRouter | None
+    router_unknown: str
+    router_call: str
 
     @property
     def numbers(self) -> str:
@@ -84,14 +90,27 @@ class _Layer:
     between: Between | None
     unknown: str
     problem: str
+    router: FoundRouter | None
+    router_unknown: str
+
+    @property
+    def kind(self) -> object:
+        """What layers of a group have in common; names with a layer's own number are no part of it."""
+        if self.problem:
+            return "problem"
+        if self.router is None:
+            return self.sizes, self.between, None
+        bias = self.router.bias
+        rule = tuple(vars(self.router.rule).items())
+        return self.sizes, self.between, (rule, bias and bias.dtype, bool(self.router.table))
 
 
 def _layer(checkpoint: Checkpoint, config: ExpertConfig | None, candidates: list[FoundLayer]) -> _Layer:
     reasons = [other_format(checkpoint, found) for found in candidates]
     found = next((f for f, reason in zip(candidates, reasons, strict=True) if reason is None), candidates[0])
     problem = reasons[0] if None not in reasons else None
-    sizes = between = None
-    unknown = ""
+    sizes = between = router = None
+    unknown = router_unknown = ""
     if problem is None:
         try:
             sizes = layer_sizes(checkpoint, found)
@@ -103,24 +122,40 @@ def _layer(checkpoint: Checkpoint, config: ExpertConfig | None, candidates: list
             between, _ = stated_activation(checkpoint, config, found, named=False)
         except ValueError as error:
             unknown = str(error)
-    return _Layer(found=found, sizes=sizes, between=between, unknown=unknown, problem=problem or "")
+        try:
+            router = find_router(checkpoint, config, found)
+        except ValueError as error:
+            router_unknown = str(error)
+    return _Layer(
+        found=found,
+        sizes=sizes,
+        between=between,
+        unknown=unknown,
+        problem=problem or "",
+        router=router,
+        router_unknown=router_unknown,
+    )
 
 
 def _grouped(path: Path, layers: list[_Layer]) -> tuple[Group, ...]:
     several = len({layer.found.prefix for layer in layers if not is_draft(layer.found.prefix)}) > 1
     alike: dict[object, list[_Layer]] = defaultdict(list)
     for layer in layers:
-        kind = "problem" if layer.problem else (layer.sizes, layer.between)
-        alike[layer.found.scheme.name, layer.found.prefix, kind].append(layer)
+        alike[layer.found.scheme.name, layer.found.prefix, layer.kind].append(layer)
     return tuple(_group(path, some, several) for some in alike.values())
 
 
 def _group(path: Path, layers: list[_Layer], several: bool) -> Group:
     first = layers[0]
     named = several or is_draft(first.found.prefix)
-    arguments = [repr(str(path)), f"layer={first.found.layer}"]
-    arguments += [f"prefix={first.found.prefix!r}"] if named else []
-    arguments += ["activation=..."] if first.between is None else []
+    place = [repr(str(path)), f"layer={first.found.layer}"]
+    place += [f"prefix={first.found.prefix!r}"] if named else []
+    arguments = place + (["activation=..."] if first.between is None else [])
+    router, router_call = (None, "") if first.problem else (first.router, f"load_router({', '.join(place)})")
+    if router is None:
+        router_call = ""
+    elif router.table:
+        router_call = weigh_call(router.rule)
     return Group(
         scheme=first.found.scheme.name,
         prefix=first.found.prefix,
@@ -130,4 +165,7 @@ def _group(path: Path, layers: list[_Layer], several: bool) -> Group:
         unknown=first.unknown,
         problem=first.problem,
         call="" if first.problem else f"MoEWeights.from_pretrained({', '.join(arguments)})",
+        router=router,
+        router_unknown=first.router_unknown,
+        router_call=router_call,
     )

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..tiles import TILE_K, Tile, prove, select_tile
+from ..tiles.sm90 import has_wgmma
 from .facts import DeviceFacts, Layer
 from .rows import expected_active, row_probabilities
 
-_SENSIBLE = frozenset({(8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (64, 256), (128, 256)})
 _WEIGHT_BYTES = 0.5 + 1 / 32
 
 
@@ -124,12 +124,21 @@ def layer_us(tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, constan
     return gemm1 + gemm2 + constants.around_us + constants.row_us * values
 
 
+@functools.cache
 def sensible(tile: Tile) -> bool:
-    """Whether a tile is ever the fastest by more than the noise of measuring. Narrow ones load the same activations
-    over and over; too few warps for their rows wait for what they expand (64 x 64, 128 x 64 and 128 x 128, m = 256,
-    and a quarter of 256 weight rows for each of mma.sync's four warps).
+    """Whether a tile may be the fastest by more than the noise of measuring.
+
+    GEMM1 has to apply its activation. Of mma.sync's four warps each expands a quarter of the weight rows; 64 are too
+    many for one. wgmma expands 64 weight rows a warpgroup: with fewer than two for each activation row the MMAs wait
+    for too few warps (64 x 64, 128 x 128, all of m = 256), with more than four the same activations are loaded over and
+    over.
     """
-    return tile.mn in _SENSIBLE
+    proof = prove(tile, "90a")
+    if not proof.activates:
+        return False
+    if has_wgmma(tile.m, tile.n):
+        return 2 * tile.m <= tile.n <= 4 * tile.m
+    return proof.warp_m <= 32
 
 
 def pick(times: Mapping[Tile, float]) -> Tile:

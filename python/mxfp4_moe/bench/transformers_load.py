@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 
 from ..integrations.transformers import enable, replace_experts
 from .engine.random_model import Sizes, write_gpt_oss
+from .memory import Peak, in_a_process
 
 WAYS = {
     "enable": "`enable()`",
@@ -30,7 +29,6 @@ WAYS = {
     "dequantize": "`Mxfp4Config(dequantize=True)`",
     "replace": "the same, and `replace_experts`",
 }
-_POLL_S = 0.005
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,41 +95,9 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
     }
 
 
-class Peak:
-    """Anonymous memory of this process, looked at often; `most` is by how much it was above the beginning."""
-
-    def __init__(self) -> None:
-        self.most = 0
-        self._begin = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Peak:
-        self._begin = _anonymous_bytes()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(_POLL_S):
-            self.most = max(self.most, _anonymous_bytes() - self._begin)
-
-
-def _anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    (value,) = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
-    return int(value) * 1024
-
-
 def _in_a_process(way: str, model: Path, device_map: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--child", way, "--model", str(model), "--device-map", device_map]
     print(f"loading by {way} ...", file=sys.stderr, flush=True)
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    return in_a_process(__spec__.name, ["--child", way, "--model", str(model), "--device-map", device_map])
 
 
 def table(result: dict[str, Any]) -> str:

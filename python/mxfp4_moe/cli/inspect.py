@@ -1,4 +1,4 @@
-"""What a checkpoint holds of experts: layers, naming, sizes, activation, and the call that loads a layer.
+"""What a checkpoint holds of experts: layers, naming, sizes, activation, router, and the calls that load a layer.
 
 Reads headers and config.json, no weights. Exit status 0 where every layer with experts can be loaded, else 1.
 """
@@ -11,7 +11,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from .._checkpoints.router import FoundRouter
 from .._checkpoints.summary import Group, Summary, summarize
+from .._router_rules import GroupScore, ScoringFunc
 
 HELP = "what a checkpoint holds, and how it is loaded"
 
@@ -43,8 +45,20 @@ def summary_data(summary: Summary) -> dict[str, Any]:
         "path": str(summary.path),
         "model_type": None if config is None else config.model_type,
         "experts_per_token": None if config is None else config.top_k,
-        "groups": [asdict(group) for group in summary.groups],
+        "groups": [_group_data(group) for group in summary.groups],
     }
+
+
+def _group_data(group: Group) -> dict[str, Any]:
+    data = asdict(group)
+    if group.router is not None:
+        bias = group.router.bias
+        data["router"] = {
+            **vars(group.router.rule),
+            "e_score_correction_bias": None if bias is None else {"name": bias.name, "dtype": bias.dtype},
+            "table": group.router.table or None,
+        }
+    return data
 
 
 def summary_text(summary: Summary) -> str:
@@ -89,4 +103,23 @@ def _group_lines(group: Group, summary: Summary) -> list[str]:
         rows["problem"] = group.problem
     else:
         rows["load"] = group.call
-    return [f"  {name:<10}  {text}" for name, text in rows.items()]
+        if group.router is None:
+            rows["router"] = f"not known: {group.router_unknown}"
+        else:
+            rows["router"] = _router_text(group.router)
+            rows["weigh experts" if group.router.table else "load router"] = group.router_call
+    width = max(map(len, rows))
+    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+
+
+def _router_text(router: FoundRouter) -> str:
+    rule = router.rule
+    words = [ScoringFunc(rule.scoring_func).value]
+    words += [f"correction bias ({router.bias.dtype})"] if router.bias is not None else []
+    words += [f"experts by token id ({router.table})"] if router.table else [f"top-{rule.top_k}"]
+    if rule.num_expert_group > 1:
+        by = "its two highest added" if rule.group_score == GroupScore.TOP2_SUM else "its highest"
+        words.append(f"the best {rule.topk_group} of {rule.num_expert_group} groups, each by {by}")
+    words.append("renormalized" if rule.renormalize else "not renormalized")
+    words += [f"times {rule.routed_scaling_factor:g}"] if rule.routed_scaling_factor != 1.0 else []
+    return ", ".join(words)
