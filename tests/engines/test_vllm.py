@@ -108,20 +108,29 @@ DECLINES = {  # what a case of vllm_declines.py says, without settings of activa
     "on input": "this model applies router weights to the input",
     "float32": "hidden states are torch.float32",
     "activation": "no kernel has the activation situ",
+    "anew": "--quantization-config asks vLLM to quantize these experts anew",
+    "elastic": "elastic expert parallelism",
+    "SM120": "the self-test has not been run on a card; run `mxfp4-moe doctor --selftest`",
+    "SM121": "the self-test has not been run on a card; run `mxfp4-moe doctor --selftest`",
+    "A100": "this wheel has no machine code for compute capability 8.0",
 }
+BEHIND = ("router", "many", "EPLB", "scaled", "own routing", "captured")  # vLLM's router
 
 
 @pytest.mark.parametrize("asked", ["engine", "mxfp8"])
-def test_what_we_decline_stays_vllms(asked: str, model: Path) -> None:
-    lines = declines(model, MXFP4_MOE_CPU="1", MXFP4_MOE_ACTIVATIONS=asked)
+def test_what_we_decline_stays_vllms(asked: str, model: Path, tmp_path: Path) -> None:
+    settings = {"MXFP4_MOE_CPU": "1", "MXFP4_MOE_ACTIVATIONS": asked, "MXFP4_MOE_CACHE_DIR": str(tmp_path)}
+    lines = declines(model, **settings)
     assert lines["config"] == "MoeGptOssMxfp4Config MoeMxfp4Config"
     for case, words in DECLINES.items():
         if asked == "engine" or case != "as it is":
             assert lines[case].startswith(f"vLLM: {words}"), case
     if asked == "mxfp8":  # and these are ours
         assert lines["as it is"].startswith("MonolithicExperts: MXFP8 activations (W4A8), as MXFP4_MOE_ACTIVATIONS")
-        assert lines["router"].startswith("ModularExperts: ")
-        assert lines["many"].startswith("ModularExperts: ")
+        for case in BEHIND:
+            assert lines[case].startswith("ModularExperts: MXFP8 activations (W4A8)"), case
+        again = declines(model, **settings, VLLM_BATCH_INVARIANT="1")
+        assert again == lines, "batch invariance leaves us in"
 
 
 def test_a_cpu_is_left_to_vllm(model: Path) -> None:
@@ -145,6 +154,19 @@ def test_the_doctor_says_that_we_are_in() -> None:
     assert [finding["text"] for finding in found] == [
         f"vLLM {version}: mxfp4-moe is in, by entry point mxfp4_moe of vllm.general_plugins"
     ]
+
+
+def test_experts_that_eplb_has_moved_are_what_they_were(model: Path, tmp_path: Path) -> None:
+    """vLLM's transfer between two ranks: bytes of an expert go as rows, and its outputs keep their bits."""
+    keywords, program = CASES["EP 2"][0], Path(__file__).with_name("vllm_eplb.py")
+    ranks, _ = start(model, tmp_path / "out.json", keywords, program, **OURS, **TWO)
+    assert len(ranks) == 2
+    for saw in ranks:
+        assert saw["methods"] == ["mxfp4_moe.integrations._vllm_method"] * LAYERS
+        assert saw["moves"] >= LAYERS, "between ranks"
+        assert saw["nonzero"]
+        assert saw["same"] == [True] * LAYERS
+        assert saw["same_astray"] == [False] * LAYERS, "called with the old places"
 
 
 def test_parameters_are_one_row_of_bytes_for_each_expert(model: Path, tmp_path: Path) -> None:
