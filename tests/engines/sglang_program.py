@@ -1,4 +1,6 @@
-"""One rank of a gpt-oss layer in SGLang: sglang_program.py MODEL OUT LAYER [--ep]; under torchrun for more ranks.
+"""One rank of a gpt-oss layer in SGLang: sglang_program.py MODEL OUT LAYER [--ep] [--backend NAME]
+
+Under torchrun for more ranks.
 
 SGLang resolves its arguments, builds its own block of gpt-oss, loads it, routes, dispatches and runs it; what is ours
 must be there because SGLang chose it. What each rank saw goes to OUT/rank<R>.pt.
@@ -18,7 +20,12 @@ sglang_stubs.install()
 
 from safetensors import safe_open  # noqa: E402
 from sglang.srt import runtime_context  # noqa: E402
-from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
+from sglang.srt.distributed import (  # noqa: E402
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from sglang.srt.layers.moe.utils import get_moe_runner_backend, initialize_moe_config  # noqa: E402
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config  # noqa: E402
 from sglang.srt.models import gpt_oss  # noqa: E402
@@ -34,6 +41,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("layer", type=int)
     parser.add_argument("--ep", action="store_true")
+    parser.add_argument("--backend", default="auto", help="--moe-runner-backend")
     given = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -46,6 +54,7 @@ def main() -> None:
         device="cpu",
         tp_size=ranks,
         ep_size=ranks if given.ep else 1,
+        moe_runner_backend=given.backend,
         disable_cuda_graph=True,
         skip_tokenizer_init=True,
     )
@@ -88,6 +97,9 @@ def main() -> None:
         "whole": whole,
     }
     torch.save(seen, given.out / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    destroy_model_parallel()
+    destroy_distributed_environment()  # its threads must not outlive the interpreter
 
 
 def load(block: Any, config: Any, folder: Path, layer: int) -> None:

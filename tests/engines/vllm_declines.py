@@ -110,6 +110,8 @@ def main() -> None:
         for name, capability in GPUS.items():
             with gpu(capability):
                 tell(name)
+        with mock.patch("mxfp4_moe.integrations._vllm_decide.formats_on", return_value=("mxfp8",)):
+            tell("no bf16")
         with mock.patch.object(config.aux_output_config, "enable_return_routed_experts", True):
             tell("captured")
         with mock.patch.object(config.parallel_config, "enable_elastic_ep", True):

@@ -48,7 +48,8 @@ def watch(out: str, model: Any) -> None:
         def counted(*arguments: Any, **keywords: Any) -> Any:
             result = compute(*arguments, **keywords)
             hidden, topk_weights, topk_ids, weights = arguments
-            keep(hidden, topk_weights, topk_ids - weights.first_expert, result, {})
+            given = {"activation_format": keywords["activation_format"]}
+            keep(hidden, topk_weights, topk_ids - weights.first_expert, result, given)
             return result
 
         reference.fused_moe = counted
