@@ -9,6 +9,7 @@ must be there because SGLang chose it. What each rank saw goes to OUT/rank<R>.pt
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config  # noqa: E402
 from sglang.srt.models import gpt_oss  # noqa: E402
 from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 TOKENS = 33
 
@@ -58,8 +60,10 @@ def main() -> None:
         disable_cuda_graph=True,
         skip_tokenizer_init=True,
     )
-    runtime_context.publish(arguments, role="test")
-    initialize_moe_config(arguments)
+    placement = getattr(runtime_context, "SpawnRanks", None)  # SGLang 0.5.20
+    ranked = {} if placement is None else {"ranks": placement(world_rank=rank)}
+    runtime_context.publish(arguments, role="test", **ranked)
+    initialize_moe_config(*[arguments][: len(inspect.signature(initialize_moe_config).parameters)])
     init_distributed_environment(
         backend="gloo",
         world_size=ranks,
@@ -67,10 +71,10 @@ def main() -> None:
         local_rank=rank,
         distributed_init_method=f"tcp://127.0.0.1:{os.environ.get('MASTER_PORT', '29677')}" if ranks == 1 else "env://",
     )
-    initialize_model_parallel(
-        tensor_model_parallel_size=ranks, expert_model_parallel_size=ranks if given.ep else 1, backend="gloo"
-    )
-    config = arguments.get_model_config().hf_config
+    sizes = {"tensor_model_parallel_size": ranks, "expert_model_parallel_size": ranks if given.ep else 1}
+    known = inspect.signature(initialize_model_parallel).parameters  # SGLang 0.5.19 reads the sizes from the arguments
+    initialize_model_parallel(backend="gloo", **{name: size for name, size in sizes.items() if name in known})
+    config = AutoConfig.from_pretrained(given.model)
     torch.set_default_dtype(torch.bfloat16)
     block: Any = gpt_oss.GptOssSparseMoeBlock(
         given.layer, config, Mxfp4Config(is_checkpoint_mxfp4_serialized=True), prefix=f"model.layers.{given.layer}.mlp"
