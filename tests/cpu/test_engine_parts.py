@@ -164,24 +164,39 @@ def test_torchs_default_dtype_changes_nothing(checkpoint: Checkpoint, dtype: tor
     assert torch.equal(got, expected)
 
 
-def test_the_documents_example_runs() -> None:
+PLACES = {  # a rank's experts of six: all, a part in a row, and every second one
+    "all": None,
+    "in a row": [-1, -1, 0, 1, 2, -1],
+    "every second": [0, -1, 1, -1, 2, -1],
+}
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_the_documents_example_runs(places: list[int] | None) -> None:
     page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
     block = re.search(r"```python\n(# An engine's layer.*?)```", page, re.DOTALL)
     assert block is not None
-    assert len(block[1].splitlines()) <= 40
+    assert len(block[1].splitlines()) <= 35
     names: dict[str, Any] = {}
     exec(compile(block[1], "docs/engines.md", "exec"), names)
     g = torch.Generator().manual_seed(0)
-    layer = names["Experts"](num_experts=4, hidden=64, inter=96, expert_map=None)
-    for parameter in layer.raw.values():
-        parameter.copy_(torch.randint(0, 120, parameter.shape, generator=g, dtype=torch.uint8))
-    raw = {name: tensor.clone() for name, tensor in layer.raw.items()}
+    whole = {name: tensor for name, tensor in oracles.random_checkpoint(6, 64, 96, seed=4).items() if name in TENSORS}
+    here = [expert for expert in range(6) if places is None or places[expert] >= 0]
+    expert_map = None if places is None else torch.tensor(places, dtype=torch.int32)
+    layer = names["Experts"](num_experts=len(here), hidden=64, inter=96, expert_map=expert_map)
+    for name, parameter in layer.raw.items():
+        parameter.copy_(whole[name][here])
     layer.after_loading()
-    hidden, logits = torch.randn(5, 64, generator=g).bfloat16(), torch.randn(5, 4, generator=g)
-    expected = mxfp4_moe.fused_moe_from_logits(
-        hidden,
-        logits,
-        2,
-        MoEWeights.from_mxfp4(**raw, gate_up_order="gate_up", activation="swiglu"),
-    )
-    assert torch.equal(layer(hidden, *mxfp4_moe.topk_softmax(logits, 2)), expected)
+    assert [tensor.untyped_storage().nbytes() for tensor in layer.raw.values()] == [0] * 4
+    hidden, logits = torch.randn(5, 64, generator=g).bfloat16(), torch.randn(5, 6, generator=g)
+    weights = MoEWeights.from_mxfp4(**whole, gate_up_order="gate_up", activation="swiglu")
+    topk_weights, ids = mxfp4_moe.topk_softmax(logits, 3)
+    ids_here = torch.where(torch.isin(ids, torch.tensor(here)), ids, -1)
+    assert (ids_here == -1).any() == (places is not None)
+    expected = mxfp4_moe.fused_moe(hidden, topk_weights, ids_here, weights)
+    output = torch.full_like(hidden, float("nan"))
+    assert layer(hidden, topk_weights, ids, output=output).data_ptr() == output.data_ptr()
+    assert torch.equal(output, expected)
+    assert torch.equal(layer(hidden, topk_weights, ids), expected)
+    if places is None:
+        assert torch.equal(mxfp4_moe.fused_moe_from_logits(hidden, logits, 3, layer.weights), expected)

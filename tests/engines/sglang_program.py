@@ -1,4 +1,6 @@
-"""One rank of a gpt-oss layer in SGLang: sglang_program.py MODEL OUT LAYER [--ep]; under torchrun for more ranks.
+"""One rank of a gpt-oss layer in SGLang: sglang_program.py MODEL OUT LAYER [--ep] [--backend NAME]
+
+Under torchrun for more ranks.
 
 SGLang resolves its arguments, builds its own block of gpt-oss, loads it, routes, dispatches and runs it; what is ours
 must be there because SGLang chose it. What each rank saw goes to OUT/rank<R>.pt.
@@ -7,6 +9,7 @@ must be there because SGLang chose it. What each rank saw goes to OUT/rank<R>.pt
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,18 @@ sglang_stubs.install()
 
 from safetensors import safe_open  # noqa: E402
 from sglang.srt import runtime_context  # noqa: E402
-from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
+from sglang.srt.distributed import (  # noqa: E402
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from sglang.srt.layers.moe.utils import get_moe_runner_backend, initialize_moe_config  # noqa: E402
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config  # noqa: E402
 from sglang.srt.models import gpt_oss  # noqa: E402
 from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 TOKENS = 33
 
@@ -34,6 +43,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("layer", type=int)
     parser.add_argument("--ep", action="store_true")
+    parser.add_argument("--backend", default="auto", help="--moe-runner-backend")
     given = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -46,11 +56,14 @@ def main() -> None:
         device="cpu",
         tp_size=ranks,
         ep_size=ranks if given.ep else 1,
+        moe_runner_backend=given.backend,
         disable_cuda_graph=True,
         skip_tokenizer_init=True,
     )
-    runtime_context.publish(arguments, role="test")
-    initialize_moe_config(arguments)
+    placement = getattr(runtime_context, "SpawnRanks", None)  # SGLang 0.5.20
+    ranked = {} if placement is None else {"ranks": placement(world_rank=rank)}
+    runtime_context.publish(arguments, role="test", **ranked)
+    initialize_moe_config(*[arguments][: len(inspect.signature(initialize_moe_config).parameters)])
     init_distributed_environment(
         backend="gloo",
         world_size=ranks,
@@ -58,10 +71,10 @@ def main() -> None:
         local_rank=rank,
         distributed_init_method=f"tcp://127.0.0.1:{os.environ.get('MASTER_PORT', '29677')}" if ranks == 1 else "env://",
     )
-    initialize_model_parallel(
-        tensor_model_parallel_size=ranks, expert_model_parallel_size=ranks if given.ep else 1, backend="gloo"
-    )
-    config = arguments.get_model_config().hf_config
+    sizes = {"tensor_model_parallel_size": ranks, "expert_model_parallel_size": ranks if given.ep else 1}
+    known = inspect.signature(initialize_model_parallel).parameters  # SGLang 0.5.19 reads the sizes from the arguments
+    initialize_model_parallel(backend="gloo", **{name: size for name, size in sizes.items() if name in known})
+    config = AutoConfig.from_pretrained(given.model)
     torch.set_default_dtype(torch.bfloat16)
     block: Any = gpt_oss.GptOssSparseMoeBlock(
         given.layer, config, Mxfp4Config(is_checkpoint_mxfp4_serialized=True), prefix=f"model.layers.{given.layer}.mlp"
@@ -88,6 +101,9 @@ def main() -> None:
         "whole": whole,
     }
     torch.save(seen, given.out / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    destroy_model_parallel()
+    destroy_distributed_environment()  # its threads must not outlive the interpreter
 
 
 def load(block: Any, config: Any, folder: Path, layer: int) -> None:

@@ -66,18 +66,33 @@ def test_a_block_of_sglang_runs_our_layer(ranks: int, more: tuple[str, ...], mod
     assert float(total.norm()) > 0
 
 
-def computed_again(model: Path, saw: dict[str, Any], rank: int, ranks: int, ep: bool) -> torch.Tensor:
+def computed_again(
+    model: Path, saw: dict[str, Any], rank: int, ranks: int, ep: bool, activation_format: str = "mxfp8"
+) -> torch.Tensor:
     """A rank's part by `fused_moe` on weights that `MoEWeights` reads and cuts."""
     split = {"ep_rank": rank, "ep_size": ranks} if ep else {"tp_rank": rank, "tp_size": ranks}
     weights = MoEWeights.from_safetensors(model, layer=LAYER, **split)
     assert weights.hidden_size == HIDDEN
     assert weights.num_experts * (1 if ep else ranks) * weights.intermediate_size >= INTER
-    return fused_moe(saw["x"], saw["topk_weights"].float(), saw["topk_ids"], weights)
+    routed = (saw["topk_weights"].float(), saw["topk_ids"])
+    return fused_moe(saw["x"], *routed, weights, activation_format=activation_format)
 
 
-def test_without_being_asked_sglang_keeps_its_own_numbers(model: Path, tmp_path: Path) -> None:
-    """On a CPU there are no kernels with bfloat16 activations, which SGLang would have: its own backend stays."""
-    ran = start(model, tmp_path, 1, MXFP4_MOE_ACTIVATIONS="engine")
+def test_without_being_asked_the_numbers_are_sglangs(model: Path, tmp_path: Path) -> None:
+    """W4A16, as SGLang computes where there is no SM120."""
+    ran = start(model, tmp_path, 1, MXFP4_MOE_ACTIVATIONS="engine", MXFP4_MOE_VERIFY="1")
+    (saw,) = seen(ran, tmp_path, 1)
     said = ran.stdout + ran.stderr
-    assert "mxfp4-moe is not used, SGLang's own kernels run this model's experts" in said
-    assert "MXFP4_MOE_ACTIVATIONS=mxfp8" in said
+    assert "mxfp4-moe runs this model's experts: bfloat16 activations (W4A16), as SGLang computes" in said
+    assert "mxfp4-moe verified model.layers.1.mlp.experts" in said
+    assert torch.equal(saw["part"], computed_again(model, saw, 0, 1, False, "bf16"))
+    assert not torch.equal(saw["part"], computed_again(model, saw, 0, 1, False, "mxfp8"))
+
+
+def test_a_cpu_is_left_to_sglang(model: Path, tmp_path: Path) -> None:
+    """And so is a backend that was asked for by name, with an error that says why."""
+    ran = start(model, tmp_path, 1, MXFP4_MOE_CPU="0")
+    assert "mxfp4-moe is not used, SGLang's own kernels run this model's experts: there is no CUDA GPU" in ran.stderr
+    ran = start(model, tmp_path, 1, "--backend", "mxfp4_moe", MXFP4_MOE_CPU="0")
+    assert ran.returncode != 0
+    assert "ValueError: --moe-runner-backend mxfp4_moe: there is no CUDA GPU; MXFP4_MOE_CPU=1 takes" in ran.stderr

@@ -6,8 +6,11 @@ vllm_declines.py MODEL
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -17,11 +20,24 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.plugins import load_general_plugins
 
+ANEW = SimpleNamespace(
+    resolve_quant_method_cls=lambda layer, name: object
+)  # --quantization-config's, for these experts
 
-def layer(*, batched: bool = False, on_input: bool = False, **changes: Any) -> Any:
+
+def layer(
+    *,
+    batched: bool = False,
+    eplb: bool = False,
+    on_input: bool = False,
+    anew: Any = None,
+    scaled: float = 1.0,
+    routing: Any = None,
+    **changes: Any,
+) -> Any:
     """What `decide` looks at of a layer of gpt-oss's experts."""
     parallel = {"tp_rank": 0, "ep_rank": 0, "dp_rank": 0, "dp_size": 1, "use_batched_activation_format": batched}
-    parallel |= {"use_ep": False, "use_all2all_kernels": False, "enable_eplb": False}
+    parallel |= {"use_ep": False, "use_all2all_kernels": False, "enable_eplb": eplb}
     moe = {
         "moe_backend": "auto",
         "in_dtype": torch.bfloat16,
@@ -39,9 +55,9 @@ def layer(*, batched: bool = False, on_input: bool = False, **changes: Any) -> A
     return SimpleNamespace(
         moe_config=SimpleNamespace(**{**moe, **changes}),
         apply_router_weight_on_input=on_input,
-        routed_scaling_factor=1.0,
-        custom_routing_function=None,
-        quant_config=None,
+        routed_scaling_factor=scaled,
+        custom_routing_function=routing,
+        quant_config=SimpleNamespace(online_quantization_config=anew),
         layer_name="model.layers.0.mlp.experts",
     )
 
@@ -56,7 +72,24 @@ CASES: dict[str, dict[str, Any]] = {
     "activation": {"activation": MoEActivation.SITU},
     "router": {"routing_method": RoutingMethodType.DeepseekV4},
     "many": {"experts_per_token": 17, "num_experts": 32},
+    "anew": {"anew": ANEW},
+    "EPLB": {"eplb": True},
+    "scaled": {"scaled": 2.5},
+    "own routing": {"routing": max},
 }
+GPUS = {"SM120": (12, 0), "SM121": (12, 1), "A100": (8, 0)}
+
+
+@contextmanager
+def gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """As if this process's device were a GPU; nothing is run on it."""
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    with (
+        mock.patch("mxfp4_moe.integrations._vllm_decide.current_platform", platform),
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
+        mock.patch("torch.cuda.get_device_name", return_value="a card"),
+    ):
+        yield
 
 
 def main() -> None:
@@ -66,11 +99,23 @@ def main() -> None:
     from mxfp4_moe.integrations._engines import Settings
     from mxfp4_moe.integrations._vllm_decide import decide
 
+    def tell(name: str, **changes: Any) -> None:
+        found = decide(layer(**changes), True, Settings.read())
+        kind = "vLLM" if found.experts is None else found.experts.__name__
+        print(f"{name}: {kind}: {found.reason}; {found.next_step}")
+
     with set_current_vllm_config(config):
         for name, changes in CASES.items():
-            found = decide(layer(**changes), True, Settings.read())
-            kind = "vLLM" if found.experts is None else found.experts.__name__
-            print(f"{name}: {kind}: {found.reason}; {found.next_step}")
+            tell(name, **changes)
+        for name, capability in GPUS.items():
+            with gpu(capability):
+                tell(name)
+        with mock.patch("mxfp4_moe.integrations._vllm_decide.formats_on", return_value=("mxfp8",)):
+            tell("no bf16")
+        with mock.patch.object(config.aux_output_config, "enable_return_routed_experts", True):
+            tell("captured")
+        with mock.patch.object(config.parallel_config, "enable_elastic_ep", True):
+            tell("elastic")
 
 
 if __name__ == "__main__":

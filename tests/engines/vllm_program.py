@@ -16,12 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ |= {
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for apply_model
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 PROMPTS = [[(7 * i + 3 * j) % 500 + 3 for i in range(n)] for j, n in enumerate((5, 17, 40, 130))]
 TOKENS = 8
 _seen: dict[str, Any] = {"calls": 0}
@@ -54,7 +48,8 @@ def watch(out: str, model: Any) -> None:
         def counted(*arguments: Any, **keywords: Any) -> Any:
             result = compute(*arguments, **keywords)
             hidden, topk_weights, topk_ids, weights = arguments
-            keep(hidden, topk_weights, topk_ids - weights.first_expert, result, {})
+            given = {"activation_format": keywords["activation_format"]}
+            keep(hidden, topk_weights, topk_ids - weights.first_expert, result, given)
             return result
 
         reference.fused_moe = counted

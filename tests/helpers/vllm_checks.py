@@ -16,8 +16,18 @@ import mxfp4_moe
 PROGRAM = Path(__file__).parents[1] / "engines" / "vllm_program.py"
 
 
-def start(model: Path, out: Path, keywords: dict[str, Any], **environment: str) -> tuple[dict[str, Any], str]:
-    """vLLM's answers, and what it printed.
+NEEDED = {
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for apply_model
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def start(
+    model: Path, out: Path, keywords: dict[str, Any], program: Path = PROGRAM, **environment: str
+) -> tuple[Any, str]:
+    """What a program that runs vLLM wrote to `out` (vLLM's answers), and what it printed.
 
     Raises:
         RuntimeError: vLLM ended badly; with what it said last.
@@ -25,8 +35,8 @@ def start(model: Path, out: Path, keywords: dict[str, Any], **environment: str) 
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MXFP4_MOE_")}
     path = os.pathsep.join([str(PROGRAM.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(model), str(out), json.dumps(keywords)],
-        env=kept | {"PYTHONPATH": path} | environment,
+        [sys.executable, str(program), str(model), str(out), json.dumps(keywords)],
+        env=kept | NEEDED | {"PYTHONPATH": path} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -36,8 +46,7 @@ def start(model: Path, out: Path, keywords: dict[str, Any], **environment: str) 
     )
     if done.returncode:
         raise RuntimeError(f"vLLM ended with exit status {done.returncode}:\n{done.stdout[-6000:]}")
-    data: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return data, done.stdout
+    return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
 
 def first_call(out: Path, rank: int) -> dict[str, Any]:

@@ -4,13 +4,15 @@ Each way loads in a process of its own: `enable()`, transformers' own path for t
 weights, and these with `replace_experts` behind them. Seconds are those of `from_pretrained` (with a model whose files
 were read before, so that the disk is not what is measured); memory is the most that the process had of its own
 (anonymous pages: files that are mapped do not count) and, on a GPU, that torch had allocated there. Without --model a
-gpt-oss with random weights is written first, of gpt-oss-20b's sizes in all but --layers and --vocabulary.
+gpt-oss with random weights is written first, of gpt-oss-20b's sizes in all but --layers and --vocabulary. Without a GPU
+the weights are prepared for the CPU (MXFP4_MOE_CPU=1 is set): it is loading that is measured, no layer runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -19,7 +21,8 @@ from typing import Any
 
 import torch
 
-from ..integrations.transformers import enable, replace_experts
+from ..integrations._engines.settings import CPU_VARIABLE
+from ..integrations.transformers import MoEExperts, enable, replace_experts
 from .engine.random_model import Sizes, write_gpt_oss
 from .memory import Peak, in_a_process
 
@@ -62,9 +65,14 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
     Returns:
         seconds, those of processors (which others on the machine change little), the peaks in bytes, and the class of
         the experts, by which one sees which path it was.
+
+    Raises:
+        RuntimeError: experts are not ours where they should be, or are where they should not.
     """
     import transformers
 
+    if not torch.accelerator.is_available():
+        os.environ[CPU_VARIABLE] = "1"
     for file in model.glob("*.safetensors"):
         file.read_bytes()  # so that every way finds the files in memory
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": device_map}
@@ -80,7 +88,9 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - begin
-    experts = {type(layer.mlp.experts).__name__ for layer in loaded.model.layers}
+    experts = {type(layer.mlp.experts) for layer in loaded.model.layers}
+    if any(issubclass(kind, MoEExperts) is not (way in ("enable", "replace")) for kind in experts):
+        raise RuntimeError(f"{WAYS[way]}: got experts of {', '.join(sorted(kind.__name__ for kind in experts))}")
     held = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
     return {
         "way": way,
@@ -89,7 +99,7 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
         "peak_bytes": peak.most,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         "model_bytes": held,
-        "experts": sorted(experts),
+        "experts": sorted(kind.__name__ for kind in experts),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang.srt import server_args
 from sglang.srt.arg_groups.overrides import register_model_override
-from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
+from sglang.srt.layers.moe import utils
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from ._engines import Settings, say
@@ -29,7 +29,7 @@ def put_in(settings: Settings) -> str:
     """Registers everything, in an order in which nothing stays behind where a step fails."""
     if BACKEND in server_args.MOE_RUNNER_BACKEND_CHOICES:
         raise ValueError(f"SGLang has a MoE runner backend {BACKEND} already")
-    member()
+    make_known()
     _settings[:] = [settings]
     HookRegistry.register(_LOOK_UP, get_quant_method, HookType.AROUND)
     register_model_override("GptOssForCausalLM")(choose_backend)
@@ -37,17 +37,20 @@ def put_in(settings: Settings) -> str:
     return f"--moe-runner-backend {BACKEND} is there, and auto means it where it serves"
 
 
-def member() -> Any:
-    """`MoeRunnerBackend` for our name: one more value of SGLang's enumeration, found as its values are found."""
-    ours = MoeRunnerBackend._value2member_map_.get(BACKEND)
-    if ours is None:
-        ours = object.__new__(MoeRunnerBackend)
+def make_known() -> None:
+    """SGLang finds a backend of our name as it finds its own: by its registry, before it had one as one more value."""
+    register = getattr(utils, "register_moe_runner_backend_name", None)
+    if register is not None:
+        register(BACKEND)
+        found = utils.resolve_moe_runner_backend(BACKEND)
+    else:
+        ours = object.__new__(utils.MoeRunnerBackend)
         ours._name_, ours._value_ = BACKEND.upper(), BACKEND
-        MoeRunnerBackend._value2member_map_[BACKEND] = ours
-    found = MoeRunnerBackend(BACKEND)
-    if found is not ours or found.is_auto() or found.value != BACKEND:
-        raise TypeError("MoeRunnerBackend is not the enumeration that it was")
-    return found
+        found = utils.MoeRunnerBackend._value2member_map_.setdefault(BACKEND, ours)
+        if utils.MoeRunnerBackend(BACKEND) is not found:
+            raise TypeError("MoeRunnerBackend is not the enumeration that it was")
+    if found.value != BACKEND or found.is_auto():
+        raise TypeError(f"SGLang's MoE runner backend {BACKEND} is {found!r}")
 
 
 def choose_backend(args: Any, hf_config: Any) -> dict[str, str]:
@@ -79,7 +82,7 @@ def get_quant_method(
     """Around SGLang's look-up of a layer's method: ours for experts of an MXFP4 checkpoint, where the backend is."""
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 
-    ours = get_moe_runner_backend() is member() and isinstance(layer, FusedMoE)
+    ours = utils.get_moe_runner_backend().value == BACKEND and isinstance(layer, FusedMoE)
     if not ours or not config.is_checkpoint_mxfp4_serialized:
         return original(config, layer, prefix, *args, **more)
     return import_module("._sglang_method", __package__).Method(prefix, _settings[0])  # SGLang has it by then

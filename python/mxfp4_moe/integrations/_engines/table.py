@@ -62,7 +62,7 @@ SGLANG = Engine(
     hooks=(
         "sglang.srt.arg_groups.overrides:register_model_override",
         "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput",
-        "sglang.srt.layers.moe.utils:MoeRunnerBackend.is_auto",
+        "sglang.srt.layers.moe.utils:MoeRunnerBackend",
         "sglang.srt.layers.moe.utils:get_moe_runner_backend",
         "sglang.srt.layers.quantization.mxfp4:Mxfp4Config.get_quant_method",
         "sglang.srt.layers.quantization.mxfp4:Mxfp4MoEMethod.create_weights",
