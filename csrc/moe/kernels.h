@@ -50,6 +50,7 @@ enum class ScoringFunc : int { kSoftmax, kSigmoid, kSqrtSoftplus };
 constexpr int kNumScoringFuncs = 3;
 enum class GroupScore : int { kTop2Sum, kMax };
 constexpr int kMaxExpertGroups = 32;
+enum class GivenIds : int { kNone, kInt32, kInt64 };
 
 // Any router (topk_experts.cu).
 struct TopkExpertsArgs {
@@ -60,13 +61,13 @@ struct TopkExpertsArgs {
   int32_t topk_group;        // 1 to num_expert_group, with top_k experts at least
   GroupScore group_score;
   float routed_scaling_factor;
-  const void* given_ids;  // [tokens, top_k]: whose weights are asked for; or null, to choose
-  bool given_are_int64;   // else int32
+  GivenIds given;         // kNone: to choose
+  const void* given_ids;  // [tokens, top_k]: whose weights are asked for
 };
 // Whether topk_softmax.cu says the same, faster.
 inline bool is_topk_softmax(const TopkExpertsArgs& args) {
   return args.scoring_func == ScoringFunc::kSoftmax && args.bias == nullptr && args.num_expert_group == 1 &&
-         args.routed_scaling_factor == 1.0f && args.given_ids == nullptr;
+         args.routed_scaling_factor == 1.0f && args.given == GivenIds::kNone;
 }
 cudaError_t launch_topk_experts(const TopkExpertsArgs& args, cudaStream_t stream);
 

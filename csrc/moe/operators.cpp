@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> route_experts(const Tensor& router_logits, int64_t to
                            routed_scaling_factor};
   TopkExpertsArgs args = check_router(router_logits, top_k, renormalize, rule, device);
   if (topk_ids.has_value()) {
-    args.given_are_int64 = check_ids(*topk_ids, device);
+    args.given = check_ids(*topk_ids, device) ? GivenIds::kInt64 : GivenIds::kInt32;
     STD_TORCH_CHECK(topk_ids->size(0) == args.choice.tokens && topk_ids->size(1) == top_k, "topk_ids: expected [",
                     args.choice.tokens, ", ", top_k, "], got ", describe(*topk_ids));
     args.given_ids = topk_ids->data_ptr();

@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     TopkExpertsArgs mine = router;
     mine.choice.topk_ids = ids;
-    mine.given_ids = nullptr;
+    mine.given = GivenIds::kNone;
     with_width<4, 8>(router.choice.experts, [&](auto width) {
       for (int token = part.begin + warp; token < part.end; token += warps) {
         score_experts<width()>(mine, token, lane);

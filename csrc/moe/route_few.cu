@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kMaxScoringWarps<kPerLane>* kWarpSize)
   let_next_kernel_start();
   TopkExpertsArgs mine = router;
   mine.choice.topk_ids = ids;
-  mine.given_ids = nullptr;
+  mine.given = GivenIds::kNone;
   const int warps = blockDim.x / kWarpSize;
 #pragma unroll 1
   for (int token = threadIdx.x / kWarpSize; token < router.choice.tokens; token += warps) {

@@ -126,13 +126,38 @@ __device__ __forceinline__ int choose(int top_k, int lane, uint32_t (&keys)[kPer
   return mine;
 }
 
+// visit(i, bias) for each of a lane's experts, 0 where there is none, with eight loads in flight: behind a branch each
+// they would wait for one another.
+template <int kPerLane, typename Visit>
+__device__ __forceinline__ void load_biases(const TopkExpertsArgs& args, int lane, const Visit& visit) {
+  constexpr int kInFlight = kPerLane < 8 ? kPerLane : 8;
+#pragma unroll
+  for (int first = 0; first < kPerLane; first += kInFlight) {
+    float biases[kInFlight] = {};
+    if (args.bias != nullptr) {
+      const float* of_lane = args.bias + lane;
+      asm("" : "+l"(of_lane));  // as for the logits
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if ((first + i) * kWarpSize + lane < args.choice.experts) {
+          biases[i] = __ldg(of_lane + (first + i) * kWarpSize);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      visit(first + i, biases[i]);
+    }
+  }
+}
+
 // All lanes of the warp call it for one token.
 template <int kPerLane>
 __device__ __forceinline__ void score_experts(const TopkExpertsArgs& args, int64_t token, int lane) {
   const TopkSoftmaxArgs& choice = args.choice;
   const bool is_softmax = args.scoring_func == ScoringFunc::kSoftmax;
   const bool is_sigmoid = args.scoring_func == ScoringFunc::kSigmoid;
-  const bool is_given = args.given_ids != nullptr;
+  const bool is_given = args.given != GivenIds::kNone;
   const bool has_groups = args.num_expert_group > 1;
   const bool by_scores = !is_given && (has_groups || args.bias != nullptr);  // else by logits, with which scores rise
   const int64_t tokens[1] = {token};
@@ -169,7 +194,7 @@ __device__ __forceinline__ void score_experts(const TopkExpertsArgs& args, int64
   if (is_given) {
     const int64_t slot = token * choice.top_k + lane;
     if (lane < choice.top_k) {
-      const int64_t id = load_id(args.given_ids, args.given_are_int64, slot);
+      const int64_t id = load_id(args.given_ids, args.given == GivenIds::kInt64, slot);
       expert = id >= 0 && id < choice.experts ? static_cast<int>(id) : -1;
     }
   } else {
@@ -182,14 +207,9 @@ __device__ __forceinline__ void score_experts(const TopkExpertsArgs& args, int64
       if (is_softmax) {
         in_turns(chosen_by, [&](float x) { return __fdiv_rn(x, sum); });
       }
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int e = i * kWarpSize + lane;
-        keys[i] = kNoKey;
-        if (e < choice.experts) {
-          keys[i] = key_of(args.bias != nullptr ? __fadd_rn(chosen_by[i], __ldg(args.bias + e)) : chosen_by[i]);
-        }
-      }
+      load_biases<kPerLane>(args, lane, [&](int i, float bias) {
+        keys[i] = i * kWarpSize + lane < choice.experts ? key_of(__fadd_rn(chosen_by[i], bias)) : kNoKey;
+      });
     }
     if (has_groups) {
       keep_groups(args, lane, keys);

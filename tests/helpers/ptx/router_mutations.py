@@ -69,9 +69,9 @@ MUTATIONS = (
         name="routers: the bias reaches the weight",
         unit="topk_experts",
         file="moe/score_experts.cuh",
-        old="keys[i] = key_of(args.bias != nullptr ? __fadd_rn(chosen_by[i], __ldg(args.bias + e)) : chosen_by[i]);",
-        new="scores[i] = args.bias != nullptr ? __fadd_rn(chosen_by[i], __ldg(args.bias + e)) : chosen_by[i];\n"
-        "          keys[i] = key_of(scores[i]);",
+        old="keys[i] = i * kWarpSize + lane < choice.experts ? key_of(__fadd_rn(chosen_by[i], bias)) : kNoKey;",
+        new="scores[i] = __fadd_rn(chosen_by[i], bias);\n"
+        "        keys[i] = i * kWarpSize + lane < choice.experts ? key_of(scores[i]) : kNoKey;",
         case=_one_group,
     ),
     Mutation(
