@@ -12,7 +12,9 @@ from wheelbuild.docs.models import COLUMNS, DOCUMENT
 
 
 def rows() -> dict[str, dict[str, str]]:
-    lines = [line.strip("| ").split(" | ") for line in document.document().splitlines() if line.startswith("| ")]
+    """Of the page's first table."""
+    table = next(part for part in document.document().split("\n\n") if part.startswith("| Model "))
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
     return {cells[0]: dict(zip(COLUMNS, cells, strict=True)) for cells in lines[2:]}
 
 

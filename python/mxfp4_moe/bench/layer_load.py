@@ -27,7 +27,7 @@ from .memory import Peak, bytes_read, in_a_process
 from .report import aligned
 from .shapes import DEFAULT_PRESET, PRESETS, MoEShape
 
-PARTS: dict[str, dict[str, int]] = {
+PARTS: dict[str, dict[str, Any]] = {
     "the layer": {},
     "rank 1 of 4, experts": {"ep_rank": 1, "ep_size": 4},
     "rank 1 of 4, tensors": {"tp_rank": 1, "tp_size": 4},
