@@ -71,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"in_dtype": torch.float32},
     "activation": {"activation": MoEActivation.SITU},
     "router": {"routing_method": RoutingMethodType.DeepseekV4},
-    "many": {"experts_per_token": 17, "num_experts": 32},
+    "many": {"experts_per_token": 33, "num_experts": 64},
     "anew": {"anew": ANEW},
     "EPLB": {"eplb": True},
     "scaled": {"scaled": 2.5},

@@ -15,8 +15,10 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Static
 
+from .._call.checks import MAX_EXPERTS
 from .._call.fused_moe import fused_moe
 from ..engines import local_ids
+from ..routers import MAX_TOP_K
 from ..routing import fused_moe_from_logits
 from ..weights import MoEWeights
 
@@ -25,8 +27,6 @@ _NORMALIZES = {  # our router: softmax over the chosen, or over all
     RoutingMethodType.RenormalizeNaive: True,
     RoutingMethodType.Default: False,
 }
-_MOST_CHOSEN = 16  # topk_softmax's limits
-_MOST_EXPERTS = 1024
 
 
 class _Experts:
@@ -145,7 +145,7 @@ class MonolithicExperts(_Experts, mk.FusedMoEExpertsMonolithic):  # type: ignore
     @staticmethod
     def is_supported_config(cls: Any, moe_config: Any, *rest: Any) -> tuple[bool, str | None]:
         """vLLM's own check, and our router's limits."""
-        if moe_config.experts_per_token > _MOST_CHOSEN or moe_config.num_experts > _MOST_EXPERTS:
+        if moe_config.experts_per_token > MAX_TOP_K or moe_config.num_experts > MAX_EXPERTS:
             return False, f"kernel does not support top {moe_config.experts_per_token} of {moe_config.num_experts}"
         answer: tuple[bool, str | None] = mk.FusedMoEExpertsMonolithic.is_supported_config(cls, moe_config, *rest)
         return answer

@@ -57,8 +57,8 @@ SGLANG = Engine(
     title="SGLang",
     distributions=("sglang",),
     module="sglang",
-    tested=(("0.5.17", "0.5.18"),),
-    tested_with=("0.5.17's layers on CPU",),
+    tested=(("0.5.17", "0.5.24"),),
+    tested_with=("0.5.17, 0.5.18 and 0.5.23: their layers on CPU",),
     hooks=(
         "sglang.srt.arg_groups.overrides:register_model_override",
         "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput",
