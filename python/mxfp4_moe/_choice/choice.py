@@ -50,14 +50,14 @@ def modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile, 
 
 
 @functools.cache
-def loop_instructions(arch: str) -> dict[str, float]:
-    """Tile name -> instructions of a warp in a K tile, by the build report; without it, none."""
+def loop_instructions(arch: str, pair: str) -> dict[str, float]:
+    """Tile name -> instructions of a warp in a K tile of the kernel for this pair, by the build report; else none."""
     report = wheel.read_report() or {}
     known = {}
     for tile in wheel.built_tiles():
         try:
-            per_mma = report["tiles"][tile.name]["archs"][arch]["main_loop"]["instructions_per_mma"]
+            per_mma = report["tiles"][tile.name]["archs"][arch][pair]["main_loop"]["instructions_per_mma"]
         except (KeyError, TypeError):
             continue
-        known[tile.name] = per_mma * prove(tile, arch).mma_per_step * 4
+        known[tile.name] = per_mma * prove(tile, arch, pair).mma_per_step * 4
     return known

@@ -59,7 +59,7 @@ class Tile(ctypes.Structure):
         ("tile_m", c_int32),
         ("tile_n", c_int32),
         ("swap_ab", c_int32),
-        ("facts_of", ctypes.CFUNCTYPE(c_void_p, c_int32)),
+        ("facts_of", ctypes.CFUNCTYPE(c_void_p, c_int32, c_int32)),
         ("launch", ctypes.CFUNCTYPE(c_char_p, c_void_p)),
     ]
 
