@@ -30,7 +30,7 @@ from wheelbuild import toolchain
 from wheelbuild.kernel_ptx import compile_source_to_ptx, compile_to_ptx
 from wheelbuild.toolchain import Cuda
 
-from . import abi, recorder
+from . import abi, host_code, recorder
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -122,9 +122,11 @@ def tools() -> tuple[Cuda, Path]:
 
 
 @functools.cache
-def ptx_of_tile(tile: tiles.Tile, arch: str = "120f") -> str:
-    """The tile's kernels as PTX, known to `shared_recorder`."""
-    return _learned(compile_to_ptx(tile, arch))
+def ptx_of_tile(tile: tiles.Tile, arch: str = "120f", pair: str = tiles.MXFP4_MXFP8) -> str:
+    """The tile's kernel for a pair of formats as PTX, known to `shared_recorder`."""
+    if arch == host_code.ARCH and pair != tiles.MXFP4_MXFP8:
+        return _learned(host_code.built(tile, pair)[1])
+    return _learned(compile_to_ptx(tile, arch, pair))
 
 
 @functools.cache
@@ -159,6 +161,13 @@ class Recorder:
     def gemm(self, tile: tiles.Tile, args: abi.GemmArgs, *, sms: int = 2, arch: str = "120f") -> list[Launch]:
         """What the tile's extension launches; RefusedError in its words where it refuses."""
         return list(_launches(self._ask("gemm", tile.module, bytes(args), self.device(sms, arch))))
+
+    def gemm_of(self, tile: tiles.Tile, pair: str, args: abi.GemmArgs, *, sms: int = 2) -> list[Launch]:
+        """The same of one kernel's launcher, compiled for the test where wheels need not have it."""
+        if pair == tiles.MXFP4_MXFP8:
+            return self.gemm(tile, args, sms=sms)
+        library, device = host_code.built(tile, pair)[0], self.device(sms, host_code.ARCH)
+        return list(_launches(self._ask("launch", str(library), host_code.launcher(pair), bytes(args), device)))
 
     def operator(self, name: str, *args: Any, sms: int = 2, arch: str = "120f", **options: Any) -> Recording:
         """What torch.ops.mxfp4_moe.<name> launches, given CPU tensors in the place of CUDA ones."""

@@ -48,6 +48,7 @@ class Machine:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         self.torch_cuda.fake_torch_init(library.aoti_torch_create_tensor_from_blob)
         self.tiles: dict[str, abi.Tile] = {}
+        self.launchers: dict[str, Any] = {}
 
     def add_device(self, *facts: int) -> int:
         """Arguments as fake_cudart.cpp's fake_add_device; returns its number."""
@@ -106,8 +107,19 @@ class Machine:
         if module not in self.tiles:
             entry = importlib.import_module(f"mxfp4_moe._ext.{module}").entry
             self.tiles[module] = abi.Tile.from_address(entry)
+        return self._launched(self.tiles[module].launch, args, device)
+
+    def launch(self, library: str, function: str, args: bytes, device: int) -> list[dict[str, Any]]:
+        """The same of a launcher in a library that is no extension."""
+        if library not in self.launchers:
+            found = getattr(ctypes.CDLL(library), function)
+            found.restype, found.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+            self.launchers[library] = found
+        return self._launched(self.launchers[library], args, device)
+
+    def _launched(self, launch: Any, args: bytes, device: int) -> list[dict[str, Any]]:
         self.cuda.fake_set_device(device)
-        reason = self.tiles[module].launch(ctypes.create_string_buffer(args, len(args)))
+        reason = launch(ctypes.create_string_buffer(args, len(args)))
         launches = self._launches()
         if reason is not None:
             raise RuntimeError(reason.decode())
