@@ -93,6 +93,13 @@ def tiles_of(pair: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
     return tuple(tile for tile in manifest.tiles if read in kernel_pairs(arch, manifest.pairs_of(built, tile)))
 
 
+def kernels(tile: Tile | None = None) -> tuple[tuple[str, str], ...]:
+    """The kernels of a tile in this wheel, by arch and the pair of formats that they read; without a tile those of any."""
+    manifest, built = load_manifest(), profile()
+    pairs = manifest.profile(built).pairs if tile is None else manifest.pairs_of(built, tile)
+    return tuple((arch, read) for arch in built_archs() for read in kernel_pairs(arch, pairs))
+
+
 def built_archs() -> tuple[str, ...]:
     """The archs that this wheel has machine code for, such as ('90a', '120f')."""
     report = read_report()
