@@ -29,7 +29,7 @@ native M in 64, 128, 256 by N in 8 to 256, and swapped M in 8, 16, 32 by N in 64
 the MMA's A operand, which takes 16 rows at a time, and activations to B, which takes 8, so a small M wastes little.
 {verdict}
 
-SM90 has one kernel for a tile, which reads bf16 whatever the activations were; SM12x has one for MXFP8 activations and,
+SM90 has one kernel for a tile, which reads bf16 whatever the activations were; SM12x has one for MXFP8 activations and
 in profile `full`, one for bf16 ones. Each K tile of 128 is one pipeline stage in shared memory: activations; 4,352 bytes
 of weights for each 64 rows of N or part of them, 64 of packed E2M1 and 4 of scales per row; and 16 bytes of barriers. A
 kernel that applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for each row of M
@@ -43,10 +43,10 @@ fp32 accumulators; more leave too few of 255 registers for operands. Tiles with 
 that fetches brings a whole warpgroup, whose registers go to the others. Up to {max_blocks} blocks share an SM, as many
 as leave each three stages, and its threads the registers that their accumulators ask for.
 
-**SM12x, bf16 activations** (`csrc/tile/sm12x/bf16_tile_shape.cuh`): a stage's activations are M x 256 bytes, so that two
-stages of 256 rows do not fit. The kernel is SM90's for few rows, `grouped_gemm_mma_sync`; from N = 64 on weights are A
-whatever the tile's mode, and from M x N = 16,384 on eight warps share them. It writes the activation of GEMM1 as it
-comes, and needs no table for that.
+**SM12x, bf16 activations** (`csrc/tile/sm12x/bf16_tile_shape.cuh`): a stage's activations are M x 256 bytes, so that
+two stages of 256 rows do not fit. The kernel is SM90's for few rows, `grouped_gemm_mma_sync`; from N = 64 on weights
+are A whatever the tile's mode, and from M x N = 16,384 on eight warps share them. It writes the activation of GEMM1 as
+it comes, and needs no table for that.
 
 **SM90** (`csrc/tile/sm90/tile_shape.cuh`): a stage's activations are M x 256 bytes of bf16, which need no scales. From
 M = 32 and N = 64 on a tile's kernel is `grouped_gemm_wgmma`, where weights are A whatever the tile's mode, 64 rows
@@ -98,7 +98,7 @@ def _listed(proofs: Sequence[TileProof]) -> str:
 
 
 def _section(arch: str, pair: str, proofs: Sequence[TileProof], manifest: Manifest) -> str:
-    """An arch's kernels that read one pair of formats: what its blocks have, which tiles have the shallowest pipeline, and the table."""
+    """An arch's kernels of one pair: what its blocks have, which tiles have the shallowest pipeline, and the table."""
     few = [proof for proof in proofs if proof.legal and proof.stages == 2]
     fit = f"Only two stages fit in {_listed(few)}." if few else "Every tile that fits has three stages or more."
     memory = f"A block has at most {tiles.max_smem_per_block(arch):,} bytes of shared memory. {fit}"

@@ -94,7 +94,7 @@ def tiles_of(pair: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
 
 
 def kernels(tile: Tile | None = None) -> tuple[tuple[str, str], ...]:
-    """The kernels of a tile in this wheel, by arch and the pair of formats that they read; without a tile those of any."""
+    """The kernels of a tile in this wheel, by arch and pair of formats that they read; without a tile those of any."""
     manifest, built = load_manifest(), profile()
     pairs = manifest.profile(built).pairs if tile is None else manifest.pairs_of(built, tile)
     return tuple((arch, read) for arch in built_archs() for read in kernel_pairs(arch, pairs))

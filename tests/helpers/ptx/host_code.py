@@ -58,3 +58,8 @@ def built(tile: Tile, pair: str) -> tuple[Path, str]:
 def launcher(pair: str) -> str:
     """The name of the function in the library."""
     return f"mxfp4_moe_tile_launch_{ARCH}_{pair}"
+
+
+def facts(pair: str) -> str:
+    """The name of the kernel's facts in the library."""
+    return f"mxfp4_moe_tile_facts_{ARCH}_{pair}"
