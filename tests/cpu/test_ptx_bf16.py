@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import ptx_moe_checks
 import pytest
 import torch
 from ptx import abi, gemm, launch
+from ptx.faults import Fault
 from ptx.gemm import Gemm
 from ptx.machine import Machine
+from ptx.mutants import once
 from ptx.tile_cases import COLUMNS, DTYPES, EXPERTS_ROWS, KINDS, epilogue, seed_of
 from torch import Tensor
 
@@ -129,6 +132,70 @@ def test_activation_is_that_of_stored_sums_bitwise(tile: Tile) -> None:
         expected[: usual(n).valid] = from_stored_sums(kind, n).view(torch.uint8)
         assert torch.equal(rows, expected), f"{tile.name}, {kind}, seed {seed}"
         assert (scales == 0xAA).all(), "bf16 rows have no scales"
+
+
+# ---- mistakes, each of which must be noticed -------------------------------------------------------------------------
+
+MMA = r"mma\.sync[^;]*?"
+SMALL = MANIFEST.tile("m8n64_swap")
+MISTAKES = {
+    "codes without their highest bit": once(r", -2118090304;", ", -2122284672;"),
+    "the fourth pair without its lowest bit": once(r", 4194368;", ", 4194304;"),
+    "rotation by 5 instead of 6": once(
+        r"(mov\.b32\s+(%r\d+), )6;(?=(?:(?!mov\.b32).)*?shf\.r\.wrap\.b32 %r\d+, %r\d+, %r\d+, \2;)", r"\g<1>5;"
+    ),
+    "a weight times itself": once(r"(mul\.rn\.bf16x2 %r\d+, )(%r\d+), %r\d+;", r"\1\2, \2;"),
+    "rows g and g + 8 of A exchanged": once(
+        rf"({MMA}\}}, \{{)(%r\d+), ?(%r\d+), ?(%r\d+), ?(%r\d+)\}}", r"\g<1>\3, \2, \5, \4}"
+    ),
+    "registers of B exchanged": once(
+        rf"({MMA}\{{%r\d+, ?%r\d+, ?%r\d+, ?%r\d+\}}, \{{)(%r\d+), ?(%r\d+)\}}", r"\g<1>\3, \2}"
+    ),
+    "the sums' unit is 1": once(r"(add|mul)\.(?:rn\.)?f32\s+(%f\d+), (%f\d+), (?:\3|0f40000000);", r"mov.f32 \2, \3;"),
+    "no wait for a stage": once(r"\{ \.reg \.pred done; again: mbarrier\.try_wait[^}]*\}", "", number=4),
+    "a stage with fewer bytes": once(
+        r"(mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )(%r\d+);",
+        r"add.u32 \2, \2, -128;\n\1\2;",
+        number=2,
+    ),
+}
+
+
+def noticed(change: Callable[[str], str]) -> str:
+    """What notices an edit of the kernel's PTX, under one of a few orders of warps and copies."""
+    problem = gemm.any_problem(prove(SMALL, "120f", MXFP4_BF16).stages * 128 + 32, 80, (3, 0, 9), MXFP4_BF16)
+    for seed, lateness in ((0, 1.0), (1, 30.0), (2, 300.0)):
+        try:
+            out = Gemm(problem, SMALL, Machine(seed=seed, lateness=lateness)).run(torch.float32, change=change)
+        except Fault as fault:
+            return str(fault)
+        if mismatch := problem.mismatch(out):
+            return mismatch
+    return ""
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_noticed(name: str) -> None:
+    assert noticed(MISTAKES[name])
+
+
+def test_what_changes_nothing_is_not_noticed() -> None:
+    assert noticed(once(r"(mul\.rn\.bf16x2 %r\d+, )(%r\d+), (%r\d+);", r"\1\3, \2;")) == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        once(r"(cvt\.rn\.bf16x2\.f32 %r\d+, )(%f\d+), (%f\d+);", r"\1\3, \2;"),
+        once(r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16 (%r\d+), (%r\d+);", r"mov.b32 \1, \2;"),
+    ],
+    ids=["halves exchanged", "outputs not transposed"],
+)
+def test_a_mistake_of_the_activation_is_noticed(change: Callable[[str], str]) -> None:
+    kind = KINDS[1]
+    rows, _ = Gemm(usual(192), SMALL, Machine()).run_activated(epilogue(kind, 192), change=change)
+    right, _ = Gemm(usual(192), SMALL, Machine()).run_activated(epilogue(kind, 192))
+    assert not torch.equal(rows, right)
 
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------
