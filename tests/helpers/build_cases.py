@@ -34,7 +34,9 @@ TOOLCHAIN = Toolchain(
     cxx_version="g++ 12",
 )
 THRESHOLDS = Thresholds(
-    instructions_per_mma={"120f": {"m128n128": 3.5}}, peak_mb=2000, wheel_bytes={"mxfp4_minimal": 4_000_000}
+    instructions_per_mma={"120f": {"mxfp4_mxfp8": {"m128n128": 3.5}}},
+    peak_mb=2000,
+    wheel_bytes={"mxfp4_minimal": 4_000_000},
 )
 
 

@@ -8,8 +8,8 @@ import torch
 
 from .. import reference
 from .._arguments import named_device
-from .._install import wheel
-from ..formats import WordOrder, word_order_of
+from .._install import loading, wheel
+from ..tiles import Tile, pair_of
 
 
 def activation_formats(device: torch.device | str | int) -> tuple[str, ...]:
@@ -19,8 +19,9 @@ def activation_formats(device: torch.device | str | int) -> tuple[str, ...]:
         device: such as "cpu", "cuda" (the current one), or a CUDA device's number.
 
     Returns:
-        Names, the default first: ("mxfp8", "bf16") on SM90 GPUs and for CPU tensors, ("mxfp8",) on SM12x GPUs, whose
-        MMA takes scales; () where the wheel has no kernels.
+        Names, the default first: ("mxfp8", "bf16") on SM90 GPUs and for CPU tensors; on SM12x GPUs what the wheel was
+        built for: ("mxfp8",), or both in a wheel of profile `full`, each of which reads weights that were put in its
+        word order (`MoEWeights.to`); () where the wheel has no kernels.
 
     Raises:
         TypeError, ValueError: no device, such as a dtype.
@@ -36,9 +37,15 @@ def activation_formats(device: torch.device | str | int) -> tuple[str, ...]:
 def _formats_of(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return reference.ACTIVATION_FORMATS
-    if device.type != "cuda" or wheel.arch_for(torch.cuda.get_device_capability(device)) is None:
+    if device.type != "cuda":
         return ()
-    return reference.ACTIVATION_FORMATS if word_order_of(device) is WordOrder.PAIRS else ("mxfp8",)
+    return tuple(name for name in reference.ACTIVATION_FORMATS if tiles_of(name, device.index))
+
+
+@functools.cache
+def tiles_of(activation_format: str, device_index: int) -> tuple[Tile, ...]:
+    """The manifest's tiles that have a kernel for activations of this format on a GPU."""
+    return wheel.tiles_of(pair_of(activation_format), torch.cuda.get_device_capability(device_index))
 
 
 def check_activation_format(activation_format: str, is_mxfp8: bool) -> None:
@@ -71,15 +78,17 @@ def check_format_on(activation_format: str, device: torch.device) -> None:
     """Refuses a format that the device's kernels do not read.
 
     Raises:
-        ValueError: 'bf16' on a GPU of SM12x, or in a build that emulates one.
+        ValueError: 'bf16' on a GPU of SM12x, or in a build that emulates one, with a wheel without kernels for it.
     """
     if activation_format == "mxfp8":
         return
     formats = _formats_of(device)
     if formats and activation_format not in formats:  # where there are none, the launch says why
+        lacks = loading.manifest().refusal(wheel.profile(), pair_of(activation_format))
         raise ValueError(
             f"activation_format: expected 'mxfp8', which is what the kernels for {device} read, got "
-            f"{activation_format!r}; SM90 GPUs and CPU tensors take it"
+            f"{activation_format!r}: {lacks or 'no tile that was built has it'}; SM90 GPUs and CPU tensors take it "
+            "with any wheel"
         )
 
 

@@ -13,7 +13,7 @@ from ..formats import BLOCK, quantize_mxfp4, unswizzle_scales
 Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n, K/2], scales [n, K/32]
 Source = Callable[[int, int, int], Rows]  # (expert, first k, past the last k) -> the rows of that expert
 
-WEIGHT_SCALE_MAX = 253  # of a larger one 6, even halved, is no bf16 (csrc/tile/sm90/bf16_operands.cuh)
+WEIGHT_SCALE_MAX = 253  # of a larger one 6, even halved, is no bf16 (csrc/tile/bf16/operands.cuh)
 
 
 def ceil_div(a: int, b: int) -> int:
