@@ -26,12 +26,10 @@ from .._install import errors, loading
 from .._torch_state import exact
 from ..formats import (
     BLOCK,
-    E8M0_MAX,
     decode_e8m0,
     dequantize_mxfp4,
     dequantize_mxfp8,
-    encode_e2m1,
-    encode_e8m0,
+    quantize_mxfp4_activations,
     quantize_mxfp8,
 )
 from .modes import TheirNames
@@ -41,7 +39,6 @@ _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, *_HALVES)
 _CODES = (torch.float8_e4m3fn, torch.uint8)
 _PACKED = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-_RCP_6 = float.fromhex("0x1.555556p-3")  # 1/6 rounded to fp32
 _BACKENDS = ("cuda", "cute-dsl")
 
 
@@ -311,11 +308,7 @@ def _quantize_mxfp4(name: str, a: Tensor, layout: SfLayout) -> tuple[Tensor, Ten
     if not bool(a.isfinite().all()):
         raise ValueError(f"{name}: expected finite values, got {describe(a)} with NaN or infinity")
     rows = a.detach().reshape(-1, a.shape[-1])
-    blocks = torch.unflatten(rows.to(torch.float32), -1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
-    scales = encode_e8m0(amax * _RCP_6)
-    scaled = blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1)
-    packed = encode_e2m1(scaled.flatten(-2))
+    packed, scales = quantize_mxfp4_activations(rows)
     stored = store_scales(scales, layout).view(-1, padded_blocks(scales.shape[1], layout))
     return packed.view(*a.shape[:-1], -1), stored
 
