@@ -168,9 +168,7 @@ def test_refusals() -> None:
         formats.quantize_nvfp4(good.double(), one)
     with pytest.raises(TypeError, match="global_scale: expected float32 tensor, got float64"):
         formats.quantize_nvfp4(good, one.double())
-    with pytest.raises(
-        ValueError, match=r"global_scale: expected float32 \[\] or \[2\], one for each row, got .*\[3\]"
-    ):
+    with pytest.raises(ValueError, match=r"global_scale: expected float32 \[\] or \[2\], one for each row, got "):
         formats.quantize_nvfp4(good, torch.ones(3))
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="global_scale: expected finite numbers above 0"):

@@ -43,6 +43,7 @@ from .row_layouts import (
     unpack_row_scales,
     unswizzle_scales,
 )
+from .weight_format import WeightFormat
 from .weight_layout import (
     WEIGHT_BLOCK_ROWS,
     WordOrder,
@@ -68,6 +69,7 @@ __all__ = [
     "NVFP4_BLOCK",
     "NVFP4_MAX",
     "WEIGHT_BLOCK_ROWS",
+    "WeightFormat",
     "WordOrder",
     "arrange_weights",
     "decode_e2m1",
