@@ -14,7 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._mma import ZERO_EXPONENT, Steps, pieces, pow2
+from ._mma.groups import GroupSteps
+from ._mma.numbers import ZERO_EXPONENT, pow2
+from ._mma.pieces import pieces
+from ._mma.steps import Steps
 from ._torch_state import exact
 from .arithmetic import Arithmetic, family
 
@@ -30,6 +33,7 @@ def sums_and_bound(
     expert_offsets: Tensor,
     *,
     arithmetic: Arithmetic,
+    pair: str = "mxfp4_mxfp8",
 ) -> tuple[Tensor, Tensor]:
     """The sums of `reference.grouped_gemm` in float64, and how far from them a result under the rule can be.
 
@@ -39,17 +43,20 @@ def sums_and_bound(
     Args:
         rows, row_scales, packed, scales, expert_offsets: as for `reference.grouped_gemm`.
         arithmetic: the rule.
+        pair: as for `arithmetic.gemm`; rows without scales are bfloat16. Its factor is left out.
 
     Returns:
         float64 [R, N] twice; rows of no expert are zero.
     """
     sums = torch.zeros(len(rows), packed.shape[1], dtype=torch.float64, device=rows.device)
     bound = torch.zeros_like(sums)
-    unit = 2.0 if arithmetic.operands == "bf16" else 1.0  # as `arithmetic.gemm`
+    if row_scales is None:
+        pair = pair.partition("_")[0] + "_bf16"
+    unit = 2.0 if arithmetic.operands == "bf16" and pair.startswith("mxfp4") else 1.0  # as `arithmetic.gemm`
     for e, (begin, end) in enumerate(pairwise(expert_offsets.tolist())):
         own = slice(begin, end)
         own_scales = None if row_scales is None else row_scales[own]
-        for place, steps in pieces(arithmetic, rows[own], own_scales, packed[e], scales[e]):
+        for place, steps in pieces(arithmetic, pair, rows[own], own_scales, packed[e], scales[e]):
             total, worst = torch.zeros_like(sums[own][place]), torch.zeros_like(sums[own][place])
             for step in steps:
                 total, worst = _after(step, total, worst)
@@ -64,27 +71,27 @@ def coarsest(published: Arithmetic) -> tuple[Arithmetic, ...]:
     return (fewest, *(rule for rule in rules if rule.bits is None))
 
 
-def _after(step: Steps, sums: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+def _after(step: Steps | GroupSteps, sums: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     """Exact sums and bound after one more step."""
     rule = step.arithmetic
-    operands = [(x.values.abs().double() * pow2(x.scale).unsqueeze(-1)) for x in (step.a, step.b)]
-    size = (operands[0] @ operands[1].mT)[0]  # the sum of the products' magnitudes
+    size = step.magnitude()[0]
     largest = sums.abs() + bound
     if rule.bits is None:
+        assert isinstance(step, Steps)
         added = (step.total * pow2(step.scale))[0]
         bound = bound + 2.0**-23 * size + 2.0**-148  # the block to fp32, and its product with the scale
     else:
         added = step.total[0]
         last = torch.maximum(step.top[0], exponent(largest)) - rule.bits
         quantum = pow2(last)
-        lowest = (step.lowest[0] if step.lowest.dim() else step.lowest) + step.scale[0]
-        products = torch.minimum(rule.products * quantum, size).masked_fill_(last <= lowest, 0.0)
+        terms = rule.products // rule.group
+        products = torch.minimum(terms * quantum, size).masked_fill_(last <= step.last_bit()[0], 0.0)
         smallest = (sums.abs() - bound).clamp_(min=0.0)
         accumulator = torch.minimum(quantum, largest).masked_fill_(last <= exponent(smallest) - 23, 0.0)
         bound = bound + products + accumulator
     sums = sums + added
     final = 2.0**-23 if rule.rounding == "cut" else 2.0**-24
-    return sums, bound + final * (sums.abs() + bound) + 2.0**-149 + _FLOAT64_ULP * sums.abs()
+    return sums, bound + final * (sums.abs() + bound) + 2.0**-149 + _FLOAT64_ULP * (sums.abs() + size)
 
 
 def exponent(x: Tensor) -> Tensor:

@@ -2,50 +2,53 @@
 
 Tensor cores do not add in IEEE arithmetic. A step takes L products of two operand values and the fp32 accumulator,
 aligns them to the largest exponent among them, cuts each at a fixed number of bits below it, adds what is left exactly,
-and cuts the sum to fp32. docs/arithmetic.md has the rules in words, their sources, and what follows for results.
+and cuts the sum to fp32. An MMA of FP4 x FP4 first adds groups of 16 products exactly, and aligns the groups.
+docs/arithmetic.md has the rules in words, their sources, and what follows for results.
 
 Here a value is significand * 2^exponent, as its format stores it: 1 <= |significand| < 2 for normal numbers, less than
 1 with the format's lowest exponent for subnormal ones. A product has the product of the significands (below 4) and the
-sum of the exponents; it is not normalized before it is aligned. A zero has the exponent -133. All results are bits, not
-approximations.
+sum of the exponents; it is not normalized before it is aligned. A group has the sum of the exponents of its two scales,
+and all else in its significand. A zero has an exponent of its own, far down. All results are bits, not approximations.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ._mma import (
-    ZERO_EXPONENT,
-    Format,
-    Steps,
-    bf16_operand,
-    decoded,
-    exponent,
-    operand,
-    outside,
-    pieces,
-    pow2,
-    to_float32,
-    whole,
-)
+from ._mma.groups import GroupSteps, ScaleFormat, groups
+from ._mma.numbers import NAN_BITS, ZERO_EXPONENT, exponent, pow2, to_float32, whole
+from ._mma.operands import Format, decoded, float_operand, operand
+from ._mma.pieces import pieces
+from ._mma.steps import Steps, outside
 from ._torch_state import exact
 from .archs import check_arch
 from .formats import BLOCK, decode_e8m0
 
 __all__ = [
+    "SM12X_BF16",
+    "SM12X_FP16",
+    "SM12X_MXF4",
     "SM12X_MXF8F6F4",
+    "SM12X_NVF4",
     "SM90_BF16",
     "Arithmetic",
     "block_scaled_mma",
     "family",
+    "float_mma",
+    "fp4_mma",
     "gemm",
     "mma_step",
     "of_arch",
 ]
+
+
+# Sizes of groups by operands: all of a group's products have the same scale.
+_GROUPS = {"mx": (1,), "bf16": (1,), "fp16": (1,), "mxfp4": (8, 16, 32), "nvfp4": (8, 16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class Arithmetic:
 
     name: str
     products: int
-    """Products per step, L: 32 (a block) or 16 (k 0..15 of a block, then k 16..31)."""
+    """Products per step, L: 32 (a block), 16 (k 0..15 of a block, then k 16..31) or 64 (two blocks)."""
     bits: int | None
     """Fractional bits kept below the largest exponent of a step; None: all, and then the accumulator is outside."""
     rounding: Literal["cut", "nearest"]
@@ -62,18 +65,34 @@ class Arithmetic:
     accumulator: Literal["inside", "outside"]
     """inside: aligned and added with the products. outside: the step's exact sum, without its scales, is rounded to
     fp32, multiplied by the scale in fp32, and added to the accumulator in fp32."""
-    operands: Literal["mx", "bf16"] = "mx"
+    operands: Literal["mx", "bf16", "fp16", "mxfp4", "nvfp4"] = "mx"
     """mx: codes with their scale beside them. bf16: the products of code and scale, rounded to bfloat16, which is exact
-    from 2^-133 up to bfloat16's largest number."""
+    from 2^-133 up to bfloat16's largest number. fp16: float16. mxfp4, nvfp4: E2M1 codes on both sides, with an E8M0
+    scale per 32 or an E4M3 scale per 16 beside them."""
+    group: int = 1
+    """Products that are added exactly before anything is aligned. The exponent of a group of more than one is that of
+    its scales, whatever its products are, but for one whose products or scales are all zeros: that is a zero."""
+    zero_exponent: int = ZERO_EXPONENT
+    """With which zeros, the accumulator's too, take part in the alignment."""
     source: str
 
     def __post_init__(self) -> None:
-        if (self.bits is None) != (self.accumulator == "outside") or self.products not in (16, 32):
-            raise ValueError(f"{self.name}: expected bits with an accumulator inside, 16 or 32 products, got {self}")
+        if (self.bits is None) != (self.accumulator == "outside") or self.products not in (16, 32, 64):
+            raise ValueError(
+                f"{self.name}: expected bits with an accumulator inside, 16, 32 or 64 products, got {self}"
+            )
+        if self.group not in _GROUPS[self.operands] or (self.group > 1 and self.bits is None):
+            raise ValueError(
+                f"{self.name}: expected groups of one of {_GROUPS[self.operands]} {self.operands} products, and bits "
+                f"where it is more than one, got {self}"
+            )
 
     def words(self) -> str:
         """Such as '32 products and the accumulator, 25 bits, cut'; no two rules have the same."""
-        what = f"{self.products} {'bfloat16 ' if self.operands == 'bf16' else ''}products"
+        kinds = {"mx": "", "bf16": "bfloat16 ", "fp16": "float16 ", "mxfp4": "MXFP4 ", "nvfp4": "NVFP4 "}
+        what = f"{self.products} {kinds[self.operands]}products"
+        if self.group > 1:
+            what += f" in groups of {self.group}"
         if self.bits is None:
             return f"{what} exactly, accumulator outside, {self.rounding}"
         return f"{what} and the accumulator, {self.bits} bits, {self.rounding}"
@@ -98,32 +117,93 @@ SM90_BF16 = Arithmetic(
 )
 
 
-def of_arch(arch: str) -> Arithmetic:
-    """What the kernels of an arch such as '120f' compute."""
-    return SM12X_MXF8F6F4 if check_arch(arch)[0] == 12 else SM90_BF16
+SM12X_BF16 = replace(
+    SM90_BF16,
+    name="SM12x bf16",
+    source="arXiv 2511.10909 and mmasim 2.1.1, 'RTX Blackwell' mma m16n8k16 with bf16",
+)
+SM12X_FP16 = replace(
+    SM12X_BF16,
+    name="SM12x fp16",
+    operands="fp16",
+    source="arXiv 2511.10909 and mmasim 2.1.1, 'RTX Blackwell' mma m16n8k16 with f16 and an f32 accumulator",
+)
+SM12X_MXF4 = Arithmetic(
+    name="SM12x mxf4",
+    products=64,
+    group=16,
+    bits=35,
+    rounding="cut",
+    accumulator="inside",
+    operands="mxfp4",
+    zero_exponent=-139,
+    source="arXiv 2511.10909 and mmasim 2.1.1, 'RTX Blackwell' mma kind::mxf4.block_scale m16n8k64 with scale_vec::2X, "
+    "and kind::mxf4nvf4 with ue8m0",
+)
+SM12X_NVF4 = replace(
+    SM12X_MXF4,
+    name="SM12x mxf4nvf4",
+    operands="nvfp4",
+    source="arXiv 2511.10909 and mmasim 2.1.1, 'RTX Blackwell' mma kind::mxf4nvf4.block_scale m16n8k64 with "
+    "scale_vec::4X and ue4m3",
+)
+
+_OF_PAIR = {  # SM12x's rule, by what the kernels' MMA reads
+    "mxfp4_mxfp8": SM12X_MXF8F6F4,
+    "mxfp4_mxfp4": SM12X_MXF4,
+    "nvfp4_nvfp4": SM12X_NVF4,
+    "mxfp4_bf16": SM12X_BF16,
+    "nvfp4_bf16": SM12X_BF16,
+}
+
+
+def of_arch(arch: str, pair: str = "mxfp4_mxfp8") -> Arithmetic:
+    """What the kernels of an arch such as '120f' compute.
+
+    Args:
+        arch: the arch.
+        pair: formats of weights and activations: mxfp4_mxfp8, mxfp4_bf16, mxfp4_mxfp4, nvfp4_nvfp4 or nvfp4_bf16. SM90
+            multiplies all of them in bfloat16.
+
+    Raises:
+        ArchError: the kernels have no code for the arch.
+        ValueError: another pair.
+    """
+    rule = _OF_PAIR[_known(pair)]
+    return rule if check_arch(arch)[0] == 12 else SM90_BF16
+
+
+def _known(pair: str) -> str:
+    if pair not in _OF_PAIR:
+        raise ValueError(f"pair: expected one of {', '.join(_OF_PAIR)}, got {pair!r}")
+    return pair
 
 
 def family(published: Arithmetic) -> tuple[Arithmetic, ...]:
-    """The published rule, the other named one, and neighbours: 20 to 30 bits, cut or nearest, accumulator in or out.
+    """The published rule, the other named ones that read the same, and neighbours: other bits, cut or nearest.
 
-    With the accumulator outside, bits make no difference from 20 on, for E4M3 x E2M1: the exponent of a product is at
-    most 10, and its last bit is 2^-10.
+    Of a rule that aligns products 20 to 30 bits, and the accumulator inside or outside. There bits make no difference
+    from 20 on, for E4M3 x E2M1: the exponent of a product is at most 10, and its last bit is 2^-10. Of a rule that
+    aligns groups 24 to 40 bits, and groups of 8, 16 or, with a scale per 32, 32.
     """
-    rules: dict[str, Arithmetic] = {}
-    for rule in (published, SM12X_MXF8F6F4, SM90_BF16):
+    grouped = published.group > 1
+    rules = {published.words(): published}
+    for rule in () if grouped else (SM12X_MXF8F6F4, SM90_BF16):
         rules.setdefault(rule.words(), rule)
-    for rounding in ("cut", "nearest"):
-        for bits in (*range(20, 31), None):
-            rule = Arithmetic(
-                name="",
-                products=published.products,
-                bits=bits,
-                rounding=rounding,
-                accumulator="outside" if bits is None else "inside",
-                operands=published.operands,
-                source="a neighbour of the published rule",
-            )
-            rules.setdefault(rule.words(), rule)
+    sizes = [size for size in _GROUPS[published.operands] if size != published.group]
+    widths: tuple[int | None, ...] = tuple(range(24, 41)) if grouped else (*range(20, 31), None)
+    roundings: tuple[Literal["cut", "nearest"], ...] = ("cut", "nearest")
+    for group, rounding, bits in itertools.product((published.group, *sizes), roundings, widths):
+        rule = replace(
+            published,
+            name="",
+            group=group,
+            bits=bits,
+            rounding=rounding,
+            accumulator="outside" if bits is None else "inside",
+            source="a neighbour of the published rule",
+        )
+        rules.setdefault(rule.words(), rule)
     return tuple(rules.values())
 
 
@@ -134,7 +214,7 @@ def mma_step(
     """One step, product by product: the definition that the faster functions of this module are tested against.
 
     Args:
-        arithmetic: the rule.
+        arithmetic: a rule that aligns products.
         significands: float64 [..., L], the products' significands; NaN and infinities go through.
         exponents: int32 [..., L], the products' exponents, -600..600; those of zeros do not matter.
         acc: float32 [...].
@@ -143,6 +223,8 @@ def mma_step(
     Returns:
         float32 [...]; a zero is +0 and a NaN has the bits 0x7FFFFFFF.
     """
+    if arithmetic.group > 1:
+        raise ValueError(f"arithmetic: expected a rule that aligns products, got {arithmetic.words()!r}")
     shift = torch.zeros_like(acc, dtype=torch.int32) if scale is None else scale
     if arithmetic.bits is None:
         return outside(arithmetic, acc, (significands * pow2(exponents)).sum(-1), shift)
@@ -180,6 +262,8 @@ def block_scaled_mma(
     Returns:
         float32 [..., M, N].
     """
+    if arithmetic.operands not in ("mx", "bf16"):
+        raise ValueError(f"arithmetic: expected one of codes with a scale per 32, got {arithmetic.words()!r}")
     batch, (m, n) = acc.shape[:-2], acc.shape[-2:]
     count = batch.numel()
     operands = (
@@ -192,7 +276,7 @@ def block_scaled_mma(
     for k in range(0, BLOCK, arithmetic.products):
         part = slice(k, k + arithmetic.products)
         if arithmetic.operands == "bf16":
-            a, b = (bf16_operand(x[..., part].contiguous()) for x in both)
+            a, b = (float_operand(x[..., part].contiguous()) for x in both)
         else:
             a, b = (operand(codes[..., part], scale, kind) for codes, scale, kind in operands)
         acc = Steps(arithmetic, a, b).add(acc)
@@ -200,24 +284,106 @@ def block_scaled_mma(
 
 
 @exact
+def fp4_mma(
+    a_codes: Tensor,
+    b_codes: Tensor,
+    a_scales: Tensor,
+    b_scales: Tensor,
+    acc: Tensor,
+    *,
+    arithmetic: Arithmetic = SM12X_MXF4,
+) -> Tensor:
+    """64 k of FP4 x FP4: ``mma.kind::mxf4`` or ``kind::mxf4nvf4`` m16n8k64 with block_scale, for any M and N.
+
+    Args:
+        a_codes: uint8 [..., M, 64] E2M1, plain codes 0..15.
+        b_codes: uint8 [..., N, 64].
+        a_scales: uint8 [..., M, 2] E8M0, of k 0..31 and 32..63 (scale_vec::2X, ue8m0; 255 is NaN); or of a rule of
+            NVFP4 uint8 [..., M, 4] E4M3, one per 16 (4X, ue4m3; 0x7F is NaN, and bit 7, which there is none of, is not
+            read).
+        b_scales: uint8 [..., N, 2] or [..., N, 4].
+        acc: float32 [..., M, N].
+        arithmetic: a rule of FP4 x FP4.
+
+    Returns:
+        float32 [..., M, N].
+    """
+    if arithmetic.group == 1:
+        raise ValueError(f"arithmetic: expected one of FP4 x FP4, got {arithmetic.words()!r}")
+    kind: ScaleFormat = "e4m3" if arithmetic.operands == "nvfp4" else "e8m0"
+    batch, (m, n) = acc.shape[:-2], acc.shape[-2:]
+    count = batch.numel()
+
+    def steps_of(x: Tensor, rows: int) -> Tensor:  # all MMAs' rows side by side, as the steps of one operand
+        return x.reshape(count, rows, x.shape[-1]).transpose(0, 1).flatten(1)
+
+    a = groups(arithmetic, steps_of(a_codes, m), steps_of(a_scales, m), kind)
+    b = groups(arithmetic, steps_of(b_codes, n), steps_of(b_scales, n), kind)
+    return GroupSteps(arithmetic, a, b).add(acc.reshape(count, m, n)).reshape(*batch, m, n)
+
+
+@exact
+def float_mma(a: Tensor, b: Tensor, acc: Tensor, *, arithmetic: Arithmetic = SM12X_BF16) -> Tensor:
+    """16 k of bfloat16 or float16: ``mma.m16n8k16`` with a float32 accumulator, for any M and N.
+
+    Args:
+        a: bfloat16 or float16, as the rule takes, [..., M, 16].
+        b: the same [..., N, 16].
+        acc: float32 [..., M, N].
+        arithmetic: a rule of bfloat16 or float16.
+
+    Returns:
+        float32 [..., M, N].
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic.operands)
+    if dtype is None or a.dtype != dtype or b.dtype != dtype:
+        raise ValueError(f"a, b: expected {dtype} for the arithmetic {arithmetic.name!r}, got {a.dtype} and {b.dtype}")
+    batch, (m, n) = acc.shape[:-2], acc.shape[-2:]
+    count = batch.numel()
+    operands = (float_operand(x.reshape(count, rows, x.shape[-1]).contiguous()) for x, rows in ((a, m), (b, n)))
+    return Steps(arithmetic, *operands).add(acc.reshape(count, m, n)).reshape(*batch, m, n)
+
+
+@exact
 def gemm(
-    arithmetic: Arithmetic, rows: Tensor, row_scales: Tensor | None, packed: Tensor, scales: Tensor, out: Tensor
+    arithmetic: Arithmetic,
+    rows: Tensor,
+    row_scales: Tensor | None,
+    packed: Tensor,
+    scales: Tensor,
+    out: Tensor,
+    *,
+    pair: str | None = None,
+    factor: Tensor | None = None,
 ) -> None:
     """One expert's rows under a rule, K/L steps from +0; memory stays bounded, whatever the shape.
 
-    Under a rule that takes bfloat16 the kernels hold half of each weight, so that the largest ones fit, and double the
-    sums in the end. That is the same but at the ends of float32's range: a sum that leaves it for a while may come
-    back, and the last bits of subnormal ones are cut one bit earlier.
+    Under a rule that takes bfloat16 the kernels hold half of each MXFP4 weight, so that the largest ones fit, and
+    double the sums in the end. That is the same but at the ends of float32's range: a sum that leaves it for a while
+    may come back, and the last bits of subnormal ones are cut one bit earlier. NVFP4 weights have no such range.
 
     Args:
-        rows: uint8 [M, K] E4M3, plain k order; or bfloat16 [M, K], for a rule that takes it.
-        row_scales: uint8 [M, K/32] E8M0; None of bfloat16 rows.
+        rows: uint8 [M, K] E4M3, plain k order; bfloat16 [M, K], for a rule that takes it; or uint8 [M, K/2] E2M1, low
+            nibble = even k, of pairs with MXFP4 or NVFP4 activations.
+        row_scales: uint8 [M, K/32] E8M0, or [M, K/16] E4M3 of NVFP4; None of bfloat16 rows.
         packed: uint8 [N, K/2] E2M1, low nibble = even k.
-        scales: uint8 [N, K/32].
+        scales: uint8 [N, K/32] E8M0, or [N, K/16] E4M3 of NVFP4.
         out: float32 [M, N], written.
+        pair: as for `of_arch`. By default the one that the rule is for, mxfp4_mxfp8 or mxfp4_bf16.
+        factor: float32, of a shape that broadcasts to [M, N]: what scales per tensor, expert or row come to. Finished
+            sums are multiplied by it, with one rounding to nearest.
     """
-    for place, steps in pieces(arithmetic, rows, row_scales, packed, scales):
+    if pair is None:
+        own = {"mxfp4": "mxfp4_mxfp4", "nvfp4": "nvfp4_nvfp4"}
+        pair = own.get(arithmetic.operands, "mxfp4_bf16" if row_scales is None else "mxfp4_mxfp8")
+    if arithmetic.operands != _OF_PAIR[_known(pair)].operands and arithmetic.operands != "bf16":
+        raise ValueError(f"pair: expected one that the arithmetic {arithmetic.name!r} takes, got {pair!r}")
+    halves = arithmetic.operands == "bf16" and pair.startswith("mxfp4")
+    for place, steps in pieces(arithmetic, pair, rows, row_scales, packed, scales):
         acc = torch.zeros_like(out[place]).unsqueeze(0)
         for step in steps:
             acc = step.add(acc)
-        out[place] = 2 * acc[0] if arithmetic.operands == "bf16" else acc[0]
+        out[place] = 2 * acc[0] if halves else acc[0]
+    if factor is not None:
+        out *= factor
+        out.view(torch.int32).masked_fill_(out.isnan(), NAN_BITS)

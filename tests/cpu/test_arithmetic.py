@@ -14,7 +14,8 @@ import oracles
 import pytest
 import torch
 
-from mxfp4_moe import _mma, archs, arithmetic, formats, reference
+from mxfp4_moe import archs, arithmetic, formats, reference
+from mxfp4_moe._mma import numbers, pieces, steps
 from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16, Arithmetic, block_scaled_mma, mma_step
 
 ORDERS = [("e4m3", "e2m1"), ("e2m1", "e4m3")]
@@ -162,7 +163,7 @@ def test_other_widths_are_the_simulators(bits_kept: int, simulator: Any) -> None
     rule = replace(SM12X_MXF8F6F4, name="other", bits=bits_kept)
     for kind, draw in every_kind().items():
         a, b, sa, sb, acc = draw(ORDERS[0])
-        model = simulator.fdpa.MMA_ST_FDPA(bits_kept, "RZ-FP32", 32, _mma.ZERO_EXPONENT, "e4m3", "e2m1")
+        model = simulator.fdpa.MMA_ST_FDPA(bits_kept, "RZ-FP32", 32, numbers.ZERO_EXPONENT, "e4m3", "e2m1")
         scales = sa.view(torch.float8_e8m0fnu)[:, None], sb.view(torch.float8_e8m0fnu)[None]
         expected = model(theirs(a, "e4m3"), theirs(b, "e2m1").T, acc, *scales)
         out = block_scaled_mma(a, b, sa, sb, acc, a_format="e4m3", b_format="e2m1", arithmetic=rule)
@@ -213,7 +214,7 @@ def test_a_step_product_by_product_is_the_same(rule: Arithmetic) -> None:
         nan = (sa == 255)[:, None, None] | (sb == 255)[None, :, None]
         values = formats.decode_e4m3(a).double()[:, None] * torch.tensor(formats.E2M1_VALUES).double()[b.int()]
         exponents = ((a >> 3 & 15).clamp(min=1).int() - 7)[:, None] + (b >> 1 & 3).clamp(min=1).int() - 1
-        significands = torch.where(nan, float("nan"), values * _mma.pow2(-exponents))
+        significands = torch.where(nan, float("nan"), values * numbers.pow2(-exponents))
         scale = (sa.int() - 127)[:, None] + (sb.int() - 127)
         scale = scale.masked_fill(nan[..., 0], 0)
         out = block_scaled_mma(a, b, sa, sb, acc, a_format="e4m3", b_format="e2m1", arithmetic=rule)
@@ -356,8 +357,8 @@ def test_half_weights_differ_at_the_ends_of_float32_alone() -> None:
 def test_sizes_of_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, rule: Arithmetic) -> None:
     args = problem(960, (97, 157))
     whole = reference.grouped_gemm(*args, arithmetic=rule)
-    monkeypatch.setattr(_mma, "_STEP_BYTES_CPU", 1 << 12)
-    monkeypatch.setattr(_mma, "_PLACES_CPU", 7)
+    monkeypatch.setattr(pieces, "_STEP_BYTES_CPU", 1 << 12)
+    monkeypatch.setattr(steps, "_PLACES_CPU", 7)
     assert_same(reference.grouped_gemm(*args, arithmetic=rule), whole)
 
 

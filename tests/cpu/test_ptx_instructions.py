@@ -169,12 +169,12 @@ def test_mma_places_every_operand(formats_: tuple[str, str]) -> None:
         words = RNG.integers(120, 134, (2, 32, 4)).astype(np.uint8)
         contained = [x << 2 if kind == "e2m1" else x for x, kind in zip((a, b), formats_, strict=True)]
         ra, rb, rc = spread(*contained, acc)
-        queue = mma.Queue()
+        queue, kind = mma.Queue(), mma.Instruction(*formats_, scales=1)
         # Two in a row, the second on the first's result.
         selectors = (byte_a, thread_a, byte_b, thread_b)
         scales = tuple(np.ascontiguousarray(w).view(np.uint32)[:, 0] for w in words)
-        first = mma.start(queue, tuple(rc.view(np.uint32)), tuple(ra), tuple(rb), scales, selectors, formats_, "")
-        second = mma.start(queue, first, tuple(ra), tuple(rb), scales, selectors, formats_, "")
+        first = mma.start(queue, tuple(rc.view(np.uint32)), tuple(ra), tuple(rb), scales, selectors, kind, "")
+        second = mma.start(queue, first, tuple(ra), tuple(rb), scales, selectors, kind, "")
         scale_a = [words[0, 4 * (row % 8) + 2 * thread_a + row // 8, byte_a] for row in range(16)]
         scale_b = [words[1, 4 * column + thread_b, byte_b] for column in range(8)]
         given = [torch.tensor(np.array(x)) for x in (a, b, scale_a, scale_b)]

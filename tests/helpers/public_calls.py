@@ -73,6 +73,9 @@ class Inputs:
         codes = (_bytes(2, 4, 32) & 0x77, _bytes(2, 3, 32) & 15)
         block_scales = (_bytes(2, 4, low=2, high=9), _bytes(2, 3, low=118, high=124))
         self.block = (*codes, *block_scales, _floats(2, 4, 3, exponent=-128))
+        fp4_scales = (_bytes(2, rows, 2, high=20) for rows in (4, 3))
+        self.fp4_block = (*(_bytes(2, rows, 64, high=16) for rows in (4, 3)), *fp4_scales, self.block[-1])
+        self.float_block = [_floats(2, rows, 16, exponent=-65).bfloat16() for rows in (4, 3)]
         self.step = (_floats(4, 32).double().clamp(-3, 3), _bytes(4, 32).int() - 200, _floats(4, exponent=-126))
         self.more, self.sizes, self.tiny_halves = self.tiny * 8, self.tiny.abs().double(), self.tiny.bfloat16()
         self.near = self.tiny * 1.25
@@ -190,6 +193,8 @@ CASES: dict[str, Case] = {
     # arithmetic, accuracy
     "arithmetic.mma_step": lambda i: arithmetic.mma_step(arithmetic.SM12X_MXF8F6F4, *i.step),
     "arithmetic.block_scaled_mma": lambda i: arithmetic.block_scaled_mma(*i.block, a_format="e4m3", b_format="e2m1"),
+    "arithmetic.fp4_mma": lambda i: arithmetic.fp4_mma(*i.fp4_block),
+    "arithmetic.float_mma": lambda i: arithmetic.float_mma(*i.float_block, i.block[-1]),
     "arithmetic.gemm": lambda i: _gemm(i),
     "arithmetic.of_arch": lambda i: arithmetic.of_arch("120f").name,
     "arithmetic.family": lambda i: len(arithmetic.family(arithmetic.SM90_BF16)),

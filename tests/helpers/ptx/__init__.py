@@ -5,7 +5,8 @@ gemm.py        a tile's GEMM, from operands in plain order to its output; runnin
 machine.py     launches, blocks, and the scheduler that lets groups of lanes go on, and copies land, at random
 warp.py        lanes that diverge and meet again; what instructions do beyond their registers
 translate.py   PTX (parse.py) -> Python functions over arrays of 32 lanes (operands.py); knows instructions by name
-scalar.py      instructions of one lane's registers (floats.py); exchange.py: of several lanes'; mma.py: the MMA
+scalar.py      instructions of one lane's registers (floats.py); exchange.py: of several lanes'
+mma.py         MMAs, computed many at once; fragments.py: which lane's register holds which element
 memory.py      what is there, written, aligned; order.py: what happened before what
 barriers.py    mbarriers and other barriers; tensor_copy.py: tensor maps and copies that land late
 faults.py      what is reported

@@ -102,6 +102,58 @@ def pair(high: Array, low: Array) -> Array:
     return high.astype(u4) << u4(16) | low.astype(u4)
 
 
+def narrow(x: Array) -> Array:
+    """float64 to float32, rounded to odd: rounding the result once more is as if there were no other rounding."""
+    near = x.astype(f4)
+    bits = near.view(u4)
+    inexact = (near.astype(f8) != x) & np.isfinite(near) & (bits & u4(1) == 0)
+    away = np.abs(near.astype(f8)) > np.abs(x)
+    odd = np.where(inexact, np.where(away, bits - u4(1), bits + u4(1)), bits).view(f4)
+    # Past the largest number the nearest one is infinity, and so is every narrower format's.
+    return np.where(np.isinf(near), near, odd)
+
+
+def bf16_pair_fma(a: Array, b: Array, c: Array) -> Array:
+    """fma.rn.bf16x2; mul.bf16x2 is the one with -0."""
+    halves = []
+    for by in (u4(16), u4(0)):
+        x, y, z = (from_bf16((word >> by & u4(0xFFFF)).astype(u2)) for word in (a, b, c))
+        halves.append(bf16_bits(narrow(_odd_sum(x, y, z))))
+    return pair(*halves)
+
+
+def f16_pair_fma(a: Array, b: Array, c: Array) -> Array:
+    """fma.rn.f16x2; mul.f16x2 is the one with -0."""
+    halves = []
+    for by in (u4(16), u4(0)):
+        x, y, z = (from_f16((word >> by & u4(0xFFFF)).astype(u2)) for word in (a, b, c))
+        halves.append(f16_bits(narrow(_odd_sum(x, y, z))))
+    return pair(*halves)
+
+
+def e2m1_bits(x: Array) -> Array:
+    """cvt.rn.satfinite.e2m1: codes 0..15; beyond +-6 to +-6, NaN to +6."""
+    magnitude = np.minimum(np.abs(x).astype(f8), 6.0)
+    _, exponent = np.frexp(magnitude)
+    exponent = np.maximum(exponent - 1, 0)
+    # In halves of the binade: 2 and 3 for a normal number, 4 being the next exponent's 2.
+    units = np.rint(np.ldexp(magnitude, 1 - exponent)).astype(np.int32)
+    code = np.where(units < 2, units, exponent * 2 + units)
+    code = code | np.where(np.signbit(x), 8, 0)
+    return np.where(np.isnan(x), 7, code).astype(u1)
+
+
+def e2m1_pair(high: Array, low: Array) -> Array:
+    return e2m1_bits(high) << u1(4) | e2m1_bits(low)
+
+
+def f16_of_e2m1_pair(codes: Array) -> Array:
+    """Two E2M1 codes as two halves, which is exact."""
+    values = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float16)
+    table = np.concatenate((values, -values)).view(u2)
+    return pair(table[codes >> u1(4) & u1(15)], table[codes & u1(15)])
+
+
 def e4m3_pair(high: Array, low: Array) -> Array:
     return e4m3_bits(high).astype(u2) << u2(8) | e4m3_bits(low).astype(u2)
 

@@ -191,3 +191,9 @@ _define("cvt.rn.bf16x2.f32", "b32", "f32 f32", "floats.pair(floats.bf16_bits({0}
 _define("cvt.rn.f16x2.f32", "b32", "f32 f32", "floats.pair(floats.f16_bits({0}), floats.f16_bits({1}))")
 _define("cvt.rn.f16x2.e4m3x2", "b32", "b16", "floats.f16_of_e4m3_pair({0})")
 _define("cvt.rn.satfinite.e4m3x2.f32", "b16", "f32 f32", "floats.e4m3_pair({0}, {1})")
+_define("cvt.rn.satfinite.e2m1x2.f32", "b8", "f32 f32", "floats.e2m1_pair({0}, {1})")
+_define("cvt.rn.f16x2.e2m1x2", "b32", "b8", "floats.f16_of_e2m1_pair({0})")
+for t in ("bf16", "f16"):
+    _define(f"fma.rn.{t}x2", "b32", "b32 b32 b32", f"floats.{t}_pair_fma({{0}}, {{1}}, {{2}})")
+    for rounding in ("", ".rn"):
+        _define(f"mul{rounding}.{t}x2", "b32", "b32 b32", f"floats.{t}_pair_fma({{0}}, {{1}}, u4(0x80008000))")

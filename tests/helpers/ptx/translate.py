@@ -20,10 +20,21 @@ from .scalar import HELPERS, SCALAR
 
 WAITING = -1
 
-_MMA = re.compile(
-    r"mma\.sync\.aligned\.kind::mxf8f6f4\.block_scale\.scale_vec::1X\.m16n8k32\.row\.col\.f32\.(e4m3|e2m1)\.(e4m3|e2m1)"
-    r"\.f32\.ue8m0"
-)
+_FP4 = "mma.sync.aligned.kind::{}.block_scale.scale_vec::{}.m16n8k64.row.col.f32.e2m1.e2m1.f32.{}"
+# PTX ISA, "mma" and "Block scaling for mma.sync"; 4X of ue8m0 came with PTX ISA 9.1, which CUDA 13.0 does not read.
+_MMAS = {
+    **{
+        f"mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32.{a}.{b}.f32.ue8m0": (
+            mma.Instruction(a, b, 1)
+        )
+        for a in ("e4m3", "e2m1")
+        for b in ("e4m3", "e2m1")
+    },
+    _FP4.format("mxf4", "2X", "ue8m0"): mma.Instruction("e2m1", "e2m1", 2),
+    _FP4.format("mxf4nvf4", "2X", "ue8m0"): mma.Instruction("e2m1", "e2m1", 2),
+    _FP4.format("mxf4nvf4", "4X", "ue4m3"): mma.Instruction("e2m1", "e2m1", 4),
+    **{f"mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32": mma.Instruction(t, t, 0) for t in ("bf16", "f16")},
+}
 _COPY = (
     "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint",
     "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes",
@@ -72,7 +83,7 @@ class Program:
         found: set[str] = set()
         moves = []
         for i in self.instructions:
-            if _MMA.fullmatch(i.name):
+            if i.name in _MMAS:
                 found.update(vector(i.operands[0]))
             elif i.name in ("mov.b32", "mov.f32", "mov.u32"):
                 moves.append((i.operands[0], i.operands[1]))
@@ -186,20 +197,26 @@ class _Writer(Operands):
         return True
 
     def _halves(self, i: Instruction, mask: str) -> bool:
-        """mov between a register and the halves that it is made of, low one first."""
-        bits = {"mov.b32": 32, "mov.b64": 64}.get(i.name)
+        """mov between a register and the 2 or 4 parts that it is made of, low one first."""
+        bits = {"mov.b16": 16, "mov.b32": 32, "mov.b64": 64}.get(i.name)
         if bits is None or len(i.operands) != 2:
             raise self.refuse(i)
-        whole, half = f"u{bits}", f"u{bits // 2}"
         target, source = i.operands
+        count = len(vector(target if target.startswith("{") else source))
+        if count not in (2, 4) or bits // count not in (8, 16, 32):
+            raise self.refuse(i)
+        size = bits // count
+        whole, part = f"u{bits}", f"u{size}"
         if target.startswith("{"):
             value = self.read(source, whole, i)
             for n, register in enumerate(vector(target)):
-                part = f"({value} >> {self._constant(whole, n * bits // 2)}).astype(u{bits // 16})"
-                self.assign(register, part, half, mask, i)
+                if register != "_":
+                    shifted = f"({value} >> {self._constant(whole, n * size)}).astype(u{size // 8})"
+                    self.assign(register, shifted, part, mask, i)
         else:
-            low, high = (f"{self.read(r, half, i)}.astype(u{bits // 8})" for r in vector(source))
-            self.assign(target, f"{low} | {high} << {self._constant(whole, bits // 2)}", whole, mask, i)
+            parts = [f"{self.read(r, part, i)}.astype(u{bits // 8})" for r in vector(source)]
+            shifted = [f"{x} << {self._constant(whole, n * size)}" if n else x for n, x in enumerate(parts)]
+            self.assign(target, " | ".join(shifted), whole, mask, i)
         return True
 
     def _alone(self, i: Instruction, mask: str) -> None:
@@ -319,33 +336,42 @@ class _Writer(Operands):
                 self.assign(register, f"t[{n}]", "u32", "None", i)
         elif name == "movmatrix.sync.aligned.m8n8.trans.b16":
             self.assign(operands[0], f"w.transpose({self.read(operands[1], 'u32', i)})", "u32", "None", i)
-        elif found := _MMA.fullmatch(name):
-            self._mma(at, i, (found[1], found[2]))
+        elif name in _MMAS:
+            self._mma(at, i, _MMAS[name])
         elif name in ("setmaxnreg.dec.sync.aligned.u32", "setmaxnreg.inc.sync.aligned.u32"):
             self.lines.append(f"w.set_registers({'inc' in name}, {int(operands[0])})")
         else:
             raise self.refuse(i)
         return True
 
-    def _mma(self, at: int, i: Instruction, formats: tuple[str, str]) -> None:
-        d, a, b, c, scale_a, select_a, scale_b, select_b = i.operands
-        numbers = self.program.numbers
-        selectors = [int(x) for s in (select_a, select_b) for x in vector(s)]
-        if len(selectors) != 4 or not all(0 <= byte < 4 for byte in selectors[::2]):
-            raise self.refuse(i, f"selectors of {i.text}")
-        if not (0 <= selectors[1] < 2 and 0 <= selectors[3] < 4):
-            raise self.refuse(i, f"selectors of {i.text}")
+    def _mma(self, at: int, i: Instruction, kind: mma.Instruction) -> None:
+        selectors: list[int] = []
+        scales: list[str] = []
+        if kind.scales and len(i.operands) == 8:
+            d, a, b, c, scale_a, select_a, scale_b, select_b = i.operands
+            scales = [self.read(s, "u32", i) for s in (scale_a, scale_b)]
+            selectors = [int(x) for s in (select_a, select_b) for x in vector(s)]
+            if len(selectors) != 4 or not all(byte in kind.bytes_selected for byte in selectors[::2]):
+                raise self.refuse(i, f"selectors of {i.text}")
+            if not (0 <= selectors[1] < 2 and 0 <= selectors[3] < 4):
+                raise self.refuse(i, f"selectors of {i.text}")
+        elif not kind.scales and len(i.operands) == 4:
+            d, a, b, c = i.operands
+        else:
+            raise self.refuse(i, f"operands of {i.text}")
         if [len(vector(x)) for x in (d, a, b, c)] != [4, 4, 2, 4]:
             raise self.refuse(i, f"operands of {i.text}")
+        numbers = self.program.numbers
         accumulators = ", ".join(
             f"R[{numbers[r]}]" if r in numbers else self.read(r, "f32", i) + ".view(u4)" for r in vector(c)
         )
         words = [", ".join(self.read(r, "u32", i) for r in vector(x)) for x in (a, b)]
-        scales = ", ".join(self.read(s, "u32", i) for s in (scale_a, scale_b))
         targets = ", ".join(f"R[{numbers[r]}]" for r in vector(d))
+        name = f"M_{kind.a}_{kind.b}_{kind.scales}"
+        self.program.names[name] = kind
         self.lines.append(
-            f"{targets} = start(w.mmas, ({accumulators}), ({words[0]}), ({words[1]}), ({scales}), "
-            f"{tuple(selectors)}, {formats}, w.place({at}))"
+            f"{targets} = start(w.mmas, ({accumulators}), ({words[0]}), ({words[1]}), [{', '.join(scales)}], "
+            f"{tuple(selectors)}, {name}, w.place({at}))"
         )
 
     def _waiting(self, i: Instruction) -> list[str] | None:

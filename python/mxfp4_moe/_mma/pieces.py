@@ -1,0 +1,97 @@
+"""A GEMM as the steps of an MMA, in pieces that memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..formats import BLOCK, mxfp8_to_bf16
+from .groups import Groups, GroupSteps, ScaleFormat, groups
+from .operands import Format, Operand, float_operand, fp4_to_bf16, half_weights, operand
+from .steps import Steps
+
+if TYPE_CHECKING:
+    from ..arithmetic import Arithmetic
+
+NVFP4_BLOCK = 16  # values that share one E4M3 scale
+
+_STEP_BYTES_CPU = 1 << 20  # what stays in a core's cache
+
+
+def pieces(
+    arithmetic: Arithmetic, pair: str, rows: Tensor, row_scales: Tensor | None, packed: Tensor, scales: Tensor
+) -> Iterator[tuple[tuple[slice, slice], Iterator[Steps | GroupSteps]]]:
+    """A GEMM's output in pieces, each with its steps in k order, one at a time. Arguments as those of `gemm`.
+
+    The steps of a rule that takes bfloat16 have half of each MXFP4 weight (`half_weights`).
+    """
+    (n, m), k = (len(packed), len(rows)), 2 * packed.shape[1]
+    weight_bytes, step_bytes = (512 << 20, 64 << 20) if rows.is_cuda else (128 << 20, _STEP_BYTES_CPU)
+    columns = max(1, min(n, max(64, weight_bytes // (40 * max(k, 1)))))
+    count = max(1, min(m, step_bytes // (32 * columns)))
+    per_step = 16 if arithmetic.group == 1 else 32 * (arithmetic.products // arithmetic.group)
+    many = max(1, step_bytes // (per_step * count * columns))  # steps whose sums are made at once
+    a = _rows(arithmetic, pair, rows, row_scales)
+    for c in range(0, n, columns):
+        some = slice(c, c + columns)
+        b = _weights(arithmetic, pair, packed[some], scales[some])
+        for r in range(0, m, count):
+            place = slice(r, r + count), some
+            starts = range(0, -(-k // arithmetic.products), many)
+            parts = ((a.rows(s, place[0]), b.rows(s)) for s in (slice(i, i + many) for i in starts))
+            yield place, (step for part in parts for step in _steps(arithmetic, *part))
+
+
+def _steps(arithmetic: Arithmetic, a: Operand | Groups, b: Operand | Groups) -> Steps | GroupSteps:
+    if isinstance(a, Groups):
+        assert isinstance(b, Groups)
+        return GroupSteps(arithmetic, a, b)
+    assert isinstance(b, Operand)
+    return Steps(arithmetic, a, b)
+
+
+def _rows(arithmetic: Arithmetic, pair: str, rows: Tensor, row_scales: Tensor | None) -> Operand | Groups:
+    activations = pair.partition("_")[2]
+    if activations == "bf16":
+        return _floats(arithmetic, rows)
+    assert row_scales is not None
+    if arithmetic.operands == "bf16":
+        if activations == "mxfp8":
+            return _floats(arithmetic, mxfp8_to_bf16(rows, row_scales))
+        block = NVFP4_BLOCK if activations == "nvfp4" else BLOCK
+        return _floats(arithmetic, fp4_to_bf16(_nibbles(rows), row_scales, block))
+    if activations == "mxfp8":
+        return _codes(arithmetic, rows, row_scales, "e4m3")
+    return groups(arithmetic, _nibbles(rows), row_scales, _scale_format(activations))
+
+
+def _weights(arithmetic: Arithmetic, pair: str, packed: Tensor, scales: Tensor) -> Operand | Groups:
+    weights, nibbles = pair.partition("_")[0], _nibbles(packed)
+    if arithmetic.operands == "bf16":
+        if weights == "mxfp4":
+            return _floats(arithmetic, half_weights(nibbles, scales))
+        return _floats(arithmetic, fp4_to_bf16(nibbles, scales, NVFP4_BLOCK))
+    if arithmetic.group == 1:
+        return _codes(arithmetic, nibbles, scales, "e2m1")
+    return groups(arithmetic, nibbles, scales, _scale_format(weights))
+
+
+def _scale_format(name: str) -> ScaleFormat:
+    return "e4m3" if name == "nvfp4" else "e8m0"
+
+
+def _codes(arithmetic: Arithmetic, codes: Tensor, scales: Tensor, kind: Format) -> Operand:
+    count, products = codes.shape[1] // arithmetic.products, arithmetic.products
+    split = codes.view(len(codes), count, products)
+    return operand(split, scales.repeat_interleave(BLOCK // products, -1), kind).by_step()
+
+
+def _floats(arithmetic: Arithmetic, x: Tensor) -> Operand:
+    return float_operand(x.view(len(x), x.shape[1] // arithmetic.products, arithmetic.products)).by_step()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
