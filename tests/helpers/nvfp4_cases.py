@@ -45,12 +45,12 @@ def random_nvfp4(
         "w13_scale": blocks(width, hidden),
         "w2": codes(hidden, inter),
         "w2_scale": blocks(hidden, inter),
-        f"w13_{end}": scales(experts, *parts, around=0.4 / hidden**0.5),
-        f"w2_{end}": scales(experts, around=0.4 / inter**0.5),
+        f"w13_{end}": scales(experts, *parts, around=0.1 / hidden**0.5),
+        f"w2_{end}": scales(experts, around=0.1 / inter**0.5),
     }
     if inputs:
-        made[f"w13_{of_inputs}"] = scales(experts, *parts, around=4.0 / 2688)
-        made[f"w2_{of_inputs}"] = scales(experts, around=4.0 / 2688)
+        made[f"w13_{of_inputs}"] = scales(experts, *parts, around=6.0 / 2688)
+        made[f"w2_{of_inputs}"] = scales(experts, around=16.0 / 2688)
     return made
 
 

@@ -45,6 +45,9 @@ def unswizzle_scales(swizzled: Tensor, n: int, k: int, block: int = BLOCK) -> Te
         uint8 [..., n, k/block].
     """
     require_count("n", n)
+    require_multiple("block", block, 16)
+    if block == 0:
+        raise ValueError("block: expected 16 or 32, got 0")
     require_multiple("k", k, block)
     require_tensor("swizzled", swizzled, torch.uint8)
     tail = [-(-n // 128), -(-k // (4 * block)), 512]
