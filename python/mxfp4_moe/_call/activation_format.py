@@ -63,7 +63,7 @@ def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
         kind = weights.weight_format.value
         raise ValueError(
             f"activation_format: expected {' or '.join(map(repr, formats))} with {kind} weights, got "
-            f" {activation_format!r}; without one a call takes {formats[0]!r}"
+            f"{activation_format!r}; without one a call takes {formats[0]!r}"
         )
     return activation_format
 
