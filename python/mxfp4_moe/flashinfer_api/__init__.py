@@ -22,6 +22,7 @@ from ..tiles import select_tile_mn_for_sm120
 from .activation_type import ActivationType
 from .call import cutlass_fused_moe
 from .modules import CutlassFusedMoEModule, get_cutlass_fused_moe_module
+from .nvfp4 import nvfp4_quantize
 from .quantizers import (
     fp4_quantize,
     mxfp4_dequantize,
@@ -53,6 +54,7 @@ __all__ = [
     "mxfp8_dequantize_host",
     "mxfp8_quantize",
     "nvfp4_block_scale_interleave",
+    "nvfp4_quantize",
     "prewarm_moe_tiles",
     "select_tile_mn_for_sm120",
     "set_raw_weights",
