@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .._arguments import describe, require_tensor
+from .._arguments import describe, require_contiguous, require_tensor
 from ..formats import NVFP4_BLOCK, WeightFormat, unswizzle_scales
 from .layers import CODES, RawLayer, as_bytes, check_sizes, rows_name
 from .options import GateUpOrder
@@ -71,6 +71,48 @@ def nvfp4_layer(
         w2_bias=biases[1],
         format=WeightFormat.NVFP4,
         tensor_scales=_of_one_kind(multiply, divide, experts, gated, w13.device),
+    )
+
+
+def flashinfer_nvfp4_layer(
+    fc1_expert_weights: Tensor,
+    fc1_scale: Tensor,
+    fc2_expert_weights: Tensor,
+    fc2_scale: Tensor,
+    fc1_expert_biases: Tensor | None,
+    fc2_expert_biases: Tensor | None,
+    gated: bool,
+) -> RawLayer:
+    """Of FlashInfer's packed views and swizzled scales, as `flashinfer_layer`, with float32 scales of 1.
+
+    FlashInfer pads the scales of gates and of ups to 128 rows each, so I, and with it H, is a multiple of 128 here.
+    """
+    names = ("fc1_expert_weights", "fc1_scale", "fc2_expert_weights", "fc2_scale")
+    require_tensor(names[0], fc1_expert_weights, torch.int64, ("E", rows_name(gated), "H/16"))
+    refuse_gpu(names[0], fc1_expert_weights.device)
+    (experts, rows, words), device = fc1_expert_weights.shape, fc1_expert_weights.device
+    hidden, inter = words * 16, rows // 2 if gated else rows
+    check_sizes(names[0], fc1_expert_weights, experts, hidden, inter, gated, 128)
+    require_tensor(names[1], fc1_scale, torch.int32, (experts, rows, hidden // 64), device)
+    require_tensor(names[2], fc2_expert_weights, torch.int64, (experts, hidden, inter // 16), device)
+    require_tensor(names[3], fc2_scale, torch.int32, (experts, hidden, inter // 64), device)
+    for name, tensor in zip(names, (fc1_expert_weights, fc1_scale, fc2_expert_weights, fc2_scale), strict=True):
+        require_contiguous(name, tensor)
+    one = torch.ones(experts, dtype=torch.float32, device=device)
+    w13, w2 = fc1_expert_weights.view(torch.uint8), fc2_expert_weights.view(torch.uint8)
+    scales = fc1_scale.view(torch.uint8), fc2_scale.view(torch.uint8)
+    return RawLayer(
+        w13=nvfp4_source(names[1], w13.__getitem__, _linear(names[1], scales[0], w13, "swizzled")),
+        w2=nvfp4_source(names[3], w2.__getitem__, _linear(names[3], scales[1], w2, "swizzled")),
+        experts=experts,
+        hidden=hidden,
+        inter=inter,
+        device=device,
+        w13_bias=fc1_expert_biases,
+        w2_bias=fc2_expert_biases,
+        bias_names=("fc1_expert_biases", "fc2_expert_biases"),
+        format=WeightFormat.NVFP4,
+        tensor_scales=TensorScales(w13=one.unsqueeze(1).repeat(1, 2 if gated else 1), w2=one),
     )
 
 
