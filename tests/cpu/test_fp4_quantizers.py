@@ -71,7 +71,7 @@ def test_mxfp4_activations_against_brute_force(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_quantized_as_their_float32_values(dtype: torch.dtype) -> None:
     x = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
-    scale = formats.nvfp4_global_scale(x, (-1,))
+    scale = formats.nvfp4_row_scales(x)
     assert scale.shape == (5, 2)
     for got, expected in zip(
         (*formats.quantize_nvfp4(x, scale), *formats.quantize_mxfp4_activations(x)),
@@ -96,19 +96,19 @@ def test_the_scale_of_mxfp4_activations_is_rounded_up(amax: float, byte: int) ->
 def test_the_global_scale_brings_the_largest_to_2688() -> None:
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
     amax = x.abs().amax(-1)
-    assert torch.equal(formats.nvfp4_global_scale(x, (-1,)), 2688 / amax)
+    assert torch.equal(formats.nvfp4_row_scales(x), 2688 / amax)
     assert torch.equal(formats.nvfp4_global_scale(x), 2688 / amax.amax())
-    _, scales = formats.quantize_nvfp4(x, formats.nvfp4_global_scale(x, (-1,)))
+    _, scales = formats.quantize_nvfp4(x, formats.nvfp4_row_scales(x))
     assert scales.amax(-1).tolist() == [0x7E] * 3, "448"
 
 
 def test_global_scales_of_what_says_nothing() -> None:
     x = torch.zeros(5, 16)
     x[1, 3], x[2, 3], x[3, 3], x[4, 3] = math.nan, math.inf, 2.0**-140, 3e38
-    scales = formats.nvfp4_global_scale(x, (-1,))
+    scales = formats.nvfp4_row_scales(x)
     assert scales.tolist() == [1.0, 1.0, 1.0, torch.finfo(torch.float32).max, float(2688 / torch.tensor(3e38))]
     assert formats.nvfp4_global_scale(torch.zeros(0, 32)).item() == 1
-    assert formats.nvfp4_global_scale(torch.zeros(0, 32), (-1,)).shape == (0,)
+    assert formats.nvfp4_row_scales(torch.zeros(0, 32)).shape == (0,)
 
 
 def test_poison_stays_in_its_block_and_zeros_keep_their_signs() -> None:

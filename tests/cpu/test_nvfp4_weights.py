@@ -187,7 +187,7 @@ _NONE = dict.fromkeys(["w13_scale_2", "w2_scale_2", "w13_input_scale", "w2_input
     [
         (changed(w13_scale_2=None), ValueError, r"w13_scale_2: expected float32 \[3\], since w2_scale_2 is given, got"),
         (changed(w2_input_scale=None), ValueError, "w2_input_scale: expected .* since w13_input_scale is given"),
-        (changed(w2_global_scale=torch.ones(3)), ValueError, "w13_scale_2, w13_global_scale: .* got both"),
+        (changed(w2_global_scale=torch.ones(3)), ValueError, "w2_global_scale: expected .* got both, with w13_scale_2"),
         (
             changed(**_NONE),
             ValueError,

@@ -13,7 +13,7 @@ from ..formats import NVFP4_BLOCK, WeightFormat, unswizzle_scales
 from .layers import CODES, RawLayer, as_bytes, check_sizes, rows_name
 from .options import GateUpOrder
 from .sources import ceil_div, nvfp4_float_source, nvfp4_source
-from .tensor_scales import NAMES, TensorScales, from_float_scales, tensor_scales
+from .tensor_scales import DIVIDE, MULTIPLY, NAMES, TensorScales, from_float_scales, tensor_scales
 
 Scales = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -135,16 +135,20 @@ def _linear(name: str, scales: Tensor, packed: Tensor, layout: str) -> Callable[
 
 def _of_one_kind(multiply: Scales, divide: Scales, experts: int, gated: bool, device: torch.device) -> TensorScales:
     """The float32 scales: those that multiply, or those that divide."""
-    given = [any(scale is not None for scale in scales) for scales in (multiply, divide)]
-    if sum(given) != 1:
-        got = "both" if all(given) else "neither"
-        raise ValueError(
-            "w13_scale_2, w13_global_scale: expected the scales of one kind, those that multiply (ModelOpt's "
-            "weight_scale_2 and input_scale) or those that divide (compressed-tensors' weight_global_scale and "
-            f"input_global_scale), got {got}"
-        )
-    values = dict(zip(NAMES, divide if given[1] else multiply, strict=True))
-    return tensor_scales(values, divide=given[1], experts=experts, gated=gated, device=device)
+    first, second = (
+        [label for label, scale in zip(labels, scales, strict=True) if scale is not None]
+        for labels, scales in ((MULTIPLY, multiply), (DIVIDE, divide))
+    )
+    kinds = (
+        "the scales of one kind, those that multiply (ModelOpt's weight_scale_2 and input_scale) or those that divide "
+        "(compressed-tensors' weight_global_scale and input_global_scale)"
+    )
+    if not first and not second:
+        raise ValueError(f"w13_scale_2, w13_global_scale: expected {kinds}, got neither")
+    if first and second:
+        raise ValueError(f"{', '.join(second)}: expected {kinds}, got both, with {', '.join(first)}")
+    values = dict(zip(NAMES, divide if second else multiply, strict=True))
+    return tensor_scales(values, divide=bool(second), experts=experts, gated=gated, device=device)
 
 
 def nvfp4_float_layer(raw: RawLayer, w13: Tensor, w2: Tensor, order: GateUpOrder, gated: bool) -> RawLayer:

@@ -33,6 +33,7 @@ from .nvfp4 import (
     dequantize_nvfp4,
     nvfp4_global_scale,
     nvfp4_products,
+    nvfp4_row_scales,
     quantize_nvfp4,
 )
 from .row_layouts import (
@@ -86,6 +87,7 @@ __all__ = [
     "mxfp8_to_bf16",
     "nvfp4_global_scale",
     "nvfp4_products",
+    "nvfp4_row_scales",
     "pack_row_scales",
     "pack_words",
     "quantize_mxfp4",

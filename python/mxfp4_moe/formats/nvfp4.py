@@ -31,7 +31,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 @exact
-def nvfp4_global_scale(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+def nvfp4_global_scale(x: Tensor) -> Tensor:
     """The global scale that brings the largest magnitude to the largest number of NVFP4: 2688 / amax.
 
     1 where that says nothing: all zeros, or a NaN or an infinity, whose blocks are NaN under any scale. At most
@@ -39,17 +39,24 @@ def nvfp4_global_scale(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor
 
     Args:
         x: float32, bfloat16 or float16 [...].
-        dims: what shares one scale, such as (-1,) for each row; None: all.
 
     Returns:
-        float32 [], or [...] without the dims.
+        float32 [].
     """
     require_tensor("x", x, _FLOATS)
-    dims = tuple(range(x.dim())) if dims is None else dims
-    if any(x.shape[dim] == 0 for dim in dims):
-        return torch.ones_like(x.sum(dims), dtype=torch.float32)
-    amax = x.abs().amax(dims).to(torch.float32)
-    scale = (NVFP4_MAX / amax).clamp_(max=_LARGEST)
+    return _to_largest(x.abs().amax() if x.numel() else x.new_zeros(()))
+
+
+@exact
+def nvfp4_row_scales(x: Tensor) -> Tensor:
+    """`nvfp4_global_scale` of each row by itself: float32 [...] of [..., K]."""
+    require_tensor("x", x, _FLOATS)
+    require_blocks("x", x, NVFP4_BLOCK)
+    return _to_largest(x.abs().amax(-1) if x.shape[-1] else x.sum(-1))
+
+
+def _to_largest(amax: Tensor) -> Tensor:
+    scale = (NVFP4_MAX / amax.to(torch.float32)).clamp_(max=_LARGEST)
     return scale.masked_fill_((amax == 0) | ~amax.isfinite(), 1.0)
 
 

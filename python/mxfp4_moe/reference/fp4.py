@@ -17,7 +17,7 @@ from torch import Tensor
 from .._arguments import require_tensor
 from .._torch_state import exact
 from ..arithmetic import SM90_BF16, Arithmetic, gemm, of_arch
-from ..formats import WeightFormat, nvfp4_global_scale, quantize_mxfp4_activations, quantize_nvfp4
+from ..formats import WeightFormat, nvfp4_row_scales, quantize_mxfp4_activations, quantize_nvfp4
 from ..weights import MoEWeights
 from .activation import activate
 from .chain import ROW_DTYPES, finalize, route
@@ -46,7 +46,7 @@ def quantize_rows(values: Tensor, activation_format: str, given: tuple[Tensor, T
     if activation_format == "mxfp4":
         return Fp4Rows(*quantize_mxfp4_activations(values), None)
     if given is None:
-        scale = nvfp4_global_scale(values, (-1,))
+        scale = nvfp4_row_scales(values)
         given = scale, scale.reciprocal()
     return Fp4Rows(*quantize_nvfp4(values, given[0]), given[1])
 
