@@ -167,8 +167,8 @@ def nvfp4_float_layer(raw: RawLayer, w13: Tensor, w2: Tensor, order: GateUpOrder
     if gated:
         behind = (row >= raw.inter).long()
         part = {GateUpOrder.INTERLEAVED: row % 2, GateUpOrder.GATE_UP: behind, GateUpOrder.UP_GATE: 1 - behind}[order]
-    amax13 = torch.zeros(raw.experts, 2 if gated else 1, device=raw.device)
-    amax2 = torch.zeros(raw.experts, device=raw.device)
+    amax13 = torch.zeros(raw.experts, 2 if gated else 1, dtype=torch.float32, device=raw.device)
+    amax2 = torch.zeros(raw.experts, dtype=torch.float32, device=raw.device)
     for e in range(raw.experts):
         amax13[e].scatter_reduce_(0, part, w13[e].abs().amax(1).float(), "amax")
         amax2[e] = w2[e].abs().amax().float()

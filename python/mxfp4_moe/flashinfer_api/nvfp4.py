@@ -78,7 +78,7 @@ def nvfp4_quantize(
     if not isinstance(a_global_sf, Tensor):
         if isinstance(a_global_sf, bool) or not isinstance(a_global_sf, (int, float)):
             raise TypeError(f"a_global_sf: expected a number or a tensor with one, got {type(a_global_sf).__name__}")
-        a_global_sf = torch.tensor(a_global_sf, dtype=torch.float32)
+        a_global_sf = torch.tensor(a_global_sf, dtype=torch.float32, device="cpu")
     return quantized("a", a, "a_global_sf", a_global_sf, False, sf_layout("sfLayout", sfLayout))
 
 
