@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 7
+#define MXFP4_MOE_TILE_ABI_VERSION 8
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -76,14 +76,15 @@ typedef struct {
   // Nonzero: the m-tiles were written by a kernel that was complete when the one just before this was running, so that
   // weights may be fetched before that one is done (programmatic dependent launch).
   int32_t m_tiles_are_ready;
-  int32_t act_format;  // Mxfp4MoeActFormat of act: the tile's
+  int32_t act_format;  // Mxfp4MoeActFormat of act: chooses the kernel
   Mxfp4MoeActivate activate;
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;
 
-// What a tile is on one arch, as the compiler was told. Compared after each build with tiles.prove.
+// What one kernel of a tile is, as the compiler was told. Compared after each build with tiles.prove.
 typedef struct {
   const char* arch;  // "90a" or "120f"
+  const char* pair;  // of formats that it reads, weights first: "mxfp4_mxfp8" or "mxfp4_bf16"
   int32_t tile_m, tile_n, swap_ab;
   int32_t threads;
   int32_t stages;
@@ -98,8 +99,8 @@ typedef struct {
 typedef struct {
   uint32_t abi_version;
   int32_t tile_m, tile_n, swap_ab;
-  // Of the arch whose machine code this device runs; nullptr when there is none.
-  const Mxfp4MoeTileFacts* (*facts_of)(int32_t device);
+  // Of the kernel that reads rows of this Mxfp4MoeActFormat on this device; nullptr when there is none.
+  const Mxfp4MoeTileFacts* (*facts_of)(int32_t device, int32_t act_format);
   // Runs on the current device. nullptr when launched, else the reason (valid until this thread's next call).
   const char* (*launch)(const Mxfp4MoeGemmArgs* args);
 } Mxfp4MoeTile;

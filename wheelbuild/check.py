@@ -23,7 +23,6 @@ from wheelbuild.machine_code import (
     Code,
     Resources,
     has_ptx,
-    is_instance,
     parse_ptxas,
     performance_losses,
     read_sass,
@@ -75,11 +74,11 @@ def check_memory(library: str, code: Mapping[str, Code], resources: Sequence[Res
                 )
 
 
-def check_kernel(library: str, arch: str, code: Code, function: str) -> None:
-    """One kernel, an instance of the template `function`, and none besides."""
-    if len(code.kernels) != 1 or not is_instance(next(iter(code.kernels)), function):
+def check_kernels(library: str, arch: str, code: Code, functions: Sequence[str]) -> None:
+    """One kernel of each of these templates, and none besides."""
+    if len(code.kernels) != len(functions) or any(len(code.of(function).kernels) != 1 for function in functions):
         raise BuildError(
-            f"{library} on sm_{arch}: expected {function}, once and alone, got "
+            f"{library} on sm_{arch}: expected {' and '.join(functions)}, once and alone, got "
             f"{', '.join(sorted(code.kernels)) or 'no kernels'}"
         )
 
@@ -169,7 +168,7 @@ def check_library(
     """Every check of one library's code, and what they saw, for the report; BuildError for the first failure.
 
     `records` are wheelbuild.job's, by what was compiled; `expect` has `compile` limits, and for a tile `main_loop` and
-    `block_scaled`, by arch, or `emulated` in their place.
+    `block_scaled`, by arch and pair of formats, or `emulated` in their place, by pair.
     """
     name = library.name
     check_compiling(name, records, expect["compile"])
@@ -181,12 +180,21 @@ def check_library(
     emulated = check_emulated_tile(name, code, expect["emulated"]) if "emulated" in expect else None
     if emulated is None:
         check_memory(name, code, resources)
-    loops = {}
-    for arch, want in expect.get("main_loop", {}).items():
-        check_kernel(name, arch, code[arch], want["function"])
-        loops[arch] = check_main_loop(f"{name} on sm_{arch}", code[arch], want)
+    loops: dict[str, dict[str, Any]] = {}
+    kernels: dict[str, dict[str, Any]] = {}
+    for arch, of_pairs in expect.get("main_loop", {}).items():
+        check_kernels(name, arch, code[arch], [want["function"] for want in of_pairs.values()])
+        for pair, want in of_pairs.items():
+            own = code[arch].of(want["function"])
+            loop = check_main_loop(f"{name} on sm_{arch}, {pair}", own, want)
+            loops.setdefault(arch, {})[pair] = loop.report()
+            kernels.setdefault(arch, {})[pair] = own.counts()
     block_scaled = {
-        arch: check_block_scaled(name, arch, code[arch], want) for arch, want in expect.get("block_scaled", {}).items()
+        arch: {
+            pair: check_block_scaled(name, arch, code[arch].of(expect["main_loop"][arch][pair]["function"]), want)
+            for pair, want in of_pairs.items()
+        }
+        for arch, of_pairs in expect.get("block_scaled", {}).items()
     }
     if called := undefined_symbols(cuobjdump, library):
         raise BuildError(
@@ -203,7 +211,8 @@ def check_library(
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "instructions": {arch: code[arch].counts() for arch in archs},
-        "main_loop": {arch: loop.report() for arch, loop in loops.items()},
+        "kernel_instructions": kernels,
+        "main_loop": loops,
         "block_scaled": block_scaled,
         **({"emulated": emulated} if emulated else {}),
         "kernels": {

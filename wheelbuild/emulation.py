@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wheelbuild import BuildError
-from wheelbuild.machine_code import Code, is_instance
+from wheelbuild.machine_code import Code
 
 VARIABLE = "MXFP4_MOE_EMULATE_SM12X"
 ARCH = "120f"  # whose code it is
@@ -24,7 +24,6 @@ DEFINE = "-DMXFP4_MOE_EMULATES_SM12X"
 VARIANT = "sm12x.emulated"  # of the version
 
 _TENSOR_CORE = ("QMMA", "HMMA", "HGMMA", "QGMMA", "IMMA", "IGMMA", "OMMA")
-_KERNEL = "grouped_gemm"  # csrc/tile/sm12x/plain_kernel.cuh
 
 
 def refuse_emulated(wheel: Path) -> None:
@@ -39,24 +38,43 @@ def refuse_emulated(wheel: Path) -> None:
         )
 
 
-def check_emulated_tile(library: str, code: Mapping[str, Code], expect: Mapping[str, Any]) -> dict[str, int]:
+def check_emulated_tile(
+    library: str, code: Mapping[str, Code], expect: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, int]]:
     """What a tile's machine code must be instead of tensor cores' in a main loop within its limits.
 
-    One kernel, SM12x's, which brings operands by TMA and LDSM, keeps the tensor cores idle, and
-    calls the emulated instruction: so many times in each K tile (`expect["mma_per_k_tile"]`), or in each of several
-    that are unrolled. Spills are allowed: the function needs registers that the instruction does not.
+    SM12x's kernels and no others, which bring operands by TMA and LDSM. One whose MMA the other arch lacks keeps the
+    tensor cores idle, and calls the emulated instruction: so many times in each K tile (`mma_per_k_tile`), or in each
+    of several that are unrolled; one whose MMA both have uses it. Spills are allowed: the function needs registers that
+    the instruction does not.
+
+    Args:
+        expect: by pair of formats.
 
     Returns:
-        The calls and all instructions, for the report.
+        By pair the calls and all instructions, for the report.
 
     Raises:
         BuildError: it is not.
     """
-    where = f"{library} on sm_{ON}"
     kernels = code[ON].kernels
-    if len(kernels) != 1 or not is_instance(next(iter(kernels)), _KERNEL):
-        raise BuildError(f"{where}: expected grouped_gemm alone, which sm_{ARCH} has, got {_listed(list(kernels))}")
-    counts = {name: code[ON].count(name) for name in (*_TENSOR_CORE, "CALL", "UTMALDG", "LDSM", "USETMAXREG")}
+    functions = [str(want["function"]) for want in expect.values()]
+    if len(kernels) != len(functions) or any(len(code[ON].of(function).kernels) != 1 for function in functions):
+        raise BuildError(
+            f"{library} on sm_{ON}: expected {_listed(functions)} alone, which sm_{ARCH} has, got "
+            f"{_listed(list(kernels))}"
+        )
+    return {pair: _check_kernel(f"{library} on sm_{ON}", code[ON], want) for pair, want in expect.items()}
+
+
+def _check_kernel(where: str, code: Code, expect: Mapping[str, Any]) -> dict[str, int]:
+    """`check_emulated_tile` of one kernel."""
+    code = code.of(expect["function"])
+    counts = {name: code.count(name) for name in (*_TENSOR_CORE, "CALL", "UTMALDG", "LDSM", "USETMAXREG")}
+    if not expect["mma_per_k_tile"]:
+        if not counts["HMMA"]:
+            raise BuildError(f"{where}: no HMMA in {expect['function']}, which both archs have")
+        return {"calls": 0, "instructions": code.counts()["total"]}
     if used := [name for name in _TENSOR_CORE if counts[name]]:
         raise BuildError(f"{where}: {counts[used[0]]} {used[0]}, but the MMA is emulated and none allowed")
     calls, each = counts["CALL"], expect["mma_per_k_tile"]
@@ -67,7 +85,7 @@ def check_emulated_tile(library: str, code: Mapping[str, Code], expect: Mapping[
     for name in ("UTMALDG", "LDSM", *(("USETMAXREG",) if expect["moves_registers"] else ())):
         if not counts[name]:
             raise BuildError(f"{where}: no {name}, which the kernel has on sm_{ARCH}")
-    return {"calls": calls, "instructions": code[ON].counts()["total"]}
+    return {"calls": calls, "instructions": code.counts()["total"]}
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from wheelbuild import ROOT, BuildError
 from wheelbuild.plain_paths import PlainPaths, make_links
-from wheelbuild.plan import NVCC_FLAGS, own_name, tile_defines
+from wheelbuild.plan import NVCC_FLAGS, kernel_defines, own_name
 from wheelbuild.tile_model import tiles
 from wheelbuild.toolchain import find_cutlass, find_cxx, package_dirs, resolve_cuda
 
@@ -113,9 +113,9 @@ def _renamed(operands: str, banks: Mapping[str, str]) -> str:
     return re.sub(r",\s*", ", ", renamed).replace("{ ", "{").replace(" }", "}")
 
 
-def compile_to_ptx(tile: Tile, arch: str) -> str:
-    """What nvcc makes of a tile for an arch. BuildError in its words where it refuses."""
-    defines = (f"-DMXFP4_MOE_ARCH={arch}", *tile_defines(tile))
+def compile_to_ptx(tile: Tile, arch: str, pair: str = tiles.MXFP4_MXFP8) -> str:
+    """What nvcc makes of the tile's kernel for a pair of formats. BuildError in its words where it refuses."""
+    defines = kernel_defines(tile, arch, tiles.kernel_pair(arch, pair))
     return compile_source_to_ptx(Path("csrc/tile/tile.cu"), arch, defines, tile.name)
 
 
@@ -154,15 +154,20 @@ def compile_source_to_ptx(source: Path, arch: str, defines: Sequence[str], name:
         return (root / output).read_text(encoding="utf-8")
 
 
-def collect(chosen: Sequence[Tile]) -> dict[str, dict[str, str]]:
-    """The instructions of these tiles, by path."""
-    jobs = [(tile, arch) for arch in PATHS.values() for tile in chosen]
+def collect(chosen: Mapping[Tile, Sequence[str]]) -> dict[str, dict[str, str]]:
+    """The instructions of these tiles, each for these pairs of formats, by path."""
+    jobs = [
+        (tile, arch, pair)
+        for arch in PATHS.values()
+        for tile, pairs in chosen.items()
+        for pair in tiles.kernel_pairs(arch, pairs)
+    ]
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         compiled = dict(zip(jobs, pool.map(lambda job: compile_to_ptx(*job), jobs), strict=True))
     found: dict[str, dict[str, str]] = {path: {} for path in PATHS}
     for path, arch in PATHS.items():
-        for tile in chosen:
-            for name, statement in instructions(compiled[tile, arch]).items():
+        for job in jobs:
+            for name, statement in instructions(compiled[job]).items() if job[1] == arch else ():
                 found[path].setdefault(name, statement)
     return found
 
@@ -181,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the file is not current")
     check: bool = parser.parse_args(arguments).check
     try:
-        text = table(collect(tiles.load_manifest().tiles))
+        manifest = tiles.load_manifest()
+        every = [pair for pair in tiles.PAIRS if any(pair in profile.pairs for profile in manifest.profiles)]
+        text = table(collect({tile: manifest.narrowed.get(tile, every) for tile in manifest.tiles}))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

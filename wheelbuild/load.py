@@ -22,26 +22,28 @@ from typing import Any
 from wheelbuild import REFUSED, BuildError
 
 
-def _proved_in(arch: str) -> tuple[str, str]:
-    """The source and the proof that must agree about a tile on this arch."""
+def _proved_in(arch: str, pair: str) -> tuple[str, str]:
+    """The source and the proof that must agree about a tile's kernel."""
     if arch.startswith("9"):
-        return "csrc/tile/sm90/tile_shape.cuh", "tiles/sm90.py"
+        return "csrc/tile/sm90/tile_shape.cuh", "tiles/bf16.py"
+    if pair.endswith("_bf16"):
+        return "csrc/tile/sm12x/bf16_tile_shape.cuh", "tiles/bf16.py"
     return "csrc/tile/tile_shape.cuh", "tiles/proof.py"
 
 
-def _compare(library: str, arch: str, facts: object, wanted: Mapping[str, int]) -> None:
-    source, proof = _proved_in(arch)
+def _compare(library: str, arch: str, pair: str, facts: object, wanted: Mapping[str, int]) -> None:
+    source, proof = _proved_in(arch, pair)
     if not isinstance(facts, dict) or sorted(facts) != sorted(wanted):
         has = sorted(facts) if isinstance(facts, dict) else facts
         raise BuildError(
-            f"{library} on sm_{arch}: has the facts {has}, expected {sorted(wanted)}; csrc/tile/tile_op.cpp and "
-            "tiles/proof.py must agree"
+            f"{library} on sm_{arch}, {pair}: has the facts {has}, expected {sorted(wanted)}; "
+            "csrc/tile/tile_op.cpp and tiles/proof.py must agree"
         )
     for key, value in wanted.items():
         if facts[key] != value:
             raise BuildError(
-                f"{library} on sm_{arch}: {key} is {facts[key]} in the compiled tile and {value} in the proof of "
-                f"{proof}; {source} and {proof} must agree"
+                f"{library} on sm_{arch}, {pair}: {key} is {facts[key]} in the compiled tile and {value} in the proof "
+                f"of {proof}; {source} and {proof} must agree"
             )
 
 
@@ -62,8 +64,11 @@ def check_load(library: str, loaded: Mapping[str, Any], expect: Mapping[str, Any
     if not isinstance(facts, dict) or sorted(facts) != sorted(expect["facts"]):
         has = sorted(facts) if isinstance(facts, dict) else facts
         raise BuildError(f"{library} has facts for archs {has}, expected {sorted(expect['facts'])}")
-    for arch, wanted in expect["facts"].items():
-        _compare(library, arch, facts[arch], wanted)
+    for arch, of_pairs in expect["facts"].items():
+        if not isinstance(facts[arch], dict) or sorted(facts[arch]) != sorted(of_pairs):
+            raise BuildError(f"{library} on sm_{arch}: has facts for {facts[arch]}, expected pairs {sorted(of_pairs)}")
+        for pair, wanted in of_pairs.items():
+            _compare(library, arch, pair, facts[arch][pair], wanted)
 
 
 def _load(library: Path, module: str) -> dict[str, Any]:

@@ -86,6 +86,10 @@ class Code:
     def instructions(self) -> Iterator[Instruction]:
         return (instruction for kernel in self.kernels.values() for instruction in kernel)
 
+    def of(self, function: str) -> Code:
+        """The kernels that are instances of this template of csrc/tile."""
+        return Code(kernels={name: code for name, code in self.kernels.items() if is_instance(name, function)})
+
     def count(self, name: str) -> int:
         return sum(instruction.is_a(name) for instruction in self.instructions())
 

@@ -1,18 +1,20 @@
 """From manifest, settings and toolchain to the list of jobs. Pure: nothing here looks at the disk or runs anything.
 
-Per tile: `csrc/tile/tile.cu` once per arch, `csrc/tile/tile_op.cpp` once, a link, a check. The `moe` extension: every
+Per tile: `csrc/tile/tile.cu` once per kernel, which are an arch's for the pairs of formats of the profile,
+`csrc/tile/tile_op.cpp` once, a link, a check. The `moe` extension: every
 `csrc/moe/*.cu` once for all archs, every `csrc/moe/*.cpp`, a link, a check. At the end one job loads all extensions. A
 job's command is the whole truth about its output: what changes it reruns that job and those after it, and nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from wheelbuild import emulation
 from wheelbuild.block_scaled import OPCODE as BLOCK_SCALED
@@ -50,7 +52,7 @@ EXPORTS = Path("wheelbuild/exports.map")
 class CompileJob:
     """One command of the build. Relative paths are relative to the source tree's root."""
 
-    name: str  # unique, e.g. tile_m128n128.120f
+    name: str  # unique, e.g. tile_m128n128.120f.mxfp4_bf16
     kind: Kind
     module: str  # the extension it is for, e.g. tile_m128n128; of the one that loads them, "extensions"
     archs: tuple[str, ...]
@@ -60,6 +62,7 @@ class CompileJob:
     record: Path | None  # where the wrapper writes time, memory and the compiler's words
     depfile: Path | None
     command: tuple[str, ...]
+    pair: str = ""  # of formats that a tile's kernel reads
     machine_archs: tuple[str, ...] = ()  # whose machine code it makes: `archs`, but in a build that emulates
 
     @property
@@ -67,7 +70,7 @@ class CompileJob:
         what = "compile" if self.kind in ("nvcc", "cxx") else self.kind
         source = f" {self.inputs[0].name}" if what == "compile" else ""
         archs = " for " + ", ".join(f"sm_{arch}" for arch in self.machine_archs) if self.kind == "nvcc" else ""
-        return f"{self.module}: {what}{source}{archs}"
+        return f"{self.module}: {what}{source}{archs}{self.pair and f', {self.pair}'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +106,30 @@ def tile_defines(tile: Tile) -> tuple[str, ...]:
     return (f"-DLOGICAL_TILE_M={tile.m}", f"-DLOGICAL_TILE_N={tile.n}", f"-DSWAP_AB={int(tile.swap_ab)}")
 
 
-def _facts(tile: Tile, archs: Sequence[str]) -> dict[str, dict[str, int]]:
-    return {arch: tile_model.facts(tile, arch) for arch in archs}
+def kernel_defines(tile: Tile, arch: str, pair: str) -> tuple[str, ...]:
+    """What csrc/tile/tile.cu is compiled with to become the tile's kernel that reads a pair of formats on an arch."""
+    return (*tile_defines(tile), f"-DMXFP4_MOE_ARCH={arch}", f"-DMXFP4_MOE_PAIR={pair}")
 
 
-def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str | float | None]:
-    """What wheelbuild.check.check_main_loop expects of a tile: per step of K = 32, a warp's MMAs and what they read.
+def _of_kernels(
+    kernels: Sequence[tuple[str, str]], made: Callable[[str, str], Mapping[str, Any]]
+) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """What `made` makes of each kernel, by arch and pair; nothing of those of which it makes nothing."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for arch, pair in kernels:
+        if one := made(arch, pair):
+            found.setdefault(arch, {})[pair] = one
+    return found
+
+
+def _main_loop(tile: Tile, arch: str, pair: str, thresholds: Thresholds) -> dict[str, str | float | None]:
+    """What wheelbuild.check.check_main_loop expects of a kernel: per step of K = 32, a warp's MMAs and what they read.
 
     Activations take two 8 x 16 byte matrices per 8 rows, bf16 four; wgmma reads them from shared memory itself. Packed
     weights take one word per lane, of which as many come at once as stand side by side (csrc/shared/weight_layout.cuh):
     four where the warp has as many groups of 8 rows.
     """
-    proof = tile_model.prove(tile, arch)
+    proof = tile_model.prove(tile, arch, pair)
     wgmma = proof.opcode == "HGMMA"
     act, weight = (proof.warp_n, proof.warp_m) if proof.weights_are_a else (proof.warp_m, proof.warp_n)
     return {
@@ -125,26 +140,30 @@ def _main_loop(tile: Tile, arch: str, thresholds: Thresholds) -> dict[str, str |
         "words_per_step": weight // 8,
         "words_per_load": min(weight // 8, 4),
         "variants": proof.reads_bf16,
-        "limit": thresholds.limit(arch, tile.name),
+        "limit": thresholds.limit(arch, pair, tile.name),
     }
 
 
-def _emulated(tile: Tile) -> dict[str, int | bool]:
-    """What wheelbuild.emulation.check_emulated_tile expects of a tile: its MMAs in a K tile, four steps, of one warp.
+def _emulated(tile: Tile, pair: str) -> dict[str, str | int | bool]:
+    """What wheelbuild.emulation.check_emulated_tile expects of a kernel: its MMAs in a K tile, four steps, of one warp.
 
-    A fifth warp and more beside four, or a ninth beside eight, are the producer's; three more bring registers along.
+    None is emulated of a kernel whose MMA both archs have. A fifth warp and more beside four, or a ninth beside eight,
+    are the producer's; three more bring registers along.
     """
-    proof = tile_model.prove(tile, emulation.ARCH)
+    proof = tile_model.prove(tile, emulation.ARCH, pair)
     spare_warps = proof.threads // 32 - proof.warps_m * proof.warps_n
     return {
-        "mma_per_k_tile": proof.mma_per_step * 4,
+        "function": proof.function,
+        "mma_per_k_tile": proof.mma_per_step * 4 if proof.opcode == BLOCK_SCALED else 0,
         "moves_registers": spare_warps > 1,
     }
 
 
-def block_scaled(tile: Tile, arch: str) -> dict[str, object]:
-    """What wheelbuild.block_scaled expects of a tile."""
-    proof = tile_model.prove(tile, arch)
+def block_scaled(tile: Tile, arch: str, pair: str = tile_model.MXFP4_MXFP8) -> dict[str, object]:
+    """What wheelbuild.block_scaled expects of a kernel; nothing of one whose MMA takes no scales."""
+    proof = tile_model.prove(tile, arch, pair)
+    if proof.opcode != BLOCK_SCALED:
+        return {}
     parts = ("stages", "act_bytes", "weight_bytes", "act_scale_bytes")
     memory = {part: getattr(proof, part) for part in parts}
     memory |= {"block_bytes": tile_model.WEIGHT_BLOCK_BYTES, "block_scale_bytes": tile_model.WEIGHT_BLOCK_ROWS * 4}
@@ -200,6 +219,7 @@ class _Planner:
         command: Sequence[str | Path],
         *,
         archs: tuple[str, ...] = (),
+        pair: str = "",
         implicit: Sequence[Path] = (),
     ) -> CompileJob:
         compiles = kind in ("nvcc", "cxx")
@@ -208,6 +228,7 @@ class _Planner:
             kind=kind,
             module=module,
             archs=archs,
+            pair=pair,
             machine_archs=self.machine(archs),
             inputs=tuple(inputs),
             implicit=tuple(implicit),
@@ -218,7 +239,13 @@ class _Planner:
         )
 
     def nvcc(
-        self, module: str, source: Path, archs: tuple[str, ...], defines: tuple[str, ...], output: Path
+        self,
+        module: str,
+        source: Path,
+        archs: tuple[str, ...],
+        defines: tuple[str, ...],
+        output: Path,
+        pair: str = "",
     ) -> CompileJob:
         tools, plain = self.toolchain, self.plain
         command: list[str | Path] = [
@@ -235,7 +262,7 @@ class _Planner:
             *(_system(map(plain, tools.cuda.include_dirs[1:])) if self.settings.cross else ()),
             *_dependencies(source, output),
         ]
-        return self._job("nvcc", output.stem, module, [source], output, command, archs=archs)
+        return self._job("nvcc", output.stem, module, [source], output, command, archs=archs, pair=pair)
 
     def cxx(self, module: str, source: Path, defines: tuple[str, ...], output: Path) -> CompileJob:
         tools, plain = self.toolchain, self.plain
@@ -290,7 +317,7 @@ class _Planner:
         expect: dict[str, object] = {
             tile.module: {
                 "ops": [f"mxfp4_moe::grouped_gemm_{tile.name}"],
-                "facts": _facts(tile, self.archs),
+                "facts": _of_kernels(self.settings.kernels(tile), functools.partial(tile_model.facts, tile)),
             }
             for tile in self.settings.tiles
         }
@@ -307,37 +334,35 @@ class _Planner:
 
     def tile(self, tile: Tile) -> list[CompileJob]:
         module, folder, defines = tile.module, self.folder, tile_defines(tile)
-        each_arch = " ".join(f"X({arch})" for arch in self.archs)
+        kernels = self.settings.kernels(tile)
+        each_kernel = " ".join(f"X({arch}, {pair})" for arch, pair in kernels)
         objects = [
             self.nvcc(
                 module,
                 Path("csrc/tile/tile.cu"),
                 (arch,),
-                (*defines, f"-DMXFP4_MOE_ARCH={arch}"),
-                folder / f"{module}.{arch}.o",
+                kernel_defines(tile, arch, pair),
+                folder / f"{module}.{arch}.{pair}.o",
+                pair,
             )
-            for arch in self.archs
+            for arch, pair in kernels
         ]
         objects.append(
             self.cxx(
                 module,
                 Path("csrc/tile/tile_op.cpp"),
-                (*defines, f"-DTILE_NAME={tile.name}", f"-DMXFP4_MOE_FOR_EACH_ARCH(X)={each_arch}"),
+                (*defines, f"-DTILE_NAME={tile.name}", f"-DMXFP4_MOE_FOR_EACH_KERNEL(X)={each_kernel}"),
                 folder / f"{module}.op.o",
             )
         )
         library = folder / f"{module}.abi3.so"
         expect: dict[str, object]
         if self.settings.emulates:
-            expect = {"emulated": _emulated(tile)}
+            expect = {"emulated": {pair: _emulated(tile, pair) for _, pair in kernels}}
         else:
             expect = {
-                "main_loop": {arch: _main_loop(tile, arch, self.thresholds) for arch in self.archs},
-                "block_scaled": {
-                    arch: block_scaled(tile, arch)
-                    for arch in self.archs
-                    if tile_model.prove(tile, arch).opcode == BLOCK_SCALED
-                },
+                "main_loop": _of_kernels(kernels, lambda arch, pair: _main_loop(tile, arch, pair, self.thresholds)),
+                "block_scaled": _of_kernels(kernels, functools.partial(block_scaled, tile)),
             }
         return [*objects, self.link(module, objects, library), self.check(module, library, objects, expect)]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "build_report.json"
 COSTS_NAME = "build_costs.json"
-REPORT_SCHEMA = 3
+REPORT_SCHEMA = 4
 
 
 def _read(path: Path | None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _cost(root: Path, jobs: Sequence[CompileJob]) -> dict[str, float]:
 def _kernel(root: Path, job: CompileJob, tile: Tile, facts: Mapping[str, int]) -> dict[str, Any]:
     """The tile's kernel that this job compiled: its name, facts, registers and memory."""
     (arch,), (machine,) = job.archs, job.machine_archs
-    function = tile_model.prove(tile, arch).function
+    function = tile_model.prove(tile, arch, job.pair).function
     compiled = parse_ptxas(_read(root / job.record if job.record else None)["output"])
     (used,) = (each for each in compiled if each.arch == machine and is_instance(each.kernel, function))
     names = ("registers", "stack_bytes", "spill_store_bytes", "spill_load_bytes")
@@ -62,18 +62,17 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
         checked = _read(root / plan.check(tile.module))
         archs: dict[str, Any] = {}
         for job in plan.jobs_of(tile.module, "nvcc"):
-            (arch,), (machine,) = job.archs, job.machine_archs
-            archs[arch] = {
-                **_kernel(root, job, tile, loaded[tile.module]["facts"][arch]),
-                **(
-                    {"emulated": checked["emulated"]}
-                    if settings.emulates
-                    else {"main_loop": checked["main_loop"][arch]}
-                ),
-                "instructions": checked["instructions"][machine],
-            }
-            if arch in checked["block_scaled"]:
-                archs[arch]["block_scaled"] = checked["block_scaled"][arch]
+            (arch,), pair = job.archs, job.pair
+            kernel = _kernel(root, job, tile, loaded[tile.module]["facts"][arch][pair])
+            if settings.emulates:
+                kernel["emulated"] = checked["emulated"][pair]
+                kernel["instructions"] = {"total": kernel["emulated"]["instructions"]}
+            else:
+                kernel["main_loop"] = checked["main_loop"][arch][pair]
+                kernel["instructions"] = checked["kernel_instructions"][arch][pair]
+            if scaled := checked["block_scaled"].get(arch, {}).get(pair):
+                kernel["block_scaled"] = scaled
+            archs.setdefault(arch, {})[pair] = kernel
         tiles[tile.name] = {
             "m": tile.m,
             "n": tile.n,
@@ -88,6 +87,7 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
         "distribution": settings.distribution,
         "version": version,
         "profile": settings.profile,
+        "pairs": list(dict.fromkeys(pair for tile in plan.tiles for pair in settings.pairs[tile])),
         "archs": list(plan.archs),
         **({"emulates": {"arch": emulation.ARCH, "on": emulation.ON}} if settings.emulates else {}),
         "built_with": {
@@ -110,23 +110,22 @@ def make_report(plan: Plan, settings: Settings, toolchain: Toolchain, version: s
 
 
 def make_costs(plan: Plan, root: Path) -> dict[str, Any]:
-    """Seconds and memory of a finished build: per tile those of each arch's kernel and of the host code, and of moe."""
-    tiles = {
-        tile.name: {
-            "archs": {job.archs[0]: _cost(root, [job]) for job in plan.jobs_of(tile.module, "nvcc")},
-            "host": _cost(root, plan.jobs_of(tile.module, "cxx")),
-        }
-        for tile in plan.tiles
-    }
+    """Seconds and memory of a finished build: per tile those of each kernel and of the host code, and of moe."""
+    tiles: dict[str, Any] = {}
+    for tile in plan.tiles:
+        archs: dict[str, dict[str, Any]] = {}
+        for job in plan.jobs_of(tile.module, "nvcc"):
+            archs.setdefault(job.archs[0], {})[job.pair] = _cost(root, [job])
+        tiles[tile.name] = {"archs": archs, "host": _cost(root, plan.jobs_of(tile.module, "cxx"))}
     return {"tiles": tiles, "moe": _cost(root, [*plan.jobs_of("moe", "nvcc"), *plan.jobs_of("moe", "cxx")])}
 
 
 def summary(report: dict[str, Any], costs: dict[str, Any]) -> str:
-    """The numbers of both as a table, one line per tile and arch."""
+    """The numbers of both as a table, one line per kernel."""
     rows = ["tile arch kernel stages smem regs loop NOP MMA LDSM per-MMA total CPU-s MB".split()]
     for name, tile in report["tiles"].items():
-        for arch, built in tile["archs"].items():
-            cost = costs["tiles"][name]["archs"][arch]
+        for arch, pair in ((arch, pair) for arch, of_pairs in tile["archs"].items() for pair in of_pairs):
+            built, cost = tile["archs"][arch][pair], costs["tiles"][name]["archs"][arch][pair]
             row = [name, f"sm_{arch}", built["function"], built["stages"], built["smem_bytes"], built["registers"]]
             if loop := built.get("main_loop"):
                 row += [loop["instructions"], loop["nops"], loop["mma"], loop["ldsm"]]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wheelbuild import BuildError, emulation
 from wheelbuild.platforms import PLATFORMS, Platform, host_platform
+from wheelbuild.tile_model import tiles
 
 if TYPE_CHECKING:
     from mxfp4_moe.tiles import Manifest, Tile
@@ -36,7 +37,12 @@ class Settings:
     local_version: str | None  # None: derived from the toolkit
     name_suffix: str  # cu13 for PyPI, which has no local versions; empty elsewhere
     max_jobs: int | None
+    pairs: Mapping[Tile, tuple[str, ...]]  # of formats that each tile is built for
     emulates: bool = False  # SM12x's kernels as SM90's machine code, for tests (wheelbuild.emulation)
+
+    def kernels(self, tile: Tile) -> tuple[tuple[str, str], ...]:
+        """The kernels of a tile: for each arch the pairs of formats that they read."""
+        return tuple((arch, pair) for arch in self.archs for pair in tiles.kernel_pairs(arch, self.pairs[tile]))
 
     def compiled_for(self, arch: str) -> str:
         """Whose machine code an arch's kernels become: its own, but in a build that emulates."""
@@ -128,7 +134,7 @@ def read_settings(env: Mapping[str, str], manifest: Manifest, host: str | None =
     if profile not in known:
         raise BuildError(f"{PROFILE_VARIABLE}: {profile!r} is not in the manifest, which has {', '.join(known)}")
     names = tuple(tile.name for tile in manifest.tiles)
-    tiles = _chosen(env, TILES_VARIABLE, names)
+    chosen = tuple(manifest.tile(name) for name in _chosen(env, TILES_VARIABLE, names))
     emulates = _emulates(env, manifest)
     all_archs = (emulation.ARCH,) if emulates else manifest.archs
     archs = all_archs if emulates else _chosen(env, ARCHS_VARIABLE, manifest.archs)
@@ -144,11 +150,12 @@ def read_settings(env: Mapping[str, str], manifest: Manifest, host: str | None =
         default_profile=profile == manifest.default_profile,
         platform=platform,
         cross=platform.name != host,
-        tiles=tuple(manifest.tile(name) for name in tiles),
+        tiles=chosen,
         archs=archs,
-        filtered=tiles != names or archs != all_archs,
+        filtered=len(chosen) != len(names) or archs != all_archs,
         local_version=env.get(LOCAL_VERSION_VARIABLE),
         name_suffix=suffix,
         max_jobs=int(jobs) if jobs else None,
+        pairs={tile: manifest.pairs_of(profile, tile) for tile in chosen},
         emulates=emulates,
     )

@@ -30,13 +30,13 @@ _MEASURED = "[instructions_per_mma.measured]"
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    instructions_per_mma: Mapping[str, Mapping[str, float]]  # by arch and tile
+    instructions_per_mma: Mapping[str, Mapping[str, Mapping[str, float]]]  # by arch, pair of formats and tile
     peak_mb: float  # of one run of nvcc
     wheel_bytes: int
 
-    def limit(self, arch: str, tile: str) -> float | None:
+    def limit(self, arch: str, pair: str, tile: str) -> float | None:
         """Instructions per MMA in the main loop of a tile's kernel; None where there is no limit."""
-        return self.instructions_per_mma.get(arch, {}).get(tile)
+        return self.instructions_per_mma.get(arch, {}).get(pair, {}).get(tile)
 
 
 def parse_thresholds(text: str) -> Thresholds:
@@ -45,10 +45,12 @@ def parse_thresholds(text: str) -> Thresholds:
         data = tomllib.loads(text)
         tables = data["instructions_per_mma"]
         measured, by_hand = tables["measured"], tables["set"]
-        limits = {
-            arch: {tile: float(limit) for tile, limit in {**measured.get(arch, {}), **by_hand.get(arch, {})}.items()}
-            for arch in {**measured, **by_hand}
-        }
+        limits: dict[str, dict[str, dict[str, float]]] = {}
+        for table in (measured, by_hand):
+            for arch, pairs in table.items():
+                for pair, of_tiles in pairs.items():
+                    known = limits.setdefault(arch, {}).setdefault(pair, {})
+                    known.update({tile: float(limit) for tile, limit in of_tiles.items()})
         return Thresholds(
             instructions_per_mma=limits,
             peak_mb=data["compile"]["peak_mb"],
@@ -70,14 +72,20 @@ def check_wheel(wheel: Path, thresholds: Thresholds) -> None:
 
 
 def updated(text: str, report: Mapping[str, Any]) -> str:
-    """`text` with the measured limits of the archs it has, and of every tile of `report` without one set by hand."""
-    by_hand = tomllib.loads(text)["instructions_per_mma"]["set"]
+    """`text` with the measured limits of the archs and pairs it has, and of every tile of `report` without one by hand.
+
+    A profile that lacks a pair leaves that pair's limits as they are.
+    """
+    tables = tomllib.loads(text)["instructions_per_mma"]
     lines = []
-    for arch, fixed in by_hand.items():
-        lines += ["", f'[instructions_per_mma.measured."{arch}"]']
-        for name, tile in report["tiles"].items():
-            built = tile["archs"].get(arch)
-            if name not in fixed and built is not None:
+    for arch, pair in ((arch, pair) for arch, pairs in tables["set"].items() for pair in pairs):
+        lines += ["", f'[instructions_per_mma.measured."{arch}".{pair}]']
+        kernels = {name: tile["archs"].get(arch, {}).get(pair) for name, tile in report["tiles"].items()}
+        if not any(kernels.values()):
+            known = tables.get("measured", {}).get(arch, {}).get(pair, {})
+            lines += [f"{name} = {limit}" for name, limit in known.items()]
+        for name, built in kernels.items():
+            if name not in tables["set"][arch][pair] and built is not None:
                 figure = built["main_loop"]["instructions_per_mma"]
                 lines.append(f"{name} = {math.ceil(round(figure * SLACK * 10, 6)) / 10}")
     head, marker, _ = text.partition(_MEASURED)

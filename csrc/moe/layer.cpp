@@ -73,12 +73,16 @@ Layer check(const LayerArgs& args) {
   layer.tile = tiles().find(args.tile_m, args.tile_n);
   STD_TORCH_CHECK(layer.tile != nullptr, "tile: expected one that is loaded, got (", args.tile_m, ", ", args.tile_n,
                   ")");
-  // Where the device has no machine code the launch says why.
-  const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(layer.device);
-  layer.in_bf16 = facts != nullptr && facts->act_format == MXFP4_MOE_ACT_BF16;
+  // MXFP8 is folded into bf16 where no kernel reads it as it is. Where the device has no machine code the launch says
+  // why.
   const bool quantizes = check_activation_format(args.activation_format) == ActivationFormat::kMxfp8;
-  STD_TORCH_CHECK(quantizes || layer.in_bf16,
-                  "activation_format: expected mxfp8, the only one that this GPU's kernels take, got bf16");
+  const Mxfp4MoeTileFacts* in_mxfp8 = layer.tile->facts_of(layer.device, MXFP4_MOE_ACT_MXFP8);
+  const Mxfp4MoeTileFacts* in_bf16 = layer.tile->facts_of(layer.device, MXFP4_MOE_ACT_BF16);
+  const Mxfp4MoeTileFacts* facts = quantizes && in_mxfp8 != nullptr ? in_mxfp8 : in_bf16;
+  layer.in_bf16 = facts != nullptr && facts->act_format == MXFP4_MOE_ACT_BF16;
+  STD_TORCH_CHECK(quantizes || layer.in_bf16 || in_mxfp8 == nullptr,
+                  "activation_format: expected mxfp8, the only one that tile (", args.tile_m, ", ", args.tile_n,
+                  ") has a kernel for on this GPU, got bf16");
   STD_TORCH_CHECK(quantizes || !layer.is_mxfp8,
                   "activation_format: expected mxfp8 for hidden_states that are MXFP8 already, got bf16");
   layer.rows = !layer.in_bf16 ? RowFormat::kMxfp8 : quantizes ? RowFormat::kMxfp8InBf16 : RowFormat::kBf16;

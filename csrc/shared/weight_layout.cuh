@@ -7,8 +7,8 @@
 //   1024 per step  of K = 32 (a last K tile may have fewer than four): the 32-bit word of row r and k = 8t .. 8t + 7 at
 //                  r / 32 * 512 + (r % 8 * 4 + t) * 16 + r / 8 % 4 * 4
 // so that lane 4g + t of a warp gets row g of four groups of 8 rows in one 16-byte load. Inside a word the eight codes
-// are ordered for the instructions that expand them: containers for SM12x (tile/sm12x/mma.cuh), pairs for SM90
-// (tile/sm90/bf16_operands.cuh). formats/weight_layout.py mirrors this file.
+// are ordered for the instructions that expand them: containers for SM12x's block-scaled MMA (tile/sm12x/mma.cuh),
+// pairs for bf16 MMAs (tile/bf16/operands.cuh). formats/weight_layout.py mirrors this file.
 #pragma once
 
 #include <stdint.h>

@@ -9,8 +9,9 @@
 #include <type_traits>
 
 #include "shared/per_device.h"
+#include "tile/bf16/mma_sync_kernel.cuh"
+#include "tile/sm12x/bf16_tile_shape.cuh"
 #include "tile/sm12x/plain_kernel.cuh"
-#include "tile/sm90/mma_sync_kernel.cuh"
 #include "tile/sm90/wgmma_kernel.cuh"
 
 namespace mxfp4_moe {
@@ -51,6 +52,9 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (a.activate.rows) {
     if (!Shape::kReadsBf16 && !a.activate.quantizes)
       return refuse("quantizes: tile (%d, %d) writes MXFP8 rows on this GPU", Shape::M, Shape::N);
+    if constexpr (Shape::kReadsBf16 && !Shape::Arch::kFoldsMxfp8)
+      if (a.activate.quantizes)
+        return refuse("quantizes: tile (%d, %d) writes bf16 rows as they come on this GPU", Shape::M, Shape::N);
     if (!Shape::kActivates) return refuse("activate: tile (%d, %d) cannot", Shape::M, Shape::N);
     if (a.n % 64) return refuse("n: expected a multiple of 64, gates and ups, got %d", a.n);
     if (a.activate.activation < 0 || !is_fused(static_cast<Activation>(a.activate.activation)))

@@ -1,5 +1,5 @@
 // How shared memory and registers are divided: a multiprocessor's among blocks, a block's among the stages of its
-// pipeline. Once for all shapes (tile_shape.cuh, sm90/tile_shape.cuh). Host code: tests compile it alone, and
+// pipeline. Once for all shapes (tile_shape.cuh, bf16/tile_shape.cuh). Host code: tests compile it alone, and
 // tiles/stages.py mirrors it.
 #pragma once
 

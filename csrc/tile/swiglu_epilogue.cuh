@@ -1,7 +1,7 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
 // memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in
 // shared/scale_layout.cuh; or, where the tile's kernel reads them so, bf16 rows (shared/bf16_rows.cuh), quantized to
-// MXFP8 before or not.
+// MXFP8 before or not, if the kernel serves both.
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   };
   if constexpr (Shape::kReadsBf16) {
     static_assert(kSwap);
-    if (!a.quantizes) {
+    if (!Shape::kFoldsMxfp8 || !a.quantizes) {
 #pragma unroll
       for (int f = 0; f < kActFrags; ++f) {
         if (is_empty(f)) continue;

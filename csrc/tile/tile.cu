@@ -1,6 +1,6 @@
-// The translation unit compiled once per tile and arch, with -DLOGICAL_TILE_M, -DLOGICAL_TILE_N, -DSWAP_AB and
-// -DMXFP4_MOE_ARCH. Its object exports the tile's facts and its launch function for that arch; tile_op.cpp gathers
-// the archs into one extension.
+// The translation unit compiled once per tile, arch and pair of formats that its kernel reads, with -DLOGICAL_TILE_M,
+// -DLOGICAL_TILE_N, -DSWAP_AB, -DMXFP4_MOE_ARCH and -DMXFP4_MOE_PAIR. Its object exports the kernel's facts and its
+// launch function; tile_op.cpp gathers the kernels into one extension.
 #include "tile/launcher.cuh"
 
 #define MXFP4_MOE_JOIN_(a, b) a##b
@@ -8,18 +8,23 @@
 #define MXFP4_MOE_TEXT_(a) #a
 #define MXFP4_MOE_TEXT(a) MXFP4_MOE_TEXT_(a)
 
-// A type per arch: with one for both, the objects of the two archs would define the same kernel, and the linker would
-// keep the host stub of only one of them.
-namespace MXFP4_MOE_JOIN(sm_, MXFP4_MOE_ARCH) {
-struct Tile : mxfp4_moe::ShapeOf<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB,
-                                 mxfp4_moe::MXFP4_MOE_JOIN(Arch_, MXFP4_MOE_ARCH)>::Type {};
-}  // namespace MXFP4_MOE_JOIN(sm_,MXFP4_MOE_ARCH)
-using MXFP4_MOE_JOIN(sm_, MXFP4_MOE_ARCH)::Tile;
+#define MXFP4_MOE_OF_KERNEL(prefix) \
+  MXFP4_MOE_JOIN(MXFP4_MOE_JOIN(prefix, MXFP4_MOE_ARCH), MXFP4_MOE_JOIN(_, MXFP4_MOE_PAIR))
+
+// A type per kernel: with one for two, their objects would define the same functions, and the linker would keep one of
+// each.
+namespace MXFP4_MOE_OF_KERNEL(sm_) {
+struct Tile
+    : mxfp4_moe::ShapeOf<LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, mxfp4_moe::MXFP4_MOE_JOIN(Arch_, MXFP4_MOE_ARCH),
+                         mxfp4_moe::MXFP4_MOE_JOIN(Pair_, MXFP4_MOE_PAIR)>::Type {};
+}  // namespace MXFP4_MOE_OF_KERNEL(sm_)
+using MXFP4_MOE_OF_KERNEL(sm_)::Tile;
 
 extern "C" {
 
-extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, MXFP4_MOE_ARCH) = {
+extern const Mxfp4MoeTileFacts MXFP4_MOE_OF_KERNEL(mxfp4_moe_tile_facts_) = {
     MXFP4_MOE_TEXT(MXFP4_MOE_ARCH),
+    MXFP4_MOE_TEXT(MXFP4_MOE_PAIR),
     Tile::M,
     Tile::N,
     SWAP_AB,
@@ -33,7 +38,7 @@ extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, MXFP4_MOE_A
     Tile::kReadsBf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8,
 };
 
-const char* MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, MXFP4_MOE_ARCH)(const Mxfp4MoeGemmArgs* args) {
+const char* MXFP4_MOE_OF_KERNEL(mxfp4_moe_tile_launch_)(const Mxfp4MoeGemmArgs* args) {
   return mxfp4_moe::launch_tile<Tile>(*args);
 }
 

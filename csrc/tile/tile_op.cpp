@@ -1,9 +1,9 @@
-// One tile as a torch extension: gathers the archs that tile.cu was compiled for, registers the tile's operator
+// One tile as a torch extension: gathers the kernels that tile.cu was compiled to, registers the tile's operator
 // mxfp4_moe::grouped_gemm_<name>, and is importable, so that Python loads it once and hands `entry`, the address of
 // its Mxfp4MoeTile (tile_abi.h), to the layer in csrc/moe.
 //
-// Compiled once per tile with -DTILE_NAME=m8n128_swap, the tile's macros, and '-DMXFP4_MOE_FOR_EACH_ARCH(X)=X(90a)
-// X(120f)'.
+// Compiled once per tile with -DTILE_NAME=m8n128_swap, the tile's macros, and '-DMXFP4_MOE_FOR_EACH_KERNEL(X)=X(90a,
+// mxfp4_bf16) X(120f, mxfp4_mxfp8)': archs, and pairs of formats that kernels read.
 #include <Python.h>
 #include <climits>
 #include <optional>
@@ -20,19 +20,21 @@
 #define MXFP4_MOE_JOIN(a, b) MXFP4_MOE_JOIN_(a, b)
 #define MXFP4_MOE_TEXT_(...) #__VA_ARGS__
 #define MXFP4_MOE_TEXT(...) MXFP4_MOE_TEXT_(__VA_ARGS__)
+#define MXFP4_MOE_FACTS(arch, pair) mxfp4_moe_tile_facts_##arch##_##pair
+#define MXFP4_MOE_LAUNCH(arch, pair) mxfp4_moe_tile_launch_##arch##_##pair
 
 extern "C" {
-#define DECLARE(arch)                                                         \
-  extern const Mxfp4MoeTileFacts MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch); \
-  const char* MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, arch)(const Mxfp4MoeGemmArgs*);
-MXFP4_MOE_FOR_EACH_ARCH(DECLARE)
+#define DECLARE(arch, pair)                                   \
+  extern const Mxfp4MoeTileFacts MXFP4_MOE_FACTS(arch, pair); \
+  const char* MXFP4_MOE_LAUNCH(arch, pair)(const Mxfp4MoeGemmArgs*);
+MXFP4_MOE_FOR_EACH_KERNEL(DECLARE)
 #undef DECLARE
 }
 
 namespace mxfp4_moe {
 namespace {
 
-struct Arch {
+struct Kernel {
   const Mxfp4MoeTileFacts* facts;
   const char* (*launch)(const Mxfp4MoeGemmArgs*);
   int major;  // of the GPUs that its machine code runs on: 90a needs exactly 9.x, 120f the whole 12.x family
@@ -45,24 +47,23 @@ constexpr int major_of(const char* arch) {  // "90a" -> 9, "120f" -> 12
 }
 constexpr int major_of_gpus(const char* arch) { return kEmulatesSm12x ? 9 : major_of(arch); }
 
-const Arch kArchs[] = {
-#define ENTRY(arch) \
-  {&MXFP4_MOE_JOIN(mxfp4_moe_tile_facts_, arch), &MXFP4_MOE_JOIN(mxfp4_moe_tile_launch_, arch), major_of_gpus(#arch)},
-    MXFP4_MOE_FOR_EACH_ARCH(ENTRY)
+const Kernel kKernels[] = {
+#define ENTRY(arch, pair) {&MXFP4_MOE_FACTS(arch, pair), &MXFP4_MOE_LAUNCH(arch, pair), major_of_gpus(#arch)},
+    MXFP4_MOE_FOR_EACH_KERNEL(ENTRY)
 #undef ENTRY
 };
 
-// Whose machine code the device runs, or nullptr.
-const Arch* arch_of(int32_t device) {
+// Whose machine code the device runs and whose rows have this format, or nullptr.
+const Kernel* kernel_of(int32_t device, int32_t act_format) {
   const int major = compute_capability_major(device);
-  for (const Arch& arch : kArchs)
-    if (arch.major == major) return &arch;
+  for (const Kernel& kernel : kKernels)
+    if (kernel.major == major && kernel.facts->act_format == act_format) return &kernel;
   return nullptr;
 }
 
-const Mxfp4MoeTileFacts* facts_of(int32_t device) {
-  const Arch* arch = arch_of(device);
-  return arch ? arch->facts : nullptr;
+const Mxfp4MoeTileFacts* facts_of(int32_t device, int32_t act_format) {
+  const Kernel* kernel = kernel_of(device, act_format);
+  return kernel ? kernel->facts : nullptr;
 }
 
 const char* launch(const Mxfp4MoeGemmArgs* args) {
@@ -71,11 +72,21 @@ const char* launch(const Mxfp4MoeGemmArgs* args) {
     cudaGetLastError();
     return "no usable CUDA device";
   }
-  if (const Arch* arch = arch_of(device)) return arch->launch(args);
+  if (const Kernel* kernel = kernel_of(device, args->act_format)) return kernel->launch(args);
   static thread_local std::string reason;
-  reason = "tile " MXFP4_MOE_TEXT(TILE_NAME) ": this GPU has compute capability " +
-           std::to_string(compute_capability_major(device)) + ".x, this wheel has machine code for";
-  for (const Arch& arch : kArchs) reason += std::string(" sm_") + arch.facts->arch;
+  const int major = compute_capability_major(device);
+  reason = "tile " MXFP4_MOE_TEXT(TILE_NAME) ": ";
+  std::string archs, formats;
+  for (const Kernel& kernel : kKernels) {
+    if (archs.find(kernel.facts->arch) == std::string::npos) archs += std::string(" sm_") + kernel.facts->arch;
+    if (kernel.major == major) formats += (formats.empty() ? "" : " or ") + std::to_string(kernel.facts->act_format);
+  }
+  if (formats.empty())
+    reason +=
+        "this GPU has compute capability " + std::to_string(major) + ".x, this wheel has machine code for" + archs;
+  else
+    reason += "act_format: expected " + formats + ", the rows that its kernels read on this GPU, got " +
+              std::to_string(args->act_format);
   return reason.c_str();
 }
 
@@ -97,11 +108,12 @@ void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, con
   STD_TORCH_CHECK(n > 0 && n % 16 == 0 && n <= INT_MAX, "n: expected a positive multiple of 16, got ", n);
   STD_TORCH_CHECK(rows <= INT_MAX - 3, "rows: expected at most ", INT_MAX - 3, ", got ", rows);
   STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
-  const Mxfp4MoeTileFacts* facts = facts_of(device);
-  const bool is_bf16 = facts != nullptr && facts->act_format == MXFP4_MOE_ACT_BF16;  // without facts launch says why
+  // Where the device has kernels for both, the rows say which; for neither, launch says why.
+  const bool has_mxfp8 = kernel_of(device, MXFP4_MOE_ACT_MXFP8), has_bf16 = kernel_of(device, MXFP4_MOE_ACT_BF16);
+  const bool is_bf16 = has_bf16 && (!has_mxfp8 || act.scalar_type() == ScalarType::BFloat16);
   check_tensor("act", act, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, {rows, k}, device);
   STD_TORCH_CHECK(is_bf16 != act_scale.has_value(), "act_scale: expected ", is_bf16 ? "none" : "uint8",
-                  " for the rows that this GPU's kernels read, got ", is_bf16 ? "one" : "none");
+                  " for the rows that this GPU's kernel reads, got ", is_bf16 ? "one" : "none");
   if (act_scale.has_value())
     check_tensor("act_scale", *act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
   check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k)}, device);
@@ -147,13 +159,22 @@ bool put(PyObject* dict, PyObject* key, PyObject* value) {
 
 PyObject* facts(PyObject*, PyObject*) {
   PyObject* all = PyDict_New();
-  for (const Arch& arch : kArchs) {
-    const Mxfp4MoeTileFacts& f = *arch.facts;
+  for (const Kernel& kernel : kKernels) {
+    const Mxfp4MoeTileFacts& f = *kernel.facts;
     PyObject* one =
         Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "tile_m", f.tile_m, "tile_n", f.tile_n, "swap_ab",
                       f.swap_ab, "threads", f.threads, "stages", f.stages, "stage_bytes", f.stage_bytes, "smem_bytes",
                       f.smem_bytes, "blocks_per_sm", f.blocks_per_sm, "accumulator_registers", f.accumulator_registers);
-    if (!put(all, PyUnicode_FromString(f.arch), one)) {
+    // By arch, then by pair.
+    PyObject* key = PyUnicode_FromString(f.arch);
+    PyObject* of_arch = all && key ? PyDict_GetItemWithError(all, key) : nullptr;  // borrowed
+    if (key && !of_arch && !PyErr_Occurred()) {
+      PyObject* empty = PyDict_New();
+      Py_XINCREF(key);
+      of_arch = put(all, key, empty) ? empty : nullptr;  // which `all` keeps alive
+    }
+    Py_XDECREF(key);
+    if (!put(of_arch, PyUnicode_FromString(f.pair), one)) {
       Py_XDECREF(all);
       return nullptr;
     }
@@ -174,10 +195,10 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("grouped_gemm_" MXFP4_MOE_TEXT(TILE_NAME), TORCH_BOX(&mxfp4_moe::grouped_gemm));
 }
 
-// `entry`: address of the tile's Mxfp4MoeTile. `facts()`: what the tile is on each arch.
+// `entry`: address of the tile's Mxfp4MoeTile. `facts()`: what each of its kernels is.
 PyMODINIT_FUNC MXFP4_MOE_JOIN(PyInit_tile_, TILE_NAME)(void) {
   static PyMethodDef methods[] = {
-      {"facts", mxfp4_moe::facts, METH_NOARGS, "dict: arch -> what this tile was compiled with"},
+      {"facts", mxfp4_moe::facts, METH_NOARGS, "dict: arch -> pair of formats -> what its kernel was compiled with"},
       {nullptr, nullptr, 0, nullptr}};
   static struct PyModuleDef module = {PyModuleDef_HEAD_INIT,
                                       "tile_" MXFP4_MOE_TEXT(TILE_NAME),

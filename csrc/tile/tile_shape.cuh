@@ -1,5 +1,5 @@
 // What one logical tile (M, N, SWAP_AB) becomes on SM12x: warps, fragments, pipeline stages, shared memory; and what
-// all shapes have in common. SM90's are in sm90/tile_shape.cuh.
+// all shapes have in common; with bf16 activations: sm12x/bf16_tile_shape.cuh. SM90's are in sm90/tile_shape.cuh.
 //
 // M counts activation rows (tokens of one expert), N weight rows (output features). Native tiles feed activations to
 // the MMA's A operand and weights to B; swapped tiles exchange them, so that the small side M becomes the MMA's
@@ -9,6 +9,7 @@
 
 #include "shared/weight_layout.cuh"
 #include "tile/archs.cuh"
+#include "tile/pairs.cuh"
 #include "tile/stages.cuh"
 
 namespace mxfp4_moe {
@@ -96,10 +97,13 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");
 };
 
-// The shape of a tile's kernel on an arch.
-template <int M, int N, bool kSwap, class Arch>
-struct ShapeOf {
-  using Type = TileShape<M, N, kSwap, Arch>;
+// The shape of the kernel that reads a pair of formats on an arch.
+template <int M, int N, bool kSwap, class Arch, class Pair>
+struct ShapeOf;
+
+template <int M, int N, bool kSwap>
+struct ShapeOf<M, N, kSwap, Sm12x, Pair_mxfp4_mxfp8> {
+  using Type = TileShape<M, N, kSwap, Sm12x>;
 };
 
 }  // namespace mxfp4_moe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +59,18 @@ class GemmProblem:
         expected = reference.grouped_gemm(rows, row_scales, packed, scales, offsets, arithmetic=rule)
         return cls(rows=rows, row_scales=row_scales, packed=packed, scales=scales, offsets=offsets, expected=expected)
 
+    def in_bf16(self, arithmetic: Arithmetic | None) -> GemmProblem:
+        """The same with bfloat16 rows that hold the values of its MXFP8 ones.
+
+        Args:
+            arithmetic: a rule that takes bfloat16, for other expected values; None: the sums are exact under any.
+        """
+        assert self.row_scales is not None
+        rows = formats.mxfp8_to_bf16(self.rows, self.row_scales)
+        if arithmetic is None:
+            return replace(self, rows=rows, row_scales=None)
+        return GemmProblem.with_oracle(rows, None, self.packed, self.scales, self.offsets, arithmetic)
+
     @property
     def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """The arguments of `reference.grouped_gemm`."""
@@ -72,7 +84,7 @@ class GemmProblem:
     @functools.cached_property
     def weight(self) -> Tensor:
         """The weights as the kernels of their device read them: uint8 [E, weight_bytes(N, K)]."""
-        order = formats.word_order_of(self.packed.device)
+        order = formats.word_order_of(self.packed.device, "mxfp8" if self.row_scales is not None else "bf16")
         experts = zip(self.packed, self.scales, strict=True)
         return torch.stack([formats.arrange_weights(packed, scales, order) for packed, scales in experts])
 

@@ -222,7 +222,7 @@ def fused_moe_from_logits(
             activation_format=activation_format,
         )
     router = top_k if isinstance(top_k, Router) else _softmax_router(top_k, bool(renormalize))
-    device = check_devices(hidden_states, weights)
+    device = check_devices(hidden_states, weights, activation_format)
     dtype = check_hidden_states(
         hidden_states,
         hidden_states_scale,
@@ -235,7 +235,7 @@ def fused_moe_from_logits(
     check_format_on(activation_format, device)
     check_limits(weights.num_experts, rows, router.top_k)
     check_output(output, dtype, rows, weights.hidden_size, device)
-    tile = tile_of_call(tile_mn, auto_tile_select, rows, router.top_k, weights, device)
+    tile = tile_of_call(tile_mn, auto_tile_select, rows, router.top_k, weights, device, activation_format)
     if output is None:
         output = torch.empty_like(hidden_states, dtype=dtype)
     launch.run(

@@ -137,14 +137,13 @@ class MoEWeights(FromFiles):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes alone: what was made from them is not copied or stored, it is made again.
-
-        A tensor that is a part of a larger one goes without the rest.
-        """
+        """The attributes alone, a part of a larger tensor without the rest: what was made from them is made again."""
         return {field.name: alone(getattr(self, field.name)) for field in fields(self)}
 
-    def to(self, device: torch.device | str | int) -> MoEWeights:
-        """The same weights on another device, in its word order; tensors that are as wanted are shared, not copied.
+    def to(self, device: torch.device | str | int, activation_format: str = "mxfp8") -> MoEWeights:
+        """The same weights on another device, in the word order of its kernels for these activations.
+
+        Tensors that are as wanted are shared; others are copied, and both are there until the first ones go.
 
         Raises:
             TypeError, ValueError: no device, such as a dtype; a GPU, for NVFP4 weights.
@@ -154,7 +153,7 @@ class MoEWeights(FromFiles):
             refuse_gpu("device", named_device("device", device))
         with explained(f"weights cannot be put on {device}"):
             place = require_device("device", device)
-            order, hidden, inter = word_order_of(place), self.hidden_size, self.intermediate_size
+            order, hidden, inter = word_order_of(place, activation_format), self.hidden_size, self.intermediate_size
 
             def moved(tensor: Tensor) -> Tensor:
                 if order is self.word_order or tensor.dtype is not torch.uint8:  # no codes

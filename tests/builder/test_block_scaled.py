@@ -55,7 +55,7 @@ def test_every_tiles_mmas_read_what_they_should(tile: tiles.Tile, cuda: Cuda) ->
     assert found["mma"] == code.count("QMMA.SF") > 0
     assert found["selectors"] == dict.fromkeys(("0x00", "0x09", "0x12", "0x1b"), found["mma"] // 4)
     report = json.loads((package / "build_report.json").read_text(encoding="utf-8"))
-    assert report["tiles"][tile.name]["archs"][ARCH]["block_scaled"] == found
+    assert report["tiles"][tile.name]["archs"][ARCH]["mxfp4_mxfp8"]["block_scaled"] == found
 
 
 # ---- mistakes, assembled ---------------------------------------------------------------------------------------------

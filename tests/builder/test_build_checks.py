@@ -22,8 +22,8 @@ from wheelbuild import ROOT, BuildError
 from wheelbuild.check import (
     check_archs,
     check_compiling,
-    check_kernel,
     check_kernel_names,
+    check_kernels,
     check_main_loop,
     check_memory,
     check_paths,
@@ -124,15 +124,18 @@ def both(plain: tuple[str, ...], other: tuple[str, ...]) -> Code:
 
 
 def test_a_tile_has_the_kernel_of_its_arch_and_no_other() -> None:
-    check_kernel("x.so", "120f", code_of(*GOOD, kernel=PLAIN), "grouped_gemm")
-    check_kernel("x.so", "90a", code_of(*GOOD, kernel=OTHER), "grouped_gemm_wgmma")
+    check_kernels("x.so", "120f", code_of(*GOOD, kernel=PLAIN), ["grouped_gemm"])
+    check_kernels("x.so", "90a", code_of(*GOOD, kernel=OTHER), ["grouped_gemm_wgmma"])
+    check_kernels("x.so", "120f", both(GOOD, GOOD), ["grouped_gemm", "grouped_gemm_wgmma"])
+    with pytest.raises(BuildError, match=f"expected grouped_gemm and grouped_gemm_wgmma, once and alone, got {PLAIN}$"):
+        check_kernels("x.so", "120f", code_of(*GOOD, kernel=PLAIN), ["grouped_gemm", "grouped_gemm_wgmma"])
     sentence = f"^x.so on sm_90a: expected grouped_gemm_wgmma, once and alone, got {PLAIN}"
     with pytest.raises(BuildError, match=f"{sentence}$"):
-        check_kernel("x.so", "90a", code_of(*GOOD, kernel=PLAIN), "grouped_gemm_wgmma")
+        check_kernels("x.so", "90a", code_of(*GOOD, kernel=PLAIN), ["grouped_gemm_wgmma"])
     with pytest.raises(BuildError, match=f"{sentence}, {OTHER}$"):
-        check_kernel("x.so", "90a", both(GOOD, GOOD), "grouped_gemm_wgmma")
+        check_kernels("x.so", "90a", both(GOOD, GOOD), ["grouped_gemm_wgmma"])
     with pytest.raises(BuildError, match="once and alone, got no kernels$"):
-        check_kernel("x.so", "90a", Code(), "grouped_gemm_wgmma")
+        check_kernels("x.so", "90a", Code(), ["grouped_gemm_wgmma"])
 
 
 OUTER = ("LDG.E.U8 R4, [R2]", "LDS.128 R4, [R2]", "HMMA.16816.F32 R4, R8, R12, R4", "@P0 BRA {0}")
@@ -255,10 +258,15 @@ def facts(**changes: int) -> dict[str, int]:
     return {"tile_m": 8, "stages": 3} | changes
 
 
-EXPECT = {"ops": ["mxfp4_moe::grouped_gemm_x"], "facts": {"90a": facts(), "120f": facts()}}
+def of_kernels(sm90: object, sm12x: object, in_bf16: object = None) -> dict[str, object]:
+    """Of the kernels of a tile of profile `full`."""
+    return {"90a": {"mxfp4_bf16": sm90}, "120f": {"mxfp4_mxfp8": sm12x, "mxfp4_bf16": in_bf16 or facts()}}
+
+
+EXPECT = {"ops": ["mxfp4_moe::grouped_gemm_x"], "facts": of_kernels(facts(), facts())}
 LOADED = {
     "ops": ["mxfp4_moe::grouped_gemm_x"],
-    "facts": {"90a": facts(), "120f": facts()},
+    "facts": of_kernels(facts(), facts()),
     "entry": 1,
     "error": None,
 }
@@ -280,20 +288,30 @@ def test_a_library_that_is_as_expected_passes() -> None:
         ({"facts": None}, r"has facts for archs None, expected \['120f', '90a'\]"),
         ({"facts": {"90a": facts()}}, r"has facts for archs \['90a'\], expected \['120f', '90a'\]"),
         (
-            {"facts": {"90a": facts(), "120f": facts(tile_m=16)}},
-            r"on sm_120f: tile_m is 16 in the compiled tile and 8 in the proof of tiles/proof\.py; csrc/tile/tile_shape"
-            r"\.cuh and tiles/proof\.py must agree$",
+            {"facts": {"90a": {"mxfp4_bf16": facts()}, "120f": {"mxfp4_mxfp8": facts()}}},
+            r"on sm_120f: has facts for .*, expected pairs \['mxfp4_bf16', 'mxfp4_mxfp8'\]",
         ),
         (
-            {"facts": {"90a": facts(stages=5), "120f": facts()}},
-            r"on sm_90a: stages is 5 in the compiled tile and 3 in the proof of tiles/sm90\.py; csrc/tile/sm90/"
-            r"tile_shape\.cuh and tiles/sm90\.py must agree$",
+            {"facts": of_kernels(facts(), facts(), facts(stages=2))},
+            r"on sm_120f, mxfp4_bf16: stages is 2 in the compiled tile and 3 in the proof of tiles/bf16\.py; "
+            r"csrc/tile/sm12x/bf16_tile_shape\.cuh and tiles/bf16\.py must agree$",
         ),
         (
-            {"facts": {"90a": {"tile_m": 8}, "120f": facts()}},
-            r"on sm_90a: has the facts \['tile_m'\], expected \['stages', 'tile_m'\]; csrc/tile/tile_op\.cpp and",
+            {"facts": of_kernels(facts(), facts(tile_m=16))},
+            r"on sm_120f, mxfp4_mxfp8: tile_m is 16 in the compiled tile and 8 in the proof of tiles/proof\.py; "
+            r"csrc/tile/tile_shape\.cuh and tiles/proof\.py must agree$",
         ),
-        ({"facts": {"90a": None, "120f": facts()}}, r"on sm_90a: has the facts None, expected"),
+        (
+            {"facts": of_kernels(facts(stages=5), facts())},
+            r"on sm_90a, mxfp4_bf16: stages is 5 in the compiled tile and 3 in the proof of tiles/bf16\.py; "
+            r"csrc/tile/sm90/tile_shape\.cuh and tiles/bf16\.py must agree$",
+        ),
+        (
+            {"facts": of_kernels({"tile_m": 8}, facts())},
+            r"on sm_90a, mxfp4_bf16: has the facts \['tile_m'\], expected \['stages', 'tile_m'\]; "
+            r"csrc/tile/tile_op\.cpp and",
+        ),
+        ({"facts": of_kernels(None, facts())}, r"on sm_90a, mxfp4_bf16: has the facts None, expected"),
     ],
 )
 def test_a_library_that_is_not_is_refused(change: dict[str, object], message: str) -> None:
@@ -304,17 +322,24 @@ def test_a_library_that_is_not_is_refused(change: dict[str, object], message: st
 SMALLEST = tiles.Tile(m=8, n=64, swap_ab=True)
 
 
+KERNELS = [(arch, pair) for arch in MANIFEST.archs for pair in tiles.kernel_pairs(arch, tiles.PAIRS)]
+
+
 @pytest.mark.parametrize("key", tiles.facts(SMALLEST, "120f"))
-@pytest.mark.parametrize("arch", MANIFEST.archs)
-def test_every_single_fact_is_compared_with_the_proof(arch: str, key: str) -> None:
-    proved = {each: tiles.facts(SMALLEST, each) for each in MANIFEST.archs}
+@pytest.mark.parametrize(("arch", "pair"), KERNELS)
+def test_every_single_fact_is_compared_with_the_proof(arch: str, pair: str, key: str) -> None:
+    proved: dict[str, dict[str, dict[str, int]]] = {}
+    for each, read in KERNELS:
+        proved.setdefault(each, {})[read] = tiles.facts(SMALLEST, each, read)
     expect = {"ops": ["mxfp4_moe::x"], "facts": proved}
     loaded = {"ops": ["mxfp4_moe::x"], "entry": 1, "error": None}
     check_load("x.so", {**loaded, "facts": proved}, expect)
     other = copy.deepcopy(proved)
-    other[arch][key] += 1
-    value = proved[arch][key]
-    sentence = f"x.so on sm_{arch}: {key} is {value + 1} in the compiled tile and {value} in the proof of tiles/"
+    other[arch][pair][key] += 1
+    value = proved[arch][pair][key]
+    sentence = (
+        f"x.so on sm_{arch}, {pair}: {key} is {value + 1} in the compiled tile and {value} in the proof of tiles/"
+    )
     with pytest.raises(BuildError, match=sentence):
         check_load("x.so", {**loaded, "facts": other}, expect)
 

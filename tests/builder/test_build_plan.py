@@ -28,15 +28,16 @@ def test_the_plan_has_every_tile_for_every_arch() -> None:
     assert made.modules == (*(tile.module for tile in MANIFEST.tiles), "moe")
     for tile in MANIFEST.tiles:
         nvcc = made.jobs_of(tile.module, "nvcc")
-        assert [job.archs for job in nvcc] == [(arch,) for arch in MANIFEST.archs]
+        assert [(job.archs, job.pair) for job in nvcc] == [(("90a",), "mxfp4_bf16"), (("120f",), "mxfp4_mxfp8")]
         for job in nvcc:
             assert f"-DLOGICAL_TILE_M={tile.m}" in job.command
             assert f"-DLOGICAL_TILE_N={tile.n}" in job.command
             assert f"-DSWAP_AB={int(tile.swap_ab)}" in job.command
             assert f"-DMXFP4_MOE_ARCH={job.archs[0]}" in job.command
+            assert f"-DMXFP4_MOE_PAIR={job.pair}" in job.command
         (op,) = made.jobs_of(tile.module, "cxx")
         assert f"-DTILE_NAME={tile.name}" in op.command
-        assert "-DMXFP4_MOE_FOR_EACH_ARCH(X)=X(90a) X(120f)" in op.command
+        assert "-DMXFP4_MOE_FOR_EACH_KERNEL(X)=X(90a, mxfp4_bf16) X(120f, mxfp4_mxfp8)" in op.command
         (link,) = made.jobs_of(tile.module, "link")
         assert link.output == made.library(tile.module)
         assert set(link.inputs) == {job.output for job in (*nvcc, op)}
@@ -45,6 +46,26 @@ def test_the_plan_has_every_tile_for_every_arch() -> None:
     (load,) = made.jobs_of("extensions", "load")
     assert load.inputs == tuple(made.library(module) for module in made.modules)
     assert len(made.jobs) == len(MANIFEST.tiles) * (len(MANIFEST.archs) + 3) + len(MOE_SOURCES) + 3
+
+
+def test_full_has_a_kernel_of_bf16_beside_the_others_where_a_tile_can() -> None:
+    """On SM12x alone: SM90's kernels serve both pairs. Everything of mxfp4_minimal is compiled as it is there."""
+    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
+    minimal = by_name(make_plan())
+    assert len({job.output for job in full.jobs}) == len(full.jobs), "no two jobs write one file"
+    more = {job.name: job for job in full.jobs if job.name not in minimal}
+    having = [tile for tile in MANIFEST.tiles if tile.m < 256]
+    assert more.keys() == {f"{tile.module}.120f.mxfp4_bf16" for tile in having}
+    assert len(having) == 21
+    for tile in MANIFEST.tiles:
+        (op,) = full.jobs_of(tile.module, "cxx")
+        kernels = "X(90a, mxfp4_bf16) X(120f, mxfp4_mxfp8)" + " X(120f, mxfp4_bf16)" * (tile in having)
+        assert f"-DMXFP4_MOE_FOR_EACH_KERNEL(X)={kernels}" in op.command
+        (link,) = full.jobs_of(tile.module, "link")
+        assert {job.output for job in full.jobs_of(tile.module, "nvcc")} < set(link.inputs)
+    for name, job in by_name(full).items():
+        if job.kind == "nvcc" and name in minimal:
+            assert job == minimal[name]
 
 
 def test_machine_code_only_and_each_arch_once() -> None:
@@ -109,7 +130,10 @@ def test_loading_is_compared_with_the_proof() -> None:
     assert set(expect) == {*(tile.module for tile in MANIFEST.tiles), "moe"}
     for tile in MANIFEST.tiles:
         assert expect[tile.module]["ops"] == [f"mxfp4_moe::grouped_gemm_{tile.name}"]
-        assert expect[tile.module]["facts"] == {arch: tiles.facts(tile, arch) for arch in MANIFEST.archs}
+        assert expect[tile.module]["facts"] == {
+            "90a": {"mxfp4_bf16": tiles.facts(tile, "90a")},
+            "120f": {"mxfp4_mxfp8": tiles.facts(tile, "120f")},
+        }
     assert expect["moe"] == {}
 
 
@@ -121,7 +145,7 @@ def test_the_check_knows_what_the_main_loop_must_hold() -> None:
     assert "main_loop" not in expected(made, "moe", "check")
 
     def loop(name: str, arch: str) -> dict[str, Any]:
-        found: dict[str, Any] = expected(made, name, "check")["main_loop"][arch]
+        found: dict[str, Any] = expected(made, name, "check")["main_loop"][arch]["mxfp4_mxfp8"]
         return found
 
     # SM12x. A warp's 64 x 32 of (128, 128): 4 x 4 MMAs of m16n8k32; 64 rows of 32 bytes of activations, in 8 x 16
@@ -141,7 +165,7 @@ def test_the_check_knows_the_main_loops_of_both_kernels_of_sm90() -> None:
     made = make_plan()
 
     def loop(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = expected(made, name, "check")["main_loop"]["90a"]
+        found: dict[str, Any] = expected(made, name, "check")["main_loop"]["90a"]["mxfp4_bf16"]
         assert (found.pop("variants"), found.pop("limit")) == (True, None)
         return found
 
@@ -167,14 +191,29 @@ def test_the_check_knows_where_block_scaled_mmas_read() -> None:
     stages = {"stages": 3, "act_bytes": 128 * 128, "weight_bytes": 2 * 4352, "act_scale_bytes": 640}
     memory = stages | {"block_bytes": 64 * (64 + 4), "block_scale_bytes": 64 * 4}
     check = expected(made, "tile_m128n128", "check")
-    assert check["block_scaled"] == {"120f": {"fp4": "B", "shared_memory": memory}}, "SM90 has no such MMA"
-    assert expected(made, "tile_m8n128_swap", "check")["block_scaled"]["120f"]["fp4"] == "A"
+    scaled = {"mxfp4_mxfp8": {"fp4": "B", "shared_memory": memory}}
+    assert check["block_scaled"] == {"120f": scaled}, "SM90 has no such MMA"
+    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
+    assert expected(full, "tile_m128n128", "check")["block_scaled"] == {"120f": scaled}, "nor have bf16 operands"
+    assert expected(made, "tile_m8n128_swap", "check")["block_scaled"]["120f"]["mxfp4_mxfp8"]["fp4"] == "A"
     assert "block_scaled" not in expected(made, "moe", "check")
+
+
+def test_the_check_knows_the_main_loop_of_bf16_on_sm12x() -> None:
+    """A warp of (128, 128) has 16 weight rows, as A, and 128 of activations; of (64, 16) 16 of both, weights as B."""
+    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
+    for name, mmas, matrices, words in (("tile_m128n128", 32, 64, 2), ("tile_m64n16", 4, 8, 2)):
+        found: dict[str, Any] = expected(full, name, "check")["main_loop"]["120f"]
+        assert found.keys() == {"mxfp4_mxfp8", "mxfp4_bf16"}
+        assert found["mxfp4_bf16"] == {
+            **{"function": "grouped_gemm_mma_sync", "opcode": "HMMA", "variants": True, "limit": None},
+            **{"mma_per_step": mmas, "matrices_per_step": matrices, "words_per_step": words, "words_per_load": words},
+        }
 
 
 def test_a_threshold_of_one_tile_reruns_that_tiles_check_only() -> None:
     before = {job.output: job.command for job in make_plan().jobs}
-    tighter = dataclasses.replace(THRESHOLDS, instructions_per_mma={"120f": {"m128n128": 3.0}})
+    tighter = dataclasses.replace(THRESHOLDS, instructions_per_mma={"120f": {"mxfp4_mxfp8": {"m128n128": 3.0}}})
     after = plan(settings(), TOOLCHAIN, tighter, MOE_SOURCES, Path("build/x/ninja"))
     assert [job.name for job in after.jobs if before[job.output] != job.command] == ["tile_m128n128.check"]
 

@@ -109,13 +109,14 @@ def test_everything_is_compiled_for_sm90_and_told_that_it_emulates() -> None:
     assert {job.machine_archs for job in kernels} == {("90a",)}
     assert all("arch=compute_90a,code=sm_90a" in job.command for job in kernels)
     assert not [job.name for job in kernels if "sm_120f" in " ".join(job.command)]
-    assert "-DMXFP4_MOE_ARCH=120f" in jobs["tile_m128n128.120f"].command
-    assert "-DMXFP4_MOE_FOR_EACH_ARCH(X)=X(120f)" in jobs["tile_m128n128.op"].command
-    assert jobs["tile_m128n128.120f"].description.endswith("compile tile.cu for sm_90a")
+    assert "-DMXFP4_MOE_ARCH=120f" in jobs["tile_m128n128.120f.mxfp4_mxfp8"].command
+    assert "-DMXFP4_MOE_FOR_EACH_KERNEL(X)=X(120f, mxfp4_mxfp8)" in jobs["tile_m128n128.op"].command
+    assert jobs["tile_m128n128.120f.mxfp4_mxfp8"].description.endswith("compile tile.cu for sm_90a, mxfp4_mxfp8")
     check = jobs["tile_m128n128.check"].command
     assert check[check.index("--archs") + 1] == "90a"
     expected = json.loads(check[check.index("--expect") + 1])
-    assert expected["emulated"] == {"mma_per_k_tile": 64, "moves_registers": True}
+    one = {"function": "grouped_gemm", "mma_per_k_tile": 64, "moves_registers": True}
+    assert expected["emulated"] == {"mxfp4_mxfp8": one}
     assert "main_loop" not in expected
 
 
@@ -129,14 +130,28 @@ def test_other_builds_know_nothing_of_it() -> None:
 
 KERNEL = "_ZN9mxfp4_moe12grouped_gemmIN7sm_120f4TileEEEvNS_10TensorMapsENS_10GemmParamsE"
 GOOD = ("UTMALDG.2D [UR8], [UR6]", "LDSM.16.M88.4 R4, [R2]", *["CALL.REL.NOINC 0x10"] * 4, "USETMAXREG 0xe8", "EXIT")
-EXPECT = {"mma_per_k_tile": 4, "moves_registers": True}
+EXPECT = {"mxfp4_mxfp8": {"function": "grouped_gemm", "mma_per_k_tile": 4, "moves_registers": True}}
 
 
 def test_a_good_tile_is_reported() -> None:
     assert check_emulated_tile("x.so", {"90a": code_of(*GOOD, kernel=KERNEL)}, EXPECT) == {
-        "calls": 4,
-        "instructions": len(GOOD),
+        "mxfp4_mxfp8": {"calls": 4, "instructions": len(GOOD)}
     }
+
+
+def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
+    other = KERNEL.replace("12grouped_gemm", "21grouped_gemm_mma_sync")
+    expect = EXPECT | {
+        "mxfp4_bf16": {"function": "grouped_gemm_mma_sync", "mma_per_k_tile": 0, "moves_registers": False}
+    }
+    used = code_of("HMMA.16816.F32.BF16 R4, R8, R12, R4", "EXIT", kernel=other).kernels
+    both = Code(kernels=code_of(*GOOD, kernel=KERNEL).kernels | used)
+    assert check_emulated_tile("x.so", {"90a": both}, expect)["mxfp4_bf16"] == {"calls": 0, "instructions": 2}
+    idle = Code(kernels=both.kernels | code_of("EXIT", kernel=other).kernels)
+    with pytest.raises(BuildError, match="no HMMA in grouped_gemm_mma_sync, which both archs have"):
+        check_emulated_tile("x.so", {"90a": idle}, expect)
+    with pytest.raises(BuildError, match="expected grouped_gemm, grouped_gemm_mma_sync alone, which sm_120f has, got"):
+        check_emulated_tile("x.so", {"90a": code_of(*GOOD, kernel=KERNEL)}, expect)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +178,17 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
     chosen = settings(**env, MXFP4_MOE_TILES="m8n64_swap")
     made = make_plan(chosen)
     machine = [chosen.compiled_for(arch) for arch in chosen.archs]
+    pairs = {"90a": "mxfp4_bf16", "120f": "mxfp4_mxfp8"}
     checked = {
         **{"file": "_ext/x.so", "bytes": 1, "sha256": "0" * 64},
         "instructions": {arch: {"total": 9} for arch in machine},
-        **{"kernels": {}, "block_scaled": {}, "emulated": {"calls": 4}},
-        "main_loop": {} if env else {arch: {"mma": len(arch)} for arch in chosen.archs},
+        **{"kernels": {}, "block_scaled": {}, "emulated": {"mxfp4_mxfp8": {"calls": 4, "instructions": 9}}},
+        "kernel_instructions": {arch: {pair: {"total": 9}} for arch, pair in pairs.items()},
+        "main_loop": {} if env else {arch: {pairs[arch]: {"mma": len(arch)}} for arch in chosen.archs},
     }
-    facts = {arch: {"tile_m": 8, "tile_n": 64, "swap_ab": 1, "stages": len(arch)} for arch in chosen.archs}
+    facts = {
+        arch: {pairs[arch]: {"tile_m": 8, "tile_n": 64, "swap_ab": 1, "stages": len(arch)}} for arch in chosen.archs
+    }
     loaded = {"ops": [], "facts": facts}
     names = {KERNEL: 99, "_Z21grouped_gemm_mma_syncI5ShapeEv": 80}
     record = "".join(
@@ -191,12 +210,12 @@ def test_the_report_says_so(env: dict[str, str], tmp_path: Path) -> None:
     shared = {"stack_bytes": 0, "spill_store_bytes": 0, "spill_load_bytes": 4, "instructions": {"total": 9}}
     sm12x = {"function": "grouped_gemm", "stages": 4, "registers": 99, **shared}
     if env:
-        assert of_archs == {"120f": {**sm12x, "emulated": {"calls": 4}}}
+        assert of_archs == {"120f": {"mxfp4_mxfp8": {**sm12x, "emulated": {"calls": 4, "instructions": 9}}}}
     else:  # each arch with its own of everything
         sm90 = {"function": "grouped_gemm_mma_sync", "stages": 3, "registers": 80, **shared}
         assert of_archs == {
-            "90a": {**sm90, "main_loop": {"mma": 3}},
-            "120f": {**sm12x, "main_loop": {"mma": 4}},
+            "90a": {"mxfp4_bf16": {**sm90, "main_loop": {"mma": 3}}},
+            "120f": {"mxfp4_mxfp8": {**sm12x, "main_loop": {"mma": 4}}},
         }
 
 

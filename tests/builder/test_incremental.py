@@ -30,7 +30,7 @@ HEAD = """
 archs = ["90a", "120f"]
 default_profile = "plain"
 [profile.plain]
-quantization = ["mxfp8_mxfp4"]
+pairs = ["mxfp4_mxfp8"]
 out_dtypes = ["bfloat16"]
 """
 ROWS = [(128, 128, "false"), (8, 128, "true")]
@@ -226,6 +226,6 @@ def test_the_build_code_checks_again_and_compiles_nothing(tree: Tree) -> None:
 
 
 def test_a_threshold_checks_its_tile_again_and_compiles_nothing(tree: Tree) -> None:
-    tighter = dataclasses.replace(LIMITS, instructions_per_mma={"120f": {"m128n128": 3.0}})
+    tighter = dataclasses.replace(LIMITS, instructions_per_mma={"120f": {"mxfp4_mxfp8": {"m128n128": 3.0}}})
     assert tree.scheduled(tree.plan(ROWS, tighter)) == {"tile_m128n128.check"}
     assert tree.scheduled(tree.plan(ROWS, dataclasses.replace(LIMITS, wheel_bytes=1))) == set()

@@ -27,8 +27,8 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
     with pytest.raises(BuildError) as error:
         build.resolve_build({"PATH": ""})
     assert re.fullmatch(
-        r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a: registers: 128 accumulators per thread .* "
-        r"want 176 with the rest, a block of 640 threads has 112 for each",
+        r"tile_manifest\.toml: tile 1 \(m256n256\): impossible on sm_90a for mxfp4_mxfp8: registers: 128 accumulators "
+        r"per thread .* want 176 with the rest, a block of 640 threads has 112 for each",
         str(error.value),
     )
 
@@ -36,22 +36,34 @@ def test_an_impossible_row_stops_the_build_before_it_looks_for_a_compiler(
 def test_every_tile_of_the_manifest_has_a_limit_and_nothing_else_does() -> None:
     limits = load_thresholds().instructions_per_mma
     assert set(limits) == set(MANIFEST.archs)
-    for arch, by_tile in limits.items():
-        legal = {tile.name for tile in tiles.CANDIDATES if tiles.prove(tile, arch).legal}
-        assert {tile.name for tile in MANIFEST.tiles} <= set(by_tile) <= legal
-        assert all(1 < limit < 60 for limit in by_tile.values())
+    for arch, pairs in limits.items():
+        assert set(pairs) == set(tiles.kernel_pairs(arch, tiles.PAIRS))
+        for pair, by_tile in pairs.items():
+            legal = {tile.name for tile in tiles.CANDIDATES if tiles.prove(tile, arch, pair).legal}
+            built = {
+                tile.name
+                for tile in MANIFEST.tiles
+                for profile in MANIFEST.profiles
+                if pair in tiles.kernel_pairs(arch, MANIFEST.pairs_of(profile.name, tile))
+            }
+            assert built <= set(by_tile) <= legal
+            assert all(1 < limit < 60 for limit in by_tile.values())
 
 
 def test_a_tile_without_a_limit_has_none() -> None:
     thresholds = parse_thresholds(LIMITS)
-    assert thresholds.limit("120f", "m128n128") == 3.5
-    for arch, tile in (("120f", "m8n8"), ("90a", "m128n128")):
-        assert thresholds.limit(arch, tile) is None
+    assert thresholds.limit("120f", "mxfp4_mxfp8", "m128n128") == 3.5
+    for arch, pair, tile in (
+        ("120f", "mxfp4_mxfp8", "m8n8"),
+        ("120f", "mxfp4_bf16", "m128n128"),
+        ("90a", "mxfp4_bf16", "m128n128"),
+    ):
+        assert thresholds.limit(arch, pair, tile) is None
 
 
 def test_the_promised_limits() -> None:
     thresholds = load_thresholds()
-    limits = thresholds.instructions_per_mma["120f"]
+    limits = thresholds.instructions_per_mma["120f"]["mxfp4_mxfp8"]
     assert limits["m128n128"] <= 3.5
     assert limits["m256n64"] <= 3.55
     assert (thresholds.peak_mb, thresholds.wheel_bytes) == (2000, 12_000_000)
@@ -62,12 +74,12 @@ LIMITS = """# By hand
 peak_mb = 2000
 [wheel]
 bytes = 10
-[instructions_per_mma.set."120f"]
+[instructions_per_mma.set."120f".mxfp4_mxfp8]
 m128n128 = 3.5 # promised
 
 # Written
 [instructions_per_mma.measured]
-[instructions_per_mma.measured."120f"]
+[instructions_per_mma.measured."120f".mxfp4_mxfp8]
 m128n128 = 9.0
 m64n64 = 8.0
 """
@@ -78,29 +90,31 @@ def of_loop(figure: float) -> dict[str, object]:
 
 
 def test_an_update_measures_anew_and_keeps_what_was_set_by_hand() -> None:
-    assert parse_thresholds(LIMITS).instructions_per_mma == {"120f": {"m128n128": 3.5, "m64n64": 8.0}}
+    assert parse_thresholds(LIMITS).instructions_per_mma == {"120f": {"mxfp4_mxfp8": {"m128n128": 3.5, "m64n64": 8.0}}}
     figures = {"m128n128": 5.0, "m64n64": 6.0, "m64n32": 7.03}
-    report = {"tiles": {name: {"archs": {"120f": of_loop(figure)}} for name, figure in figures.items()}}
+    report = {
+        "tiles": {name: {"archs": {"120f": {"mxfp4_mxfp8": of_loop(figure)}}} for name, figure in figures.items()}
+    }
     text = updated(LIMITS, report)
-    assert text.startswith(LIMITS.split('[instructions_per_mma.measured."120f"]')[0])
+    assert text.startswith(LIMITS.split('[instructions_per_mma.measured."120f".mxfp4_mxfp8]')[0])
     limits = {"m128n128": 3.5, "m64n64": 6.3, "m64n32": 7.4}
-    assert parse_thresholds(text).instructions_per_mma == {"120f": limits}
+    assert parse_thresholds(text).instructions_per_mma == {"120f": {"mxfp4_mxfp8": limits}}
     assert updated(text, report) == text
 
 
 def test_an_update_measures_every_arch_that_has_a_table_and_no_other() -> None:
-    asked = LIMITS.replace("\n# Written", '\n[instructions_per_mma.set."90a"]\n\n# Written')
+    asked = LIMITS.replace("\n# Written", '\n[instructions_per_mma.set."90a".mxfp4_bf16]\n\n# Written')
     report = {
         "tiles": {
-            "m64n64": {"archs": {"90a": of_loop(20.0), "121a": of_loop(3.0)}},
-            "m64n8": {"archs": {"121a": of_loop(9.0)}},
+            "m64n64": {"archs": {"90a": {"mxfp4_bf16": of_loop(20.0)}, "121a": {"mxfp4_mxfp8": of_loop(3.0)}}},
+            "m64n8": {"archs": {"121a": {"mxfp4_mxfp8": of_loop(9.0)}}},
         }
     }
     assert parse_thresholds(updated(asked, report)).instructions_per_mma == {
-        "120f": {"m128n128": 3.5},
-        "90a": {"m64n64": 21.0},
-    }
-    assert parse_thresholds(updated(asked, {"tiles": {}})).instructions_per_mma["90a"] == {}
+        "120f": {"mxfp4_mxfp8": {"m128n128": 3.5, "m64n64": 8.0}},
+        "90a": {"mxfp4_bf16": {"m64n64": 21.0}},
+    }, "a pair that the report lacks keeps its limits"
+    assert parse_thresholds(updated(asked, {"tiles": {}})).instructions_per_mma["90a"] == {"mxfp4_bf16": {}}
 
 
 @pytest.mark.parametrize("text", ["[compile", "[compile]\n", LIMITS.replace("peak_mb", "peak"), "compile = 1\n"])
@@ -122,5 +136,5 @@ def test_a_report_is_json_that_thresholds_read(tmp_path: Path) -> None:
     loop = find_main_loop(next(iter(code_of(*GOOD).kernels.values())), "HMMA")[0]
     assert loop is not None
     built = {"main_loop": json.loads(json.dumps(loop.report()))}
-    report = {"tiles": {"m64n64": {"archs": {"120f": built}}}}
-    assert parse_thresholds(updated(LIMITS, report)).limit("120f", "m64n64") == 2.7
+    report = {"tiles": {"m64n64": {"archs": {"120f": {"mxfp4_mxfp8": built}}}}}
+    assert parse_thresholds(updated(LIMITS, report)).limit("120f", "mxfp4_mxfp8", "m64n64") == 2.7

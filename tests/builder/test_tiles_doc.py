@@ -13,9 +13,12 @@ from wheelbuild.tile_model import tiles
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 
 
-def rows(text: str, arch: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The rows of one arch's table by M and N, each by column."""
-    (section,) = [part for part in text.split("\n## ") if part.startswith(f"sm_{arch}\n")]
+KERNELS = [("90a", "mxfp4_bf16"), ("120f", "mxfp4_mxfp8"), ("120f", "mxfp4_bf16")]
+
+
+def rows(text: str, arch: str, pair: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of one table by M and N, each by column."""
+    (section,) = [part for part in text.split("\n## ") if part.startswith(f"sm_{arch}, {pair}\n")]
     cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     return {(row[0], row[1]): dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]}
 
@@ -29,13 +32,13 @@ def test_the_document_is_current() -> None:
     assert written == document(MANIFEST), "run python -m wheelbuild.docs.tiles"
 
 
-@pytest.mark.parametrize("arch", MANIFEST.archs)
-def test_every_candidate_has_a_row_with_its_numbers(arch: str) -> None:
-    table = rows(document(MANIFEST), arch)
+@pytest.mark.parametrize(("arch", "pair"), KERNELS)
+def test_every_candidate_has_a_row_with_its_numbers(arch: str, pair: str) -> None:
+    table = rows(document(MANIFEST), arch, pair)
     assert len(tiles.CANDIDATES) == 27
     assert len(table) == 27
     for tile in tiles.CANDIDATES:
-        proof, row = tiles.prove(tile, arch), table[str(tile.m), str(tile.n)]
+        proof, row = tiles.prove(tile, arch, pair), table[str(tile.m), str(tile.n)]
         assert row["kernel"] == f"`{proof.function}`"
         assert row["mode"] == ("swapped" if tile.swap_ab else "native")
         assert int(row["threads"]) == proof.threads
@@ -48,13 +51,15 @@ def test_every_candidate_has_a_row_with_its_numbers(arch: str) -> None:
         assert row["blocks per SM"] == (str(proof.blocks_per_sm) if proof.legal else "-")
         assert row["verdict"].startswith("impossible: ") != proof.legal
         assert all(refusal in row["verdict"] for refusal in proof.refusals)
+        only_full = (arch, pair) == KERNELS[2]
+        assert row["verdict"] == ("in profile full" if only_full else "in the wheel") or not proof.legal
 
 
 def test_what_fits_and_is_not_built_is_not_said_to_be_in_the_wheel() -> None:
     fewer = dataclasses.replace(MANIFEST, tiles=MANIFEST.tiles[1:])
     left_out = MANIFEST.tiles[0]
-    for arch in MANIFEST.archs:
-        before, after = rows(document(MANIFEST), arch), rows(document(fewer), arch)
+    for kernel in KERNELS:
+        before, after = rows(document(MANIFEST), *kernel), rows(document(fewer), *kernel)
         changed = [key for key in after if after[key] != before[key]]
         assert changed == [(str(left_out.m), str(left_out.n))]
         assert after[changed[0]]["verdict"] == "fits; not in the manifest"

@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 from layers import INTER, E, H, T, make_call
+from moe_cases import layer_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -16,8 +17,11 @@ import mxfp4_moe
 from mxfp4_moe import formats, problems, reference
 from mxfp4_moe._call import activation_format, operators
 from mxfp4_moe._call.activation_format import check_format_on
+from mxfp4_moe._call.checks import check_word_order
+from mxfp4_moe._call.selection import tile_of_call
 from mxfp4_moe._install import wheel
 from mxfp4_moe.arithmetic import SM90_BF16
+from mxfp4_moe.integrations._engines.activations import formats_on
 from mxfp4_moe.weights import MoEWeights
 
 GPUS = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
@@ -29,12 +33,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
     def forget() -> None:
         activation_format._formats_of.cache_clear()
+        activation_format.tiles_of.cache_clear()
         formats.word_order_of.cache_clear()
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: GPUS[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: GPUS[getattr(device, "index", device)])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(wheel, "built_archs", lambda: ("90a", "120f"))
     monkeypatch.setattr(wheel, "emulated_on", lambda: None)
+    monkeypatch.setattr(wheel, "profile", lambda: "mxfp4_minimal")
     forget()
     yield monkeypatch
     forget()
@@ -71,6 +77,84 @@ def test_a_gpu_that_reads_mxfp8_refuses_bf16_in_one_sentence(gpus: pytest.Monkey
         for given in ("mxfp4", "nvfp4"):
             with pytest.raises(ValueError, match=f"read, got '{given}'; CPU tensors alone take it$"):
                 check_format_on(given, torch.device("cuda", index))
+    with pytest.raises(ValueError, match="install a wheel built with MXFP4_MOE_BUILD_PROFILE=full; SM90 GPUs and CPU"):
+        check_format_on("bf16", torch.device("cuda", 2))
+
+
+# ---- a wheel of profile full -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(gpus: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    gpus.setattr(wheel, "profile", lambda: "full")
+    return gpus
+
+
+@pytest.mark.usefixtures("full")
+def test_a_full_wheel_has_both_on_sm12x_too() -> None:
+    both = ("mxfp8", "bf16")
+    assert [mxfp4_moe.activation_formats(index) for index in GPUS] == [both, both, both, ()]
+    for index in GPUS:
+        check_format_on("bf16", torch.device("cuda", index))
+    having = {index: activation_format.tiles_of("bf16", index) for index in GPUS}
+    assert [len(having[index]) for index in GPUS] == [26, 21, 21, 0]
+    assert all(tile.m < 256 for tile in having[1])
+
+
+def test_a_build_that_emulates_with_both(full: pytest.MonkeyPatch) -> None:
+    full.setattr(wheel, "built_archs", lambda: ("120f",))
+    full.setattr(wheel, "emulated_on", lambda: "90a")
+    assert mxfp4_moe.activation_formats(0) == ("mxfp8", "bf16")
+    assert formats.word_order_of(torch.device("cuda", 0), "bf16") is formats.WordOrder.PAIRS
+
+
+@pytest.mark.usefixtures("full")
+def test_weights_must_be_in_the_word_order_of_the_activations() -> None:
+    containers, pairs = formats.WordOrder
+    sm90, sm12x = torch.device("cuda", 0), torch.device("cuda", 1)
+    for name in ("mxfp8", "bf16"):
+        check_word_order(pairs, sm90, name)
+    check_word_order(containers, sm12x)
+    check_word_order(pairs, sm12x, "bf16")
+    with pytest.raises(
+        ValueError, match=r"^weights: expected word order 'pairs' on cuda:1 for activation_format 'bf16'"
+    ):
+        check_word_order(containers, sm12x, "bf16")
+    with pytest.raises(ValueError, match=r"weights.to\('cuda:1', activation_format='bf16'\) converts them$"):
+        check_word_order(containers, sm12x, "bf16")
+    with pytest.raises(ValueError, match=r"'containers' on cuda:1, got 'pairs' of another .*weights.to\('cuda:1'\)"):
+        check_word_order(pairs, sm12x)
+
+
+def test_a_wheel_without_it_says_so_before_it_speaks_of_weights(gpus: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="MXFP4_MOE_BUILD_PROFILE=full"):
+        check_word_order(formats.WordOrder.CONTAINERS, torch.device("cuda", 1), "bf16")
+
+
+@pytest.mark.usefixtures("full")
+def test_engines_are_offered_what_their_weights_are_prepared_for() -> None:
+    """They prepare weights for MXFP8 activations, which on SM12x is another word order than that of bf16."""
+    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16"), ("mxfp8",)]
+
+
+@pytest.mark.usefixtures("full")
+def test_a_named_tile_must_have_a_kernel_for_the_activations() -> None:
+    weights = layer_of(4, 64, "swiglu", "one for all", bias=False, device=torch.device("cpu"))
+    rest = (True, 4, 2, weights)
+    for index, name in ((0, "bf16"), (1, "mxfp8")):
+        assert tile_of_call((256, 64), *rest, torch.device("cuda", index), name).mn == (256, 64)
+    assert tile_of_call((128, 64), *rest, torch.device("cuda", 1), "bf16").mn == (128, 64)
+    with pytest.raises(
+        ValueError, match=r"^tile_mn: expected a tile with a kernel for .* on cuda:1 \(.*\), got \(256, 64"
+    ):
+        tile_of_call((256, 64), *rest, torch.device("cuda", 1), "bf16")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_weights_go_to_a_device_in_the_word_order_of_the_activations() -> None:
+    """On the CPU there is one order, whatever the activations; the reference reads either."""
+    weights = layer_of(4, 64, "swiglu", "one for all", bias=False, device=torch.device("cpu"))
+    assert weights.to("cpu", activation_format="bf16").word_order is formats.WordOrder.CONTAINERS
 
 
 CALLS = {

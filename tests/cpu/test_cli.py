@@ -97,11 +97,12 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
         "._install.wheel",
         ".archs",
         ".tiles",
+        ".tiles.bf16",
         ".tiles.kernels",
         ".tiles.manifest",
+        ".tiles.pairs",
         ".tiles.proof",
         ".tiles.selection",
-        ".tiles.sm90",
         ".tiles.stages",
         ".tiles.tile",
     )
@@ -110,7 +111,7 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
 
 def test_as_a_module_and_into_a_closed_pipe() -> None:
     whole = python("-m", "mxfp4_moe.cli", "tiles", "--json")
-    assert json.loads(whole.stdout)["schema"] == 3
+    assert json.loads(whole.stdout)["schema"] == 4
     command = f"{sys.executable} -m mxfp4_moe.cli tiles --json | true"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     closed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=env)
@@ -172,15 +173,15 @@ def test_the_table(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = run(capsys, "tiles")
     head, *rows, _, tail = out.splitlines()
     assert status == 0
-    assert head.split() == "tile mode arch kernel stages shared memory registers instr/MMA size".split()
+    assert head.split() == "tile mode arch reads kernel stages shared memory registers instr/MMA size".split()
     # Stages and shared memory are worked out by hand in tests of the proofs; a library's size stands once.
     proofs = [prove(tile, arch) for tile in (NATIVE, SWAPPED) for arch in fake_wheel.ARCHS]
     native90, native120, swapped90, swapped120 = [f"{proof.stages} {proof.smem_bytes:,}" for proof in proofs]
     assert [row.split() for row in rows] == [
-        f"m128n128 native 90a grouped_gemm_wgmma {native90} 200 27.63 4,096".split(),
-        f"m128n128 native 120f grouped_gemm {native120} 162 3.25".split(),
-        f"m8n128_swap swapped 90a grouped_gemm_mma_sync {swapped90} 89 - missing".split(),
-        f"m8n128_swap swapped 120f grouped_gemm {swapped120} 89 -".split(),
+        f"m128n128 native 90a mxfp4_bf16 grouped_gemm_wgmma {native90} 200 27.63 4,096".split(),
+        f"m128n128 native 120f mxfp4_mxfp8 grouped_gemm {native120} 162 3.25".split(),
+        f"m8n128_swap swapped 90a mxfp4_bf16 grouped_gemm_mma_sync {swapped90} 89 - missing".split(),
+        f"m8n128_swap swapped 120f mxfp4_mxfp8 grouped_gemm {swapped120} 89 -".split(),
     ]
     assert tail.startswith(f"mxfp4-moe {mxfp4_moe.__version__}: 2 tiles, 4,096 bytes, profile mxfp4_minimal")
 
@@ -196,16 +197,33 @@ def test_the_table_for_machines(package: Path, capsys: pytest.CaptureFixture[str
     for arch, registers, instructions_per_mma in (("120f", 162, 3.25), ("90a", 200, 27.63)):
         proof = prove(NATIVE, arch)
         assert native["archs"][arch] == {
-            "function": proof.function,
-            "stages": proof.stages,
-            "smem_bytes": proof.smem_bytes,
-            "threads": proof.threads,
-            "blocks_per_sm": proof.blocks_per_sm,
-            "accumulator_registers": proof.accumulator_registers,
-            "registers": registers,
-            "instructions_per_mma": instructions_per_mma,
+            proof.pair: {
+                "function": proof.function,
+                "stages": proof.stages,
+                "smem_bytes": proof.smem_bytes,
+                "threads": proof.threads,
+                "blocks_per_sm": proof.blocks_per_sm,
+                "accumulator_registers": proof.accumulator_registers,
+                "registers": registers,
+                "instructions_per_mma": instructions_per_mma,
+            }
         }
-    assert swapped["archs"]["90a"]["instructions_per_mma"] is None
+    assert swapped["archs"]["90a"]["mxfp4_bf16"]["instructions_per_mma"] is None
+
+
+def test_a_full_wheel_has_a_row_for_each_kernel(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = package / "build_report.json"
+    report.write_text(report.read_text().replace("mxfp4_minimal", "full"))
+    _, out = run(capsys, "tiles")
+    rows = [line.split() for line in out.splitlines()[1:-2]]
+    kernels = [("90a", "mxfp4_bf16"), ("120f", "mxfp4_mxfp8"), ("120f", "mxfp4_bf16")]
+    assert [(row[0], row[2], row[3]) for row in rows] == [
+        (name, *kernel) for name in (NATIVE.name, SWAPPED.name) for kernel in kernels
+    ]
+    _, out = run(capsys, "tiles", "--explain", "256,64")
+    flat = " ".join(out.split())
+    assert "m256n64 on sm_120f, mxfp4_bf16: grouped_gemm_mma_sync" in flat
+    assert "two pipeline stages need 2 x 69,904 = 139,808 bytes" in flat
 
 
 def test_without_a_report_the_table_has_what_can_be_proved(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +243,7 @@ def test_the_proof_of_a_legal_tile(swap: bool, package: Path, capsys: pytest.Cap
     lines = [" ".join(line.split()) for line in out.splitlines()]
     proofs = [prove(tile, arch) for arch in fake_wheel.ARCHS]
     assert [line for line in lines if line.startswith(tile.name)] == [
-        f"{tile.name} on sm_{proof.arch}: {proof.function}" for proof in proofs
+        f"{tile.name} on sm_{proof.arch}, {proof.pair}: {proof.function}" for proof in proofs
     ]
     for section, proof in zip("\n".join(lines).split("\n\n"), proofs, strict=True):
         check_proof(section.splitlines(), proof)
@@ -264,8 +282,8 @@ def test_one_proof_where_the_archs_have_the_same_numbers(
     _, out = run(capsys, "tiles", "--explain", "128,128")
     titles = [line for line in out.splitlines() if line.startswith("m128n128")]
     assert titles == [
-        "m128n128 on sm_120f, sm_121a: grouped_gemm",
-        "m128n128 on sm_90a: grouped_gemm_wgmma",
+        "m128n128 on sm_120f, sm_121a, mxfp4_mxfp8: grouped_gemm",
+        "m128n128 on sm_90a, mxfp4_bf16: grouped_gemm_wgmma",
     ]
 
 
@@ -292,8 +310,9 @@ def test_the_proof_of_an_impossible_tile(
         assert word in flat
     _, data = run_json(capsys, "tiles", "--explain", shape)
     for arch in fake_wheel.ARCHS:
-        assert not data["archs"][arch]["legal"]
-        assert all(refusal in flat for refusal in data["archs"][arch]["refusals"]), "every refusal is printed"
+        (verdict,) = data["archs"][arch].values()
+        assert not verdict["legal"]
+        assert all(refusal in flat for refusal in verdict["refusals"]), "every refusal is printed"
 
 
 def test_the_proof_for_machines(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,12 +324,13 @@ def test_the_proof_for_machines(package: Path, capsys: pytest.CaptureFixture[str
         "mode": "native",
         "in_wheel": False,
     }
-    verdict = data["archs"]["120f"]
+    verdict = data["archs"]["120f"]["mxfp4_mxfp8"]
     assert verdict["legal"]
     assert verdict["refusals"] == []
     assert (verdict["max_smem_bytes"], verdict["max_accumulator_registers"]) == (101_376, 128)
-    assert data["archs"]["90a"]["max_smem_bytes"] == 232_448
-    for arch, of in data["archs"].items():
+    assert data["archs"]["90a"]["mxfp4_bf16"]["max_smem_bytes"] == 232_448
+    for arch, of_pairs in data["archs"].items():
+        (of,) = of_pairs.values()
         proof = of["proof"]
         assert proof["function"] == {"90a": "grouped_gemm_wgmma", "120f": "grouped_gemm"}[arch]
         stages = proof["stages"] * (proof["stage_bytes"] + proof["barrier_bytes"])

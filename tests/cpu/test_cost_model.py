@@ -154,7 +154,7 @@ def test_causes_are_named() -> None:
 
 
 def test_instructions_come_from_the_build_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    archs = {"120f": {"main_loop": {"instructions_per_mma": 3.5}}}
+    archs = {"120f": {"mxfp4_mxfp8": {"main_loop": {"instructions_per_mma": 3.5}}}}
     report = {"tiles": {LARGE.name: {"archs": archs}, SMALL.name: {"archs": {}}, MIDDLE.name: None}}
     monkeypatch.setattr(wheel, "read_report", lambda path=None: report)
     choice.loop_instructions.cache_clear()

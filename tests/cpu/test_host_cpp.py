@@ -162,7 +162,7 @@ def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_pat
     program = tmp_path / "expand"
     source = str(ROOT / "tests" / "cpu" / "host" / "expand.cpp")
     chosen = ["-DMXFP4_MOE_ORDER_CONTAINERS"] if order is formats.WordOrder.CONTAINERS else []
-    header = (ROOT / "csrc" / "tile" / "sm90" / "bf16_operands.cuh").read_text()
+    header = (ROOT / "csrc" / "tile" / "bf16" / "operands.cuh").read_text()
     (body,) = re.findall(r"^__device__ __forceinline__ void expand\(.*?^}\n", header, re.MULTILINE | re.DOTALL)
     (tmp_path / "expand_pairs.inc").write_text(body)
     includes = [f"-I{ROOT / 'csrc'}", f"-I{tmp_path}"]
@@ -229,11 +229,11 @@ def test_tile_coord_visits_every_tile_once_with_n_fastest(host: ModuleType, num_
 def test_proof_is_what_the_compiler_sees(host: ModuleType) -> None:
     """prove() against the headers themselves, for every candidate tile that compiles, on both archs."""
     shapes = host.tile_shapes()
-    assert len(shapes) == 2 * 26
+    assert len(shapes) == 2 * 26 + 21
     for shape in shapes:
-        arch, barrier_offset = shape.pop("arch"), shape.pop("barrier_offset")
+        arch, pair, barrier_offset = (shape.pop(name) for name in ("arch", "pair", "barrier_offset"))
         tile = tiles.Tile(m=shape.pop("m"), n=shape.pop("n"), swap_ab=shape.pop("swap_ab"))
-        proof = tiles.prove(tile, arch)
+        proof = tiles.prove(tile, arch, pair)
         assert proof.legal, (tile.name, arch, proof.refusals)
         assert {key: proof.facts()[key] for key in shape} == shape, (tile.name, arch)
         assert barrier_offset == proof.stages * proof.stage_bytes

@@ -15,7 +15,7 @@ HEAD = """
 archs = ["90a", "120f"]
 default_profile = "plain"
 [profile.plain]
-quantization = ["mxfp8_mxfp4"]
+pairs = ["mxfp4_mxfp8"]
 out_dtypes = ["bfloat16"]
 """
 
@@ -56,13 +56,41 @@ def test_lookup_by_name_lists_what_there_is() -> None:
         manifest.profile("other")
 
 
+def test_a_row_without_pairs_is_built_for_all_of_a_profiles_and_one_with_them_for_those() -> None:
+    both = '[profile.big]\npairs = ["mxfp4_mxfp8", "mxfp4_bf16"]\nout_dtypes = ["bfloat16"]\n'
+    manifest = tiles.parse_manifest(HEAD + both + row() + row(m=256, n=8, more='pairs = ["mxfp4_mxfp8"]'))
+    any_pair, one = manifest.tiles
+    assert manifest.pairs_of("plain", any_pair) == manifest.pairs_of("plain", one) == ("mxfp4_mxfp8",)
+    assert manifest.pairs_of("big", any_pair) == ("mxfp4_mxfp8", "mxfp4_bf16")
+    assert manifest.pairs_of("big", one) == ("mxfp4_mxfp8",)
+
+
+def test_the_wheels_pairs() -> None:
+    """`full` has bf16 for each tile that SM12x has it for, and no more."""
+    manifest = tiles.load_manifest()
+    assert manifest.profile("mxfp4_minimal").pairs == ("mxfp4_mxfp8",)
+    assert manifest.profile("full").pairs == ("mxfp4_mxfp8", "mxfp4_bf16")
+    for tile in manifest.tiles:
+        assert manifest.pairs_of("mxfp4_minimal", tile) == ("mxfp4_mxfp8",)
+        legal = all(tiles.prove(tile, arch, "mxfp4_bf16").legal for arch in manifest.archs)
+        assert ("mxfp4_bf16" in manifest.pairs_of("full", tile)) == legal == (tile.m < 256)
+
+
+def test_what_kernels_read() -> None:
+    """SM90's MMA takes no scales: one kernel, of bf16 operands, for both pairs."""
+    assert tiles.kernel_pairs("90a", tiles.PAIRS) == tiles.kernel_pairs("90a", ["mxfp4_mxfp8"]) == ("mxfp4_bf16",)
+    assert tiles.kernel_pairs("120f", tiles.PAIRS) == tiles.PAIRS
+    with pytest.raises(ValueError, match="pair: expected one of mxfp4_mxfp8, mxfp4_bf16, got 'bf16'"):
+        tiles.prove(Tile(m=64, n=64, swap_ab=False), "120f", "bf16")
+
+
 def test_a_profile_says_in_one_sentence_what_it_lacks() -> None:
-    more = '[profile.big]\nquantization = ["mxfp8_mxfp4", "bf16_mxfp4"]\nout_dtypes = ["bfloat16"]\n'
+    more = '[profile.big]\npairs = ["mxfp4_mxfp8", "mxfp4_bf16"]\nout_dtypes = ["bfloat16"]\n'
     manifest = tiles.parse_manifest(HEAD + more + row())
-    assert manifest.refusal("plain", "mxfp8_mxfp4") is None
-    assert manifest.refusal("big", "bf16_mxfp4") is None
-    assert manifest.refusal("plain", "bf16_mxfp4") == (
-        "quantization 'bf16_mxfp4' is not in this wheel's profile 'plain' (it has mxfp8_mxfp4): install a wheel built "
+    assert manifest.refusal("plain", "mxfp4_mxfp8") is None
+    assert manifest.refusal("big", "mxfp4_bf16") is None
+    assert manifest.refusal("plain", "mxfp4_bf16") == (
+        "quantization 'mxfp4_bf16' is not in this wheel's profile 'plain' (it has mxfp4_mxfp8): install a wheel built "
         "with MXFP4_MOE_BUILD_PROFILE=big"
     )
     assert str(manifest.refusal("plain", "int4")).endswith("no profile has it")
@@ -85,6 +113,21 @@ def test_a_profile_says_in_one_sentence_what_it_lacks() -> None:
         (HEAD.replace('= "plain"', '= "fancy"') + row(), "default_profile: expected one of plain, got 'fancy'"),
         (HEAD.replace("out_dtypes", "outputs") + row(), "profile 'plain': unknown key 'outputs'"),
         (HEAD.replace('["bfloat16"]', '"bfloat16"') + row(), "profile 'plain': out_dtypes: expected a list"),
+        (
+            HEAD.replace('["mxfp4_mxfp8"]', '["mxfp8_mxfp4"]') + row(),
+            "pairs: expected pairs among mxfp4_mxfp8, mxfp4_bf16, ",
+        ),
+        (HEAD.replace("pairs", "quantization") + row(), "profile 'plain': unknown key 'quantization'"),
+        (HEAD + row(more='pairs = ["x"]'), r"tile 1 \(m128n128\): pairs: expected pairs among .*, got 'x'"),
+        (HEAD + row(more="pairs = []"), r"tile 1 \(m128n128\): pairs: expected a list of one or more strings"),
+        (
+            HEAD + row(more='pairs = ["mxfp4_bf16"]'),
+            r"tile 1 .*: pairs: expected one of profile plain's at least, got none",
+        ),
+        (
+            HEAD.replace('"mxfp4_mxfp8"]', '"mxfp4_mxfp8", "mxfp4_bf16"]') + row(m=256, n=8),
+            r"tile 1 \(m256n8\): impossible on sm_120f for mxfp4_bf16: .* 139,808 bytes .*, a block has 101,376",
+        ),
         (HEAD + row() + row(m=64, more="k = 128"), r"tile 2 .*: unknown key 'k', expected only m, n, swap_ab"),
         (HEAD + "[[tile]]\nm = 64\nn = 128\n", r"tile 1 .*: key 'swap_ab' is missing"),
         (HEAD + row(m='"128"'), r"tile 1 .*: m must be an integer, got '128'"),
@@ -92,14 +135,26 @@ def test_a_profile_says_in_one_sentence_what_it_lacks() -> None:
         (HEAD + row(n="128.0"), r"tile 1 .*: n must be an integer, got 128.0"),
         (HEAD + row(swap_ab="0"), r"tile 1 .*: swap_ab must be true or false, got 0"),
         (HEAD + row() + row(m=64) + row(), r"tile 3 \(m128n128\): duplicate of tile 1$"),
-        (HEAD + row(m=100), r"tile 1 \(m100n128\): impossible on sm_90a: .* m divisible by 64, not 100"),
-        (HEAD + row() + row(m=256, n=256), r"tile 2 \(m256n256\): impossible on sm_90a: registers: 128 accumulators"),
+        (
+            HEAD + row(m=100),
+            r"tile 1 \(m100n128\): impossible on sm_90a for mxfp4_mxfp8: .* m divisible by 64, not 100",
+        ),
+        (
+            HEAD + row() + row(m=256, n=256),
+            r"tile 2 \(m256n256\): impossible on sm_90a for mxfp4_mxfp8: registers: 128 accumulators",
+        ),
         (
             HEAD.replace('"90a", ', "") + row(m=256, n=256),
-            r"tile 1 \(m256n256\): impossible on sm_120f: .*102,688 bytes.*101,376",
+            r"tile 1 \(m256n256\): impossible on sm_120f for mxfp4_mxfp8: .*102,688 bytes.*101,376",
         ),
-        (HEAD + row(m=192, n=256), r"tile 1 \(m192n256\): impossible on sm_90a: registers: 96 accumulators"),
-        (HEAD + row(m=8), r"tile 1 \(m8n128\): impossible on sm_90a: a native tile has m divisible by 64, not 8"),
+        (
+            HEAD + row(m=192, n=256),
+            r"tile 1 \(m192n256\): impossible on sm_90a for mxfp4_mxfp8: registers: 96 accumulators",
+        ),
+        (
+            HEAD + row(m=8),
+            r"tile 1 \(m8n128\): impossible on sm_90a for mxfp4_mxfp8: a native tile has m divisible by 64, not 8",
+        ),
         (HEAD + row(m=64, swap_ab="true"), r"a swapped tile has m in 8, 16, 32, not 64"),
         (HEAD + row(m=8, n=32, swap_ab="true"), r"a swapped tile has n of at least 64, not 32"),
         (HEAD + row(n=512), r"n must be from 8 to 256 .*, not 512"),

@@ -11,35 +11,26 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
 from types import SimpleNamespace
 
 import ptx_moe_checks
 import pytest
 import torch
 from ptx import gemm
-from ptx.gemm import Epilogue, Gemm
+from ptx.gemm import Gemm
 from ptx.machine import Machine
+from ptx.tile_cases import COLUMNS, DTYPES, EXPERTS_ROWS, KINDS, epilogue, seed_of
 from torch import Tensor
 
 from mxfp4_moe import formats, reference
-from mxfp4_moe.activations import Activation
 from mxfp4_moe.problems import GemmProblem
 from mxfp4_moe.tiles import Tile, load_manifest, prove
 
 TILES = load_manifest().tiles
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATING = [tile for tile in TILES if prove(tile, "120f").amax_bytes]
-# A few n-tiles, the last of 16 columns where n-tiles are wider.
-COLUMNS = {8: 16, 16: 32, 32: 80, 64: 144, 128: 144, 256: 272}
-
 each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 each_activating = pytest.mark.parametrize("tile", ACTIVATING, ids=lambda tile: tile.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def seed_of(*words: object) -> int:
-    return zlib.crc32(repr(words).encode())
 
 
 @functools.lru_cache(maxsize=4)
@@ -74,32 +65,6 @@ def test_more_tails_and_orders(tile: Tile, steps: int, ready: bool, dtype: torch
 
 
 # ---- GEMM1's activation ----------------------------------------------------------------------------------------------
-
-EXPERTS_ROWS = (3, 0, 9)
-KINDS = ("swiglu", "swiglu, bias, bfloat16", "swiglu_oai, bias, float16, per expert")
-KINDS += ("swiglu_step, bias, per expert", "situ, bias, bfloat16", "situ, no limit")
-
-
-def epilogue(kind: str, n: int) -> Epilogue:
-    """Rounding, bias, and numbers for all or for each expert."""
-    g = torch.Generator().manual_seed(n)
-    bias = torch.randn(len(EXPERTS_ROWS), n, generator=g)
-    if kind == "swiglu":
-        return Epilogue(activation=Activation.SWIGLU)
-    if kind == "swiglu, bias, bfloat16":
-        return Epilogue(activation=Activation.SWIGLU, bias=bias, rounding=torch.bfloat16)
-    if kind == "situ, bias, bfloat16":
-        return Epilogue(activation=Activation.SITU, bias=bias, rounding=torch.bfloat16, beta=4.0, limit=25.0)
-    if kind == "situ, no limit":
-        return Epilogue(activation=Activation.SITU, beta=torch.tensor([4.0, 1.0, 0.5]), limit=math.inf)
-    each = {
-        "alpha": torch.tensor([1.702, 1.0, 0.5]),
-        "beta": torch.tensor([1.0, 0.0, -2.0]),
-        "limit": torch.tensor([7.0, 1.0, 3.0]),
-    }
-    if kind == "swiglu_step, bias, per expert":
-        return Epilogue(activation=Activation.SWIGLU_STEP, bias=bias, **each)
-    return Epilogue(activation=Activation.SWIGLU_OAI, bias=bias, rounding=torch.float16, **each)
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def test_which_kernel_a_tile_has() -> None:
     narrow = {(m, n) for m in (64, 128, 256) for n in (8, 16, 32)}
     assert {mn for mn, name in names.items() if name == "mma_sync"} == few_rows | narrow
     assert {mn for mn, name in names.items() if name == "wgmma"} == names.keys() - few_rows - narrow
-    sources = "".join(path.read_text() for path in (ROOT / "csrc/tile/sm90").glob("*_kernel.cuh"))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/tile").glob("*/*_kernel.cuh"))
     for name in set(names.values()):
         assert sources.count(f"    grouped_gemm_{name}(") == 1
     opcodes = {"mma_sync": "HMMA", "wgmma": "HGMMA"}
@@ -84,7 +84,7 @@ def test_a_tile_fits_a_multiprocessor() -> None:
 
 def test_a_tile_is_refused_for_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     row = "[[tile]]\nm = 128\nn = 256\nswap_ab = false\n"
-    text = 'archs = ["90a"]\ndefault_profile = "a"\n[profile.a]\nquantization = ["q"]\nout_dtypes = ["d"]\n' + row
+    text = 'archs = ["90a"]\ndefault_profile = "a"\n[profile.a]\npairs = ["mxfp4_mxfp8"]\nout_dtypes = ["d"]\n' + row
     assert tiles.parse_manifest(text).tiles[0].mn == (128, 256)
     monkeypatch.setattr(stages, "SMEM_PER_SM", {9: 96 * 1024, 12: 100 * 1024})
     wide = Tile(m=128, n=256, swap_ab=False)
@@ -93,7 +93,7 @@ def test_a_tile_is_refused_for_what_it_lacks(monkeypatch: pytest.MonkeyPatch) ->
         "shared memory: two pipeline stages need 2 x 50,192 = 100,384 bytes (per stage: activations 32,768, weights "
         "17,408, barriers 16), a block has 97,280"
     )
-    with pytest.raises(tiles.ManifestError, match=f"impossible on sm_90a: {re.escape(refusal)}"):
+    with pytest.raises(tiles.ManifestError, match=f"impossible on sm_90a for mxfp4_mxfp8: {re.escape(refusal)}"):
         tiles.parse_manifest(text)
     monkeypatch.setattr(stages, "_REGISTERS_PER_SUBPARTITION", 256)
     assert "registers: warps take 1888 of a block's 960" in tiles.prove(wide, "90a").refusals

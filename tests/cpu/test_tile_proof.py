@@ -84,11 +84,15 @@ def test_proof_of_sm12x_against_numbers_worked_out_by_hand(name: str) -> None:
     assert (proof.function, proof.reads_bf16) == ("grouped_gemm", False)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+LEGAL_IN_BF16 = [tile for tile in LEGAL if tile.m < 256]  # two stages of 256 rows of bf16 are 139,776 bytes
+KERNELS = [("90a", "mxfp4_mxfp8"), ("120f", "mxfp4_mxfp8"), ("120f", "mxfp4_bf16")]
+
+
+@pytest.mark.parametrize(("arch", "pair"), KERNELS)
 @pytest.mark.parametrize("tile", CANDIDATES, ids=lambda tile: tile.name)
-def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str) -> None:
-    proof = tiles.prove(tile, arch)
-    assert proof.legal == (tile != IMPOSSIBLE)
+def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str, pair: str) -> None:
+    proof = tiles.prove(tile, arch, pair)
+    assert proof.legal == (tile in (LEGAL_IN_BF16 if (arch, pair) == KERNELS[2] else LEGAL))
     assert proof.stage_bytes == proof.act_bytes + proof.weight_bytes + proof.act_scale_bytes
     stage = proof.stage_bytes + proof.barrier_bytes
     assert proof.smem_bytes == proof.stages * stage + proof.amax_bytes
@@ -96,7 +100,7 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str)
         return
     smem = SMEM_PER_SM[arch]
     assert 2 <= proof.stages <= 8
-    most_blocks = 6 if proof.function == "grouped_gemm_mma_sync" else 4
+    most_blocks = 6 if proof.function == "grouped_gemm_mma_sync" and arch == "90a" else 4
     assert 1 <= proof.blocks_per_sm <= most_blocks
     assert proof.blocks_per_sm * (proof.smem_bytes + 1024) <= smem
     assert proof.smem_bytes <= tiles.max_smem_per_block(arch) == smem - 1024
@@ -123,7 +127,8 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str)
     # A weight block has 64 rows, of which a warp holds all, or two or four share them with whole groups of 16.
     assert proof.activates == (tile.n >= 64 and (proof.reads_bf16 or proof.accumulator_registers <= 64))
     rows_of_warps = proof.warps_m if proof.weights_are_a else proof.warps_n
-    assert proof.amax_bytes == (rows_of_warps * tile.m * 4 if proof.activates else 0)
+    quantizes = arch == "90a" or not proof.reads_bf16  # SM12x's kernel of bf16 writes values as they come
+    assert proof.amax_bytes == (rows_of_warps * tile.m * 4 if proof.activates and quantizes else 0)
     assert not proof.activates or (proof.warp_m if proof.weights_are_a else proof.warp_n) in (16, 32, 64)
 
 
@@ -136,6 +141,8 @@ def registers_wanted(proof: tiles.TileProof) -> int:
         return accumulators + 48
     weights, acts = (proof.warp_m, proof.warp_n) if proof.weights_are_a else (proof.warp_n, proof.warp_m)
     rows = 64 if weights >= 64 else weights // 2
+    if proof.arch == "120f" and proof.weights_are_a and acts > 32:  # one K block's weights, 32 rows of activations
+        return accumulators + 16 + weights // 2 + rows + 48
     return accumulators + 2 * (acts // 8 * 4) + rows + 48  # two K blocks of activations, words and operands of the rows
 
 
@@ -190,20 +197,26 @@ MEMBERS = {
 }
 
 
-def compile_shapes(folder: Path, shapes: list[Tile], archs: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Builds a program that prints what csrc/tile makes of these tiles on these archs, as JSON lines."""
+def compile_shapes(
+    folder: Path, shapes: list[Tile], kernels: Sequence[tuple[str, str]]
+) -> subprocess.CompletedProcess[str]:
+    """Builds a program that prints what csrc/tile makes of these tiles, of kernels by arch and pair, as JSON lines."""
     prints = "\n".join(
-        f"  show<ShapeOf<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}>>();" for arch in archs for t in shapes
+        f"  show<ShapeOf<{t.m}, {t.n}, {str(t.swap_ab).lower()}, Arch_{arch}, Pair_{pair}>>();"
+        for arch, pair in kernels
+        for t in shapes
     )
     names = ", ".join(f'\\"{name}\\": %d' for name in MEMBERS)
     values = ", ".join(f"S::{member}" for member in MEMBERS.values())
     source = folder / "shapes.cpp"
     source.write_text(
         f"""#include <cstdio>
+#include "tile/sm12x/bf16_tile_shape.cuh"
 #include "tile/sm90/tile_shape.cuh"
 using namespace mxfp4_moe;
 template <int M, int N, bool kSwap> const char* name(TileShape<M, N, kSwap, Sm12x>*) {{ return "grouped_gemm"; }}
-template <int M, int N, bool kSwap> const char* name(MmaSyncShape<M, N, kSwap>*) {{ return "grouped_gemm_mma_sync"; }}
+template <class A, int M, int N, bool kSwap, int kWarps, bool kMoves, int kMost, bool kAhead>
+const char* name(MmaSyncShape<A, M, N, kSwap, kWarps, kMoves, kMost, kAhead>*) {{ return "grouped_gemm_mma_sync"; }}
 template <int M, int N> const char* name(WgmmaShape<M, N>*) {{ return "grouped_gemm_wgmma"; }}
 template <class Of> void show() {{
   [[maybe_unused]] const Of checks_the_tile{{}};
@@ -224,12 +237,22 @@ int main() {{
 
 def test_proof_is_what_the_headers_compute(tmp_path: Path) -> None:
     """For every arch that a manifest may name, not only those of ours."""
-    result = compile_shapes(tmp_path, LEGAL, ALL_ARCHS)
-    assert result.returncode == 0, result.stderr
-    lines = subprocess.run([tmp_path / "shapes"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == len(LEGAL) * len(ALL_ARCHS)
-    for (arch, tile), line in zip(product(ALL_ARCHS, LEGAL), lines, strict=True):
-        proof = tiles.prove(tile, arch)
+    every = [(arch, pair) for arch in ALL_ARCHS for pair in tiles.kernel_pairs(arch, tiles.PAIRS[:1])]
+    in_bf16 = [(arch, "mxfp4_bf16") for arch in ALL_ARCHS if arch != "90a"]
+    shapes = [
+        (kernel, tile)
+        for kernels, some in ((every, LEGAL), (in_bf16, LEGAL_IN_BF16))
+        for kernel in kernels
+        for tile in some
+    ]
+    lines = []
+    for kernels, some in ((every, LEGAL), (in_bf16, LEGAL_IN_BF16)):
+        result = compile_shapes(tmp_path, some, kernels)
+        assert result.returncode == 0, result.stderr
+        lines += subprocess.run([tmp_path / "shapes"], capture_output=True, text=True, check=True).stdout.splitlines()
+    for ((arch, pair), tile), line in zip(shapes, lines, strict=True):
+        proof = tiles.prove(tile, arch, pair)
+        assert proof.pair == pair
         expected = {name: getattr(proof, name) for name in ("function", *MEMBERS)}
         assert json.loads(line) == expected, (tile.name, arch)
 
@@ -249,10 +272,14 @@ def test_facts_are_what_the_extension_tells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tile", "arch", "sentence"),
+    ("tile", "kernel", "sentence"),
     [
         (IMPOSSIBLE, "120f", "too many accumulator registers per thread"),
         (IMPOSSIBLE, "90a", "a block's threads have too few registers"),
+        *(
+            (Tile(m=256, n=n, swap_ab=False), "120f mxfp4_bf16", "shared memory does not hold two pipeline stages")
+            for n in (8, 64, 128)
+        ),
         *((Tile(m=100, n=128, swap_ab=False), arch, "native tiles need M % 64 == 0") for arch in ARCHS),
         *((Tile(m=64, n=128, swap_ab=True), arch, "native tiles need M % 64 == 0, swapped ones") for arch in ARCHS),
         (Tile(m=128, n=192, swap_ab=False), "120f", "the warp grid covers the tile"),
@@ -260,9 +287,11 @@ def test_facts_are_what_the_extension_tells() -> None:
     ],
     ids=lambda value: value.name if isinstance(value, Tile) else "",
 )
-def test_what_the_proof_refuses_does_not_compile(tile: Tile, arch: str, sentence: str, tmp_path: Path) -> None:
-    assert not tiles.prove(tile, arch).legal
-    result = compile_shapes(tmp_path, [tile], [arch])
+def test_what_the_proof_refuses_does_not_compile(tile: Tile, kernel: str, sentence: str, tmp_path: Path) -> None:
+    arch, _, pair = kernel.partition(" ")
+    pair = tiles.kernel_pair(arch, pair or "mxfp4_mxfp8")
+    assert not tiles.prove(tile, arch, pair).legal
+    result = compile_shapes(tmp_path, [tile], [(arch, pair)])
     assert result.returncode != 0
     assert "static assertion failed" in result.stderr
     assert sentence in result.stderr

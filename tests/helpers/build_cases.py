@@ -33,7 +33,9 @@ TOOLCHAIN = Toolchain(
     cxx=Path("/usr/bin/g++"),
     cxx_version="g++ 12",
 )
-THRESHOLDS = Thresholds(instructions_per_mma={"120f": {"m128n128": 3.5}}, peak_mb=2000, wheel_bytes=12_000_000)
+THRESHOLDS = Thresholds(
+    instructions_per_mma={"120f": {"mxfp4_mxfp8": {"m128n128": 3.5}}}, peak_mb=2000, wheel_bytes=12_000_000
+)
 
 
 def settings(**env: str) -> Settings:

@@ -28,12 +28,12 @@ def elf(module: str, size: int = 4096) -> bytes:
 
 
 def arch_entry(tile: Tile, arch: str, registers: int, instructions_per_mma: float | None) -> dict[str, Any]:
-    """What the report says of a tile on this arch."""
+    """What the report says of a tile on this arch: of the kernel for MXFP8 activations."""
     proof = prove(tile, arch)
     entry: dict[str, Any] = {"function": proof.function, **proof.facts(), "registers": registers}
     if instructions_per_mma is not None:
         entry["main_loop"] = {"instructions_per_mma": instructions_per_mma}
-    return entry
+    return {proof.pair: entry}
 
 
 def install(
@@ -43,9 +43,10 @@ def install(
     package = folder / "mxfp4_moe"
     (package / "_ext").mkdir(parents=True)
     report = {
-        "schema": 3,
+        "schema": 4,
         "version": VERSION,
         "profile": "mxfp4_minimal",
+        "pairs": ["mxfp4_mxfp8"],
         "archs": list(ARCHS),
         "built_with": {"cuda": "13.0.88", "torch": "2.13.0"},
         "tiles": {

@@ -139,9 +139,10 @@ def test_the_tests_run_against_the_installed_wheel(wheel: zipfile.ZipFile) -> No
 
 
 def test_the_report_says_with_what_it_was_built(report: dict[str, Any]) -> None:
-    assert report["schema"] == 3
+    assert report["schema"] == 4
     assert report["profile"] == MANIFEST.default_profile
     assert report["archs"] == list(MANIFEST.archs)
+    assert report["pairs"] == list(MANIFEST.profile(MANIFEST.default_profile).pairs)
     built_with = report["built_with"]
     assert report["distribution"] == "mxfp4-moe"
     assert set(built_with) == {"cuda", "cutlass", "torch", "torch_target", "python", "python_target", "cxx"}
@@ -171,9 +172,10 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     entry = report["tiles"][tile.name]
     assert (entry["m"], entry["n"], entry["swap_ab"]) == (tile.m, tile.n, tile.swap_ab)
     assert entry["ops"] == [f"mxfp4_moe::grouped_gemm_{tile.name}"]
-    data = entry["archs"][arch]
+    (data,) = entry["archs"][arch].values()
     assert set(data["instructions"]) == {"total", *COUNTED}
     proof = tiles.prove(tile, arch)
+    assert entry["archs"][arch].keys() == {proof.pair}
     assert data["instructions"]["LDL"] == data["instructions"]["STL"] == data["instructions"]["BRA.U.ANY"] == 0
     assert data["function"] == proof.function
     of_the_arch = {key: value for key, value in proof.facts().items() if key not in ("tile_m", "tile_n", "swap_ab")}
@@ -185,7 +187,7 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     assert set(loop) == {"instructions", "nops", "mma", "ldsm", "instructions_per_mma"}
     assert loop["mma"] + loop["ldsm"] + loop["nops"] < loop["instructions"] <= data["instructions"]["total"]
     assert loop["instructions_per_mma"] == round(loop["instructions"] / loop["mma"], 2)
-    limit = THRESHOLDS.limit(arch, tile.name)
+    limit = THRESHOLDS.limit(arch, proof.pair, tile.name)
     assert limit is not None
     assert loop["instructions_per_mma"] <= limit
     assert loop["ldsm"] >= (0 if proof.opcode == "HGMMA" else 2)
@@ -300,14 +302,19 @@ def test_the_checks_pass_what_is_in_the_wheel(made: Plan, cuda: Cuda, report: di
     seen = check(library(FIRST.module), FIRST, made, cuda)
     entry = report["tiles"][FIRST.name]
     assert seen["sha256"] == entry["library"]["sha256"]
-    assert seen["main_loop"] == {arch: entry["archs"][arch]["main_loop"] for arch in MANIFEST.archs}
-    assert seen["block_scaled"] == {"120f": entry["archs"]["120f"]["block_scaled"]}
+    assert seen["main_loop"] == {
+        arch: {pair: kernel["main_loop"] for pair, kernel in entry["archs"][arch].items()} for arch in MANIFEST.archs
+    }
+    scaled = entry["archs"]["120f"]["mxfp4_mxfp8"]["block_scaled"]
+    assert seen["block_scaled"] == {"120f": {"mxfp4_mxfp8": scaled}}
 
     assert load(made, cuda, tmp_path / "load.json", *map(library, MODULES)) == []
     loaded = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     assert set(loaded) == set(MODULES)
     for tile in MANIFEST.tiles:
-        assert loaded[tile.module]["facts"] == {arch: tiles.facts(tile, arch) for arch in MANIFEST.archs}
+        assert loaded[tile.module]["facts"] == {
+            arch: {tiles.kernel_pair(arch, "mxfp4_mxfp8"): tiles.facts(tile, arch)} for arch in MANIFEST.archs
+        }
         assert loaded[tile.module]["ops"] == report["tiles"][tile.name]["ops"]
 
 

@@ -19,7 +19,7 @@ from mxfp4_moe._choice import cost_model
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe.bench import floors, picture, report
 from mxfp4_moe.bench.shapes import DEFAULT_TOKENS, PRESETS, MoEShape
-from mxfp4_moe.tiles import load_manifest
+from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP8, load_manifest
 from wheelbuild import ROOT
 
 DOCUMENT = Path("docs/performance.md")
@@ -67,9 +67,10 @@ def _floor_row(shape: MoEShape, tokens: int, devices: Sequence[DeviceFacts]) -> 
     ]
 
 
-def model_block() -> str:
-    """What the cost model chooses for gpt-oss-120b on GPUs that were never measured."""
-    shape, tiles = PRESETS["gpt-oss-120b"], load_manifest().tiles
+def model_block(pair: str = MXFP4_MXFP8) -> str:
+    """What the cost model chooses for gpt-oss-120b and a pair of formats on GPUs that were never measured."""
+    shape, manifest = PRESETS["gpt-oss-120b"], load_manifest()
+    tiles = [tile for tile in manifest.tiles if pair in manifest.narrowed.get(tile, (pair,))]
     layer = Layer(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, intermediate=shape.intermediate)
     tokens = (1, 4, 16, 64, 256, 1024, 4096)
     rows = []
@@ -78,8 +79,9 @@ def model_block() -> str:
             continue
         cells = []
         for count in tokens:
-            tile = cost_model.choose(count, layer, device, tiles)
-            cells.append(f"{tile.m} x {tile.n}: {cost_model.layer_us(tile, device, layer, count):,.0f}")
+            tile = cost_model.choose(count, layer, device, tiles, pair=pair)
+            us = cost_model.layer_us(tile, device, layer, count, pair=pair)
+            cells.append(f"{tile.m} x {tile.n}: {us:,.0f}")
         about = f"{device.sms} SMs, {device.gb_per_s:,.0f} GB/s, {device.ghz} GHz"
         rows.append([device.name.removeprefix("NVIDIA "), about, *cells])
     return table(["GPU", "published", *(f"T = {count}" for count in tokens)], rows, left=range(9))
@@ -162,6 +164,7 @@ def rendered(page: str, runs: Mapping[str, report.Results]) -> str:
     blocks: dict[str, Callable[[], str]] = {
         "floors": floors_block,
         "model": model_block,
+        "model_bf16": lambda: model_block(MXFP4_BF16),
         "rates": rates_block,
         "results": lambda: results_block(runs),
     }

@@ -29,11 +29,12 @@ native M in 64, 128, 256 by N in 8 to 256, and swapped M in 8, 16, 32 by N in 64
 the MMA's A operand, which takes 16 rows at a time, and activations to B, which takes 8, so a small M wastes little.
 {verdict}
 
-Each arch has one kernel for a tile. Each K tile of 128 is one pipeline stage in shared memory: activations; 4,352 bytes
-of weights for each 64 rows of N or part of them, 64 of packed E2M1 and 4 of scales per row; and 16 bytes of barriers. A
-kernel that applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for each row of M
-and warp along N. A pipeline needs two stages, and is as deep as fits, up to {max_stages}. A block's warps compute "warp
-tile" rows of A by columns of B each, and one more warp fetches.
+SM90 has one kernel for a tile, which reads bf16 whatever the activations were; SM12x has one for MXFP8 and in
+profile `full` one for bf16 activations. Each K tile of 128 is one pipeline stage in shared memory: activations; 4,352
+bytes of weights for each 64 rows of N or part of them, 64 of packed E2M1 and 4 of scales per row; and 16 bytes of
+barriers. A kernel that applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for
+each row of M and warp along N. A pipeline needs two stages, and is as deep as fits, up to {max_stages}. A block's
+warps compute "warp tile" rows of A by columns of B each, and one more warp fetches.
 
 **SM12x** (`csrc/tile/tile_shape.cuh`): a stage's activations are M x 128 bytes of E4M3, and 4 bytes of scales per row
 of M and 4 rows more, since an expert's rows start anywhere (in whole 128 bytes). A thread holds at most {accumulators}
@@ -41,6 +42,11 @@ fp32 accumulators; more leave too few of 255 registers for operands. Tiles with 
 {activating} accumulators activate; with more, ptxas spills. Where eight warps hold 64 accumulators or more, the warp
 that fetches brings a whole warpgroup, whose registers go to the others. Up to {max_blocks} blocks share an SM, as many
 as leave each three stages, and its threads the registers that their accumulators ask for.
+
+**SM12x, bf16 activations** (`csrc/tile/sm12x/bf16_tile_shape.cuh`): a stage's activations are M x 256 bytes, so that
+two stages of 256 rows do not fit. The kernel is SM90's for few rows, `grouped_gemm_mma_sync`; from N = 64 on weights
+are A whatever the tile's mode, and from M x N = 16,384 on eight warps share them. It writes the activation of GEMM1 as
+it comes, and needs no table for that.
 
 **SM90** (`csrc/tile/sm90/tile_shape.cuh`): a stage's activations are M x 256 bytes of bf16, which need no scales. From
 M = 32 and N = 64 on a tile's kernel is `grouped_gemm_wgmma`, where weights are A whatever the tile's mode, 64 rows
@@ -61,7 +67,14 @@ COLUMNS = (
 
 def _cells(proof: TileProof, manifest: Manifest) -> list[str]:
     tile = proof.tile
-    verdict = "in the wheel" if tile in manifest.tiles else "fits; not in the manifest"
+    having = [
+        profile.name
+        for profile in manifest.profiles
+        if tile in manifest.tiles
+        and proof.pair in tiles.kernel_pairs(proof.arch, manifest.pairs_of(profile.name, tile))
+    ]
+    where = "in the wheel" if len(having) == len(manifest.profiles) else f"in profile {', '.join(having)}"
+    verdict = where if having else "fits; not in the manifest"
     return [
         *(f"{tile.m}", f"{tile.n}", "swapped" if tile.swap_ab else "native", f"`{proof.function}`"),
         *(f"{proof.warps_m} x {proof.warps_n}", f"{proof.warp_m} x {proof.warp_n}"),
@@ -84,18 +97,21 @@ def _listed(proofs: Sequence[TileProof]) -> str:
     return ", ".join(f"({proof.tile.m}, {proof.tile.n})" for proof in proofs)
 
 
-def _section(arch: str, proofs: Sequence[TileProof], manifest: Manifest) -> str:
-    """One arch: what its blocks have, which tiles have the shallowest pipeline, and the table."""
+def _section(arch: str, pair: str, proofs: Sequence[TileProof], manifest: Manifest) -> str:
+    """An arch's kernels of one pair: what its blocks have, which tiles have the shallowest pipeline, and the table."""
     few = [proof for proof in proofs if proof.legal and proof.stages == 2]
     fit = f"Only two stages fit in {_listed(few)}." if few else "Every tile that fits has three stages or more."
     memory = f"A block has at most {tiles.max_smem_per_block(arch):,} bytes of shared memory. {fit}"
-    return f"\n## sm_{arch}\n\n{memory}\n\n" + _table([_cells(proof, manifest) for proof in proofs])
+    return f"\n## sm_{arch}, {pair}\n\n{memory}\n\n" + _table([_cells(proof, manifest) for proof in proofs])
 
 
 def document(manifest: Manifest) -> str:
     """The text of docs/tiles.md for this manifest."""
-    proofs = {arch: [tiles.prove(tile, arch) for tile in tiles.CANDIDATES] for arch in manifest.archs}
-    each = list(zip(*proofs.values(), strict=True))  # per tile, the archs' proofs
+    pairs = [pair for pair in tiles.PAIRS if any(pair in profile.pairs for profile in manifest.profiles)]
+    kernels = [(arch, pair) for arch in manifest.archs for pair in tiles.kernel_pairs(arch, pairs)]
+    proofs = {kernel: [tiles.prove(tile, *kernel) for tile in tiles.CANDIDATES] for kernel in kernels}
+    everywhere = [proofs[arch, tiles.kernel_pair(arch, tiles.MXFP4_MXFP8)] for arch in manifest.archs]
+    each = list(zip(*everywhere, strict=True))  # per tile, the archs' proofs for MXFP8 activations
     legal = [alike[0].tile for alike in each if all(proof.legal for proof in alike)]
     refused = [alike[0] for alike in each if alike[0].tile not in legal]
     shipped = sum(tile in manifest.tiles for tile in legal)
@@ -107,7 +123,7 @@ def document(manifest: Manifest) -> str:
         max_blocks=tiles.MAX_BLOCKS_PER_SM,
         accumulators=tiles.MAX_ACCUMULATORS,
     )
-    return introduction + "".join(_section(arch, proofs[arch], manifest) for arch in manifest.archs)
+    return introduction + "".join(_section(*kernel, proofs[kernel], manifest) for kernel in kernels)
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 // Grouped GEMM of bf16 activations and MXFP4 weights for SM90, by Hopper's asynchronous MMA: shapes, layouts and bits
-// are those of mma_sync_kernel.cuh.
+// are those of bf16/mma_sync_kernel.cuh.
 //
 // Fast because: wgmma takes the weights from registers, so that they are expanded once for all activation rows and
 // never stored; the next operands are expanded while MMAs run, by as many warps as there are rows for; sums stay in the
@@ -9,7 +9,8 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 
-#include "tile/sm90/bf16_operands.cuh"
+#include "tile/bf16/operands.cuh"
+#include "tile/sm90/tile_shape.cuh"
 
 namespace mxfp4_moe {
 

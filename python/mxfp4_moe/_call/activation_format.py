@@ -9,8 +9,9 @@ import torch
 from .. import reference
 from .._arguments import named_device
 from .._checkpoints.options import member
-from .._install import wheel
-from ..formats import WeightFormat, WordOrder, word_order_of
+from .._install import loading, wheel
+from ..formats import WeightFormat
+from ..tiles import Tile, pair_of
 from ..weights import MoEWeights
 
 _FORMATS = ("mxfp8", "bf16", "mxfp4", "nvfp4")
@@ -26,9 +27,10 @@ def activation_formats(
         weight_format: of the weights, "mxfp4" or "nvfp4".
 
     Returns:
-        Names, the default first. Of MXFP4 weights ("mxfp8", "bf16") on SM90 GPUs, ("mxfp8",) on SM12x GPUs, whose MMA
-        takes scales, and ("mxfp8", "bf16", "mxfp4") for CPU tensors; of NVFP4 weights ("nvfp4", "bf16") for CPU
-        tensors; () where the wheel has no kernels.
+        Names, the default first. Of MXFP4 weights ("mxfp8", "bf16") on SM90 GPUs, and ("mxfp8", "bf16", "mxfp4") for
+        CPU tensors; on SM12x GPUs what the wheel was built for: ("mxfp8",), or "bf16" too in a wheel of profile `full`,
+        each of which reads weights that were put in its word order (`MoEWeights.to`). Of NVFP4 weights ("nvfp4",
+        "bf16") for CPU tensors. () where the wheel has no kernels.
 
     Raises:
         TypeError, ValueError: no device, such as a dtype.
@@ -45,9 +47,15 @@ def activation_formats(
 
 @functools.cache
 def _formats_of(device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda" or wheel.arch_for(torch.cuda.get_device_capability(device)) is None:
+    if device.type != "cuda":
         return ()
-    return reference.ACTIVATION_FORMATS if word_order_of(device) is WordOrder.PAIRS else ("mxfp8",)
+    return tuple(name for name in reference.ACTIVATION_FORMATS if tiles_of(name, device.index))
+
+
+@functools.cache
+def tiles_of(activation_format: str, device_index: int) -> tuple[Tile, ...]:
+    """The manifest's tiles that have a kernel for activations of this format on a GPU."""
+    return wheel.tiles_of(pair_of(activation_format), torch.cuda.get_device_capability(device_index))
 
 
 def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
@@ -101,16 +109,24 @@ def check_format_on(activation_format: str, device: torch.device) -> None:
     """Refuses a format that the device's kernels do not read.
 
     Raises:
-        ValueError: 'bf16' on a GPU of SM12x, or in a build that emulates one; 'mxfp4' or 'nvfp4' on any GPU.
+        ValueError: 'bf16' on a GPU of SM12x, or in a build that emulates one, with a wheel without kernels for it;
+            'mxfp4' or 'nvfp4' on any GPU.
     """
     if activation_format == "mxfp8" or device.type == "cpu":
         return
     formats = _formats_of(device)
     if formats and activation_format not in formats:  # where there are none, the launch says why
-        where = "SM90 GPUs and CPU tensors take it" if activation_format == "bf16" else "CPU tensors alone take it"
+        if activation_format != "bf16":
+            having = " or ".join(map(repr, formats))
+            raise ValueError(
+                f"activation_format: expected {having}, which is what the kernels for {device} read, got "
+                f"{activation_format!r}; CPU tensors alone take it"
+            )
+        lacks = loading.manifest().refusal(wheel.profile(), pair_of(activation_format))
         raise ValueError(
-            f"activation_format: expected {' or '.join(map(repr, formats))}, which is what the kernels for {device} "
-            f"read, got {activation_format!r}; {where}"
+            f"activation_format: expected 'mxfp8', which is what the kernels for {device} read, got "
+            f"{activation_format!r}: {lacks or 'no tile that was built has it'}; SM90 GPUs and CPU tensors take it "
+            "with any wheel"
         )
 
 

@@ -48,7 +48,7 @@ def check_layer(
     Raises:
         TypeError, ValueError: as `fused_moe`.
     """
-    device = check_devices(hidden_states, weights)
+    device = check_devices(hidden_states, weights, activation_format)
     dtype = check_call(
         hidden_states,
         topk_weights,
@@ -67,12 +67,13 @@ def check_layer(
     return dtype
 
 
-def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
+def check_devices(hidden_states: Tensor, weights: MoEWeights, activation_format: str = "mxfp8") -> torch.device:
     """The device of a call.
 
     Raises:
         TypeError: hidden_states is no tensor.
-        ValueError: neither CUDA nor CPU, or not where the weights are; weights in another device's word order.
+        ValueError: neither CUDA nor CPU, or not where the weights are; an activation format that the GPU has no kernels
+            for; weights in another word order than that of the kernels.
     """
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected bfloat16 or float16 [T, H], got {type(hidden_states).__name__}")
@@ -85,22 +86,29 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights) -> torch.device:
             f"weights.to('{device}') copies them there"
         )
     if on_gpu and not in_graph(hidden_states):
-        check_word_order(weights.word_order, device)
+        check_word_order(weights.word_order, device, activation_format)
     return device
 
 
-def check_word_order(order: WordOrder, device: torch.device) -> None:
+def check_word_order(order: WordOrder, device: torch.device, activation_format: str = "mxfp8") -> None:
     """Refuses weights that this GPU would read as others.
 
     Raises:
-        ValueError: not the GPU's word order.
+        ValueError: not the word order of the GPU's kernels for these activations, or it has none for them.
     """
-    expected = word_order_of(device)
-    if order is not expected:
+    expected = word_order_of(device, activation_format)
+    if order is expected:
+        return
+    if activation_format == "mxfp8":
         raise ValueError(
-            f"weights: expected word order '{expected.value}' on {device}, got '{order.value}' of another device; "
-            f"weights.to('{device}') converts them"
+            f"weights: expected word order '{expected.value}' on {device}, got '{order.value}' of another device or of "
+            f"other activations; weights.to('{device}') converts them"
         )
+    check_format_on(activation_format, device)
+    raise ValueError(
+        f"weights: expected word order '{expected.value}' on {device} for activation_format '{activation_format}', got "
+        f"'{order.value}'; weights.to('{device}', activation_format='{activation_format}') converts them"
+    )
 
 
 def check_call(

@@ -71,9 +71,10 @@ def fused_moe(
             FlashInfer does; there a value beyond float16's range becomes an infinity, which makes its token NaN unless
             the activation clamps it. Without it they stay in float32 until MXFP8, which is closer to the exact layer.
         activation_format: to what the values that each GEMM reads are brought before: "mxfp8", or "bf16", which is
-            closer to the exact layer, and on SM90 as fast. CPU tensors and SM90 take both, SM12x "mxfp8"; CPU tensors
-            "mxfp4" too, and of NVFP4 weights "nvfp4" and "bf16" (`activation_formats`). None: "mxfp8", of NVFP4 weights
-            "nvfp4". Hidden states that are MXFP8 stay it.
+            closer to the exact layer, and on SM90 as fast. CPU tensors and SM90 take both, SM12x "bf16" with a wheel
+            that has it and with weights in its word order (`activation_formats`, `MoEWeights.to`); CPU tensors "mxfp4"
+            too, and of NVFP4 weights "nvfp4" and "bf16". None: "mxfp8", of NVFP4 weights "nvfp4". Hidden states that
+            are MXFP8 stay it.
 
     Returns:
         [T, H] in the output dtype: `output` where it was given.
@@ -121,7 +122,7 @@ def fused_moe(
             operators.write_output(output, result)
             return output
         return output.copy_(result)
-    tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights, device)
+    tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights, device, activation_format)
 
     if hidden_states.is_cpu:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from .._install.troubles import DOCTOR
 from ..routers import Router
 from ..tiles import Tile
 from ..weights import MoEWeights
-from .activation_format import code_of
+from .activation_format import code_of, tiles_of
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
     What an argument costs on its way through torch's dispatcher is most of the operator's time, and one that is left
     to its default costs little: so the rare ones are named only where they say something.
     """
-    op, tile = layer_operator(hidden_states.device.index, tile)
+    op, tile = layer_operator_for(activation_format, hidden_states.device.index, tile)
     arguments, rare = weights.operator_arguments
     if hidden_states_scale is not None:
         hidden_states = hidden_states.view(torch.uint8)
@@ -77,12 +77,19 @@ def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | Non
     return result
 
 
+def layer_operator_for(activation_format: str, device_index: int, tile: Tile) -> tuple[Any, Tile]:
+    """`layer_operator`, among the tiles that have a kernel for these activations; for MXFP8 those are all."""
+    if activation_format == "mxfp8":
+        return layer_operator(device_index, tile)
+    return layer_operator(device_index, tile, tiles_of(activation_format, device_index))
+
+
 @functools.cache
-def layer_operator(device_index: int, tile: Tile) -> tuple[Any, Tile]:
+def layer_operator(device_index: int, tile: Tile, among: tuple[Tile, ...] | None = None) -> tuple[Any, Tile]:
     """The layer's operator and the tile to call it with: loaded, on a supported device, and not blocked there."""
     name, capability = torch.cuda.get_device_name(device_index), torch.cuda.get_device_capability(device_index)
     check_capability(capability, f"{name} (cuda:{device_index})")
-    tile = loading.load_nearest(tile, name, capability)
+    tile = loading.load_nearest(tile, name, capability, among)
     return loading.moe_ops().fused_moe.default, tile
 
 

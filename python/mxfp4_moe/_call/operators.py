@@ -128,14 +128,14 @@ def _moe_layer_cpu(*arguments: object) -> Tensor:
 def _moe_layer_cuda(*arguments: object) -> Tensor:
     call = LayerCall(*arguments)  # type: ignore[arg-type]  # by the schema
     hidden_states, device = call.hidden_states, call.hidden_states.device
-    check_word_order(WordOrder(call.word_order), device)
+    check_word_order(WordOrder(call.word_order), device, call.activation_format)
     call.check(device)
     check_format_on(call.activation_format, device)
     experts, (tokens, top_k) = call.w13.shape[0], call.topk_ids.shape
     check_limits(experts, tokens, top_k)
     sizes = call.hidden_size, call.intermediate_size
-    chosen = select(tokens, top_k, call.num_global_experts or experts, *sizes, device.index)
-    op, tile = launch.layer_operator(device.index, chosen)
+    chosen = select(tokens, top_k, call.num_global_experts or experts, *sizes, device.index, call.activation_format)
+    op, tile = launch.layer_operator_for(call.activation_format, device.index, chosen)
     output = torch.empty_like(hidden_states, dtype=call.output_dtype)
     try:
         op(

@@ -9,8 +9,9 @@ import torch
 from .._choice.choice import choose_tile
 from .._choice.facts import DeviceFacts, Layer, from_properties
 from .._install import loading
-from ..tiles import Tile, select_tile
+from ..tiles import Tile, pair_of, select_tile
 from ..weights import MoEWeights
+from .activation_format import tiles_of
 
 DEFAULT_TILE_MN = (128, 128)  # for callers that turn the automatic choice off and name no tile
 
@@ -22,18 +23,29 @@ def tile_of_call(
     top_k: int,
     weights: MoEWeights,
     device: torch.device,
+    activation_format: str = "mxfp8",
 ) -> Tile:
     """The tile that was named, or the automatic choice.
 
     Raises:
-        TypeError, ValueError: as `manifest_tile`.
+        TypeError, ValueError: as `manifest_tile`; a tile that has no kernel for these activations on the device.
     """
     if tile_mn is not None:
-        return manifest_tile(tile_mn)
+        tile = manifest_tile(tile_mn)
+        if activation_format != "mxfp8" and device.index is not None:
+            having = tiles_of(activation_format, device.index)
+            if having and tile not in having:  # where there are none, the launch says why
+                listed = ", ".join(str(other.mn) for other in having)
+                raise ValueError(
+                    f"tile_mn: expected a tile with a kernel for activation_format {activation_format!r} on {device} "
+                    f"({listed}), got {tile.mn}"
+                )
+        return tile
     if not auto_tile_select:
         return manifest_tile(DEFAULT_TILE_MN)
-    sizes = weights.hidden_size, weights.intermediate_size
-    return select(tokens, top_k, weights.num_global_experts, *sizes, device.index)  # a slice: its share of rows
+    # num_global_experts: of a slice too, which has its share of rows
+    sizes = weights.num_global_experts, weights.hidden_size, weights.intermediate_size
+    return select(tokens, top_k, *sizes, device.index, activation_format)
 
 
 def check_tile(tile_mn: tuple[int, int] | None) -> None:
@@ -74,13 +86,23 @@ def manifest_tile(tile_mn: tuple[int, int]) -> Tile:
 
 
 @functools.lru_cache(maxsize=4096)
-def select(tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, device_index: int | None) -> Tile:
+def select(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    device_index: int | None,
+    activation_format: str = "mxfp8",
+) -> Tile:
     """The tile of an automatic choice; without a GPU the simple rule's."""
     tiles = loading.manifest().tiles
+    if device_index is not None and activation_format != "mxfp8":
+        tiles = tiles_of(activation_format, device_index) or tiles
     if device_index is None or tokens == 0:
         return select_tile(tokens, top_k, experts, tiles)
     layer = Layer(experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate)
-    return choose_tile(tokens, layer, device_facts(device_index), tiles)
+    return choose_tile(tokens, layer, device_facts(device_index), tiles, pair_of(activation_format))
 
 
 @functools.cache

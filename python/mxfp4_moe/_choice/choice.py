@@ -10,19 +10,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .._install import wheel
-from ..tiles import Tile, prove, select_tile
+from ..tiles import MXFP4_MXFP8, Tile, prove, select_tile
 from . import cost_model, sm90_model, tuned
 from .facts import DeviceFacts, Layer
 
 _SIGNIFICANT_BITS = 5
 
 
-def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[Tile]) -> Tile:
-    """The tile for a call of this many tokens. `tiles` are the ones to choose among, which a table's must be in."""
-    found = tuned.look_up(device, layer, tokens)
+def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[Tile], pair: str = MXFP4_MXFP8) -> Tile:
+    """The tile for a call of this many tokens.
+
+    Args:
+        tiles: the ones to choose among, which a table's must be in.
+        pair: of formats. Tables are of MXFP8 activations; SM90 has the same kernels for both.
+    """
+    served = served_device(device)
+    found = tuned.look_up(device, layer, tokens) if pair == MXFP4_MXFP8 or served.capability[0] == 9 else None
     if found is not None and found.gemm1 in tiles:
         return found.gemm1
-    model = modelled(_rounded(tokens), layer, served_device(device), tuple(tiles))
+    model = modelled(_rounded(tokens), layer, served, tuple(tiles), pair)
     return model or select_tile(tokens, layer.top_k, layer.experts, tiles)
 
 
@@ -39,25 +45,27 @@ def _rounded(tokens: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def modelled(tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile, ...]) -> Tile | None:
+def modelled(
+    tokens: int, layer: Layer, device: DeviceFacts, tiles: tuple[Tile, ...], pair: str = MXFP4_MXFP8
+) -> Tile | None:
     """The tile that the arch's model chooses; None where there is no model. `device`: as `served_device` has it."""
     if device.capability[0] == 9:
         return sm90_model.choose(tokens, layer, device, tiles)
     if device.capability[0] == 12:
         arch = cost_model.arch_model(device.capability).arch
-        return cost_model.choose(tokens, layer, device, tiles, loop_instructions(arch))
+        return cost_model.choose(tokens, layer, device, tiles, loop_instructions(arch, pair), pair)
     return None
 
 
 @functools.cache
-def loop_instructions(arch: str) -> dict[str, float]:
-    """Tile name -> instructions of a warp in a K tile, by the build report; without it, none."""
+def loop_instructions(arch: str, pair: str = MXFP4_MXFP8) -> dict[str, float]:
+    """Tile name -> instructions of a warp in a K tile of the kernel for this pair, by the build report; else none."""
     report = wheel.read_report() or {}
     known = {}
     for tile in wheel.built_tiles():
         try:
-            per_mma = report["tiles"][tile.name]["archs"][arch]["main_loop"]["instructions_per_mma"]
+            per_mma = report["tiles"][tile.name]["archs"][arch][pair]["main_loop"]["instructions_per_mma"]
         except (KeyError, TypeError):
             continue
-        known[tile.name] = per_mma * prove(tile, arch).mma_per_step * 4
+        known[tile.name] = per_mma * prove(tile, arch, pair).mma_per_step * 4
     return known

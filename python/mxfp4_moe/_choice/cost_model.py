@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..tiles import TILE_K, Tile, TileProof, nearest_tile, prove, select_tile
+from ..tiles import MXFP4_MXFP8, TILE_K, Tile, TileProof, nearest_tile, prove, select_tile
 from .facts import DeviceFacts, Layer
 from .rows import expected_active, expected_m_tiles
 
@@ -51,6 +51,17 @@ class ArchModel:
 ARCH_MODELS = {
     12: ArchModel(arch="120f", mma_flops_per_clock=2048.0, loop_instructions=(51.5, 8.4, 0.0, 8.8)),
 }
+# With bf16 activations. Dense bf16 MMAs that accumulate in float32, of the maker's tables: 1024 flops (503.8 TFLOP/s of
+# an RTX PRO 6000), of which GeForce has half (209.5 TFLOP/s of an RTX 5090).
+_IN_BF16 = ArchModel(arch="120f", mma_flops_per_clock=1024.0, loop_instructions=(78.1, 52.3, 3.1, 14.1))
+_GEFORCE_BF16_FLOPS = 512.0
+
+
+def _model_of(device: DeviceFacts, proof: TileProof) -> ArchModel:
+    model = arch_model(device.capability)
+    if not proof.reads_bf16:
+        return model
+    return replace(_IN_BF16, mma_flops_per_clock=_GEFORCE_BF16_FLOPS) if "GeForce" in device.name else _IN_BF16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +90,7 @@ class GemmTime:
 
 def loop_instructions(proof: TileProof, model: ArchModel) -> float:
     """Instructions that one warp issues for one K tile."""
-    weights, acts = (proof.warp_m, proof.warp_n) if proof.tile.swap_ab else (proof.warp_n, proof.warp_m)
+    weights, acts = (proof.warp_m, proof.warp_n) if proof.weights_are_a else (proof.warp_n, proof.warp_m)
     fragments = (proof.warp_m / 16) * (proof.warp_n / 8)
     constant, per_weights, per_acts, per_fragment = model.loop_instructions
     return constant + per_weights * weights / 8 + per_acts * acts / 8 + per_fragment * fragments
@@ -102,7 +113,7 @@ def gemm_time(
     Raises:
         ValueError: an arch that the model does not know.
     """
-    model = arch_model(device.capability)
+    model = _model_of(device, proof)
     tile = proof.tile
     m_tiles = expected_m_tiles(tokens, layer, tile.m)
     tiles = max(round(m_tiles * -(-n // tile.n)), 1)
@@ -116,7 +127,7 @@ def gemm_time(
     # The m-tiles of an expert follow each other, so its weights are read once if L2 keeps them that long.
     reads = active if expert_bytes * 2 <= device.l2_bytes else max(m_tiles, active)
     rows = tokens * layer.top_k
-    memory_bytes = reads * expert_bytes + rows * (k + 2 * n)
+    memory_bytes = reads * expert_bytes + rows * ((2 if proof.reads_bf16 else 1) * k + 2 * n)
     memory = memory_bytes / (device.gb_per_s * _MEMORY_EFFICIENCY * 1e3)
 
     mma = mine * k_tiles * 2 * tile.m * tile.n * TILE_K / model.mma_flops_per_clock / clocks
@@ -138,22 +149,28 @@ def gemm_time(
 
 
 @functools.cache
-def _proof(tile: Tile, arch: str) -> TileProof:
-    return prove(tile, arch)
+def _proof(tile: Tile, arch: str, pair: str) -> TileProof:
+    return prove(tile, arch, pair)
 
 
 def layer_us(
-    tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, instructions: Mapping[str, float] | None = None
+    tile: Tile,
+    device: DeviceFacts,
+    layer: Layer,
+    tokens: int,
+    instructions: Mapping[str, float] | None = None,
+    pair: str = MXFP4_MXFP8,
 ) -> float:
     """Microseconds of both GEMMs with one tile; what is around them is the same for all tiles and left out.
 
     Args:
         instructions: tile name -> instructions of a warp in a K tile, from the build report.
+        pair: of formats that the kernels compute.
 
     Raises:
         ValueError: an arch that the model does not know.
     """
-    proof = _proof(tile, arch_model(device.capability).arch)
+    proof = _proof(tile, arch_model(device.capability).arch, pair)
     known = instructions.get(tile.name) if instructions else None
     gemm1 = gemm_time(proof, device, layer, tokens, 2 * layer.intermediate, layer.hidden, known)
     gemm2 = gemm_time(proof, device, layer, tokens, layer.hidden, layer.intermediate, known)
@@ -177,6 +194,7 @@ def choose(
     device: DeviceFacts,
     tiles: Iterable[Tile],
     instructions: Mapping[str, float] | None = None,
+    pair: str = MXFP4_MXFP8,
 ) -> Tile:
     """The tile that the model thinks fastest; among equals within a hundredth, the nearest to the simple rule's.
 
@@ -187,6 +205,6 @@ def choose(
     rule = select_tile(tokens, layer.top_k, layer.experts, choices)
     if tokens == 0:
         return rule
-    times = {tile: layer_us(tile, device, layer, tokens, instructions) for tile in choices}
+    times = {tile: layer_us(tile, device, layer, tokens, instructions, pair) for tile in choices}
     fastest = min(times.values())
     return nearest_tile(rule, [tile for tile in choices if times[tile] <= 1.01 * fastest])

@@ -45,7 +45,7 @@ def load_tile(tile: Tile) -> Any:
     return getattr(ops, f"grouped_gemm_{tile.name}")
 
 
-def load_nearest(wanted: Tile, device: str, capability: tuple[int, int]) -> Tile:
+def load_nearest(wanted: Tile, device: str, capability: tuple[int, int], among: tuple[Tile, ...] | None = None) -> Tile:
     """Loads `wanted` or, where it is blocked on the device or does not load, the nearest tile that can be used.
 
     Every tile gives the same bits, so a fall-back costs speed and nothing else; a warning says why it happened.
@@ -53,6 +53,7 @@ def load_nearest(wanted: Tile, device: str, capability: tuple[int, int]) -> Tile
     Args:
         wanted: a tile of the manifest.
         device, capability: the GPU's name and compute capability.
+        among: the tiles that can take its place; by default all of the manifest.
 
     Raises:
         LoadError: the layer's own extension does not load, or no tile is left.
@@ -60,7 +61,7 @@ def load_nearest(wanted: Tile, device: str, capability: tuple[int, int]) -> Tile
     moe_ops()  # where this fails every tile would, and these are the words that help
     blocked = blocklist.blocked(device, capability)
     reasons: dict[Tile, str] = {}
-    left = list(manifest().tiles)
+    left = list(manifest().tiles if among is None else among)
     while left:
         tile = nearest_tile(wanted, left)
         left.remove(tile)

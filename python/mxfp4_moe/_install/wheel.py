@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archs import arch_runs_on, check_arch
-from ..tiles import Tile, load_manifest
+from ..tiles import PAIRS, Tile, kernel_pair, kernel_pairs, load_manifest
 from .elf import ElfError, read_elf
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -74,6 +74,30 @@ def built_tiles() -> tuple[Tile, ...]:
     report = read_report()
     names = report.get("tiles") if report else None
     return tuple(tile for tile in tiles if tile.name in names) if isinstance(names, dict) else tiles
+
+
+def profile() -> str:
+    """The manifest's profile that this wheel was built by; without a report the default one."""
+    report = read_report()
+    name = report.get("profile") if report else None
+    return str(name) if name else load_manifest().default_profile
+
+
+def tiles_of(pair: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """The manifest's tiles that this wheel has kernels for that compute a pair of formats on such a GPU."""
+    arch, manifest = arch_for(capability), load_manifest()
+    if arch is None or pair not in PAIRS:
+        return ()
+    built = profile()
+    read = kernel_pair(arch, pair)
+    return tuple(tile for tile in manifest.tiles if read in kernel_pairs(arch, manifest.pairs_of(built, tile)))
+
+
+def kernels(tile: Tile | None = None) -> tuple[tuple[str, str], ...]:
+    """The kernels of a tile in this wheel, by arch and pair of formats that they read; without a tile those of any."""
+    manifest, built = load_manifest(), profile()
+    pairs = manifest.profile(built).pairs if tile is None else manifest.pairs_of(built, tile)
+    return tuple((arch, read) for arch in built_archs() for read in kernel_pairs(arch, pairs))
 
 
 def built_archs() -> tuple[str, ...]:

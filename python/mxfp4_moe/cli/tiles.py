@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..tiles import MAX_ACCUMULATORS, Tile, TileProof, max_smem_per_block, prove
 
 HELP = "the table of tiles, or one tile's proof"
 
-_SCHEMA = 3
+_SCHEMA = 4
 _UNKNOWN = "-"
 
 
@@ -73,7 +74,7 @@ def table_data() -> dict[str, Any]:
                     "bytes": path.stat().st_size if path.exists() else None,
                     "sha256": entry.get("library", {}).get("sha256"),
                 },
-                "archs": {arch: _arch_data(tile, arch, entry.get("archs", {}).get(arch, {})) for arch in archs},
+                "archs": _by_kernel(wheel.kernels(tile), functools.partial(_kernel_data, tile, entry.get("archs", {}))),
             }
         )
     return {
@@ -86,8 +87,19 @@ def table_data() -> dict[str, Any]:
     }
 
 
-def _arch_data(tile: Tile, arch: str, built: dict[str, Any]) -> dict[str, Any]:
-    proof = prove(tile, arch)
+def _by_kernel(
+    kernels: Sequence[tuple[str, str]], data: Callable[[str, str], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """By arch and the pair of formats that a kernel reads."""
+    found: dict[str, dict[str, Any]] = {}
+    for arch, pair in kernels:
+        found.setdefault(arch, {})[pair] = data(arch, pair)
+    return found
+
+
+def _kernel_data(tile: Tile, report: dict[str, Any], arch: str, pair: str) -> dict[str, Any]:
+    """`report`: what it has of the tile, by arch and pair."""
+    proof, built = prove(tile, arch, pair), report.get(arch, {}).get(pair, {})
     facts = proof.facts()
     names = ("stages", "smem_bytes", "threads", "blocks_per_sm", "accumulator_registers")
     return {
@@ -99,13 +111,13 @@ def _arch_data(tile: Tile, arch: str, built: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_text(data: dict[str, Any]) -> str:
-    """One row per tile and arch; a library has all of a tile's, and its size stands in the first."""
-    rows = [["tile", "mode", "arch", "kernel", "stages", "shared memory", "registers", "instr/MMA", "size"]]
+    """One row per kernel; a library has all of a tile's, and its size stands in the first."""
+    rows = [["tile", "mode", "arch", "reads", "kernel", "stages", "shared memory", "registers", "instr/MMA", "size"]]
     for tile in data["tiles"]:
         size = "missing" if tile["library"]["bytes"] is None else _number(tile["library"]["bytes"])
-        for arch in data["archs"]:
-            numbers = tile["archs"][arch]
-            row = [tile["name"], tile["mode"], arch, numbers["function"]]
+        for arch, pair in [(arch, pair) for arch, pairs in tile["archs"].items() for pair in pairs]:
+            numbers = tile["archs"][arch][pair]
+            row = [tile["name"], tile["mode"], arch, pair, numbers["function"]]
             row += [_number(numbers[name]) for name in ("stages", "smem_bytes", "registers", "instructions_per_mma")]
             rows.append([*row, size])
             size = ""
@@ -115,7 +127,7 @@ def table_text(data: dict[str, Any]) -> str:
         tail += f", profile {data['profile']}, built with CUDA {(data['built_with'] or {}).get('cuda', 'unknown')}"
     else:
         tail += "; no build report, so only what can be proved"
-    return "\n".join([*_aligned(rows, left=4), "", tail])
+    return "\n".join([*_aligned(rows, left=5), "", tail])
 
 
 def _number(value: float | None) -> str:
@@ -135,16 +147,16 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 
 
 def explain_data(tile: Tile) -> dict[str, Any]:
-    archs = {}
-    for arch in wheel.built_archs():
-        proof = prove(tile, arch)
-        archs[arch] = {
+    def verdict(arch: str, pair: str) -> dict[str, Any]:
+        proof = prove(tile, arch, pair)
+        return {
             "max_smem_bytes": max_smem_per_block(arch),
             "max_accumulator_registers": MAX_ACCUMULATORS,
             "legal": proof.legal,
             "refusals": list(proof.refusals),
             "proof": _proof_data(proof),
         }
+
     return {
         "schema": _SCHEMA,
         "name": tile.name,
@@ -152,18 +164,18 @@ def explain_data(tile: Tile) -> dict[str, Any]:
         "n": tile.n,
         "mode": _mode(tile),
         "in_wheel": tile in wheel.built_tiles(),
-        "archs": archs,
+        "archs": _by_kernel(wheel.kernels(), verdict),
     }
 
 
 def _proof_data(proof: TileProof) -> dict[str, Any]:
-    return {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch", "refusals")}
+    return {key: value for key, value in asdict(proof).items() if key not in ("tile", "arch", "pair", "refusals")}
 
 
 def explain_text(tile: Tile) -> str:
-    """One proof where all archs have the same numbers, else one for each."""
+    """One proof where all archs have the same numbers, else one for each; and one for each pair of formats."""
     groups: dict[TileProof, list[TileProof]] = {}
-    for proof in (prove(tile, arch) for arch in wheel.built_archs()):
+    for proof in (prove(tile, arch, pair) for arch, pair in wheel.kernels()):
         groups.setdefault(replace(proof, arch=""), []).append(proof)
     return "\n\n".join(_proof_text(alike[0], ", ".join(f"sm_{p.arch}" for p in alike)) for alike in groups.values())
 
@@ -184,7 +196,7 @@ def _proof_text(proof: TileProof, archs: str) -> str:
         ("a block may have", max_smem_per_block(proof.arch)),
     ]
     lines = [
-        f"{tile.name} on {archs}: {proof.function}",
+        f"{tile.name} on {archs}, {proof.pair}: {proof.function}",
         f"  {_mode(tile)}: {roles}; physical tile {proof.physical_m} x {proof.physical_n}, K = 128 per stage",
         "  shared memory, bytes",
         *(f"    {name:<18}{size:>9,}" for name, size in rows),
@@ -194,12 +206,13 @@ def _proof_text(proof: TileProof, archs: str) -> str:
         f"  accumulators: {proof.accumulator_registers} fp32 registers per thread, of at most {MAX_ACCUMULATORS}",
     ]
     if proof.legal:
-        lines.append("  verdict: legal, " + ("in this wheel" if tile in wheel.built_tiles() else "not in this wheel"))
+        here = tile in wheel.built_tiles() and any(pair == proof.pair for _, pair in wheel.kernels(tile))
+        lines.append("  verdict: legal, " + ("in this wheel" if here else "not in this wheel"))
     else:
         lines.append("  verdict: refused")
         lines += [f"    - {refusal}" for refusal in proof.refusals]
         other = replace(tile, swap_ab=not tile.swap_ab)
-        if all(prove(other, arch).legal for arch in wheel.built_archs()):
+        if all(prove(other, arch, pair).legal for arch, pair in wheel.kernels()):
             option = f"{tile.m},{tile.n}" + (",swap" if other.swap_ab else "")
             lines.append(f"  the {_mode(other)} tile of this shape is legal: --explain {option}")
     return "\n".join(lines)

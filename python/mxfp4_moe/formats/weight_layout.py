@@ -24,11 +24,11 @@ _STEP_BYTES = WEIGHT_BLOCK_ROWS * 16
 class WordOrder(str, Enum):
     """Which eight codes of a row's block of 32 share a 32-bit word of prepared weights, and where in it they stand.
 
-    A device reads one of the two: what its GPUs expand with the fewest instructions into what their MMA takes.
+    A kernel reads one of the two: what its GPU expands with the fewest instructions into what its MMA takes.
     """
 
-    CONTAINERS = "containers"  # SM12x, and every device but SM90: k = 8t .. 8t+7, the word rotated left by 2
-    PAIRS = "pairs"  # SM90: four pairs of neighbours, an element of each in either half, for bf16 MMAs of 16 k
+    CONTAINERS = "containers"  # SM12x's MMA of MXFP8, and devices without kernels: k = 8t .. 8t+7, rotated left by 2
+    PAIRS = "pairs"  # MMAs of bf16 (SM90's all, SM12x's of bf16 activations): four pairs of neighbours, one a half
 
     @classmethod
     def _missing_(cls, value: object) -> WordOrder:
@@ -41,15 +41,18 @@ class WordOrder(str, Enum):
 
 
 @functools.cache
-def word_order_of(device: torch.device) -> WordOrder:
-    """The order that a device's kernels read; CPU and others without kernels have that of SM12x.
+def word_order_of(device: torch.device, activation_format: str = "mxfp8") -> WordOrder:
+    """The order that a device's kernels read; CPU and others without kernels have that of SM12x for MXFP8.
 
     Args:
         device: with its index, as tensors have it.
+        activation_format: of the calls (`fused_moe`): on SM12x "bf16" has kernels of its own; SM90's read one order.
     """
-    if device.type == "cuda" and wheel.served_as(torch.cuda.get_device_capability(device))[0] == 9:
-        return WordOrder.PAIRS
-    return WordOrder.CONTAINERS
+    if device.type != "cuda":
+        return WordOrder.CONTAINERS
+    family = wheel.served_as(torch.cuda.get_device_capability(device))[0]
+    in_bf16 = family == 9 or (family == 12 and activation_format == "bf16")
+    return WordOrder.PAIRS if in_bf16 else WordOrder.CONTAINERS
 
 
 def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
@@ -64,7 +67,7 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
     one in the high ones, alike: with a code as sign s and magnitude eem, the first has s at bit 15 and eem at bits
     8..6; the second s at 11 and eem at 4..2; the third eem at 14..12; the fourth ee at 10..9 and m at 0. The signs of
     the third and fourth stand in the *other* half, at bits 5 and 1. So each pair is one shift or rotation away from
-    bfloat16 numbers of 2^-126 times the values, but for the fourth's m (csrc/tile/sm90/bf16_operands.cuh).
+    bfloat16 numbers of 2^-126 times the values, but for the fourth's m (csrc/tile/bf16/operands.cuh).
 
     Args:
         packed: uint8 [..., K/2], low nibble = even k, K a multiple of 32.

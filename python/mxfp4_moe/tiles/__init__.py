@@ -6,6 +6,7 @@ these files before the package exists. Importing a tile's extension module is do
 
 from .kernels import facts, prove
 from .manifest import MANIFEST_NAME, Manifest, ManifestError, Profile, load_manifest, manifest_path, parse_manifest
+from .pairs import MXFP4_BF16, MXFP4_MXFP8, PAIRS, kernel_pair, kernel_pairs, pair_of
 from .proof import (
     MAX_ACCUMULATORS,
     MAX_ACTIVATING_ACCUMULATORS,
@@ -25,6 +26,9 @@ __all__ = [
     "MAX_ACTIVATING_ACCUMULATORS",
     "MAX_BLOCKS_PER_SM",
     "MAX_STAGES",
+    "MXFP4_BF16",
+    "MXFP4_MXFP8",
+    "PAIRS",
     "TILE_K",
     "WEIGHT_BLOCK_BYTES",
     "WEIGHT_BLOCK_ROWS",
@@ -35,10 +39,13 @@ __all__ = [
     "TileProof",
     "expected_rows_per_expert",
     "facts",
+    "kernel_pair",
+    "kernel_pairs",
     "load_manifest",
     "manifest_path",
     "max_smem_per_block",
     "nearest_tile",
+    "pair_of",
     "parse_manifest",
     "prove",
     "select_tile",

@@ -1,26 +1,32 @@
-"""The kernel that an arch has for a tile, and its proof. The build compares it with what was compiled."""
+"""The kernel that an arch has for a tile and a pair of formats, and its proof, which the build holds it to."""
 
 from __future__ import annotations
 
 from ..archs import check_arch
+from .bf16 import prove_sm12x_bf16, prove_sm90
+from .pairs import MXFP4_BF16, MXFP4_MXFP8, PAIRS, kernel_pair
 from .proof import TileProof, prove_sm12x
-from .sm90 import prove_sm90
 from .tile import Tile
 
 
-def prove(tile: Tile, arch: str) -> TileProof:
-    """Stages, shared memory by part, registers and threads of `tile` on `arch`, legal or not.
+def prove(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> TileProof:
+    """Stages, shared memory by part, registers and threads of the kernel that computes `pair` on `arch`, legal or not.
 
     Raises:
         ArchError: the kernel has no code for the arch.
+        ValueError: there is no such pair.
     """
-    return prove_sm90(tile, arch) if check_arch(arch)[0] == 9 else prove_sm12x(tile, arch)
+    if pair not in PAIRS:
+        raise ValueError(f"pair: expected one of {', '.join(PAIRS)}, got {pair!r}")
+    if check_arch(arch)[0] == 9:
+        return prove_sm90(tile, arch)
+    return prove_sm12x_bf16(tile, arch) if kernel_pair(arch, pair) == MXFP4_BF16 else prove_sm12x(tile, arch)
 
 
-def facts(tile: Tile, arch: str) -> dict[str, int]:
-    """What the compiled tile must report for this arch: `facts()` of its proof.
+def facts(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> dict[str, int]:
+    """What the compiled kernel must report: `facts()` of its proof.
 
     Raises:
-        ArchError: the kernel has no code for the arch.
+        ArchError, ValueError: as `prove`.
     """
-    return prove(tile, arch).facts()
+    return prove(tile, arch, pair).facts()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from ..archs import ArchError, check_arch
 from .kernels import prove
+from .pairs import PAIRS
 from .tile import Tile
 
 MANIFEST_NAME = "tile_manifest.toml"
@@ -20,10 +22,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What a wheel can compute: quantization modes (activations_weights) and output dtypes."""
+    """What a wheel can compute: pairs of formats (weights_activations) and output dtypes."""
 
     name: str
-    quantization: tuple[str, ...]
+    pairs: tuple[str, ...]
     out_dtypes: tuple[str, ...]
 
 
@@ -33,6 +35,7 @@ class Manifest:
     default_profile: str
     profiles: tuple[Profile, ...]
     tiles: tuple[Tile, ...]
+    narrowed: Mapping[Tile, tuple[str, ...]]  # tiles whose row says which pairs they can be built for
 
     def profile(self, name: str) -> Profile:
         for profile in self.profiles:
@@ -47,13 +50,22 @@ class Manifest:
                 return tile
         raise ManifestError(f"tile {name!r}: expected one of {', '.join(t.name for t in self.tiles)}")
 
+    def pairs_of(self, profile: str, tile: Tile) -> tuple[str, ...]:
+        """The pairs of formats that a wheel of this profile has a tile for."""
+        return tuple(p for p in self.profile(profile).pairs if p in self.narrowed.get(tile, PAIRS))
+
     def refusal(self, profile: str, quantization: str) -> str | None:
-        """Why a wheel of this profile cannot compute this quantization mode, in one sentence; None when it can."""
-        if quantization in self.profile(profile).quantization:
+        """Why a wheel of this profile cannot compute this pair of formats, in one sentence; None when it can.
+
+        Args:
+            profile: the wheel's.
+            quantization: a pair of the manifest, or a name that others have for theirs.
+        """
+        if quantization in self.profile(profile).pairs:
             return None
-        having = [p.name for p in self.profiles if quantization in p.quantization]
+        having = [p.name for p in self.profiles if quantization in p.pairs]
         remedy = f"install a wheel built with MXFP4_MOE_BUILD_PROFILE={having[0]}" if having else "no profile has it"
-        has = ", ".join(self.profile(profile).quantization)
+        has = ", ".join(self.profile(profile).pairs)
         return f"quantization {quantization!r} is not in this wheel's profile {profile!r} (it has {has}): {remedy}"
 
 
@@ -80,9 +92,17 @@ def _table(value: object, where: str) -> Mapping[str, object]:
     return value
 
 
+def _pairs(value: object, where: str) -> tuple[str, ...]:
+    names = _strings(value, where)
+    for name in names:
+        if name not in PAIRS:
+            raise ManifestError(f"{where}: expected pairs among {', '.join(PAIRS)}, got {name!r}")
+    return names
+
+
 def _read_tile(row: object, where: str) -> Tile:
     table = _table(row, where)
-    _keys(table, ("m", "n", "swap_ab"), where)
+    _keys({key: value for key, value in table.items() if key != "pairs"}, ("m", "n", "swap_ab"), where)
     m, n, swap_ab = table["m"], table["n"], table["swap_ab"]
     if not isinstance(m, int) or isinstance(m, bool):
         raise ManifestError(f"{where}: m must be an integer, got {m!r}")
@@ -116,11 +136,11 @@ def parse_manifest(text: str, source: str = MANIFEST_NAME) -> Manifest:
     for name, value in _table(data["profile"], f"{source}: profile").items():
         where = f"{source}: profile {name!r}"
         table = _table(value, where)
-        _keys(table, ("quantization", "out_dtypes"), where)
+        _keys(table, ("pairs", "out_dtypes"), where)
         profiles.append(
             Profile(
                 name=name,
-                quantization=_strings(table["quantization"], f"{where}: quantization"),
+                pairs=_pairs(table["pairs"], f"{where}: pairs"),
                 out_dtypes=_strings(table["out_dtypes"], f"{where}: out_dtypes"),
             )
         )
@@ -133,16 +153,30 @@ def parse_manifest(text: str, source: str = MANIFEST_NAME) -> Manifest:
     if not isinstance(rows, list) or not rows:
         raise ManifestError(f"{source}: expected one or more [[tile]] tables, got {rows!r}")
     tiles: list[Tile] = []
+    narrowed = {}
     for place, row in enumerate(rows, start=1):
         tile = _read_tile(row, f"{source}: tile {place} {row!r}")
         where = f"{source}: tile {place} ({tile.name})"
         if tile in tiles:
             raise ManifestError(f"{where}: duplicate of tile {tiles.index(tile) + 1}")
-        for arch in archs:
-            if refusals := prove(tile, arch).refusals:
-                raise ManifestError(f"{where}: impossible on sm_{arch}: {'; '.join(refusals)}")
+        pairs = tuple(dict.fromkeys(pair for profile in profiles for pair in profile.pairs))
+        if "pairs" in row:
+            named = narrowed[tile] = _pairs(row["pairs"], f"{where}: pairs")
+            pairs = tuple(pair for pair in pairs if pair in named)
+        for profile in profiles:
+            if not set(profile.pairs) & set(pairs):
+                raise ManifestError(f"{where}: pairs: expected one of profile {profile.name}'s at least, got none")
+        for arch, pair in product(archs, pairs):
+            if refusals := prove(tile, arch, pair).refusals:
+                raise ManifestError(f"{where}: impossible on sm_{arch} for {pair}: {'; '.join(refusals)}")
         tiles.append(tile)
-    return Manifest(archs=archs, default_profile=default_profile, profiles=tuple(profiles), tiles=tuple(tiles))
+    return Manifest(
+        archs=archs,
+        default_profile=default_profile,
+        profiles=tuple(profiles),
+        tiles=tuple(tiles),
+        narrowed=narrowed,
+    )
 
 
 def manifest_path() -> Path:

@@ -1,4 +1,4 @@
-"""Whether a tile can be, before anything is compiled: what a proof is, and that of SM12x's kernel.
+"""Whether a tile can be, before anything is compiled: what a proof is, and that of SM12x's kernel of MXFP8 rows.
 
 `prove_sm12x` mirrors csrc/tile/tile_shape.cuh, statement by statement; the build compares the two after every compile.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .pairs import MXFP4_MXFP8
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, max_smem_per_block, smem_per_sm
 from .tile import Tile
 
@@ -30,7 +31,8 @@ class TileProof:
 
     tile: Tile
     arch: str
-    function: str  # the kernel's name in csrc/tile
+    pair: str  # of formats that the kernel reads, weights first
+    function: str  # its name in csrc/tile
     opcode: str  # of its MMA in machine code
     reads_bf16: bool  # activations, and writes them so; else MXFP8
     activates: bool  # its epilogue can apply GEMM1's activation
@@ -115,7 +117,7 @@ def stage_refusals(*, stages: int, arch: str, **parts: int) -> list[str]:
 
 
 def prove_sm12x(tile: Tile, arch: str) -> TileProof:
-    """`prove` on SM12x: TileShape."""
+    """`prove` on SM12x for MXFP8 activations: TileShape."""
     m, n, swap = tile.m, tile.n, tile.swap_ab
     refusals = shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
@@ -180,6 +182,7 @@ def prove_sm12x(tile: Tile, arch: str) -> TileProof:
     return TileProof(
         tile=tile,
         arch=arch,
+        pair=MXFP4_MXFP8,
         function="grouped_gemm",
         opcode="QMMA.SF",
         reads_bf16=False,

@@ -13,6 +13,7 @@
 #include "shared/schedule.cuh"
 #include "shared/weight_layout.cuh"
 #include "tile/lane_maps.cuh"
+#include "tile/sm12x/bf16_tile_shape.cuh"
 #include "tile/sm12x/emulated_mma.cuh"
 #include "tile/sm90/tile_shape.cuh"
 
@@ -79,11 +80,12 @@ std::vector<std::vector<int64_t>> offsets(int64_t rows, int64_t k, Offset offset
   return all;
 }
 
-template <int M, int N, bool kSwap, class Arch>
-void add_shape(py::list& shapes, const char* arch) {
-  using S = typename ShapeOf<M, N, kSwap, Arch>::Type;
+template <int M, int N, bool kSwap, class Arch, class Pair>
+void add_shape(py::list& shapes, const char* arch, const char* pair) {
+  using S = typename ShapeOf<M, N, kSwap, Arch, Pair>::Type;
   py::dict d;
   d["arch"] = arch;
+  d["pair"] = pair;
   d["m"] = M;
   d["n"] = N;
   d["swap_ab"] = kSwap;
@@ -99,8 +101,9 @@ void add_shape(py::list& shapes, const char* arch) {
 
 template <int M, int N, bool kSwap>
 void add_shapes(py::list& shapes) {
-  add_shape<M, N, kSwap, Arch_90a>(shapes, "90a");
-  add_shape<M, N, kSwap, Arch_120f>(shapes, "120f");
+  add_shape<M, N, kSwap, Arch_90a, Pair_mxfp4_bf16>(shapes, "90a", "mxfp4_bf16");
+  add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_mxfp8>(shapes, "120f", "mxfp4_mxfp8");
+  if constexpr (M < 256) add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_bf16>(shapes, "120f", "mxfp4_bf16");
 }
 
 template <int M>

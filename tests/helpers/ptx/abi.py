@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_char_p, c_float, c_int32, c_uint32, c_void_p
 
+VERSION = 8  # MXFP4_MOE_TILE_ABI_VERSION
+
 
 class PerExpert(ctypes.Structure):
     """Mxfp4MoePerExpert: one number, or float32 [E]."""
@@ -59,7 +61,7 @@ class Tile(ctypes.Structure):
         ("tile_m", c_int32),
         ("tile_n", c_int32),
         ("swap_ab", c_int32),
-        ("facts_of", ctypes.CFUNCTYPE(c_void_p, c_int32)),
+        ("facts_of", ctypes.CFUNCTYPE(c_void_p, c_int32, c_int32)),
         ("launch", ctypes.CFUNCTYPE(c_char_p, c_void_p)),
     ]
 

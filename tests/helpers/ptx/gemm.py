@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
-from mxfp4_moe.arithmetic import SM12X_MXF8F6F4
+from mxfp4_moe.arithmetic import of_arch
 from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem, offsets_of, random_problem
-from mxfp4_moe.tiles import Tile, prove
+from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP8, Tile, prove
 
 from . import abi, launch
 from .machine import Machine
@@ -30,18 +30,41 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
+def pair_of(problem: GemmProblem) -> str:
+    """The pair of formats that computes it."""
+    return MXFP4_BF16 if problem.row_scales is None else MXFP4_MXFP8
+
+
 def under_sm12x(problem: GemmProblem) -> GemmProblem:
     """The problem with what SM12x's tensor cores make of it as its expectation."""
-    operands = (problem.rows, problem.row_scales, problem.packed, problem.scales, problem.offsets)
-    return dataclasses.replace(problem, expected=reference.grouped_gemm(*operands, arithmetic=SM12X_MXF8F6F4))
+    rule = of_arch("120f", pair_of(problem))
+    return dataclasses.replace(problem, expected=reference.grouped_gemm(*problem.operands, arithmetic=rule))
 
 
-def any_problem(k: int, n: int, rows_per_expert: Sequence[int]) -> GemmProblem:
+def in_bf16(problem: GemmProblem) -> GemmProblem:
+    """The problem with bfloat16 rows: what its MXFP8 ones stand for, and as many bits more as bfloat16 has."""
+    assert problem.row_scales is not None
+    rows = formats.mxfp8_to_bf16(problem.rows, problem.row_scales).view(torch.int16)
+    g = torch.Generator().manual_seed(rows.numel())
+    more = torch.randint(0, 8, rows.shape, generator=g, dtype=torch.int16)
+    return under_sm12x(dataclasses.replace(problem, rows=(rows | more).view(torch.bfloat16), row_scales=None))
+
+
+def any_problem(k: int, n: int, rows_per_expert: Sequence[int], pair: str = MXFP4_MXFP8) -> GemmProblem:
     """Random bits in every operand."""
-    return under_sm12x(random_problem(k, n, torch.device("cpu"), rows_per_expert=rows_per_expert))
+    problem = random_problem(k, n, torch.device("cpu"), rows_per_expert=rows_per_expert)
+    if pair != MXFP4_BF16:
+        return under_sm12x(problem)
+    # Scale bytes from 128 on take a way of their own through a K tile: every second one has none of them.
+    small = torch.arange(k // 32) // 4 % 2 == 0
+    scales = torch.where(small, problem.scales - 31, problem.scales)
+    assert int(scales[..., small].max()) < 128 <= int(scales.max())
+    return in_bf16(dataclasses.replace(problem, scales=scales))
 
 
-def usual_problem(k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0) -> GemmProblem:
+def usual_problem(
+    k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0, pair: str = MXFP4_MXFP8
+) -> GemmProblem:
     """Sums of a few units, as a layer has them: for activations."""
     g = torch.Generator().manual_seed(seed)
     offsets = offsets_of(rows_per_expert, torch.device("cpu"))
@@ -50,7 +73,8 @@ def usual_problem(k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0)
     packed = torch.randint(0, 256, (experts, n, k // 2), generator=g, dtype=torch.uint8)
     scales = torch.randint(119, 124, (experts, n, k // 32), generator=g, dtype=torch.uint8)
     operands = {"rows": codes, "row_scales": row_scales, "packed": packed, "scales": scales, "offsets": offsets}
-    return under_sm12x(GemmProblem(**operands, expected=torch.empty(rows, n)))
+    problem = GemmProblem(**operands, expected=torch.empty(rows, n))
+    return in_bf16(problem) if pair == MXFP4_BF16 else under_sm12x(problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,34 +89,41 @@ class Epilogue:
     limit: float | Tensor = 7.0
 
 
-def junk(tile: Tile, k: int) -> list[range]:
-    """Packed weights that a last K tile of less than 128 lacks: any bits, times zeros (sm12x/plain_kernel.cuh)."""
-    proof = prove(tile, "120f")
+def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
+    """Shared memory that a kernel reads although nobody wrote it, whatever is there.
+
+    Packed weights that a last K tile of less than 128 lacks: any bits, times zeros. Rows of bf16 activations that an
+    m-tile does not have, which come in boxes: they meet the weights in sums that are stored nowhere.
+    """
+    proof = prove(tile, "120f", pair)
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
     first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
     blocks = proof.stages * proof.weight_bytes // 4352
-    return [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+    found = [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+    return [range(weights), *found] if pair == MXFP4_BF16 and tile.m > 16 else found
 
 
 class Gemm:
     """One problem's operands in a machine's memory."""
 
     def __init__(self, problem: GemmProblem, tile: Tile, machine: Machine) -> None:
-        self.problem, self.tile, self.machine = problem, tile, machine
+        self.problem, self.tile, self.machine, self.pair = problem, tile, machine, pair_of(problem)
         rows, experts = problem.rows.shape[0], problem.packed.shape[0]
         tiles = reference.m_tiles(problem.offsets, tile.m)
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
         experts_weights = zip(problem.packed, problem.scales, strict=True)
+        in_order = formats.WordOrder.PAIRS if self.pair == MXFP4_BF16 else formats.WordOrder.CONTAINERS
         self.operands = {
-            "act": formats.interleave_k(problem.rows),
-            "act_scale": formats.pack_row_scales(problem.row_scales),
-            "weight": torch.stack(
-                [formats.arrange_weights(p, s, formats.WordOrder.CONTAINERS) for p, s in experts_weights]
-            ),
+            "weight": torch.stack([formats.arrange_weights(p, s, in_order) for p, s in experts_weights]),
             "m_tiles": torch.cat([tiles, junk.expand(self.bound - len(tiles), 4)]),
             "num_m_tiles": torch.tensor([len(tiles)], dtype=torch.int32),
         }
+        if problem.row_scales is None:
+            self.operands["act"] = problem.rows.clone()
+        else:
+            self.operands["act"] = formats.interleave_k(problem.rows)
+            self.operands["act_scale"] = formats.pack_row_scales(problem.row_scales)
         for name, tensor in self.operands.items():
             machine.memory.add(name, array(tensor), written=True, writable=name != "weight")
 
@@ -118,6 +149,7 @@ class Gemm:
             k=k,
             experts=experts,
             m_tiles_are_ready=int(m_tiles_are_ready),
+            act_format=int(self.pair == MXFP4_BF16),
         )
 
     def execute(
@@ -127,13 +159,14 @@ class Gemm:
 
         change, change_launch: make another kernel of the tile's PTX, another launch of the launcher's.
         """
-        ptx = launch.ptx_of_tile(self.tile)
-        (one,) = launch.shared_recorder().gemm(self.tile, args, sms=sms)
+        ptx = launch.ptx_of_tile(self.tile, pair=self.pair)
+        (one,) = launch.shared_recorder().gemm_of(self.tile, self.pair, args, sms=sms)
         if change_launch is not None:
             one = change_launch(one)
-        late = ["act", "act_scale"] if args.m_tiles_are_ready else ["act", "act_scale", "m_tiles", "num_m_tiles"]
-        self.machine.pretend_kernel(late)
-        self.machine.run(ptx if change is None else change(ptx), one, junk=junk(self.tile, self.problem.rows.shape[1]))
+        late = [name for name in ("act", "act_scale") if name in self.operands]
+        self.machine.pretend_kernel(late if args.m_tiles_are_ready else [*late, "m_tiles", "num_m_tiles"])
+        unwritten = junk(self.tile, self.problem.rows.shape[1], self.pair)
+        self.machine.run(ptx if change is None else change(ptx), one, junk=unwritten)
 
     def run(
         self,
@@ -158,14 +191,18 @@ class Gemm:
         m_tiles_are_ready: bool = True,
         **changes: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written."""
+        """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written.
+
+        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes.
+        """
         rows, n = self.problem.expected.shape
-        codes = torch.full((rows, n // 2), 0xAA, dtype=torch.uint8)
+        quantizes = self.pair == MXFP4_MXFP8
+        codes = torch.full((rows, n // 2 if quantizes else n), 0xAA, dtype=torch.uint8)
         scales = torch.full((-(-n // 256), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
         args = self.args(m_tiles_are_ready)
         to = args.activate
         to.rows, to.scales = self.output("codes", codes), self.output("scales", scales)
-        to.bias, to.quantizes = self.constant("bias", epilogue.bias), 1
+        to.bias, to.quantizes = self.constant("bias", epilogue.bias), int(quantizes)
         to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
         for name in ("alpha", "beta", "limit"):
             number = getattr(epilogue, name)

@@ -30,7 +30,7 @@ from wheelbuild import toolchain
 from wheelbuild.kernel_ptx import compile_source_to_ptx, compile_to_ptx
 from wheelbuild.toolchain import Cuda
 
-from . import abi, recorder
+from . import abi, host_code, recorder
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -122,9 +122,11 @@ def tools() -> tuple[Cuda, Path]:
 
 
 @functools.cache
-def ptx_of_tile(tile: tiles.Tile, arch: str = "120f") -> str:
-    """The tile's kernels as PTX, known to `shared_recorder`."""
-    return _learned(compile_to_ptx(tile, arch))
+def ptx_of_tile(tile: tiles.Tile, arch: str = "120f", pair: str = tiles.MXFP4_MXFP8) -> str:
+    """The tile's kernel for a pair of formats as PTX, known to `shared_recorder`."""
+    if arch == host_code.ARCH and pair != tiles.MXFP4_MXFP8:
+        return _learned(host_code.built(tile, pair)[1])
+    return _learned(compile_to_ptx(tile, arch, pair))
 
 
 @functools.cache
@@ -160,6 +162,13 @@ class Recorder:
         """What the tile's extension launches; RefusedError in its words where it refuses."""
         return list(_launches(self._ask("gemm", tile.module, bytes(args), self.device(sms, arch))))
 
+    def gemm_of(self, tile: tiles.Tile, pair: str, args: abi.GemmArgs, *, sms: int = 2) -> list[Launch]:
+        """The same of one kernel's launcher, compiled for the test where wheels need not have it."""
+        if pair == tiles.MXFP4_MXFP8:
+            return self.gemm(tile, args, sms=sms)
+        library, device = host_code.built(tile, pair)[0], self.device(sms, host_code.ARCH)
+        return list(_launches(self._ask("launch", str(library), host_code.launcher(pair), bytes(args), device)))
+
     def operator(self, name: str, *args: Any, sms: int = 2, arch: str = "120f", **options: Any) -> Recording:
         """What torch.ops.mxfp4_moe.<name> launches, given CPU tensors in the place of CUDA ones."""
         arena = np.zeros(ARENA_BYTES, np.uint8)
@@ -192,6 +201,12 @@ class Recorder:
 
     def register_tile(self, tile: tiles.Tile) -> None:
         self._ask("register_tile", tile.module)
+
+    def register_kernel(self, tile: tiles.Tile, pair: str, act_format: int) -> None:
+        """Makes the layer find one kernel of a tile, compiled for the test, and no other of it."""
+        sizes = (tile.m, tile.n, int(tile.swap_ab))
+        names = (host_code.launcher(pair), host_code.facts(pair))
+        self._ask("register_kernel", str(host_code.built(tile, pair)[0]), *names, sizes, act_format)
 
     def layout(self) -> dict[str, tuple[int, int]]:
         return self._ask("layout")

@@ -20,7 +20,7 @@ from mxfp4_moe.activations import Activation
 from mxfp4_moe.tiles import Tile, load_manifest, prove
 from wheelbuild import ROOT
 from wheelbuild.kernel_ptx import compile_source_to_ptx
-from wheelbuild.plan import tile_defines
+from wheelbuild.plan import kernel_defines
 
 from . import gemm, launch
 from .faults import Fault
@@ -93,7 +93,7 @@ def compiled(tile: Tile, source: tuple[str, str, str]) -> str:
         root = Path(folder)
         shutil.copytree(ROOT / "csrc", root / "csrc")
         (root / "csrc" / file).write_text(text.replace(old, new), encoding="utf-8")
-        defines = ("-DMXFP4_MOE_ARCH=120f", *tile_defines(tile))
+        defines = kernel_defines(tile, "120f", "mxfp4_mxfp8")
         source_of_tile = Path("csrc/tile/tile.cu")
         return compile_source_to_ptx(source_of_tile, "120f", defines, f"mutant of {file}", root=Path(folder))
 

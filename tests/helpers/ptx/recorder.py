@@ -48,6 +48,7 @@ class Machine:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         self.torch_cuda.fake_torch_init(library.aoti_torch_create_tensor_from_blob)
         self.tiles: dict[str, abi.Tile] = {}
+        self.launchers: dict[str, Any] = {}
 
     def add_device(self, *facts: int) -> int:
         """Arguments as fake_cudart.cpp's fake_add_device; returns its number."""
@@ -106,8 +107,19 @@ class Machine:
         if module not in self.tiles:
             entry = importlib.import_module(f"mxfp4_moe._ext.{module}").entry
             self.tiles[module] = abi.Tile.from_address(entry)
+        return self._launched(self.tiles[module].launch, args, device)
+
+    def launch(self, library: str, function: str, args: bytes, device: int) -> list[dict[str, Any]]:
+        """The same of a launcher in a library that is no extension."""
+        if library not in self.launchers:
+            found = getattr(ctypes.CDLL(library), function)
+            found.restype, found.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+            self.launchers[library] = found
+        return self._launched(self.launchers[library], args, device)
+
+    def _launched(self, launch: Any, args: bytes, device: int) -> list[dict[str, Any]]:
         self.cuda.fake_set_device(device)
-        reason = self.tiles[module].launch(ctypes.create_string_buffer(args, len(args)))
+        reason = launch(ctypes.create_string_buffer(args, len(args)))
         launches = self._launches()
         if reason is not None:
             raise RuntimeError(reason.decode())
@@ -136,6 +148,17 @@ class Machine:
         """Makes a tile known to the layer, as mxfp4_moe._install.loading does."""
         importlib.import_module(_OPERATORS)
         self.torch.ops.mxfp4_moe.register_tile(importlib.import_module(f"mxfp4_moe._ext.{module}").entry)
+
+    def register_kernel(self, library: str, launcher: str, facts: str, sizes: Sequence[int], act_format: int) -> None:
+        """Makes a tile with one kernel known to the layer: what csrc/tile/tile_op.cpp would make of it."""
+        loaded = ctypes.CDLL(library)
+        kinds = dict(abi.Tile._fields_)
+        address = ctypes.addressof(ctypes.c_char.in_dll(loaded, facts))
+        facts_of = kinds["facts_of"](lambda device, asked: address if asked == act_format else None)
+        launch = ctypes.cast(getattr(loaded, launcher), kinds["launch"])
+        self.made = abi.Tile(abi.VERSION, *sizes, facts_of, launch)  # kept: the layer holds its address
+        importlib.import_module(_OPERATORS)
+        self.torch.ops.mxfp4_moe.register_tile(ctypes.addressof(self.made))
 
     def _launches(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.cuda.fake_take_log().splitlines()]

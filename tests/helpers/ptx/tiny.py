@@ -33,11 +33,13 @@ def kernel(body: str, registers: str = "", params: str = ".param .u64 a, .param 
 
 
 class Run:
-    """`a` is read, `b` is written: 64 words each, of which a's are 0, 1, 2 ..."""
+    """`a` is read, `b` is written: 64 words each, or as many as are given, of which a's are 0, 1, 2 ..."""
 
-    def __init__(self, seed: int = 0, lateness: float | None = None, resident: int = 4) -> None:
-        self.a = np.arange(64, dtype=np.uint32)
-        self.b = np.full(64, 0xFFFFFFFF, np.uint32)
+    def __init__(
+        self, seed: int = 0, lateness: float | None = None, resident: int = 4, a: np.ndarray | None = None
+    ) -> None:
+        self.a = np.arange(64, dtype=np.uint32) if a is None else a
+        self.b = np.full(len(self.a), 0xFFFFFFFF, np.uint32)
         self.machine = Machine(seed=seed, lateness=lateness, resident=resident)
         self.machine.memory.add("a", self.a, written=True, writable=True)
         self.machine.memory.add("b", self.b, written=False, writable=True)

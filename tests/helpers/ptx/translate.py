@@ -294,7 +294,7 @@ class _Writer(Operands):
     def _together(self, at: int, i: Instruction) -> bool:
         name, operands = i.name, i.operands
         members = "None"  # all lanes, .aligned
-        if name.startswith(("bar.warp", "elect", "shfl", "redux", "match")):
+        if name.startswith(("bar.warp", "elect", "shfl", "redux", "match", "vote")):
             members = self.read(operands[-1], "u32", i)
         mask = "None"
         if not self.full:
@@ -324,6 +324,9 @@ class _Writer(Operands):
             function = "maximum" if "max" in name else "minimum"
             self.lines.append(f"t = w.reduce(np.{function}, {mask}, {self.read(operands[1], 'u32', i)})")
             self.assign(operands[0], "t", "u32", mask, i)
+        elif name == "vote.sync.any.pred":
+            self.lines.append(f"t = w.any({mask}, {self.read(operands[1], 'pred', i)})")
+            self.assign(operands[0], "t", "pred", mask, i)
         elif name == "match.any.sync.b32":
             self.lines.append(f"t = w.match_any({mask}, {self.read(operands[1], 'u32', i)})")
             self.assign(operands[0], "t", "u32", mask, i)
@@ -397,5 +400,5 @@ class _Writer(Operands):
 
 def _is_together(name: str) -> bool:
     return name in ("bar.warp.sync", "elect.sync") or name.startswith(
-        ("shfl.", "redux.", "match.", "ldmatrix.", "movmatrix.", "mma.", "setmaxnreg.")
+        ("shfl.", "redux.", "match.", "vote.", "ldmatrix.", "movmatrix.", "mma.", "setmaxnreg.")
     )

@@ -212,6 +212,9 @@ class Warp:
     def reduce(self, function: Any, mask: Mask, value: Any) -> Any:
         return np.full(32, function.reduce(value[lanes_of(mask)]), np.uint32)
 
+    def any(self, mask: Mask, value: Any) -> Any:
+        return np.full(32, value[lanes_of(mask)].any())
+
     def match_any(self, mask: Mask, value: Any) -> Any:
         return exchange.match_any(value, lanes_of(mask))
 

@@ -24,6 +24,7 @@ def intermediates(
     gemm1_width: int,
     from_logits: bool,
     dtype: torch.dtype = torch.bfloat16,
+    in_bf16: bool = False,
 ) -> dict[str, Tensor]:
     """By the header's names.
 
@@ -32,11 +33,12 @@ def intermediates(
         slots: T * k.
         gemm1_width: 0 where GEMM1 applies the activation.
         dtype: of gemm2_out.
+        in_bf16: whether the GEMMs read bfloat16, which has no scales.
     """
     [memory] = recording.allocations
     bound = (slots + min(slots, experts) * (tile_m - 1)) // tile_m
     numbers = shared_recorder().workspace(
-        len(_ORDER), slots, hidden, inter, bound, gemm1_width, int(from_logits), dtype.itemsize
+        len(_ORDER), slots, hidden, inter, bound, gemm1_width, int(from_logits), int(in_bf16), dtype.itemsize
     )
     offsets = dict(zip(_ORDER, numbers, strict=True))
     assert offsets.pop("bytes") == len(memory)
@@ -52,13 +54,17 @@ def intermediates(
         **{"rows1": (slots, hidden), "rows2": (slots, inter), "gemm2_out": (slots, hidden)},
         **{name: (tiles, -(-slots // 4) * 4, 4) for name, tiles in k_tiles.items()},
     }
+    types = _TYPES
+    if in_bf16:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("scales")}
+        types = types | {"rows1": torch.bfloat16, "rows2": torch.bfloat16}
     if from_logits:
         shapes |= {"topk_ids": (slots,), "topk_weights": (slots,)}
     if gemm1_width:
         shapes["gemm1_out"] = (slots, gemm1_width)
     found = {}
     for name, shape in shapes.items():
-        kind = dtype if name == "gemm2_out" else _TYPES.get(name, torch.int32)
+        kind = dtype if name == "gemm2_out" else types.get(name, torch.int32)
         count = torch.Size(shape).numel() * kind.itemsize
         part = torch.from_numpy(memory[offsets[name] :][:count])
         found[name] = part.view(kind).view(shape)

@@ -10,13 +10,14 @@ import ctypes
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import accuracy, arithmetic, problems, reference
 from ..._call.fused_moe import fused_moe
-from ..._call.launch import layer_operator
+from ..._call.launch import layer_operator_for
 from ..._install import loading
 from ..._install.troubles import words
 from ...problems import Call, GemmProblem, bits
@@ -41,12 +42,13 @@ class Answers:
     def __init__(self) -> None:
         self.wrong = dict.fromkeys(BLOCKING, "")
         self.checks = 0
+        self.what = ""  # before each place, in words
 
     def note(self, question: str, where: str, wrong: str) -> None:
         """One comparison; `wrong` is empty when it came out right."""
         self.checks += 1
         if wrong and not self.wrong[question]:
-            self.wrong[question] = f"{where}: {wrong}"
+            self.wrong[question] = f"{self.what}{where}: {wrong}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class Family:
 
     @staticmethod
     def _gives(rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
+        if problem.row_scales is None and rule.operands != "bf16":  # a rule of the family that cannot be this MMA's
+            return False
         packed, scales = (x[:, :columns].contiguous() for x in (problem.packed, problem.scales))
         given = reference.grouped_gemm(
             problem.rows, problem.row_scales, packed, scales, problem.offsets, arithmetic=rule
@@ -109,14 +113,21 @@ class Layers:
     weights: MoEWeights
     calls: Sequence[Call]
     expected: Sequence[Tensor]
+    options: Mapping[str, Any]  # of the calls
 
     @classmethod
-    def make(cls, device: torch.device, rule: arithmetic.Arithmetic) -> Layers:
+    def make(cls, device: torch.device, rule: arithmetic.Arithmetic, activation_format: str) -> Layers:
+        options: dict[str, Any] = {} if activation_format == "mxfp8" else {"activation_format": activation_format}
         weights = problems.random_weights(*LAYER_SIZE, device)
         calls = [problems.random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
         calls[1].topk_ids[::5, 1] = -1  # slots of no expert
-        expected = [reference.fused_moe(*call.args(), weights, arithmetic=rule) for call in calls]
-        return cls(weights=weights, calls=calls, expected=expected)
+        expected = [reference.fused_moe(*call.args(), weights, arithmetic=rule, **options) for call in calls]
+        return cls(
+            weights=weights.to(device, activation_format) if options else weights,
+            calls=calls,
+            expected=expected,
+            options=options,
+        )
 
     def ask(self, tile: Tile, answers: Answers) -> str:
         """The outputs' digest."""
@@ -135,43 +146,98 @@ class Layers:
 
     def _run(self, tile: Tile, call: Call) -> Tensor:
         output = torch.full_like(call.hidden_states, float("nan"))
-        fused_moe(*call.args(), self.weights, tile_mn=tile.mn, output=output)
+        fused_moe(*call.args(), self.weights, tile_mn=tile.mn, output=output, **self.options)
         return output
 
 
-def tile_runner(device: torch.device, published: arithmetic.Arithmetic) -> RunTile:
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What a tile's kernel for activations of one format is asked: problems and what must come out of them."""
+
+    activation_format: str
+    published: arithmetic.Arithmetic
+    exact: Mapping[str, GemmProblem]
+    integers: Mapping[str, GemmProblem]
+    randoms: Mapping[str, RandomSums]
+    family: Family
+    layers: Layers
+
+    @classmethod
+    def make(cls, device: torch.device, published: arithmetic.Arithmetic, activation_format: str) -> Questions:
+        exact = {"one-hot rows": problems.layout_problem(device)}
+        exact |= {f"sparse rows, K={k}, N={n}": problems.sparse_problem(k, n, device) for k, n in SPARSE}
+        integers = {f"integers, K={k}, N={n}": problems.integer_problem(k, n, device) for k, n in INTEGERS}
+        randoms = {}
+        for k, n, wide in RANDOM:
+            problem = problems.random_problem(k, n, device, wide_scales=wide, arithmetic=published)
+            if activation_format == "bf16":
+                problem = problem.in_bf16(published)
+            randoms[f"K={k}, N={n}"] = RandomSums.make(problem, published)
+        if activation_format == "bf16":
+            exact, integers = ({name: p.in_bf16(None) for name, p in given.items()} for given in (exact, integers))
+        return cls(
+            activation_format=activation_format,
+            published=published,
+            exact=exact,
+            integers=integers,
+            randoms=randoms,
+            family=Family(published=published, randoms=randoms),
+            layers=Layers.make(device, published, activation_format),
+        )
+
+    def ask(self, tile: Tile, device: torch.device, answers: Answers) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """The digests of what the tile gave, and its sums of the random problems."""
+        ask_layout(tile, self.exact, answers)
+        ask_integers(tile, self.integers, answers)
+        outs = {name: ask_random(tile, name, given, answers) for name, given in self.randoms.items()}
+        digests = {f"GEMM, {name}": digest_of(out[: self.randoms[name].problem.valid]) for name, out in outs.items()}
+        if device.type == "cuda" and layer_operator_for(self.activation_format, device.index, tile)[1] != tile:
+            raise NotRunError("another tile takes its place in the layer")
+        digests["the layers' output"] = self.layers.ask(tile, answers)
+        return digests, outs
+
+    def compare(self, outs: Mapping[str, Tensor], digests: Mapping[str, str], answers: Answers) -> Arithmetic:
+        return compare(outs, self.family, {name: digests[f"GEMM, {name}"] for name in outs}, answers)
+
+
+def tile_runner(
+    device: torch.device,
+    published: arithmetic.Arithmetic,
+    in_bf16: arithmetic.Arithmetic | None = None,
+    having_bf16: Sequence[Tile] = (),
+) -> RunTile:
     """Makes the problems and what must come out of them, once; the function returned asks a tile.
 
     Args:
         device: where the tiles run.
-        published: the rule of their architecture.
+        published: the rule of their architecture, for MXFP8 activations.
+        in_bf16: the same for bf16 ones, where those have kernels of their own.
+        having_bf16: the tiles that have such a kernel.
     """
-    exact = {"one-hot rows": problems.layout_problem(device)}
-    exact |= {f"sparse rows, K={k}, N={n}": problems.sparse_problem(k, n, device) for k, n in SPARSE}
-    integers = {f"integers, K={k}, N={n}": problems.integer_problem(k, n, device) for k, n in INTEGERS}
-    randoms = {}
-    for k, n, wide in RANDOM:
-        problem = problems.random_problem(k, n, device, wide_scales=wide, arithmetic=published)
-        randoms[f"K={k}, N={n}"] = RandomSums.make(problem, published)
-    family = Family(published=published, randoms=randoms)
-    layers = Layers.make(device, published)
+    of_mxfp8 = Questions.make(device, published, "mxfp8")
+    of_bf16 = None if in_bf16 is None else Questions.make(device, in_bf16, "bf16")
 
     def run_tile(tile: Tile) -> Outcome:
         answers = Answers()
+        more = of_bf16 if tile in having_bf16 else None
         try:
             loading.load_tile(tile)
-            ask_layout(tile, exact, answers)
-            ask_integers(tile, integers, answers)
-            outs = {name: ask_random(tile, name, given, answers) for name, given in randoms.items()}
-            digests = {f"GEMM, {name}": digest_of(out[: randoms[name].problem.valid]) for name, out in outs.items()}
-            if device.type == "cuda" and layer_operator(device.index, tile)[1] != tile:
-                raise NotRunError("another tile takes its place in the layer")
-            digests["the layers' output"] = layers.ask(tile, answers)
+            digests, outs = of_mxfp8.ask(tile, device, answers)
+            answers.what = "bf16 activations, "
+            more_digests, more_outs = more.ask(tile, device, answers) if more else ({}, {})
         except loading.LoadError as error:
             raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise NotRunError(words(error)) from error
-        found = compare(outs, family, {name: digests[f"GEMM, {name}"] for name in outs}, answers)
+        found = of_mxfp8.compare(outs, digests, answers)
+        if more:
+            other = more.compare(more_outs, more_digests, answers)
+            found = Arithmetic(
+                values=found.values + other.values,
+                differ=found.differ + other.differ,
+                rules=(*found.rules, *(rule for rule in other.rules if rule not in found.rules)),
+            )
+            digests |= {f"{answers.what}{name}": digest for name, digest in more_digests.items()}
         return Outcome(checks=answers.checks, answers=answers.wrong, arithmetic=found, digests=digests)
 
     return run_tile

@@ -96,16 +96,18 @@ def run(
 def agree(results: Sequence[TileResult]) -> list[TileResult]:
     """Fails the tiles whose outputs have other bits than those of most tiles that passed.
 
-    Where as many tiles give one as the other, those are believed that compute what is published.
+    Not every tile has a kernel for every kind of activations. Where as many tiles give one as the other, those are
+    believed that compute what is published.
     """
     blamed: dict[Tile, list[str]] = {}
     voters = [result for result in results if result.status is Status.PASSED]
     for what in dict.fromkeys(key for result in voters for key in result.digests):
-        votes = collections.Counter(result.digests.get(what, "") for result in voters)
-        published = {result.digests.get(what, "") for result in voters if result.arithmetic.as_published}
+        asked = [result for result in voters if what in result.digests]
+        votes = collections.Counter(result.digests[what] for result in asked)
+        published = {result.digests[what] for result in asked if result.arithmetic.as_published}
         common, count = max(votes.items(), key=lambda item: (item[1], item[0] in published))
-        for result in voters:
-            if result.digests.get(what, "") != common:
+        for result in asked:
+            if result.digests[what] != common:
                 blamed.setdefault(result.tile, []).append(f"{what} has other bits than from {count} other tiles")
     return [_blame(result, blamed[result.tile]) if result.tile in blamed else result for result in results]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..._install import blocklist, driver, wheel
 from ..._install.troubles import words
-from ...tiles import Tile, load_manifest
+from ...tiles import MXFP4_BF16, MXFP4_MXFP8, Tile, kernel_pair, load_manifest
 from ..child import channel
 from .outcome import NotRunError, Outcome, RunTile
 from .report import Status
@@ -82,20 +82,25 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     arch = wheel.arch_for(capability)
     assert arch is not None  # check_capability has looked
     published = arithmetic.of_arch(arch)
+    # Where another kernel computes bf16 activations, and not the one that MXFP8 ones are folded for.
+    apart = kernel_pair(arch, MXFP4_BF16) != kernel_pair(arch, MXFP4_MXFP8)
+    having_bf16 = wheel.tiles_of(MXFP4_BF16, capability) if apart else ()
+    in_bf16 = arithmetic.of_arch(arch, MXFP4_BF16) if having_bf16 else None
+    rules = [rule for rule in (published, in_bf16) if rule is not None]
     facts = {
         "name": name,
         "index": index,
         "capability": list(capability),
         "multiprocessors": torch.cuda.get_device_properties(index).multi_processor_count,
         "arch": arch,
-        "arithmetic": f"{published.name} ({published.words()})",
+        "arithmetic": "; ".join(f"{rule.name} ({rule.words()})" for rule in rules),
         "driver": driver.driver_version(),
         "driver_cuda": driver.driver_cuda(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
-    return facts, tile_runner(torch.device("cuda", index), published)
+    return facts, tile_runner(torch.device("cuda", index), published, in_bf16, having_bf16)
 
 
 def main(

@@ -39,10 +39,16 @@ class Choice:
 
 
 def formats_on(device: Any) -> Sequence[str]:
-    """The activation formats that this package has kernels for on a torch device."""
+    """The activation formats that this package has kernels for on a torch device, of weights as engines prepare them.
+
+    Those are in the word order of MXFP8 activations, which on SM12x others do not read.
+    """
     package = sys.modules[__name__.partition(".")[0]]
     ask = getattr(package, "activation_formats", None)
-    return ALWAYS_THERE if ask is None else tuple(ask(device))
+    if ask is None:
+        return ALWAYS_THERE
+    order = package.formats.word_order_of
+    return tuple(name for name in ask(device) if order(device, name) is order(device))
 
 
 def choose_activations(

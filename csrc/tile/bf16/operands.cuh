@@ -1,15 +1,15 @@
-// What SM90's two kernels share (mma_sync_kernel.cuh, wgmma_kernel.cuh): loads of activations, and weights as bf16
-// operands.
+// What the kernels of bf16 MMAs share (mma_sync_kernel.cuh, sm90/wgmma_kernel.cuh): loads of activations, and weights
+// as bf16 operands.
 //
 // Arithmetic (arithmetic.SM90_BF16): the operands are bf16, weights with their scale multiplied in, both exact; the sum
 // over all of K stays in the tensor core's fp32 accumulator, MMA by MMA of 16 consecutive k. So every tile gives the
 // same bits, whichever instruction it has.
 #pragma once
 
+#include "tile/bf16/tile_shape.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/fragments.cuh"
 #include "tile/pipeline.cuh"
-#include "tile/sm90/tile_shape.cuh"
 
 namespace mxfp4_moe {
 

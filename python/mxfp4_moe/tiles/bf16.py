@@ -1,7 +1,12 @@
-"""What SM90's two kernels make of a tile: csrc/tile/sm90/tile_shape.cuh, statement by statement."""
+"""What the kernels of bf16 MMAs make of a tile: SM90's two, and SM12x's for activations that are not quantized.
+
+Mirrors csrc/tile/bf16/tile_shape.cuh, csrc/tile/sm90/tile_shape.cuh and csrc/tile/sm12x/bf16_tile_shape.cuh, statement
+by statement; the build compares them after every compile.
+"""
 
 from __future__ import annotations
 
+from .pairs import MXFP4_BF16
 from .proof import WEIGHT_BLOCK_BYTES, WEIGHT_BLOCK_ROWS, TileProof, shape_refusals, stage_refusals
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, smem_per_sm
 from .tile import Tile
@@ -10,28 +15,68 @@ _PRODUCER_REGISTERS = 24
 
 
 def has_wgmma(m: int, n: int) -> bool:
-    """Whether a tile's kernel is grouped_gemm_wgmma; else it is grouped_gemm_mma_sync."""
+    """Whether a tile's kernel on SM90 is grouped_gemm_wgmma; else it is grouped_gemm_mma_sync."""
     return m >= 32 and n >= 64
 
 
-def _wgmma_moves_registers(m: int, n: int) -> bool:
-    return m * n >= 128 * 256
-
-
 def prove_sm90(tile: Tile, arch: str) -> TileProof:
-    """`prove` on SM90: MmaSyncShape or WgmmaShape."""
+    """`prove` on SM90: Sm90MmaSyncShape or WgmmaShape."""
+    m, n = max(tile.m, 1), max(tile.n, 1)
+    if has_wgmma(m, n):
+        moves_registers = m * n >= 128 * 256
+        return _prove(
+            tile,
+            arch,
+            function="grouped_gemm_wgmma",
+            swap=True,
+            mma_warps=n // 16,
+            moves_registers=moves_registers,
+            most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
+        )
+    return _prove(
+        tile,
+        arch,
+        function="grouped_gemm_mma_sync",
+        swap=tile.swap_ab,
+        mma_warps=4,
+        moves_registers=False,
+        most_blocks=6,
+    )
+
+
+def prove_sm12x_bf16(tile: Tile, arch: str) -> TileProof:
+    """`prove` on SM12x for bf16 activations: Sm12xBf16."""
+    m, n = max(tile.m, 1), max(tile.n, 1)
+    swap, moves_registers = n >= 64, m * n >= 128 * 256
+    return _prove(
+        tile,
+        arch,
+        function="grouped_gemm_mma_sync",
+        swap=swap,
+        mma_warps=8 if swap and m * n >= 16384 else 4,
+        moves_registers=moves_registers,
+        most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
+        loads_ahead=not swap or m <= 32,
+        folds_mxfp8=False,
+    )
+
+
+def _prove(
+    tile: Tile,
+    arch: str,
+    *,
+    function: str,
+    swap: bool,
+    mma_warps: int,
+    moves_registers: bool,
+    most_blocks: int,
+    loads_ahead: bool = True,
+    folds_mxfp8: bool = True,
+) -> TileProof:
     refusals = shape_refusals(tile)
     m, n = max(tile.m, 1), max(tile.n, 1)  # the sizes of a senseless tile are senseless too, but never by zero
-    wgmma = has_wgmma(m, n)
-
-    # MmaSyncTile or WgmmaTile: what each makes of Bf16Tile
-    swap = tile.swap_ab or wgmma
-    if wgmma:
-        warp_m, warp_n = 16, m
-        mma_warps, moves_registers = n // 16, _wgmma_moves_registers(m, n)
-    else:
-        warp_m, warp_n = (n if swap else m) // 4, m if swap else n
-        mma_warps, moves_registers = 4, False
+    wgmma = function == "grouped_gemm_wgmma"
+    warp_m, warp_n = (16 if wgmma else (n if swap else m) // mma_warps), m if swap else n
 
     # Bf16Tile
     physical_m, physical_n = (n, m) if swap else (m, n)
@@ -46,7 +91,7 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
     weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
     stage_bytes = act_bytes + weight_bytes
     activates = n >= 64
-    amax_bytes = n // warp_weight_rows * m * 4 if activates else 0
+    amax_bytes = n // warp_weight_rows * m * 4 if activates and folds_mxfp8 else 0  # only quantizing needs them
     fits = Occupancy(
         smem_per_sm=smem_per_sm(arch),
         threads=threads,
@@ -54,15 +99,15 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
         once_bytes=amax_bytes,
     )
 
-    # kRegistersWanted and kBlocksPerSm of each
+    # kRegistersWanted of WgmmaTile or MmaSyncTile
     if wgmma:
         registers_wanted = accumulators + 48
-        blocks_per_sm = 1 if moves_registers else fits.blocks_that_fit(MAX_BLOCKS_PER_SM, registers_wanted)
     else:
         act_registers = 4 * fragments_n if swap else 8 * fragments_m
+        operand_registers = 2 * act_registers if loads_ahead else 16 + 8 * fragments_m
         row_registers = 64 if warp_weight_rows >= 64 else warp_weight_rows // 2
-        registers_wanted = accumulators + 2 * act_registers + row_registers + 48
-        blocks_per_sm = fits.blocks_that_fit(6, registers_wanted)
+        registers_wanted = accumulators + operand_registers + row_registers + 48
+    blocks_per_sm = fits.blocks_that_fit(most_blocks, registers_wanted)
 
     # Bf16Layout
     stages = fits.stages_for(blocks_per_sm)
@@ -84,7 +129,8 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
     return TileProof(
         tile=tile,
         arch=arch,
-        function="grouped_gemm_wgmma" if wgmma else "grouped_gemm_mma_sync",
+        pair=MXFP4_BF16,
+        function=function,
         opcode="HGMMA" if wgmma else "HMMA",
         reads_bf16=True,
         activates=activates,

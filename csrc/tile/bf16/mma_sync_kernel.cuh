@@ -1,5 +1,5 @@
-// Grouped GEMM of bf16 activations and MXFP4 weights for SM90, by the warp's MMA: tiles of few activation rows, and of
-// few weight rows. out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
+// Grouped GEMM of bf16 activations and MXFP4 weights by the warp's MMA: on SM90 tiles of few activation rows and of few
+// weight rows, on SM12x all. out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
 // Shapes: act [rows, k] bf16 (shared/bf16_rows.cuh); weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in
 // shared/weight_layout.cuh, words in order `pairs`; out [rows, n] in fp32, bf16 or fp16, or the activation of it
@@ -11,7 +11,7 @@
 // several blocks hide each other's waits.
 #pragma once
 
-#include "tile/sm90/bf16_operands.cuh"
+#include "tile/bf16/operands.cuh"
 
 namespace mxfp4_moe {
 
@@ -24,25 +24,53 @@ __device__ __forceinline__ void mma_bf16(float (&acc)[4], uint32_t a0, uint32_t 
 }
 
 // What a warp multiplies in a K block: of each 8 activation rows four words, k = 0-7, 8-15, 16-23 and 24-31 (the lane's
-// two of each), and of each 8 weight rows one.
+// two of each), and of each 8 weight rows one. Where there are no registers for the activations of all rows, they are
+// read when they are multiplied.
 template <class Shape, int kActGroups>
 struct BlockOperands {
   static constexpr int kWeightGroups = Shape::kWarpWeightRows / 8;
-  uint32_t act[kActGroups][4];
+  uint32_t act[Shape::kLoadsAhead ? kActGroups : 1][4];
+  const uint8_t* act_rows;
   uint32_t words[kWeightGroups];
 
   __device__ __forceinline__ void load(const SharedStorage<Shape>& smem, int stage, int step, const Places& at,
                                        uint32_t act_at) {
     const uint8_t* rows = smem.act(stage) + step / 2 * Shape::kHalfBytes + (act_at ^ step % 2 * 64);
+    if constexpr (Shape::kLoadsAhead) {
 #pragma unroll
-    for (int g = 0; g < kActGroups; ++g) ldmatrix<4>(act[g], rows + g * 8 * kActRowBytes);
+      for (int g = 0; g < kActGroups; ++g) ldmatrix<4>(act[g], rows + g * 8 * kActRowBytes);
+    } else {
+      act_rows = rows;
+    }
     load_groups(words, smem.weight(stage) + at.words + step * kWeightStepBytes);
   }
 
   template <bool kLarge>
   __device__ __forceinline__ void multiply(float (&acc)[Shape::kFragM][Shape::kFragN][4],
                                            const uint32_t (&scales)[kWeightGroups], int step, uint32_t one) const {
-    if constexpr (Shape::kSwap) {
+    if constexpr (!Shape::kLoadsAhead) {
+      static_assert(Shape::kSwap);
+      uint32_t a[Shape::kFragM][8];
+#pragma unroll
+      for (int i = 0; i < Shape::kFragM; ++i) expand_rows<kLarge>(a[i], words + i * 2, scales + i * 2, step, one);
+      constexpr int kTogether = min_of(kActGroups, 2);
+#pragma unroll
+      for (int first = 0; first < kActGroups; first += kTogether) {
+        uint32_t b[kTogether][4];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) ldmatrix<4>(b[j], act_rows + (first + j) * 8 * kActRowBytes);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < Shape::kFragM; ++i) {
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j)
+              mma_bf16(acc[i][first + j], a[i][half * 4], a[i][half * 4 + 1], a[i][half * 4 + 2], a[i][half * 4 + 3],
+                       b[j][half * 2], b[j][half * 2 + 1]);
+          }
+        }
+      }
+    } else if constexpr (Shape::kSwap) {
 #pragma unroll
       for (int i = 0; i < Shape::kFragM; ++i) {
         uint32_t a[8];
@@ -111,13 +139,14 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
   }
 }
 
-// As few fragments as the rows allow, where activation rows are the MMA's columns.
+// No more than twice the fragments that the rows need, where activation rows are the MMA's columns.
 template <class Shape, int kActGroups>
 __device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][Shape::kFragN][4], int k,
                                          const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring, const Places& at,
                                          uint32_t act_at) {
   if constexpr (Shape::kSwap && kActGroups > 1) {
-    if (rows <= kActGroups * 8 - 8) return sum_rows<Shape, kActGroups - 1>(rows, acc, k, smem, ring, at, act_at);
+    constexpr int kFewer = kActGroups / 2;
+    if (rows <= kFewer * 8) return sum_rows<Shape, kFewer>(rows, acc, k, smem, ring, at, act_at);
   }
   sum_tile<Shape, kActGroups>(acc, k, smem, ring, at, act_at);
 }
@@ -152,9 +181,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});
 }
 
-template <int M, int N, bool kSwap>
-constexpr auto kernel_of(MmaSyncShape<M, N, kSwap>*) {
-  return grouped_gemm_mma_sync<MmaSyncShape<M, N, kSwap>>;
+template <class Arch, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks, bool kLoadsAhead>
+constexpr auto kernel_of(MmaSyncShape<Arch, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>*) {
+  return grouped_gemm_mma_sync<MmaSyncShape<Arch, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>>;
 }
 
 }  // namespace mxfp4_moe
