@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from ._arguments import require_device
 from ._call import launch, operators
-from ._call.activation_format import check_format_on
+from ._call.activation_format import check_format_on, format_of_call
 from ._call.checks import (
     check_devices,
     check_hidden_states,
@@ -160,7 +160,7 @@ def fused_moe_from_logits(
     auto_tile_select: bool = True,
     output: Tensor | None = None,
     intermediate_rounding: bool = False,
-    activation_format: str = "mxfp8",
+    activation_format: str | None = None,
 ) -> Tensor:
     """`select_experts` (or `topk_softmax`) and `fused_moe` in one call, with the same bits and often one kernel less.
 
@@ -183,6 +183,7 @@ def fused_moe_from_logits(
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
+    activation_format = format_of_call(activation_format, weights)
     if isinstance(top_k, Router):
         rows, experts = check_router(router_logits, top_k)
     else:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._arguments import require_tensor
 from .activations import Activation
-from .weights import MoEWeights
+from .weights import MoEWeights, TensorScales
 
 _IDS = (torch.int32, torch.int64)
 _LARGEST = torch.finfo(torch.float32).max
@@ -105,9 +105,11 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
                 f"{name}: expected all experts of a layer, got {weights.num_experts} of {weights.num_global_experts}; "
                 "join first, then call expert_parallel"
             )
-    for what in ("hidden_size", "activation", "device", "word_order"):
+    for what in ("weight_format", "hidden_size", "activation", "device", "word_order"):
         expected, actual = getattr(routed, what), getattr(shared, what)
         if expected != actual:
+            if what == "weight_format":
+                expected, actual = expected.value, actual.value
             raise ValueError(
                 f"shared: expected {what} {expected}, as routed has, got {actual}; call it as its own layer"
             )
@@ -139,6 +141,8 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
         beta=_joined_number([(layer.beta, layer) for layer in layers]),
         limit=_joined_limit(layers),
         gate_up_order=routed.gate_up_order,
+        weight_format=routed.weight_format,
+        tensor_scales=_joined_scales(layers),
     )
     ids = torch.arange(routed.num_experts, experts, device=routed.device)
     return JoinedExperts(
@@ -148,6 +152,20 @@ def join_shared_experts(routed: MoEWeights, shared: MoEWeights, weight: float = 
         shared_ids_int32=ids.to(torch.int32),
         shared_weights=torch.full((experts - routed.num_experts,), weight, dtype=torch.float32, device=routed.device),
     )
+
+
+def _joined_scales(layers: list[MoEWeights]) -> TensorScales | None:
+    """The float32 scales of NVFP4 layers."""
+    given = [layer.tensor_scales for layer in layers if layer.tensor_scales is not None]
+    if not given:
+        return None
+    first = given[0]
+    if any((one.divide, one.w2_input is None) != (first.divide, first.w2_input is None) for one in given):
+        raise ValueError(
+            "shared: expected float32 scales of the same kind as routed has, those that multiply or those that divide, "
+            "and scales of inputs where routed has them; call it as its own layer"
+        )
+    return first.map_with(given[1:], torch.cat)
 
 
 def _joined_bias(biases: list[tuple[Tensor | None, MoEWeights]], columns: int) -> Tensor | None:

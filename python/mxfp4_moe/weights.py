@@ -12,44 +12,44 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import require_device
-from ._checkpoints.fields import Mxfp4Tensors, alone, check_fields
-from ._checkpoints.files import Checkpoint
+from ._arguments import named_device, require_device
+from ._checkpoints.fields import Mxfp4Tensors, Nvfp4Tensors, alone, check_fields
+from ._checkpoints.from_files import FromFiles
 from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields
-from ._checkpoints.load import STATED, open_layer, settle, settle_order
-from ._checkpoints.options import (
-    GateUpOrder,
-    Number,
-    check_layer,
-    member,
-    shard_of,
-    source_rows,
-    split_number,
-)
+from ._checkpoints.nvfp4_layers import nvfp4_float_layer, nvfp4_layer, refuse_gpu
+from ._checkpoints.options import GateUpOrder, Number, member, shard_of, source_rows, split_number
 from ._checkpoints.prepare import cut, move, restore
-from ._checkpoints.schemes import GPT_OSS
+from ._checkpoints.tensor_scales import TensorScales
 from ._install.errors import explained
 from .activations import Activation
-from .formats import BLOCK, WordOrder, word_order_of
+from .formats import WeightFormat, WordOrder, word_order_of
 
-__all__ = ["Activation", "GateUpOrder", "MoEWeights", "Mxfp4Tensors", "WordOrder"]
+__all__ = [
+    "Activation",
+    "GateUpOrder",
+    "MoEWeights",
+    "Mxfp4Tensors",
+    "Nvfp4Tensors",
+    "TensorScales",
+    "WeightFormat",
+    "WordOrder",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MoEWeights:
+class MoEWeights(FromFiles):
     """The weights of one MoE layer, prepared for the kernels. Make them with one of the ``from_`` methods.
 
-    E experts, H hidden size, I intermediate size; H and I are multiples of 32. W, the rows of w13, is 2I for a gated
-    activation and I for one that is not. All tensors are contiguous and on one device.
+    E experts, H hidden size, I intermediate size; H and I are multiples of 32, of NVFP4 of 16. W, the rows of w13, is
+    2I for a gated activation and I for one that is not. All tensors are contiguous and on one device.
 
     Attributes:
-        w13: uint8 [E, weight_bytes(W, H)], codes and scales as `formats.arrange_weights` puts them. Gated: rows in
+        w13: uint8 [E, weight_bytes(W, H)], codes and block scales as `formats.WeightFormat` keeps them. Gated: rows in
             groups of 16, 8 gates and then the 8 ups that belong to them.
         w2: uint8 [E, weight_bytes(H, I)], the same.
         hidden_size: H, in values.
@@ -66,6 +66,8 @@ class MoEWeights:
         first_expert: global id of expert 0 here; other than 0 in the slices that `expert_parallel` makes. Ids of
             experts that are not here contribute nothing.
         num_global_experts: experts of the whole layer; 0, the default, stands for first_expert + E.
+        weight_format: "mxfp4", or "nvfp4", which has no GPU kernels yet and stays on the CPU.
+        tensor_scales: of NVFP4, its float32 scales; else None.
 
     Raises:
         TypeError: a tensor of another dtype, or a value of another type.
@@ -86,6 +88,8 @@ class MoEWeights:
     gate_up_order: GateUpOrder = GateUpOrder.INTERLEAVED
     first_expert: int = 0
     num_global_experts: int = 0
+    weight_format: WeightFormat = WeightFormat.MXFP4
+    tensor_scales: TensorScales | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_global_experts", check_fields(self))
@@ -93,8 +97,10 @@ class MoEWeights:
     def __repr__(self) -> str:
         bias = "none" if self.w13_bias is None and self.w2_bias is None else "yes"
         part = f"first_expert={self.first_expert}, num_global_experts={self.num_global_experts}, "
+        part = part if self.num_experts < self.num_global_experts else ""
+        kind = "" if self.weight_format is WeightFormat.MXFP4 else f"weight_format={self.weight_format.value}, "
         return (
-            f"MoEWeights(num_experts={self.num_experts}, {part if self.num_experts < self.num_global_experts else ''}"
+            f"MoEWeights({kind}num_experts={self.num_experts}, {part}"
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, bias={bias}, "
             f"activation={self.activation.value}, device={self.device})"
         )
@@ -140,9 +146,11 @@ class MoEWeights:
         Tensors that are as wanted are shared; others are copied, and both are there until the first ones go.
 
         Raises:
-            TypeError, ValueError: no device, such as a dtype.
+            TypeError, ValueError: no device, such as a dtype; a GPU, for NVFP4 weights.
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
+        if self.weight_format is WeightFormat.NVFP4:
+            refuse_gpu("device", named_device("device", device))
         with explained(f"weights cannot be put on {device}"):
             place = require_device("device", device)
             order, hidden, inter = word_order_of(place, activation_format), self.hidden_size, self.intermediate_size
@@ -173,24 +181,26 @@ class MoEWeights:
     def tensor_parallel(self, tp_rank: int, tp_size: int) -> MoEWeights:
         """Shard of one of tp_size ranks: every expert, a part of the intermediate dimension.
 
-        The dimension is cut between blocks of 32: I / 32 // tp_size blocks each, and one more for the first ranks where
-        blocks are left over (2880 over 4 is 23, 23, 22 and 22 blocks). Rank 0 keeps w2_bias, so the sum of all ranks'
-        outputs is the layer's. Each rank rounds its own sum to the output dtype; apart from that rounding the split
-        changes nothing. Copies.
+        The dimension is cut between blocks of 32 (NVFP4: 16): I / 32 // tp_size blocks each, and one more for the first
+        ranks where blocks are left over (2880 over 4 is 23, 23, 22 and 22 blocks). Rank 0 keeps w2_bias, so the sum of
+        all ranks' outputs is the layer's. Each rank rounds its own sum to the output dtype; apart from that rounding
+        the split changes nothing, but with NVFP4 activations whose scale is that of the rank's part of a row, since the
+        checkpoint has none for inputs. Copies.
 
         Raises:
-            ValueError: more ranks than blocks of 32, or tp_rank is not one of them.
+            ValueError: more ranks than blocks, or tp_rank is not one of them.
         """
-        begin, end = shard_of("tp", tp_rank, tp_size, self.intermediate_size, BLOCK)
+        kind = self.weight_format
+        begin, end = shard_of("tp", tp_rank, tp_size, self.intermediate_size, kind.block)
         if tp_size == 1:
             return self
         per_output = 2 if self.activation.is_gated else 1
         rows, hidden, inter = slice(per_output * begin, per_output * end), self.hidden_size, self.intermediate_size
         return replace(
             self,
-            w13=cut(self.w13, self.w13_rows, hidden, self.word_order, rows, slice(0, hidden)),
+            w13=cut(self.w13, self.w13_rows, hidden, self.word_order, rows, slice(0, hidden), kind),
             w13_bias=None if self.w13_bias is None else alone(self.w13_bias[:, rows].contiguous()),
-            w2=cut(self.w2, hidden, inter, self.word_order, slice(0, hidden), slice(begin, end)),
+            w2=cut(self.w2, hidden, inter, self.word_order, slice(0, hidden), slice(begin, end), kind),
             w2_bias=self.w2_bias if tp_rank == 0 else None,
             intermediate_size=end - begin,
         )
@@ -201,20 +211,38 @@ class MoEWeights:
         Blocks come back 3-D ([E, N, K/2]) also where they came 4-D; biases as float32, which holds every bfloat16 and
         float16 exactly. A slice gives its own experts or its own shard. FlashInfer's tensors are those of
         `from_flashinfer` after ``w13.view(torch.int64)`` and `flashinfer_api.block_scale_interleave`.
+
+        Raises:
+            ValueError: NVFP4 weights.
         """
-        gated = self.activation.is_gated
-        rows = source_rows(self.gate_up_order, self.intermediate_size, gated, self.device)
-        w13, w13_scale = restore(self.w13, rows, self.hidden_size, self.word_order)
+        if self.weight_format is not WeightFormat.MXFP4:
+            raise ValueError(f"weights: expected MXFP4, got {self!r}; to_nvfp4() gives its tensors")
+        return Mxfp4Tensors(**self._plain())
+
+    def to_nvfp4(self) -> Nvfp4Tensors:
+        """`to_mxfp4` of NVFP4 weights, with linear block scales, and float32 scales of the kind that was given.
+
+        Raises:
+            ValueError: MXFP4 weights.
+        """
+        if self.tensor_scales is None:
+            raise ValueError(f"weights: expected NVFP4, got {self!r}; to_mxfp4() gives its tensors")
+        return Nvfp4Tensors(**self._plain(), **self.tensor_scales.named())
+
+    def _plain(self) -> dict[str, Any]:
+        """Codes, block scales and biases in the checkpoint's order of rows."""
+        rows = source_rows(self.gate_up_order, self.intermediate_size, self.activation.is_gated, self.device)
         w2_rows = torch.arange(self.hidden_size, device=self.device)
-        w2, w2_scale = restore(self.w2, w2_rows, self.intermediate_size, self.word_order)
-        return Mxfp4Tensors(
-            w13=w13,
-            w13_scale=w13_scale,
-            w2=w2,
-            w2_scale=w2_scale,
-            w13_bias=None if self.w13_bias is None else self.w13_bias[:, rows.argsort()].contiguous(),
-            w2_bias=None if self.w2_bias is None else self.w2_bias.clone(),
-        )
+        w13, w13_scale = restore(self.w13, rows, self.hidden_size, self.word_order, self.weight_format)
+        w2, w2_scale = restore(self.w2, w2_rows, self.intermediate_size, self.word_order, self.weight_format)
+        return {
+            "w13": w13,
+            "w13_scale": w13_scale,
+            "w2": w2,
+            "w2_scale": w2_scale,
+            "w13_bias": None if self.w13_bias is None else self.w13_bias[:, rows.argsort()].contiguous(),
+            "w2_bias": None if self.w2_bias is None else self.w2_bias.clone(),
+        }
 
     @classmethod
     def from_mxfp4(
@@ -272,6 +300,7 @@ class MoEWeights:
         w13: Tensor,
         w2: Tensor,
         *,
+        format: WeightFormat | str = WeightFormat.MXFP4,
         w13_bias: Tensor | None = None,
         w2_bias: Tensor | None = None,
         gate_up_order: GateUpOrder | str = GateUpOrder.INTERLEAVED,
@@ -284,7 +313,7 @@ class MoEWeights:
         tp_rank: int = 0,
         tp_size: int = 1,
     ) -> MoEWeights:
-        """Quantizes weights to MXFP4 (`formats.quantize_mxfp4`, OCP MX) and prepares them.
+        """Quantizes weights to MXFP4 (`formats.quantize_mxfp4`, OCP MX) or NVFP4, and prepares them.
 
         Values that MXFP4 holds exactly, such as dequantized MXFP4 weights, keep their values. Strides are free: a
         checkpoint with [E, K, N] passes ``weight.mT``.
@@ -292,13 +321,75 @@ class MoEWeights:
         Args:
             w13: bfloat16, float16 or float32 [E, W, H]; W as in `from_mxfp4`.
             w2: the same, [E, H, I].
+            format: "mxfp4", or "nvfp4" (`formats.quantize_nvfp4`): as ModelOpt, with one scale amax / 2688 for each
+                expert's gates, ups and down projection, and dynamic scales of activations.
             others: as for `from_mxfp4`.
 
         Raises:
             TypeError, ValueError: as `from_mxfp4`; a weight that is not finite.
         """
         between = member("activation", Activation, activation)
-        raw = float_layer(w13, w2, w13_bias, w2_bias, between.is_gated)
+        order, kind = member("gate_up_order", GateUpOrder, gate_up_order), member("format", WeightFormat, format)
+        raw = float_layer(w13, w2, w13_bias, w2_bias, between.is_gated, kind.block)
+        if kind is WeightFormat.NVFP4:
+            raw = nvfp4_float_layer(raw, w13, w2, order, between.is_gated)
+        numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
+        return cls(**prepared_fields(raw, order, between, numbers, ranks))
+
+    @classmethod
+    def from_nvfp4(
+        cls,
+        w13: Tensor,
+        w13_scale: Tensor,
+        w2: Tensor,
+        w2_scale: Tensor,
+        *,
+        w13_scale_2: Tensor | None = None,
+        w2_scale_2: Tensor | None = None,
+        w13_global_scale: Tensor | None = None,
+        w2_global_scale: Tensor | None = None,
+        w13_input_scale: Tensor | None = None,
+        w2_input_scale: Tensor | None = None,
+        w13_input_global_scale: Tensor | None = None,
+        w2_input_global_scale: Tensor | None = None,
+        scale_layout: str = "linear",
+        w13_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
+        gate_up_order: GateUpOrder | str = GateUpOrder.GATE_UP,
+        activation: Activation | str = Activation.SWIGLU,
+        alpha: Number = 1.0,
+        beta: Number = 0.0,
+        limit: Number | None = None,
+        ep_rank: int = 0,
+        ep_size: int = 1,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+    ) -> MoEWeights:
+        """Prepares NVFP4 weights given as checkpoints store them; CPU tensors alone, since no GPU has kernels yet.
+
+        The float32 scales are of one of two kinds: ModelOpt's weight_scale_2 and input_scale, which multiply, or
+        compressed-tensors' weight_global_scale and input_global_scale, which divide, so that one is the reciprocal of
+        the other. Each is [] for all experts, [E] for each, or of w13 [E, 2] for gate and up of each.
+
+        Args:
+            w13: uint8, int8 or float4_e2m1fn_x2 [E, W, H/2], low nibble = even k; W as in `from_mxfp4`.
+            w13_scale: uint8 or float8_e4m3fn [E, W, H/16], E4M3, or 128x4-swizzled.
+            w2: as w13, [E, H, I/2].
+            w2_scale: as w13_scale, [E, H, I/16].
+            w13_scale_2, w2_scale_2, w13_input_scale, w2_input_scale: float32 scales that multiply.
+            w13_global_scale, w2_global_scale, w13_input_global_scale, w2_input_global_scale: or that divide.
+                Those of inputs may be None, both: then each row of activations gets its own.
+            scale_layout: of the block scales: "linear", or "swizzled", rows padded to 128 and columns to 4, [E, ...].
+            others: as for `from_mxfp4`, with a plain SwiGLU as the default.
+
+        Raises:
+            TypeError, ValueError: as `from_mxfp4`; H or I not a multiple of 16, a block scale that is negative or NaN,
+                float32 scales of both kinds or of neither, or that are not finite and above 0; a GPU's tensors.
+        """
+        multiply = (w13_scale_2, w2_scale_2, w13_input_scale, w2_input_scale)
+        divide = (w13_global_scale, w2_global_scale, w13_input_global_scale, w2_input_global_scale)
+        between, biases = member("activation", Activation, activation), (w13_bias, w2_bias)
+        raw = nvfp4_layer(w13, w13_scale, w2, w2_scale, multiply, divide, biases, between.is_gated, scale_layout)
         numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
         return cls(**prepared_fields(raw, member("gate_up_order", GateUpOrder, gate_up_order), between, numbers, ranks))
 
@@ -348,101 +439,9 @@ class MoEWeights:
         fields = prepared_fields(raw, GateUpOrder.UP_GATE, between, numbers, whole)
         return cls(**fields | {"first_expert": begin, "num_global_experts": all_experts})
 
-    @classmethod
-    def from_safetensors(
-        cls,
-        path: str | Path,
-        *,
-        layer: int,
-        gate_up_order: GateUpOrder | str = GateUpOrder.INTERLEAVED,
-        activation: Activation | str = Activation.SWIGLU_OAI,
-        alpha: Number = 1.702,
-        beta: Number = 1.0,
-        limit: Number | None = 7.0,
-        ep_rank: int = 0,
-        ep_size: int = 1,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> MoEWeights:
-        """Reads and prepares one layer of a gpt-oss checkpoint; nothing but that layer is read.
-
-        As `from_pretrained` for gpt-oss in any of its namings (the Hub's, OpenAI's ``original/``, merged to bf16, AMD
-        Quark's), with all numbers from the arguments: config.json is not looked at. Experts are read one at a time, and
-        only those of ep_rank.
-
-        Args:
-            path, layer, device, ep_rank, ep_size, tp_rank, tp_size: as for `from_pretrained`.
-            gate_up_order, activation, alpha, beta, limit: as for `from_mxfp4`; the defaults are gpt-oss's.
-
-        Raises:
-            FileNotFoundError, ValueError, RuntimeError: as `from_pretrained`.
-        """
-        check_layer(layer)
-        between = member("activation", Activation, activation)
-        numbers, ranks = (alpha, beta, limit), (ep_rank, ep_size, tp_rank, tp_size)
-        with explained(f"layer {layer} cannot be read to {device}"), Checkpoint(path) as checkpoint:
-            opened = open_layer(checkpoint, layer, device=device, among=GPT_OSS, gated=between.is_gated)
-            order = member("gate_up_order", GateUpOrder, gate_up_order)
-            return cls(**prepared_fields(opened.raw, order, between, numbers, ranks))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        layer: int,
-        prefix: str | None = None,
-        scheme: str | None = None,
-        gate_up_order: GateUpOrder | str | None = None,
-        activation: Activation | str | None = None,
-        alpha: Number | None = None,
-        beta: Number | None = None,
-        limit: Number | str | None = STATED,
-        ep_rank: int = 0,
-        ep_size: int = 1,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> MoEWeights:
-        """Reads and prepares one layer of a model's checkpoint, whatever names it has for its experts (docs/models.md).
-
-        Names, dtypes and shapes are found from the files' headers; the activation and its numbers from config.json
-        beside them, whose sizes must be those of the tensors. Floating point weights are quantized to MXFP4 on the way.
-        No file is opened that does not hold a part of the layer; experts are read one at a time, and only those of
-        ep_rank, so that the memory needed is that of the result and less than two experts more.
-        ``mxfp4-moe inspect PATH`` says what there is and how it is loaded.
-
-        Args:
-            path: a .safetensors file, or a directory with one, with several, or with an index and its shards.
-            layer: the layer's number in the checkpoint, from 0.
-            prefix: what stands before the number, such as "model.layers."; needed where several have the layer. Layers
-                of a draft model ("mtp.") are taken only where it is named.
-            scheme: the naming, where the files alone do not tell; a name of docs/models.md.
-            gate_up_order, activation, alpha, beta, limit: in place of what the checkpoint says; a warning says so where
-                that is something else. limit=None clamps nothing.
-            ep_rank, ep_size, tp_rank, tp_size: as for `from_mxfp4`.
-            device: where to put the weights.
-
-        Raises:
-            FileNotFoundError: nothing is there; of a link that leads nowhere it says that.
-            ValueError: something else than a checkpoint (a Git LFS pointer, a web page, GGUF, a pickle, a file that is
-                not whole), no such layer, another format than MXFP4 or floating point, tensors that do not fit each
-                other or config.json, an activation that is not known; the message says what is there and what to do.
-            RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
-        """
-        check_layer(layer)
-        if isinstance(limit, str) and limit != STATED:
-            raise ValueError(f"limit: expected a number, None or {STATED!r}, got {limit!r}")
-        given = None if activation is None else member("activation", Activation, activation)
-        given_order = None if gate_up_order is None else member("gate_up_order", GateUpOrder, gate_up_order)
-        with explained(f"layer {layer} cannot be read to {device}"), Checkpoint(path) as checkpoint:
-            opened = open_layer(checkpoint, layer, device=device, prefix=prefix, scheme=scheme)
-            order = settle_order(opened, given_order)
-            between, numbers = settle(checkpoint, opened, activation=given, alpha=alpha, beta=beta, limit=limit)
-            return cls(**prepared_fields(opened.raw, order, between, numbers, (ep_rank, ep_size, tp_rank, tp_size)))
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> MoEWeights:
         """The same weights with every tensor replaced."""
         fields: dict[str, Any] = {n: function(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.tensor_scales is not None:
+            fields["tensor_scales"] = self.tensor_scales.map(function)
         return replace(self, **fields)

@@ -52,8 +52,12 @@ def test_formats_of_devices(gpus: pytest.MonkeyPatch) -> None:
     assert found == [both, quantized, quantized, ()]
     assert mxfp4_moe.activation_formats("cuda:0") == both
     assert mxfp4_moe.activation_formats(torch.device("cuda")) == quantized, "the current one"
-    assert mxfp4_moe.activation_formats("cpu") == both
+    assert mxfp4_moe.activation_formats("cpu") == (*both, "mxfp4")
     assert mxfp4_moe.activation_formats("meta") == ()
+    assert mxfp4_moe.activation_formats("cpu", "nvfp4") == ("nvfp4", "bf16")
+    assert mxfp4_moe.activation_formats("cuda:0", "nvfp4") == ()
+    with pytest.raises(ValueError, match="weight_format: expected one of 'mxfp4', 'nvfp4', got 'int4'"):
+        mxfp4_moe.activation_formats("cpu", "int4")
 
 
 def test_a_build_that_emulates_sm12x_reads_what_sm12x_reads(gpus: pytest.MonkeyPatch) -> None:
@@ -69,6 +73,10 @@ def test_a_gpu_that_reads_mxfp8_refuses_bf16_in_one_sentence(gpus: pytest.Monkey
     check_format_on("bf16", torch.device("cuda", 3))  # whose launch says that there are no kernels at all
     with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', which is what the kernels for cuda:1"):
         check_format_on("bf16", torch.device("cuda", 1))
+    for index in (0, 1):
+        for given in ("mxfp4", "nvfp4"):
+            with pytest.raises(ValueError, match=f"read, got '{given}'; CPU tensors alone take it$"):
+                check_format_on(given, torch.device("cuda", index))
     with pytest.raises(ValueError, match="install a wheel built with MXFP4_MOE_BUILD_PROFILE=full; SM90 GPUs and CPU"):
         check_format_on("bf16", torch.device("cuda", 2))
 
@@ -163,8 +171,8 @@ CALLS = {
     ("given", "words"),
     [
         ("fp16", "expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; pass 'bf16', which takes"),
-        ("fp8", "expected 'mxfp8' or 'bf16', got 'fp8'$"),
-        (None, "expected 'mxfp8' or 'bf16', got None$"),
+        ("fp8", "expected 'mxfp8', 'bf16', 'mxfp4' or 'nvfp4', got 'fp8'$"),
+        ("nvfp4", "expected 'mxfp8' or 'bf16' or 'mxfp4' with mxfp4 weights, got 'nvfp4'; without one a call takes"),
     ],
 )
 def test_other_formats_are_refused(name: str, given: Any, words: str) -> None:
@@ -181,7 +189,9 @@ def test_mxfp8_hidden_states_stay_mxfp8() -> None:
         mxfp4_moe.fused_moe(**call, activation_format="bf16")
     with pytest.raises(ValueError, match=f"^{given}, got 'bf16'"):
         reference.fused_moe(**call, activation_format="bf16")
-    with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8' or 'bf16', got 'fp16'"):
+    with pytest.raises(
+        ValueError, match="^activation_format: expected 'mxfp8' or 'bf16' or 'mxfp4' with mxfp4 weights"
+    ):
         reference.fused_moe(**make_call(), activation_format="fp16")
 
 

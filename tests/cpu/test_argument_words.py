@@ -63,7 +63,7 @@ def good_call(case: str, inputs: Inputs) -> tuple[Callable[..., Any], dict[str, 
 NAMES = [
     case
     for case in CASES
-    if case.partition(".")[0] in OWNERS and case not in ("MoEWeights.to", "MoEWeights.to_mxfp4")
+    if case.partition(".")[0] in OWNERS and case not in ("MoEWeights.to", "MoEWeights.to_mxfp4", "MoEWeights.to_nvfp4")
     if not case.startswith(("MoEWeights.expert", "MoEWeights.tensor"))
 ]
 

@@ -154,9 +154,9 @@ class TestQuantizers:
                 r"scale: expected uint8 \[2, 1\]",
             ),
             (
-                lambda: fi.fp4_quantize(half(2, 32)),
+                lambda: fi.fp4_quantize(half(2, 32), None, 32, False),
                 NotImplementedError,
-                "sf_vec_size, sf_use_ue8m0: this library has MX",
+                "sf_vec_size, sf_use_ue8m0: this library has NVFP4, .* got sf_vec_size=32 with sf_use_ue8m0=False",
             ),
             (
                 lambda: fi.fp4_quantize(half(2, 32), torch.full((1,), 2.0), 32, True),

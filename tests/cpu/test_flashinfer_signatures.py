@@ -27,7 +27,7 @@ OTHER_DEFAULTS = {("get_cutlass_fused_moe_module", "backend"): ("'100'", "'120'"
 
 def written(value: Any) -> str:
     """A default as FlashInfer's source writes it."""
-    if value is quantizers._OMITTED:
+    if value is quantizers.OMITTED:
         return "_UNSET"
     if isinstance(value, enum.IntEnum):
         return f"{type(value).__name__}.{value.name}"

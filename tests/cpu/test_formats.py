@@ -102,7 +102,7 @@ class TestScaleSwizzle:
         assert torch.equal(formats.unswizzle_scales(swizzled, 130, 160), scales)
 
     def test_refuses(self) -> None:
-        with pytest.raises(ValueError, match=r"scales: expected uint8 \[\.\.\., N, K/32\], got uint8 \[4\]"):
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[\.\.\., N, C\], got uint8 \[4\]"):
             formats.swizzle_scales(random_bytes(4))
         with pytest.raises(TypeError, match=r"scales: expected uint8 tensor, got float32 \[4, 4\]"):
             formats.swizzle_scales(torch.zeros(4, 4))

@@ -25,6 +25,7 @@ FUNCTIONS = {
     "mxfp4_dequantize": _FP4,
     "mxfp4_dequantize_host": _FP4,
     "mxfp4_quantize": _FP4,
+    "nvfp4_quantize": _FP4,
 }
 ENUMS = {"ActivationType": "tllm_enums.py", "SfLayout": "tllm_enums.py"}
 

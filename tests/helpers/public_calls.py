@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import model_checkpoints
+import nvfp4_cases
 import oracles
 import torch
 from safetensors.torch import save_file
@@ -58,6 +59,9 @@ class Inputs:
         self.logits = _floats(T, E)
         self.codes, self.scales = formats.quantize_mxfp8(self.tiny)
         self.packed, self.packed_scales = formats.quantize_mxfp4(self.tiny)
+        self.global_scale = torch.tensor(2.0**120)
+        self.nvfp4_rows = formats.quantize_nvfp4(self.tiny, self.global_scale)
+        self.nvfp4 = nvfp4_cases.random_nvfp4(experts=E, hidden=H, inter=INTER)
         self.offsets = torch.tensor([0, 2, 5, 8], dtype=torch.int32)
         self.gemm = (self.codes, self.scales, checkpoint["w13"], checkpoint["w13_scale"] // 4, self.offsets)
         self.rows = _floats(T * K, H, exponent=-130).bfloat16()
@@ -128,6 +132,8 @@ CASES: dict[str, Case] = {
     # MoEWeights
     "MoEWeights.from_mxfp4": lambda i: MoEWeights.from_mxfp4(**i.checkpoint),
     "MoEWeights.from_float": lambda i: MoEWeights.from_float(**i.floats),
+    "MoEWeights.from_nvfp4": lambda i: MoEWeights.from_nvfp4(**i.nvfp4),
+    "MoEWeights.to_nvfp4": lambda i: MoEWeights.from_nvfp4(**i.nvfp4).to_nvfp4(),
     "MoEWeights.from_flashinfer": lambda i: MoEWeights.from_flashinfer(
         i.flashinfer[0], i.flashinfer[3][0], i.flashinfer[1], i.flashinfer[3][2]
     ),
@@ -148,6 +154,12 @@ CASES: dict[str, Case] = {
     "formats.dequantize_mxfp8": lambda i: formats.dequantize_mxfp8(i.codes, i.scales),
     "formats.mxfp8_to_bf16": lambda i: formats.mxfp8_to_bf16(i.codes, i.scales),
     "formats.quantize_mxfp4": lambda i: formats.quantize_mxfp4(i.tiny),
+    "formats.quantize_mxfp4_activations": lambda i: formats.quantize_mxfp4_activations(i.tiny),
+    "formats.nvfp4_global_scale": lambda i: formats.nvfp4_global_scale(i.tiny),
+    "formats.nvfp4_row_scales": lambda i: formats.nvfp4_row_scales(i.tiny),
+    "formats.quantize_nvfp4": lambda i: formats.quantize_nvfp4(i.tiny, i.global_scale),
+    "formats.dequantize_nvfp4": lambda i: formats.dequantize_nvfp4(*i.nvfp4_rows, i.global_scale),
+    "formats.nvfp4_products": lambda i: formats.nvfp4_products(*i.nvfp4_rows),
     "formats.dequantize_mxfp4": lambda i: formats.dequantize_mxfp4(i.packed, i.packed_scales),
     "formats.swizzle_scales": lambda i: formats.swizzle_scales(i.scales),
     "formats.unswizzle_scales": lambda i: formats.unswizzle_scales(formats.swizzle_scales(i.scales), 8, H),
@@ -216,6 +228,7 @@ CASES: dict[str, Case] = {
     ),
     "flashinfer_api.mxfp4_quantize": lambda i: flashinfer_api.mxfp4_quantize(i.tiny_halves),
     "flashinfer_api.mxfp4_dequantize": lambda i: flashinfer_api.mxfp4_dequantize(i.packed, i.packed_scales, sfLayout=2),
+    "flashinfer_api.nvfp4_quantize": lambda i: flashinfer_api.nvfp4_quantize(i.tiny_halves, i.global_scale),
     "flashinfer_api.fp4_quantize": lambda i: flashinfer_api.fp4_quantize(
         i.tiny_halves, torch.ones(1, dtype=torch.float32, device="cpu"), 32, True
     ),

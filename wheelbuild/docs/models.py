@@ -81,8 +81,9 @@ N is a layer's number, E an expert's. Whatever stands before `layers.` fits, so 
 load too; where several fit, `prefix=` says which, and where names alone do not tell, `scheme=` with a name from here.
 uint8, int8 and float4_e2m1fn_x2 are taken as codes, uint8 and float8_e8m0fnu as scales: bytes, all of them.
 
-Weights in bfloat16, float16 or float32 are quantized to MXFP4 when they are loaded. FP8, MXFP8, NVFP4 and integer
-weights have the same names in places and are refused by their dtypes.
+Weights in bfloat16, float16 or float32 are quantized to MXFP4 when they are loaded. NVFP4 loads to the CPU, since no
+GPU has kernels for it yet; hf_quant_config.json and config.json must not say that it is something else. FP8, MXFP8 and
+integer weights have the same names in places and are refused by their dtypes.
 
 """
 
@@ -142,14 +143,19 @@ def _scheme(scheme: schemes.Scheme) -> str:
     prefix = f"{scheme.containers[0]}."
     rows = []
     for projection in scheme.projections:
-        for suffix in filter(None, (scheme.codes, scheme.scales, scheme.bias)):
+        suffixes = (scheme.codes, scheme.scales, scheme.scale_2, scheme.input_scale, scheme.bias)
+        for suffix in filter(None, suffixes):
             rows.append(scheme.tensor(prefix, "N", projection, suffix, "E"))
         if scheme.codes == "":
             rows.insert(-1, scheme.tensor(prefix, "N", projection, "", "E"))
     order = {"interleaved": "gate and up rows in turns", "gate_up": "gates, then ups"}[scheme.gate_up_order]
     layout = "one tensor for each expert" if scheme.per_expert else "experts stacked"
-    facts = [layout, order if len(scheme.w13) == 1 else "gate and up in tensors of their own"]
-    facts += [] if scheme.is_mxfp4 else ["floating point" + (", stored [E, in, out]" if scheme.transposed else "")]
+    gates = order if len(scheme.w13) == 1 else "gate and up in tensors of their own"
+    facts = [layout, gates if scheme.gated else "no gate"]
+    if scheme.is_nvfp4:
+        kind = "divide what is read" if scheme.divide else "multiply what is read"
+        facts.append(f"E4M3 scales of 16 values, and float32 scales that {kind}; those of inputs may be missing")
+    facts += [] if scheme.is_packed else ["floating point" + (", stored [E, in, out]" if scheme.transposed else "")]
     facts += ["biases, where they are there" if not scheme.needs_bias else "biases"] if scheme.bias else []
     text = f"**`{scheme.name}`**: {scheme.written_by}; {', '.join(facts)}. Read in {'; '.join(scheme.sources)}."
     return _paragraph(text) + "\n\n```\n" + "\n".join(rows) + "\n```\n"

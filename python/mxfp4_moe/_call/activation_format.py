@@ -8,20 +8,29 @@ import torch
 
 from .. import reference
 from .._arguments import named_device
+from .._checkpoints.options import member
 from .._install import loading, wheel
+from ..formats import WeightFormat
 from ..tiles import Tile, pair_of
+from ..weights import MoEWeights
+
+_FORMATS = ("mxfp8", "bf16", "mxfp4", "nvfp4")
 
 
-def activation_formats(device: torch.device | str | int) -> tuple[str, ...]:
+def activation_formats(
+    device: torch.device | str | int, weight_format: WeightFormat | str = WeightFormat.MXFP4
+) -> tuple[str, ...]:
     """What `fused_moe` takes as its activation_format for tensors on a device.
 
     Args:
         device: such as "cpu", "cuda" (the current one), or a CUDA device's number.
+        weight_format: of the weights, "mxfp4" or "nvfp4".
 
     Returns:
-        Names, the default first: ("mxfp8", "bf16") on SM90 GPUs and for CPU tensors; on SM12x GPUs what the wheel was
-        built for: ("mxfp8",), or both in a wheel of profile `full`, each of which reads weights that were put in its
-        word order (`MoEWeights.to`); () where the wheel has no kernels.
+        Names, the default first. Of MXFP4 weights ("mxfp8", "bf16") on SM90 GPUs, and ("mxfp8", "bf16", "mxfp4") for
+        CPU tensors; on SM12x GPUs what the wheel was built for: ("mxfp8",), or "bf16" too in a wheel of profile `full`,
+        each of which reads weights that were put in its word order (`MoEWeights.to`). Of NVFP4 weights ("nvfp4",
+        "bf16") for CPU tensors. () where the wheel has no kernels.
 
     Raises:
         TypeError, ValueError: no device, such as a dtype.
@@ -30,13 +39,14 @@ def activation_formats(device: torch.device | str | int) -> tuple[str, ...]:
     place = named_device("device", device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
-    return _formats_of(place)
+    kind = member("weight_format", WeightFormat, weight_format)
+    if place.type == "cpu":
+        return reference.CPU_ACTIVATION_FORMATS[kind]
+    return _formats_of(place) if kind is WeightFormat.MXFP4 else ()
 
 
 @functools.cache
 def _formats_of(device: torch.device) -> tuple[str, ...]:
-    if device.type == "cpu":
-        return reference.ACTIVATION_FORMATS
     if device.type != "cuda":
         return ()
     return tuple(name for name in reference.ACTIVATION_FORMATS if tiles_of(name, device.index))
@@ -48,8 +58,26 @@ def tiles_of(activation_format: str, device_index: int) -> tuple[Tile, ...]:
     return wheel.tiles_of(pair_of(activation_format), torch.cuda.get_device_capability(device_index))
 
 
+def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
+    """The argument, by default what the weights' format has as its own; checked against that.
+
+    Raises:
+        ValueError: a format that goes with weights of another one.
+    """
+    formats = reference.CPU_ACTIVATION_FORMATS[weights.weight_format]
+    if activation_format is None:
+        return formats[0]
+    if activation_format in _FORMATS and activation_format not in formats:
+        kind = weights.weight_format.value
+        raise ValueError(
+            f"activation_format: expected {' or '.join(map(repr, formats))} with {kind} weights, got "
+            f"{activation_format!r}; without one a call takes {formats[0]!r}"
+        )
+    return activation_format
+
+
 def check_activation_format(activation_format: str, is_mxfp8: bool) -> None:
-    """The part of the check that needs no device; also while a graph is traced.
+    """The part of the check that needs neither device nor weights; also while a graph is traced.
 
     Args:
         activation_format: the argument.
@@ -65,12 +93,15 @@ def check_activation_format(activation_format: str, is_mxfp8: bool) -> None:
             "activation_format: expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; pass 'bf16', "
             "which takes float16 hidden_states too, or 'mxfp8'"
         )
-    if activation_format != "bf16":
-        raise ValueError(f"activation_format: expected 'mxfp8' or 'bf16', got {activation_format!r}")
+    if activation_format not in _FORMATS:
+        raise ValueError(
+            f"activation_format: expected {', '.join(map(repr, _FORMATS[:-1]))} or {_FORMATS[-1]!r}, got "
+            f"{activation_format!r}"
+        )
     if is_mxfp8:
         raise ValueError(
-            "activation_format: expected 'mxfp8' for hidden_states that are MXFP8 already, got 'bf16'; pass bfloat16 "
-            "or float16 hidden_states without hidden_states_scale"
+            f"activation_format: expected 'mxfp8' for hidden_states that are MXFP8 already, got {activation_format!r}; "
+            "pass bfloat16 or float16 hidden_states without hidden_states_scale"
         )
 
 
@@ -78,12 +109,19 @@ def check_format_on(activation_format: str, device: torch.device) -> None:
     """Refuses a format that the device's kernels do not read.
 
     Raises:
-        ValueError: 'bf16' on a GPU of SM12x, or in a build that emulates one, with a wheel without kernels for it.
+        ValueError: 'bf16' on a GPU of SM12x, or in a build that emulates one, with a wheel without kernels for it;
+            'mxfp4' or 'nvfp4' on any GPU.
     """
-    if activation_format == "mxfp8":
+    if activation_format == "mxfp8" or device.type == "cpu":
         return
     formats = _formats_of(device)
     if formats and activation_format not in formats:  # where there are none, the launch says why
+        if activation_format != "bf16":
+            having = " or ".join(map(repr, formats))
+            raise ValueError(
+                f"activation_format: expected {having}, which is what the kernels for {device} read, got "
+                f"{activation_format!r}; CPU tensors alone take it"
+            )
         lacks = loading.manifest().refusal(wheel.profile(), pair_of(activation_format))
         raise ValueError(
             f"activation_format: expected 'mxfp8', which is what the kernels for {device} read, got "

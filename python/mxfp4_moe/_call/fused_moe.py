@@ -13,6 +13,7 @@ from .. import reference
 from .._checkpoints.options import split_number
 from ..weights import MoEWeights
 from . import operators
+from .activation_format import format_of_call
 from .checks import check_layer, check_output
 from .gradient import refuse_gradient
 from .launch import run
@@ -33,13 +34,13 @@ def fused_moe(
     auto_tile_select: bool = True,
     output: Tensor | None = None,
     intermediate_rounding: bool = False,
-    activation_format: str = "mxfp8",
+    activation_format: str | None = None,
 ) -> Tensor:
     """One MoE layer with MXFP4 weights: sum over a token's experts of topk_weight * (w2 . act(w13 . x + b13) + b2).
 
     T tokens, k experts per token, E experts, H hidden size. Activations are quantized to MXFP8 before each of the two
-    GEMMs, or only rounded to bfloat16 (activation_format). A token's result depends on nothing but that token: the same
-    bits in every batch and with every tile.
+    GEMMs, or only rounded to bfloat16 (activation_format); CPU tensors may have NVFP4 weights, and FP4 activations. A
+    token's result depends on nothing but that token: the same bits in every batch and with every tile.
     For inference: a gradient that is asked for is an error of the backward pass. Work is queued on the current CUDA
     stream, without synchronization; CUDA graphs capture it, and any number of threads and streams may call at once. All
     tensors are contiguous and on one device.
@@ -71,7 +72,8 @@ def fused_moe(
             the activation clamps it. Without it they stay in float32 until MXFP8, which is closer to the exact layer.
         activation_format: to what the values that each GEMM reads are brought before: "mxfp8", or "bf16", which is
             closer to the exact layer, and on SM90 as fast. CPU tensors and SM90 take both, SM12x "bf16" with a wheel
-            that has it and with weights in its word order (`activation_formats`, `MoEWeights.to`); hidden states that
+            that has it and with weights in its word order (`activation_formats`, `MoEWeights.to`); CPU tensors "mxfp4"
+            too, and of NVFP4 weights "nvfp4" and "bf16". None: "mxfp8", of NVFP4 weights "nvfp4". Hidden states that
             are MXFP8 stay it.
 
     Returns:
@@ -87,6 +89,7 @@ def fused_moe(
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
+    activation_format = format_of_call(activation_format, weights)
     output_dtype = check_layer(
         hidden_states,
         topk_weights,
@@ -165,6 +168,11 @@ def _traced(
     activation_format: str,
 ) -> Tensor:
     """The call as a compiled graph sees it: tensors and constants, and no tile that would tie it to T."""
+    if weights.tensor_scales is not None:
+        raise ValueError(
+            "weights: expected MXFP4 under torch.compile and torch.export, got NVFP4, which graphs do not have yet; "
+            "call fused_moe outside of the graph (torch.compiler.disable)"
+        )
     alpha, alphas = split_number(weights.alpha, 0.0)
     beta, betas = split_number(weights.beta, 0.0)
     limit, limits = split_number(weights.limit, None)

@@ -53,7 +53,7 @@ class FusedMoEModule:
         output_dtype: torch.dtype | None = None,
         output: Tensor | None = None,
         intermediate_rounding: bool = False,
-        activation_format: str = "mxfp8",
+        activation_format: str | None = None,
     ) -> Tensor:
         """`mxfp4_moe.fused_moe` with this tile."""
         return fused_moe(

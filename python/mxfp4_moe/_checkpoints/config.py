@@ -24,7 +24,8 @@ _EXPERTS = (
     "num_experts",  # Qwen, Ling, Kimi-K3, OpenAI's original/
 )
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token")  # most; Kimi-K3; OpenAI's original/
-_HIDDEN = ("routed_expert_hidden_size", "hidden_size")  # Kimi-K3's experts are narrower than the model
+# Kimi-K3's experts are narrower than the model, and Nemotron 3's may be.
+_HIDDEN = ("routed_expert_hidden_size", "moe_latent_size", "hidden_size")
 _INTERMEDIATE = ("moe_intermediate_size", "intermediate_size")  # the second where no dense layers have it
 _NESTED = ("text_config", "language_config", "llm_config", "thinker_config")  # where others hold a language model
 

@@ -12,9 +12,9 @@ from .files import Checkpoint
 from .headers import Entry
 from .schemes import BY_NAME, EXPERT, HARMLESS, SCHEMES, Scheme
 
-_BLOCK = 32  # formats.BLOCK; this module does without torch
 _CODES = ("U8", "I8", "F4")
 _SCALES = ("U8", "F8_E8M0")
+_NVFP4_SCALES = ("F8_E4M3",)
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 6  # layers, prefixes, names in a message
 
@@ -48,6 +48,7 @@ class LayerSizes:
     has_bias: bool
     codes: str  # dtypes as safetensors writes them
     scales: str | None
+    has_input_scales: bool = False  # of NVFP4
 
     def __str__(self) -> str:
         return f"{self.num_experts} experts, hidden size {self.hidden_size}, intermediate size {self.intermediate_size}"
@@ -154,12 +155,17 @@ def other_format(checkpoint: Checkpoint, found: FoundLayer) -> str | None:
             return None
         return f"{codes_name}: expected {', '.join(_FLOATS)}, got {codes}: {_kind(codes.dtype, None)}"
     scales = checkpoint.entry(found.name(scheme.w13[0], scheme.scales, expert))
-    if codes.dtype in _CODES and scales.dtype in _SCALES:
+    allowed = _scale_dtypes(scheme)
+    if codes.dtype in _CODES and scales.dtype in allowed:
         return None
     return (
-        f"{codes_name}: expected MXFP4, codes in {', '.join(_CODES)} and scales in {', '.join(_SCALES)}, got {codes} "
-        f"and scales {scales}: {_kind(codes.dtype, scales.dtype)}"
+        f"{codes_name}: expected {'NVFP4' if scheme.is_nvfp4 else 'MXFP4'}, codes in {', '.join(_CODES)} and scales in "
+        f"{', '.join(allowed)}, got {codes} and scales {scales}: {_kind(codes.dtype, scales.dtype)}"
     )
+
+
+def _scale_dtypes(scheme: Scheme) -> tuple[str, ...]:
+    return _NVFP4_SCALES if scheme.is_nvfp4 else _SCALES
 
 
 def _kind(codes: str, scales: str | None) -> str:
@@ -168,7 +174,8 @@ def _kind(codes: str, scales: str | None) -> str:
     if codes == "F8_E4M3":
         return f"FP8 or MXFP8 weights, which this library has no kernels for; {other}"
     if scales == "F8_E4M3":
-        return f"NVFP4, whose blocks of 16 have E4M3 scales; {other}"
+        lacks = "which comes with float32 scales (.weight_scale_2 or .weight_global_scale) that are not there"
+        return f"NVFP4, whose blocks of 16 have E4M3 scales, and {lacks}; {other}"
     if codes in ("I32", "U32", "I64"):
         return f"integer weights packed in words (INT4, GPTQ, AWQ); {other}"
     if codes in _FLOATS:
@@ -185,7 +192,7 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
     Raises:
         ValueError: a tensor that is missing, or of another shape or dtype than the others ask for.
     """
-    scheme, count = found.scheme, found.num_experts
+    scheme, count, gated = found.scheme, found.num_experts, gated and found.scheme.gated
 
     def entry(projection: str, suffix: str, expert: int | None) -> Entry:
         return checkpoint.entry(found.name(projection, suffix, expert))
@@ -197,13 +204,15 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
     hidden, rows = _matrix(w13, scheme, skip)
     inter, _ = _matrix(w2, scheme, skip)
     rows_expected = (2 if gated else 1) * inter // len(scheme.w13)
-    if min(experts, hidden, inter) < 1 or hidden % _BLOCK or inter % _BLOCK or rows != rows_expected:
+    if min(experts, hidden, inter) < 1 or hidden % scheme.block or inter % scheme.block or rows != rows_expected:
         raise ValueError(
             f"{w13.name}: expected {rows_expected} rows for an intermediate size of {inter}, which {w2.name} has, and "
-            f"sizes that are multiples of {_BLOCK}; got {w13}, which is {rows} rows of {hidden}"
+            f"sizes that are multiples of {scheme.block}; got {w13}, which is {rows} rows of {hidden}"
         )
     biased = [scheme.bias is not None and found.name(p, scheme.bias, first) in checkpoint for p in scheme.projections]
     has_bias = any(biased)  # and then all have
+    has_inputs = scheme.input_scale is not None and found.name(scheme.w2, scheme.input_scale, first) in checkpoint
+    singles = [suffix for suffix in (scheme.scale_2, scheme.input_scale if has_inputs else None) if suffix is not None]
     scales: str | None = None
     for expert in range(experts) if scheme.per_expert else (None,):
         for projection in scheme.projections:
@@ -213,12 +222,14 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
             _check(codes, (w13.dtype,), _shapes(lead, n, k, scheme))
             if scheme.scales is not None:
                 scale = entry(projection, scheme.scales, expert)
-                _check(scale, (scales,) if scales else _SCALES, [(*lead, n, k // _BLOCK)])
+                _check(scale, (scales,) if scales else _scale_dtypes(scheme), [(*lead, n, k // scheme.block)])
                 scales = scale.dtype
+            for suffix in singles:
+                _check(entry(projection, suffix, expert), ("F32",), [(), (1,)])
             if has_bias:
                 assert scheme.bias is not None
                 _check(entry(projection, scheme.bias, expert), _FLOATS, [(*lead, n)])
-    _refuse_others(checkpoint, found, has_bias)
+    _refuse_others(checkpoint, found, has_bias, has_inputs)
     return LayerSizes(
         num_experts=experts,
         hidden_size=hidden,
@@ -226,10 +237,11 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
         has_bias=has_bias,
         codes=w13.dtype,
         scales=scales,
+        has_input_scales=has_inputs,
     )
 
 
-def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool) -> None:
+def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool, has_inputs: bool) -> None:
     """Refuses tensors beside a projection's own that would have a say in its values, such as zero points."""
     scheme = found.scheme
     path, _, _ = scheme.path.partition(EXPERT)
@@ -237,7 +249,9 @@ def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool) ->
     number = r"\d+\." if scheme.per_expert else ""
     projections = "|".join(map(re.escape, scheme.projections))
     pattern = re.compile(rf"{re.escape(stem)}{number}(?:{projections})(?P<suffix>[._].*)?")
-    known = {scheme.codes, scheme.scales or "", *HARMLESS} | ({scheme.bias or ""} if has_bias else set())
+    known = {*scheme.tensor_suffixes, *HARMLESS} | ({scheme.bias or ""} if has_bias else set())
+    if scheme.is_nvfp4 and not has_inputs:  # of some projections alone they would be left out
+        known -= {scheme.input_scale}
     for name in checkpoint.names():
         match = pattern.fullmatch(name) if name.startswith(stem) else None
         if match and (match["suffix"] or "") not in known:
@@ -253,15 +267,15 @@ def _matrix(entry: Entry, scheme: Scheme, skip: int) -> tuple[int, int]:
     shape = entry.shape[skip:]
     if len(shape) < 2:
         return 0, 0
-    if not scheme.is_mxfp4:
+    if not scheme.is_packed:
         return (shape[0], shape[1]) if scheme.transposed else (shape[1], shape[0])
     return 2 * math.prod(shape[1:]), shape[0]
 
 
 def _shapes(lead: tuple[int, ...], n: int, k: int, scheme: Scheme) -> list[tuple[int, ...]]:
-    if not scheme.is_mxfp4:
+    if not scheme.is_packed:
         return [(*lead, k, n) if scheme.transposed else (*lead, n, k)]
-    return [(*lead, n, k // 2), (*lead, n, k // _BLOCK, 16)]
+    return [(*lead, n, k // 2)] if scheme.is_nvfp4 else [(*lead, n, k // 2), (*lead, n, k // scheme.block, 16)]
 
 
 def _check(entry: Entry, dtypes: tuple[str, ...], shapes: list[tuple[int, ...]]) -> None:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .._arguments import describe, require_contiguous, require_tensor
 from ..activations import Activation
-from ..formats import BLOCK, WordOrder, weight_bytes
+from ..formats import WeightFormat, WordOrder
+from .nvfp4_layers import refuse_gpu
 from .options import GateUpOrder, check_int, check_number
+from .tensor_scales import TensorScales
 
 
 class Mxfp4Tensors(NamedTuple):
@@ -20,6 +22,25 @@ class Mxfp4Tensors(NamedTuple):
     w13_scale: Tensor  # uint8 [E, W, H/32], E8M0
     w2: Tensor  # uint8 [E, H, I/2]
     w2_scale: Tensor  # uint8 [E, H, I/32]
+    w13_bias: Tensor | None  # float32 [E, W]
+    w2_bias: Tensor | None  # float32 [E, H]
+
+
+class Nvfp4Tensors(NamedTuple):
+    """The same of NVFP4 weights; `MoEWeights.from_nvfp4` takes these names. P is 2, gate and up, or 1."""
+
+    w13: Tensor  # uint8 [E, W, H/2], low nibble = even k
+    w13_scale: Tensor  # uint8 [E, W, H/16], E4M3, linear
+    w2: Tensor  # uint8 [E, H, I/2]
+    w2_scale: Tensor  # uint8 [E, H, I/16]
+    w13_scale_2: Tensor | None  # float32 [E, P]; these four multiply
+    w2_scale_2: Tensor | None  # float32 [E]
+    w13_input_scale: Tensor | None
+    w2_input_scale: Tensor | None
+    w13_global_scale: Tensor | None  # these four divide
+    w2_global_scale: Tensor | None
+    w13_input_global_scale: Tensor | None
+    w2_input_global_scale: Tensor | None
     w13_bias: Tensor | None  # float32 [E, W]
     w2_bias: Tensor | None  # float32 [E, H]
 
@@ -39,18 +60,21 @@ def check_fields(weights: Any) -> int:
         raise TypeError(f"gate_up_order: expected a GateUpOrder, got {weights.gate_up_order!r}")
     if not isinstance(weights.word_order, WordOrder):
         raise TypeError(f"word_order: expected a WordOrder, got {weights.word_order!r}")
+    kind = weights.weight_format
+    if not isinstance(kind, WeightFormat):
+        raise TypeError(f"weight_format: expected a WeightFormat, got {kind!r}")
     hidden, inter, rows = weights.hidden_size, weights.intermediate_size, weights.w13_rows
     for name, size in (("hidden_size", hidden), ("intermediate_size", inter)):
         check_int(name, size)
-        if size <= 0 or size % BLOCK:
-            raise ValueError(f"{name}: expected a multiple of {BLOCK}, got {size}")
-    require_tensor("w13", weights.w13, torch.uint8, ("E", weight_bytes(rows, hidden)))
+        if size <= 0 or size % kind.block:
+            raise ValueError(f"{name}: expected a multiple of {kind.block}, got {size}")
+    require_tensor("w13", weights.w13, torch.uint8, ("E", kind.weight_bytes(rows, hidden)))
     experts, device = weights.num_experts, weights.device
     if experts == 0:
         raise ValueError(f"w13: expected at least one expert, got {describe(weights.w13)}")
     shapes = {
-        "w13": (experts, weight_bytes(rows, hidden)),
-        "w2": (experts, weight_bytes(hidden, inter)),
+        "w13": (experts, kind.weight_bytes(rows, hidden)),
+        "w2": (experts, kind.weight_bytes(hidden, inter)),
         "w13_bias": (experts, rows),
         "w2_bias": (experts, hidden),
     }
@@ -60,6 +84,13 @@ def check_fields(weights: Any) -> int:
             continue
         require_tensor(name, tensor, torch.float32 if name.endswith("_bias") else torch.uint8, shape, device)
         require_contiguous(name, tensor)
+    if (kind is WeightFormat.NVFP4) != isinstance(weights.tensor_scales, TensorScales):
+        expected = "TensorScales" if kind is WeightFormat.NVFP4 else "None"
+        got = type(weights.tensor_scales).__name__
+        raise TypeError(f"tensor_scales: expected {expected} with weight_format {kind.value}, got {got}")
+    if weights.tensor_scales is not None:
+        refuse_gpu("w13", device)
+        weights.tensor_scales.check(experts, weights.activation.is_gated, device)
     check_number("alpha", weights.alpha, experts, device)
     divides = " with activation 'situ'" if weights.activation is Activation.SITU else ""
     check_number("beta", weights.beta, experts, device, above_zero=divides)

@@ -13,15 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._arguments import require_device
+from .._arguments import named_device, require_device
 from ..activations import Activation
+from ..formats import WeightFormat
 from .config import compare_sizes, read_config, stated_activation
 from .contents import FoundLayer, LayerSizes, choose_layer, layer_sizes
 from .files import Checkpoint
 from .layers import RawLayer
+from .nvfp4_layers import refuse_gpu
 from .options import GateUpOrder, Number, check_number, member
+from .quantization_config import compare_quantization
 from .schemes import SCHEMES, Between, Scheme
-from .sources import Source, float_source, mxfp4_source
+from .sources import Source, float_source, mxfp4_source, nvfp4_source
+from .tensor_scales import TensorScales, tensor_scales
 
 STATED = "stated"  # for limit: take what the checkpoint says
 
@@ -57,6 +61,9 @@ def open_layer(
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: expected a str or None, got {value!r}")
     found = choose_layer(checkpoint, layer, prefix=prefix, scheme=scheme, among=among)
+    if found.scheme.is_nvfp4:
+        refuse_gpu("device", named_device("device", device))
+        compare_quantization(checkpoint)
     sizes = layer_sizes(checkpoint, found, gated=gated)
     place = require_device("device", device)
     reader = _Reader(checkpoint, found, sizes, place)
@@ -69,6 +76,8 @@ def open_layer(
         device=place,
         w13_bias=reader.bias(found.scheme.w13),
         w2_bias=reader.bias((found.scheme.w2,)),
+        format=WeightFormat.NVFP4 if found.scheme.is_nvfp4 else WeightFormat.MXFP4,
+        tensor_scales=reader.tensor_scales(),
     )
     return OpenedLayer(found=found, sizes=sizes, raw=raw)
 
@@ -89,7 +98,8 @@ class _Reader:
             name = self._shown(projections[0], scheme.codes)
             return float_source(name, (lambda e: codes(e).mT) if scheme.transposed else codes)
         scales = self._expert(projections, scheme.scales)
-        return mxfp4_source(
+        make = nvfp4_source if scheme.is_nvfp4 else mxfp4_source
+        return make(
             self._shown(projections[0], scheme.scales),
             lambda e: codes(e).view(torch.uint8),
             lambda e: scales(e).view(torch.uint8),
@@ -105,6 +115,32 @@ class _Reader:
             )
         read = self._expert(projections, scheme.bias)
         return torch.stack([read(e) for e in range(self.sizes.num_experts)])
+
+    def tensor_scales(self) -> TensorScales | None:
+        """NVFP4's float32 scales of all experts: one tensor for each projection and expert."""
+        scheme = self.found.scheme
+        if scheme.scale_2 is None:
+            return None
+
+        def scales(projections: tuple[str, ...], suffix: str | None) -> Tensor | None:
+            if suffix is None:
+                return None
+            experts, places = range(self.sizes.num_experts), range(len(projections))
+            entries = [[self.checkpoint.entry(self.found.name(p, suffix, e)) for p in projections] for e in experts]
+            read = [[self.checkpoint.read([entries[e][i]], self.device).flatten() for i in places] for e in experts]
+            return torch.stack([torch.cat(some) for some in read])
+
+        inputs = scheme.input_scale if self.sizes.has_input_scales else None
+        down = scales((scheme.w2,), scheme.scale_2), scales((scheme.w2,), inputs)
+        w2, w2_input = (None if one is None else one.squeeze(1) for one in down)
+        given = {"w13": scales(scheme.w13, scheme.scale_2), "w2": w2, "w13_input": scales(scheme.w13, inputs)}
+        return tensor_scales(
+            given | {"w2_input": w2_input},
+            divide=scheme.divide,
+            experts=self.sizes.num_experts,
+            gated=scheme.gated,
+            device=self.device,
+        )
 
     def _expert(self, projections: tuple[str, ...], suffix: str) -> Callable[[int], Tensor]:
         def read(e: int) -> Tensor:
@@ -154,6 +190,12 @@ def settle(
             _contradiction(what, where, says, value)
     numbers = stated or _DEFAULTS
     between = activation or member("activation", Activation, numbers.activation)
+    if between.is_gated != opened.found.scheme.gated:
+        rows = "gates and ups" if opened.found.scheme.gated else "one projection and no gates"
+        raise ValueError(
+            f"activation: expected one for {rows}, which layer {opened.found.layer} has in the naming of "
+            f"{opened.found.scheme.name}, got {between.value!r}"
+        )
     return between, (
         numbers.alpha if alpha is None else alpha,
         numbers.beta if beta is None else beta,

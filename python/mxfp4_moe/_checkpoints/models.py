@@ -197,7 +197,7 @@ MODELS = (
         intermediate_size=768,
         num_experts=128,
         top_k=8,
-        schemes=("float", "compressed-tensors", "weight-scale"),
+        schemes=("float", "compressed-tensors", "weight-scale", "nvfp4-modelopt", "nvfp4-compressed-tensors"),
         config={
             "model_type": "qwen3_moe",
             "hidden_act": "silu",

@@ -12,26 +12,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..formats import (
-    BLOCK,
-    WEIGHT_BLOCK_ROWS,
-    WordOrder,
-    read_rows,
-    reorder_words,
-    weight_bytes,
-    write_rows,
-)
+from ..formats import WEIGHT_BLOCK_ROWS, WeightFormat, WordOrder, reorder_words
 from .sources import Rows, ceil_div
 
 _PIECES = 8  # per expert: quantizing needs up to 25 bytes of scratch per value
 _PROGRESS_AFTER_S = 2.0
+_MXFP4 = WeightFormat.MXFP4
 
 
-def empty(experts: int, n: int, k: int, device: torch.device) -> Tensor:
-    return torch.empty((experts, weight_bytes(n, k)), dtype=torch.uint8, device=device)
+def empty(experts: int, n: int, k: int, device: torch.device, kind: WeightFormat = _MXFP4) -> Tensor:
+    return torch.empty((experts, kind.weight_bytes(n, k)), dtype=torch.uint8, device=device)
 
 
-def prepare(source: Rows, rows: Tensor, k: int, order: WordOrder, weight: Tensor) -> None:
+def prepare(source: Rows, rows: Tensor, k: int, order: WordOrder, weight: Tensor, kind: WeightFormat = _MXFP4) -> None:
     """Writes one expert: prepared row i is the source's row rows[i]."""
     n = len(rows)
     for piece in _pieces(n):
@@ -39,28 +32,33 @@ def prepare(source: Rows, rows: Tensor, k: int, order: WordOrder, weight: Tensor
         parts = [source(rows[some]) for some in _spans(piece.start, piece.stop, ceil_div(n, _PIECES))]
         packed, scales = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
         del parts
-        write_rows(weight, n, k, piece.start, packed, scales, order)
+        kind.write_rows(weight, n, k, piece.start, packed, scales, order)
 
 
-def restore(weight: Tensor, rows: Tensor, k: int, order: WordOrder) -> tuple[Tensor, Tensor]:
+def restore(
+    weight: Tensor, rows: Tensor, k: int, order: WordOrder, kind: WeightFormat = _MXFP4
+) -> tuple[Tensor, Tensor]:
     """The inverse of `prepare` for all experts: plain row rows[i] is the prepared row i."""
     experts, n = len(weight), len(rows)
     packed = torch.empty((experts, n, k // 2), dtype=torch.uint8, device=weight.device)
-    scales = torch.empty((experts, n, k // BLOCK), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty((experts, n, k // kind.block), dtype=torch.uint8, device=weight.device)
     for e in range(experts):
         for piece in _pieces(n):
-            packed[e, rows[piece]], scales[e, rows[piece]] = read_rows(weight[e], n, k, piece, order)
+            packed[e, rows[piece]], scales[e, rows[piece]] = kind.read_rows(weight[e], n, k, piece, order)
     return packed, scales
 
 
-def cut(weight: Tensor, n: int, k: int, order: WordOrder, rows: slice, columns: slice) -> Tensor:
-    """Prepared weights of all experts -> those of some rows and some k (multiples of 32), prepared anew."""
+def cut(
+    weight: Tensor, n: int, k: int, order: WordOrder, rows: slice, columns: slice, kind: WeightFormat = _MXFP4
+) -> Tensor:
+    """Prepared weights of all experts -> those of some rows and some k (whole blocks), prepared anew."""
     size, width = len(range(n)[rows]), len(range(k)[columns])
-    result = empty(len(weight), size, width, weight.device)
-    bytes_, blocks = slice(columns.start // 2, columns.stop // 2), slice(columns.start // BLOCK, columns.stop // BLOCK)
+    result = empty(len(weight), size, width, weight.device, kind)
+    bytes_ = slice(columns.start // 2, columns.stop // 2)
+    blocks = slice(columns.start // kind.block, columns.stop // kind.block)
     for e in range(len(weight)):
-        packed, scales = read_rows(weight[e], n, k, slice(0, n), order)
-        write_rows(result[e], size, width, 0, packed[rows, bytes_], scales[rows, blocks], order)
+        packed, scales = kind.read_rows(weight[e], n, k, slice(0, n), order)
+        kind.write_rows(result[e], size, width, 0, packed[rows, bytes_], scales[rows, blocks], order)
     return result
 
 

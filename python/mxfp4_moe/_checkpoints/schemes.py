@@ -40,6 +40,10 @@ class Scheme:
         w13: the projection that holds gates and ups, or the two that hold one each, gate first.
         w2: the down projection.
         codes, scales, bias: suffixes. Without scales the weights are floating point, to be quantized on the way.
+        scale_2: NVFP4's float32 scale of a projection; where it is there, scales are E4M3 of 16 values each.
+        input_scale: NVFP4's float32 scale of a projection's input, which a checkpoint may lack.
+        divide: whether those two divide what is read, as global scales do, or multiply it.
+        gated: whether w13 has gates.
         gate_up_order: of the rows of w13; "gate_up" where two projections are put one behind the other.
         transposed: floating point stored as [.., in, out].
         needs_bias: the bias is what tells these names from others of another layout.
@@ -56,6 +60,10 @@ class Scheme:
     codes: str
     scales: str | None
     bias: str | None = None
+    scale_2: str | None = None
+    input_scale: str | None = None
+    divide: bool = False
+    gated: bool = True
     gate_up_order: str = "gate_up"
     transposed: bool = False
     needs_bias: bool = False
@@ -68,9 +76,19 @@ class Scheme:
         return EXPERT in self.path
 
     @property
-    def is_mxfp4(self) -> bool:
-        """Whether the weights are MXFP4 as they are."""
+    def is_packed(self) -> bool:
+        """Whether the weights are FP4 as they are."""
         return self.scales is not None
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """Whether they are NVFP4."""
+        return self.scale_2 is not None
+
+    @property
+    def block(self) -> int:
+        """Values that share a scale; sizes are multiples of it."""
+        return 16 if self.is_nvfp4 else 32
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -80,7 +98,7 @@ class Scheme:
     @property
     def tensor_suffixes(self) -> tuple[str, ...]:
         """What every projection must have."""
-        return (self.codes,) if self.scales is None else (self.codes, self.scales)
+        return tuple(suffix for suffix in (self.codes, self.scales, self.scale_2) if suffix is not None)
 
     def tensor(
         self, prefix: str, layer: int | str, projection: str, suffix: str, expert: int | str | None = None
@@ -104,6 +122,11 @@ class Scheme:
 # What may stand beside a projection's tensors and changes nothing: activations are quantized here as they come.
 HARMLESS = (".input_scale", ".input_global_scale", ".weight_shape")
 _OAI_SWIGLU = Between(activation="swiglu_oai", limit=7.0)
+
+_MODELOPT = (
+    "vLLM 0.33, model_executor/layers/quantization/modelopt.py (ModelOptNvFp4FusedMoE)",
+    "nvidia-modelopt 0.47, torch/export/quant_utils.py and torch/quantization/qtensor/nvfp4_tensor.py",
+)
 
 SCHEMES = (
     Scheme(
@@ -248,6 +271,63 @@ SCHEMES = (
         ),
     ),
     Scheme(
+        name="nvfp4-modelopt",
+        written_by="NVIDIA ModelOpt, NVFP4 (Qwen3-MoE, DeepSeek, GLM in NVIDIA's format)",
+        path="mlp.experts.{expert}",
+        w13=_GATE_UP_DOWN[0],
+        w2=_GATE_UP_DOWN[1],
+        codes=".weight",
+        scales=".weight_scale",
+        scale_2=".weight_scale_2",
+        input_scale=".input_scale",
+        sources=_MODELOPT,
+    ),
+    Scheme(
+        name="nvfp4-modelopt-w1",
+        written_by="NVIDIA ModelOpt, NVFP4, for models that call projections w1, w2, w3 (MiniMax-M2)",
+        path="block_sparse_moe.experts.{expert}",
+        w13=_W1_W3_W2[0],
+        w2=_W1_W3_W2[1],
+        codes=".weight",
+        scales=".weight_scale",
+        scale_2=".weight_scale_2",
+        input_scale=".input_scale",
+        sources=(*_MODELOPT, "vLLM 0.33, model_executor/models/minimax_m2.py (block_sparse_moe, w1, w2, w3)"),
+    ),
+    Scheme(
+        name="nvfp4-modelopt-mixer",
+        written_by="NVIDIA ModelOpt, NVFP4, for Nemotron-H and Nemotron 3",
+        path="mixer.experts.{expert}",
+        w13=("up_proj",),
+        w2="down_proj",
+        codes=".weight",
+        scales=".weight_scale",
+        scale_2=".weight_scale_2",
+        input_scale=".input_scale",
+        gated=False,
+        activation=Between(activation="relu2"),
+        sources=(
+            *_MODELOPT,
+            "vLLM 0.33, model_executor/models/nemotron_h.py (mixer; up_proj and down_proj; mlp_hidden_act relu2)",
+        ),
+    ),
+    Scheme(
+        name="nvfp4-compressed-tensors",
+        written_by="compressed-tensors and LLM Compressor, NVFP4 (nvfp4-pack-quantized)",
+        path="mlp.experts.{expert}",
+        w13=_GATE_UP_DOWN[0],
+        w2=_GATE_UP_DOWN[1],
+        codes=".weight_packed",
+        scales=".weight_scale",
+        scale_2=".weight_global_scale",
+        input_scale=".input_global_scale",
+        divide=True,
+        sources=(
+            "compressed-tensors 0.20, compressors/nvfp4 (weight_packed, E4M3 weight_scale, float32 global scales)",
+            "vLLM 0.33, compressed_tensors_moe_w4a4_nvfp4.py (1 / weight_global_scale, 1 / input_global_scale)",
+        ),
+    ),
+    Scheme(
         name="float",
         written_by="unquantized models: Qwen3-MoE, MiMo, Ling and others, in bf16, fp16 or fp32",
         path="mlp.experts.{expert}",
@@ -272,4 +352,4 @@ SCHEMES = (
 )
 
 BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
-GPT_OSS = tuple(scheme for scheme in SCHEMES if scheme.activation is not None)
+GPT_OSS = tuple(scheme for scheme in SCHEMES if scheme.name.startswith("gpt-oss"))

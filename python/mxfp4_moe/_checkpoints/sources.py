@@ -1,4 +1,4 @@
-"""Where an expert's rows come from: a `Source` gives the rows of one expert as MXFP4, whatever they are stored as."""
+"""Where an expert's rows come from: a `Source` gives the rows of one expert as MXFP4 or NVFP4, whatever is stored."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .._arguments import has_values
-from ..formats import BLOCK, quantize_mxfp4, unswizzle_scales
+from ..formats import BLOCK, NVFP4_BLOCK, quantize_mxfp4, quantize_nvfp4, unswizzle_scales
 
-Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n, K/2], scales [n, K/32]
+Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n, K/2], scales [n, K/block]
 Source = Callable[[int, int, int], Rows]  # (expert, first k, past the last k) -> the rows of that expert
 
+NVFP4_SCALE_MAX = 0x7E  # 448; above are E4M3's NaN and what has a sign, which an MMA does not look at
 WEIGHT_SCALE_MAX = 253  # of a larger one 6, even halved, is no bf16 (csrc/tile/bf16/operands.cuh)
 
 
@@ -29,6 +30,35 @@ def mxfp4_source(name: str, packed: Callable[[int], Tensor], scales: Callable[[i
         blocks = packed(e).flatten(1)[:, begin // 2 : end // 2]
         expert_scales = expert_scales[:, begin // BLOCK : end // BLOCK]
         return lambda rows: (blocks[rows], expert_scales[rows])
+
+    return expert
+
+
+def nvfp4_source(name: str, packed: Callable[[int], Tensor], scales: Callable[[int], Tensor]) -> Source:
+    """Of packed [N, K/2] and E4M3 scales uint8 [N, K/16] per expert; name is that of the scales."""
+
+    def expert(e: int, begin: int, end: int) -> Rows:
+        expert_scales = scales(e)
+        wrong = expert_scales > NVFP4_SCALE_MAX
+        if has_values(expert_scales) and bool(wrong.any()):
+            row, block = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}: expected E4M3 bytes 0..{NVFP4_SCALE_MAX} (448), got {int(expert_scales[row, block])} at "
+                f"[{e}, {row}, {block}]"
+            )
+        codes = packed(e)[:, begin // 2 : end // 2]
+        expert_scales = expert_scales[:, begin // NVFP4_BLOCK : end // NVFP4_BLOCK]
+        return lambda rows: (codes[rows], expert_scales[rows])
+
+    return expert
+
+
+def nvfp4_float_source(weight: Callable[[int], Tensor], global_scales: Callable[[int, Tensor], Tensor]) -> Source:
+    """Of finite floating point weights [N, K] per expert, quantized under global scales: (expert, rows) -> [rows]."""
+
+    def expert(e: int, begin: int, end: int) -> Rows:
+        values = weight(e)[:, begin:end]
+        return lambda rows: quantize_nvfp4(values[rows], global_scales(e, rows))
 
     return expert
 

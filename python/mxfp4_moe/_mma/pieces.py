@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..formats import BLOCK, mxfp8_to_bf16
+from ..formats import BLOCK, NVFP4_BLOCK, mxfp8_to_bf16
 from .groups import Groups, GroupSteps, ScaleFormat, groups
 from .operands import Format, Operand, float_operand, fp4_to_bf16, half_weights, operand
 from .steps import Steps
 
 if TYPE_CHECKING:
     from ..arithmetic import Arithmetic
-
-NVFP4_BLOCK = 16  # values that share one E4M3 scale
 
 _STEP_BYTES_CPU = 1 << 20  # what stays in a core's cache
 

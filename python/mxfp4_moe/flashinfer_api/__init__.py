@@ -2,10 +2,11 @@
 
 Names, order and meaning of arguments and the shapes of results are those of FlashInfer 0.7.2.post1; a test compares the
 signatures with the published package's. Two of its modes are here, MXFP8 activations x MXFP4 weights
-(``use_mxfp8_act_scaling=True``, weights as int64 views) and FP8 activations x MXFP4 weights; an argument that asks for
-another raises NotImplementedError with its name. Beyond FlashInfer, bfloat16 and float16 input is taken too and
-quantized on the way, hidden and intermediate sizes need only be multiples of 32, and all of it runs on CPU tensors.
-Where results differ on purpose: `quantizers`, and `cutlass_fused_moe`.
+(``use_mxfp8_act_scaling=True``, weights as int64 views) and FP8 activations x MXFP4 weights, and NVFP4 x NVFP4 for CPU
+tensors; an argument that asks for another raises NotImplementedError with its name. Beyond FlashInfer, bfloat16 and
+float16 input is taken too and quantized on the way, hidden and intermediate sizes need only be multiples of 32 (of
+NVFP4 128), and all of it runs on CPU tensors. Where results differ on purpose: `quantizers`, `nvfp4`, and
+`cutlass_fused_moe`.
 
 FlashInfer passes raw weights with every call; here they are prepared by the first call and kept as long as the tensors
 that they came from live, see `cutlass_fused_moe`, and `set_raw_weights` for the memory of the raw ones.
@@ -22,6 +23,7 @@ from ..tiles import select_tile_mn_for_sm120
 from .activation_type import ActivationType
 from .call import cutlass_fused_moe
 from .modules import CutlassFusedMoEModule, get_cutlass_fused_moe_module
+from .nvfp4 import nvfp4_quantize
 from .quantizers import (
     fp4_quantize,
     mxfp4_dequantize,
@@ -53,6 +55,7 @@ __all__ = [
     "mxfp8_dequantize_host",
     "mxfp8_quantize",
     "nvfp4_block_scale_interleave",
+    "nvfp4_quantize",
     "prewarm_moe_tiles",
     "select_tile_mn_for_sm120",
     "set_raw_weights",

@@ -14,7 +14,7 @@ from ..activations import Activation
 from ..formats import BLOCK, E8M0_ONE
 from .activation_type import ActivationType, activation_of
 from .given_weights import SWIGLU_NAMES, GivenWeights
-from .modes import TheirNames, check_num_scales, is_plain_fp8, refuse_modes, refuse_quantizations
+from .modes import TheirNames, check_num_scales, is_nvfp4, is_plain_fp8, refuse_modes, refuse_quantizations
 from .weight_cache import prepared_weights
 from .workspace import check_output_dtype, check_workspace
 
@@ -74,6 +74,9 @@ def cutlass_fused_moe(
     Values are rounded where FlashInfer rounds them: GEMM1 and the activation to output_dtype, ahead of MXFP8. That is
     `fused_moe` with intermediate_rounding=True; its default keeps both in float32, so its bits are others.
 
+    NVFP4 x NVFP4 is here for CPU tensors alone, with bfloat16 or float16 input and I and H multiples of 128; sums are
+    multiplied by fc1_global and fc2_global as they are but for a few roundings.
+
     FP8 x MXFP4 is here as MXFP8 x MXFP4 with activation scales of 1: float8 input without input_sf, five quant_scales,
     use_mxfp8_act_scaling=False. Between the GEMMs are MXFP8's own scales, which keep more than one scale for all does.
 
@@ -88,6 +91,8 @@ def cutlass_fused_moe(
             ceil(I/128)], ignored]; 128x4-swizzled E8M0 bytes. FlashInfer ignores the other two in this mode as well.
             FP8 x MXFP4: [fc1, fc1 global float32 [E], fc2 act global float32 [] or [E], fc2, fc2 global float32 [E]],
             where fc1 global is 1, and fc2 act global times fc2 global is.
+            NVFP4: [fc1 act global float32 [] or [E], fc1 int32 [E, W, H/64], fc1 global float32 [E], fc2 act global,
+            fc2 int32 [E, H, I/64], fc2 global], with E4M3 bytes in place of E8M0.
         fc1_expert_biases: [E, W], rows as fc1_expert_weights.
         fc2_expert_biases: [E, H], added on tp_rank 0 only, before the router scale.
         input_sf: uint8 E8M0 scales of float8 input: 128x4-swizzled, flat; or [T, H/32] with swizzled_input_sf=False.
@@ -142,9 +147,11 @@ def cutlass_fused_moe(
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     scales = () if quant_scales is None else tuple(quant_scales)
     names = ("input", "fc1_expert_weights")
-    refuse_quantizations(input.dtype, fc1_expert_weights.dtype, use_mxfp8_act_scaling, names, len(scales))
+    nvfp4 = is_nvfp4(input, fc1_expert_weights.dtype, use_mxfp8_act_scaling, len(scales))
     plain_fp8 = is_plain_fp8(input.dtype, use_mxfp8_act_scaling)
-    check_num_scales(len(scales), plain_fp8)
+    if not nvfp4:
+        refuse_quantizations(input.dtype, fc1_expert_weights.dtype, use_mxfp8_act_scaling, names, len(scales))
+        check_num_scales(len(scales), plain_fp8)
     check_output_dtype(output_dtype)
     check_workspace(workspace_buffer, input.device)
     require_tensor("token_selected_experts", token_selected_experts, torch.int32, ("T", "k"))
@@ -158,11 +165,14 @@ def cutlass_fused_moe(
         token_final_scales = torch.ones(shape, dtype=torch.float32, device=device)
     input_sf, scale_layout = _input_scales(input, input_sf, plain_fp8, swizzled_input_sf)
     fc1_global, fc2_act_global, fc2_global = (scales[1], scales[2], scales[4]) if plain_fp8 else (None, None, None)
+    first, second = (0, 3) if plain_fp8 else (0, 2)
+    if nvfp4:
+        fc1_global, fc2_act_global, fc2_global, first, second = scales[2], scales[3], scales[5], 1, 4
     given = GivenWeights(
         fc1_expert_weights,
-        scales[0],
+        scales[first],
         fc2_expert_weights,
-        scales[3 if plain_fp8 else 2],
+        scales[second],
         fc1_expert_biases,
         fc2_expert_biases,
         alpha,
@@ -174,9 +184,10 @@ def cutlass_fused_moe(
         activation,
         (ep_rank, ep_size, tp_rank, tp_size),
         number_names,
+        scales[0] if nvfp4 else None,
     )
     own_names = dict(zip(("alpha", "beta", "limit"), number_names, strict=True))
-    with TheirNames(fc2_scale=given.names[3], **own_names):
+    with TheirNames(fc1_scale=given.names[1], fc2_scale=given.names[3], **own_names):
         weights = prepared_weights(given, raw_weights)
         with torch.no_grad():
             result = fused_moe(

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .._arguments import require_tensor
 from .._checkpoints.layers import flashinfer_layer, prepared_fields
+from .._checkpoints.nvfp4_layers import flashinfer_nvfp4_layer
 from .._checkpoints.options import GateUpOrder, shard_of, source_rows
 from .._checkpoints.sources import Source, flashinfer_scales, mxfp4_source
 from ..activations import Activation
-from ..weights import MoEWeights
+from ..weights import MoEWeights, TensorScales
 from .raw_memory import PutAside
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,12 +35,18 @@ class GivenWeights(NamedTuple):
     alpha: Tensor | None  # of the activation, whatever the call's names for them are
     beta: Tensor | None
     limit: Tensor | None
-    fc1_global: Tensor | None  # the three of FP8 x MXFP4
+    fc1_global: Tensor | None  # the three of FP8 x MXFP4 and of NVFP4
     fc2_act_global: Tensor | None
     fc2_global: Tensor | None
     activation: Activation
     ranks: tuple[int, int, int, int]  # ep_rank, ep_size, tp_rank, tp_size
     number_names: tuple[str, str, str] = SWIGLU_NAMES  # of alpha, beta and limit
+    fc1_act_global: Tensor | None = None  # of NVFP4 alone
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """Whether the weights are NVFP4, else MXFP4."""
+        return self.fc1_act_global is not None
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,15 +56,17 @@ class GivenWeights(NamedTuple):
     @property
     def rest(self) -> tuple[Tensor | None, ...]:
         """What else has a value for each expert."""
-        return self[4:12]
+        return (*self[4:12], self.fc1_act_global)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the tensors, layer and rest, as a caller knows them."""
-        plain_fp8 = self.fc1_global is not None
-        scales = ("quant_scales[0]", "quant_scales[3]" if plain_fp8 else "quant_scales[2]")
-        own = ("fc1_expert_weights", scales[0], "fc2_expert_weights", scales[1], *self._fields[4:6])
-        return (*own, *self.number_names, "quant_scales[1]", "quant_scales[2]", "quant_scales[4]")
+        if self.is_nvfp4:
+            first, second, fc1, act, fc2, fc1_act = 1, 4, 2, 3, 5, 0
+        else:  # without global scales the last four are not there
+            first, second, fc1, act, fc2, fc1_act = 0, 2 if self.fc1_global is None else 3, 1, 2, 4, 0
+        own = ("fc1_expert_weights", f"quant_scales[{first}]", "fc2_expert_weights", f"quant_scales[{second}]")
+        return (*own, *self._fields[4:6], *self.number_names, *(f"quant_scales[{i}]" for i in (fc1, act, fc2, fc1_act)))
 
 
 def check_types(given: GivenWeights) -> None:
@@ -79,11 +88,11 @@ def prepare_layer(given: GivenWeights, set_aside: tuple[int, ...] = ()) -> MoEWe
         TypeError, ValueError: as `MoEWeights.from_flashinfer`; then no memory is lost.
     """
     gated = given.activation.is_gated
-    raw = flashinfer_layer(*given.layer, None, None, gated)
+    raw = (flashinfer_nvfp4_layer if given.is_nvfp4 else flashinfer_layer)(*given.layer, None, None, gated)
     # Of the activation, only the rows' order counts here.
     stands_for = Activation.SWIGLU if gated else Activation.IDENTITY
     numbers, whole = (1.0, 0.0, None), (0, 1, 0, 1)
-    if not set_aside:
+    if not set_aside or given.is_nvfp4:
         return MoEWeights(**prepared_fields(raw, GateUpOrder.UP_GATE, stands_for, numbers, whole))
     with PutAside([given.layer[i] for i in set_aside]) as aside:
 
@@ -126,9 +135,11 @@ def with_the_rest(layer: MoEWeights, given: GivenWeights) -> MoEWeights:
     named = zip(given.number_names, (given.alpha, given.beta, given.limit), strict=True)
     alpha, beta, limit = (_number(name, value, experts, device) for name, value in named)
     no_alpha, no_beta, no_limit = _DEFAULTS.get(given.activation, (1.0, 0.0, None))
-    _check_global_scales(given, experts, device)
+    if not given.is_nvfp4:
+        _check_global_scales(given, experts, device)
     return replace(
         layer,
+        tensor_scales=_nvfp4_scales(given, layer, experts, device) if given.is_nvfp4 else None,
         w13_bias=w13_bias,
         w2_bias=w2_bias,
         activation=given.activation,
@@ -148,12 +159,50 @@ def _number(name: str, value: Tensor | None, experts: int, device: torch.device)
     return value.expand(experts).clone(memory_format=torch.contiguous_format)
 
 
+def _nvfp4_scales(given: GivenWeights, layer: MoEWeights, experts: int, device: torch.device) -> TensorScales:
+    """Of NVFP4: FlashInfer multiplies sums by *_global, which undoes the global scales of inputs and of weights both.
+
+    So the weights' own is 1 / (global * act global); multiplied again by what undoes the input's it comes back but for
+    a few roundings.
+    """
+    fc1, act, fc2, fc1_act = given.rest[5:]
+    parts = 2 if given.activation.is_gated else 1
+    acts = []
+    for name, value in ((given.names[12], fc1_act), (given.names[10], act)):
+        require_tensor(
+            name, value, torch.float32, (experts,) if isinstance(value, Tensor) and value.dim() else (), device
+        )
+        assert value is not None
+        _refuse_numbers(name, value)
+        acts.append(value.expand(experts))
+    for name, value in ((given.names[9], fc1), (given.names[11], fc2)):
+        require_tensor(name, value, torch.float32, (experts,), device)
+        assert value is not None
+        _refuse_numbers(name, value)
+    assert fc1 is not None
+    assert fc2 is not None
+    made = [(fc1 * acts[0]).reciprocal(), (fc2 * acts[1]).reciprocal()]
+    return TensorScales(
+        w13=made[0].unsqueeze(1).repeat(1, parts),
+        w2=made[1],
+        w13_input=acts[0].unsqueeze(1).repeat(1, parts),
+        w2_input=acts[1].clone(),
+        divide=True,
+    )
+
+
+def _refuse_numbers(name: str, value: Tensor) -> None:
+    wrong = ~(value.isfinite() & (value > 0))
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: expected finite numbers above 0, got {value.flatten()[wrong.flatten()][0].item():g}")
+
+
 def _check_global_scales(given: GivenWeights, experts: int, device: torch.device) -> None:
     """Those of FP8 x MXFP4: with MXFP8 between the GEMMs, what quantizes there and what undoes it cancel."""
-    fc1, act, fc2 = given.rest[5:]
+    fc1, act, fc2 = given.rest[5:8]
     if fc1 is None or act is None or fc2 is None:
         return
-    of_fc1, of_act, of_fc2 = given.names[9:]
+    of_fc1, of_act, of_fc2 = given.names[9:12]
     require_tensor(of_fc1, fc1, torch.float32, (experts,), device)
     require_tensor(of_fc2, fc2, torch.float32, (experts,), device)
     require_tensor(of_act, act, torch.float32, (experts,) if isinstance(act, Tensor) and act.dim() else (), device)

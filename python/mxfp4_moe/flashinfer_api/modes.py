@@ -114,6 +114,22 @@ def refuse_quantizations(
         raise TypeError(f"{of_input}: expected torch.float8_e4m3fn, torch.bfloat16 or torch.float16, got {input_dtype}")
 
 
+def is_nvfp4(input: torch.Tensor, weight_dtype: torch.dtype, mxfp8: bool, num_scales: int) -> bool:
+    """Whether a call is NVFP4 x NVFP4 that is here: of CPU tensors, quantized on the way.
+
+    Raises:
+        NotImplementedError: CPU tensors of input that is NVFP4 already.
+    """
+    if weight_dtype is not torch.int64 or mxfp8 or num_scales != 6 or not input.is_cpu:
+        return False
+    if input.dtype in (torch.uint8, torch.int64):
+        raise NotImplementedError(
+            f"input: this library quantizes to NVFP4 itself and has no input that is NVFP4 already, got {input.dtype}; "
+            "pass bfloat16 or float16 without input_sf"
+        )
+    return input.dtype in HALVES
+
+
 def is_plain_fp8(input_dtype: torch.dtype, mxfp8: bool) -> bool:
     """Whether the activations are FP8 without scales, which FlashInfer calls FP8 x MXFP4."""
     return input_dtype is torch.float8_e4m3fn and not mxfp8

@@ -2,7 +2,7 @@
 
 Where they differ from FlashInfer 0.7.2.post1 on purpose:
 
-- A NaN or an infinity makes its block of 32 NaN (MXFP8) or is refused (MXFP4); there it becomes the largest code.
+- A NaN or an infinity makes its block NaN (MXFP8, NVFP4) or is refused (MXFP4); there it becomes the largest code.
 - MXFP8 blocks whose amax is at most 448 * 2^-127 keep their values, under the scale 2^-127. FlashInfer multiplies those
   by 0. Its kernels are also compiled to flush fp32 subnormals, which are numbers here: blocks below 448 * 2^-126 and
   values below 2^-126 in any block are zero there.
@@ -13,7 +13,6 @@ Where they differ from FlashInfer 0.7.2.post1 on purpose:
 from __future__ import annotations
 
 import functools
-from enum import Enum
 from typing import Any
 
 import torch
@@ -26,30 +25,21 @@ from .._install import errors, loading
 from .._torch_state import exact
 from ..formats import (
     BLOCK,
-    E8M0_MAX,
     decode_e8m0,
     dequantize_mxfp4,
     dequantize_mxfp8,
-    encode_e2m1,
-    encode_e8m0,
+    quantize_mxfp4_activations,
     quantize_mxfp8,
 )
 from .modes import TheirNames
+from .nvfp4 import OMITTED, quantized, refuse_4over6
 from .scale_layouts import SfLayout, chosen_layout, load_scales, padded_blocks, padded_rows, sf_layout, store_scales
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, *_HALVES)
 _CODES = (torch.float8_e4m3fn, torch.uint8)
 _PACKED = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-_RCP_6 = float.fromhex("0x1.555556p-3")  # 1/6 rounded to fp32
 _BACKENDS = ("cuda", "cute-dsl")
-
-
-class _Omitted(Enum):
-    OMITTED = 0
-
-
-_OMITTED = _Omitted.OMITTED
 
 
 # ---- MXFP8 -----------------------------------------------------------------------------------------------------------
@@ -220,34 +210,42 @@ def fp4_quantize(
     is_global_scale_inversed: bool = False,
     enable_pdl: bool | None = None,
     backend: str = "cuda",
-    nvfp4_4over6: object = _OMITTED,
+    nvfp4_4over6: object = OMITTED,
 ) -> tuple[Tensor, Tensor]:
-    """FlashInfer's quantizer to FP4, for MXFP4 (sf_vec_size=32, sf_use_ue8m0=True): `mxfp4_quantize`.
+    """FlashInfer's quantizer to FP4: NVFP4 (sf_vec_size=16), or MXFP4 (sf_vec_size=32, sf_use_ue8m0=True).
+
+    As `nvfp4_quantize` and `mxfp4_quantize`.
 
     Args:
-        input: as `mxfp4_quantize`; or its transpose, [K, M] with a stride of 1 in K, which gives transposed results.
-        global_scale: None, or a tensor of 1.0, which is what MXFP4 has.
+        input: as for those two; or its transpose, [K, M] with a stride of 1 in K, which gives transposed results.
+        global_scale: of NVFP4 a tensor of one number, or None for 1; of MXFP4 None, or a tensor of 1.0, which is what
+            MXFP4 has.
         is_sf_swizzled_layout, is_sf_8x4_layout: linear where the first is False, else 128x4 or 8x4.
-        is_global_scale_inversed, enable_pdl: taken and not needed.
+        is_global_scale_inversed: global_scale is the reciprocal of NVFP4's.
+        enable_pdl: taken and not needed.
         backend: "cuda" or "cute-dsl", with the same results.
-        nvfp4_4over6: of NVFP4 alone; None or nothing.
+        nvfp4_4over6: None or nothing.
 
     Returns:
         packed uint8 [M, K/2] and scales uint8 [rows, columns] in their layout.
 
     Raises:
-        NotImplementedError: NVFP4, or a global scale.
-        TypeError, ValueError: as `mxfp4_quantize`.
+        NotImplementedError: other blocks and scales, a recipe of nvfp4_4over6, or a global scale of MXFP4.
+        TypeError, ValueError: as those two.
     """
-    if (sf_vec_size, bool(sf_use_ue8m0)) != (32, True):
+    kind = (sf_vec_size, bool(sf_use_ue8m0))
+    if kind not in ((16, False), (32, True)):
         raise NotImplementedError(
-            "sf_vec_size, sf_use_ue8m0: this library has MXFP4 only, which is sf_vec_size=32 with sf_use_ue8m0=True, "
-            f"got sf_vec_size={sf_vec_size} with sf_use_ue8m0={sf_use_ue8m0}"
+            "sf_vec_size, sf_use_ue8m0: this library has NVFP4, which is sf_vec_size=16 with sf_use_ue8m0=False, and "
+            f"MXFP4, which is 32 with True, got sf_vec_size={sf_vec_size} with sf_use_ue8m0={sf_use_ue8m0}"
         )
     _check_backend(backend)
-    if nvfp4_4over6 is not _OMITTED and nvfp4_4over6 is not None:
+    is_nvfp4 = kind[0] == 16
+    if is_nvfp4:
+        refuse_4over6(nvfp4_4over6)
+    elif nvfp4_4over6 is not OMITTED and nvfp4_4over6 is not None:
         raise ValueError(f"nvfp4_4over6: expected None, since MXFP4 has no such recipe, got {nvfp4_4over6!r}")
-    if global_scale is not None:
+    if global_scale is not None and not is_nvfp4:
         require_tensor("global_scale", global_scale, _FLOATS)
         if bool((global_scale != 1).any()):
             raise NotImplementedError("global_scale: this library has no global scales of MXFP4; it has None, or 1.0")
@@ -258,9 +256,15 @@ def fp4_quantize(
     require_tensor("input", input, _HALVES)
     if input.dim() < 2:
         raise ValueError(f"input: expected [..., M, K], got {describe(input)}")
+
+    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+        if is_nvfp4:
+            return quantized("input", rows, "global_scale", global_scale, bool(is_global_scale_inversed), layout)
+        return _quantize_mxfp4("input", rows, layout)
+
     if input.stride(-2) != 1:
-        return _quantize_mxfp4("input", input, layout)
-    packed, scales = _quantize_mxfp4("input", input.transpose(-2, -1), layout)
+        return quantize(input)
+    packed, scales = quantize(input.transpose(-2, -1))
     return packed.transpose(-2, -1), scales.transpose(-2, -1)
 
 
@@ -311,11 +315,7 @@ def _quantize_mxfp4(name: str, a: Tensor, layout: SfLayout) -> tuple[Tensor, Ten
     if not bool(a.isfinite().all()):
         raise ValueError(f"{name}: expected finite values, got {describe(a)} with NaN or infinity")
     rows = a.detach().reshape(-1, a.shape[-1])
-    blocks = torch.unflatten(rows.to(torch.float32), -1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
-    scales = encode_e8m0(amax * _RCP_6)
-    scaled = blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1)
-    packed = encode_e2m1(scaled.flatten(-2))
+    packed, scales = quantize_mxfp4_activations(rows)
     stored = store_scales(scales, layout).view(-1, padded_blocks(scales.shape[1], layout))
     return packed.view(*a.shape[:-1], -1), stored
 

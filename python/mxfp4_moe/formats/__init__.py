@@ -1,4 +1,4 @@
-"""Number formats and memory layouts of MXFP4 weights and MXFP8 activations.
+"""Number formats and memory layouts of weights and activations: MXFP4, MXFP8 and NVFP4.
 
 Everything here is plain vectorised torch and runs on any device. The quantizers and layouts are the oracle for the
 CUDA code.
@@ -12,6 +12,7 @@ from .numbers import (
     E4M3_MAX,
     E4M3_NAN,
     E8M0_MAX,
+    E8M0_NAN,
     E8M0_ONE,
     decode_e2m1,
     decode_e4m3,
@@ -23,7 +24,17 @@ from .numbers import (
     encode_e8m0,
     mxfp8_to_bf16,
     quantize_mxfp4,
+    quantize_mxfp4_activations,
     quantize_mxfp8,
+)
+from .nvfp4 import (
+    NVFP4_BLOCK,
+    NVFP4_MAX,
+    dequantize_nvfp4,
+    nvfp4_global_scale,
+    nvfp4_products,
+    nvfp4_row_scales,
+    quantize_nvfp4,
 )
 from .row_layouts import (
     deinterleave_k,
@@ -33,6 +44,7 @@ from .row_layouts import (
     unpack_row_scales,
     unswizzle_scales,
 )
+from .weight_format import WeightFormat
 from .weight_layout import (
     WEIGHT_BLOCK_ROWS,
     WordOrder,
@@ -53,8 +65,12 @@ __all__ = [
     "E4M3_MAX",
     "E4M3_NAN",
     "E8M0_MAX",
+    "E8M0_NAN",
     "E8M0_ONE",
+    "NVFP4_BLOCK",
+    "NVFP4_MAX",
     "WEIGHT_BLOCK_ROWS",
+    "WeightFormat",
     "WordOrder",
     "arrange_weights",
     "decode_e2m1",
@@ -63,15 +79,21 @@ __all__ = [
     "deinterleave_k",
     "dequantize_mxfp4",
     "dequantize_mxfp8",
+    "dequantize_nvfp4",
     "encode_e2m1",
     "encode_e4m3",
     "encode_e8m0",
     "interleave_k",
     "mxfp8_to_bf16",
+    "nvfp4_global_scale",
+    "nvfp4_products",
+    "nvfp4_row_scales",
     "pack_row_scales",
     "pack_words",
     "quantize_mxfp4",
+    "quantize_mxfp4_activations",
     "quantize_mxfp8",
+    "quantize_nvfp4",
     "read_rows",
     "reorder_words",
     "restore_weights",

@@ -18,7 +18,8 @@ BLOCK = 32  # values that share one E8M0 scale (OCP MX v1.0, table 1)
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
 E8M0_ONE = 127  # the byte of 2^0
-E8M0_MAX = 254  # the byte of 2^127; 255 is NaN
+E8M0_MAX = 254  # the byte of 2^127
+E8M0_NAN = 255
 
 # Value of each 4-bit E2M1 code; bit 3 is the sign (OCP MX v1.0, section 5.3.3).
 _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,6 +27,7 @@ E2M1_VALUES: tuple[float, ...] = (*_E2M1_MAGNITUDES, *(-m for m in _E2M1_MAGNITU
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _RCP_448 = float.fromhex("0x1.24924ap-9")  # 1/448 rounded to fp32: the kernel multiplies, it does not divide
+RCP_6 = float.fromhex("0x1.555556p-3")  # 1/6 rounded to fp32, of the quantizers to FP4
 
 # Code of a magnitude = how many of these it exceeds. Between codes i and i+1 lies their midpoint; a tie goes to the
 # even code, so where that is the upper one (odd i) the bound is the float32 just below the midpoint.
@@ -195,7 +197,7 @@ def mxfp8_to_bf16(codes: Tensor, scales: Tensor) -> Tensor:
 
 @exact
 def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """MXFP4: packed E2M1 codes and one E8M0 scale per 32 values, by OCP MX v1.0 section 6.3.
+    """MXFP4 weights: packed E2M1 codes and one E8M0 scale per 32 values, by OCP MX v1.0 section 6.3.
 
     The scale is 2^(floor(log2(amax)) - 2), at least 2^-127, so the largest value of a block lands in [4, 8) and
     saturates at 6. An all-zero block is byte 0 and codes 0.
@@ -216,6 +218,30 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = ((amax.view(torch.int32) >> 23) - 2).clamp_(min=0).to(torch.uint8)
     scaled = blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1)
     return encode_e2m1(scaled.masked_fill_((amax == 0).unsqueeze(-1), 0.0).flatten(-2)), scales
+
+
+@exact
+def quantize_mxfp4_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """MXFP4 activations: as `quantize_mxfp4`, but with the scale rounded up so that nothing saturates.
+
+    FlashInfer's rule (0.7.2.post1, nv_internal/tensorrt_llm/kernels/quantization_utils.cuh, cvt_warp_fp16_to_fp4 with
+    UE8M0_SF). Per block: p = fp32(amax * fp32(1/6)), rounded up to a power of two (`encode_e8m0`), gives the byte;
+    codes = E2M1(x * 2^(127-byte)), to nearest even (``cvt.rn.satfinite.e2m1x2.f32``). A block of zeros is byte 0, and
+    its codes keep the signs. A block with a NaN or an infinity is byte 255, E8M0's NaN, and codes 0, so that the poison
+    reaches the output; FlashInfer makes the largest numbers of them.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], K a multiple of 32.
+
+    Returns:
+        packed uint8 [..., K/2] (low nibble = even k), scales uint8 [..., K/32].
+    """
+    blocks = torch.unflatten(_float32("x", x, BLOCK), -1, (-1, BLOCK))
+    amax = blocks.abs().amax(-1)
+    poison = ~amax.isfinite()
+    scales = encode_e8m0(amax * RCP_6)
+    scaled = (blocks * decode_e8m0(E8M0_MAX - scales).unsqueeze(-1)).masked_fill_(poison.unsqueeze(-1), 0.0)
+    return encode_e2m1(scaled.flatten(-2)), scales.masked_fill_(poison, E8M0_NAN)
 
 
 @exact

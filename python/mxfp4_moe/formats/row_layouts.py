@@ -10,21 +10,21 @@ from .numbers import BLOCK
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:
-    """Scales in the 128x4 order of cuBLAS and FlashInfer: one 512-byte tile per 128 rows and K=128.
+    """Scales in the 128x4 order of cuBLAS and FlashInfer: one 512-byte tile per 128 rows and four blocks of k.
 
-    With nK = ceil(K/128), the scale of row r and k-block c moves to byte
-    ``(r/128)*nK*512 + (c/4)*512 + (r%32)*16 + ((r%128)/32)*4 + c%4``. Rows pad to 128 and k-blocks to 4, with
+    With C blocks of k (K/32 of MXFP4 and MXFP8, K/16 of NVFP4) and nC = ceil(C/4), the scale of row r and block c moves
+    to byte ``(r/128)*nC*512 + (c/4)*512 + (r%32)*16 + ((r%128)/32)*4 + c%4``. Rows pad to 128 and blocks to 4, with
     zero bytes.
 
     Args:
-        scales: uint8 [..., N, K/32].
+        scales: uint8 [..., N, C].
 
     Returns:
-        uint8 [..., ceil(N/128), ceil(K/128), 512].
+        uint8 [..., ceil(N/128), ceil(C/4), 512].
     """
     require_tensor("scales", scales, torch.uint8)
     if scales.dim() < 2:
-        raise ValueError(f"scales: expected uint8 [..., N, K/32], got {describe(scales)}")
+        raise ValueError(f"scales: expected uint8 [..., N, C], got {describe(scales)}")
     n, c = scales.shape[-2:]
     padded = torch.nn.functional.pad(scales, (0, -c % 4, 0, -n % 128))
     # [row tile, r%128/32, r%32, k tile, c%4] -> [row tile, k tile, r%32, r%128/32, c%4]
@@ -32,25 +32,29 @@ def swizzle_scales(scales: Tensor) -> Tensor:
     return tiles.movedim(-2, -4).transpose(-3, -2).flatten(-3)
 
 
-def unswizzle_scales(swizzled: Tensor, n: int, k: int) -> Tensor:
+def unswizzle_scales(swizzled: Tensor, n: int, k: int, block: int = BLOCK) -> Tensor:
     """The inverse of `swizzle_scales`; padding is dropped.
 
     Args:
-        swizzled: uint8 [..., ceil(n/128), ceil(k/128), 512].
+        swizzled: uint8 [..., ceil(n/128), ceil(k/(4*block)), 512].
         n: rows.
-        k: K in values (not blocks), a multiple of 32.
+        k: K in values (not blocks), a multiple of a block.
+        block: values that share a scale, 32 or NVFP4's 16.
 
     Returns:
-        uint8 [..., n, k/32].
+        uint8 [..., n, k/block].
     """
     require_count("n", n)
-    require_multiple("k", k, BLOCK)
+    require_multiple("block", block, 16)
+    if block == 0:
+        raise ValueError("block: expected 16 or 32, got 0")
+    require_multiple("k", k, block)
     require_tensor("swizzled", swizzled, torch.uint8)
-    tail = [-(-n // 128), -(-k // 128), 512]
+    tail = [-(-n // 128), -(-k // (4 * block)), 512]
     if list(swizzled.shape[-3:]) != tail:
         raise ValueError(f"swizzled: expected uint8 [..., {', '.join(map(str, tail))}], got {describe(swizzled)}")
     tiles = torch.unflatten(swizzled, -1, (32, 4, 4)).transpose(-3, -2).movedim(-4, -2)
-    return tiles.flatten(-2).flatten(-4, -2)[..., :n, : k // BLOCK].contiguous()
+    return tiles.flatten(-2).flatten(-4, -2)[..., :n, : k // block].contiguous()
 
 
 def interleave_k(codes: Tensor) -> Tensor:

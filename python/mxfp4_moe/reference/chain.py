@@ -164,32 +164,7 @@ def fused_moe(
     activation_format: str = "mxfp8",
     arithmetic: Arithmetic | None = None,
 ) -> Tensor:
-    """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
-
-    Activations are quantized to MXFP8 (`quantize_mxfp8`) or rounded to bfloat16 before each GEMM. The second GEMM's
-    rows are rounded to bfloat16 before the weighted sum; for a float16 output they are not, and the sum alone is
-    rounded to it.
-
-    Args:
-        hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn.
-        topk_weights: float32 [T, k], the router weights.
-        topk_ids: int32 or int64 [T, k]; ids < 0 or >= E contribute nothing; an expert may repeat within a token.
-        weights: prepared weights on the same device.
-        hidden_states_scale, scale_layout: as for `mxfp8_rows`.
-        output_dtype: bfloat16 or float16; None: the dtype of hidden_states, bfloat16 where that is MXFP8.
-        intermediate_rounding: `activate` with the output dtype as its rounding.
-        activation_format: "mxfp8"; or "bf16", not of hidden states that are MXFP8.
-        arithmetic: of the two GEMMs; None: as for `grouped_gemm`.
-
-    Returns:
-        [T, H] in the output dtype.
-
-    Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: an argument of another shape or device.
-    """
-    if not isinstance(weights, MoEWeights):
-        raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
+    """`reference.fused_moe` of MXFP4 weights with "mxfp8" or "bf16" activations; arguments as there."""
     if output_dtype is None:
         output_dtype = default_output_dtype(hidden_states, hidden_states_scale)
     rounding = output_dtype if intermediate_rounding else None
