@@ -141,6 +141,11 @@ def _in_a_process(way: str, model: Path, device_map: str) -> dict[str, Any]:
     print(f"loading by {way} ...", file=sys.stderr, flush=True)
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    print(
+        f"... {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} s of processors, {found['peak_bytes'] / 1e9:.2f} GB",
+        file=sys.stderr,
+        flush=True,
+    )
     return found
 
 
