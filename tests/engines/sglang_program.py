@@ -26,6 +26,7 @@ from sglang.srt.distributed import (  # noqa: E402
     destroy_model_parallel,
     init_distributed_environment,
     initialize_model_parallel,
+    tensor_model_parallel_all_reduce,
 )
 from sglang.srt.layers.moe.utils import get_moe_runner_backend, initialize_moe_config  # noqa: E402
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config  # noqa: E402
@@ -89,6 +90,8 @@ def main() -> None:
         ids = block.experts.dispatcher.dispatch(x, topk).topk_output.topk_ids
         part = block.experts.quant_method.apply(block.experts, block.experts.dispatcher.dispatch(x, topk)).hidden_states
         whole = block(x)
+        if ranks > 1 and torch.equal(whole, part):  # SGLang 0.5.23 sums behind the block
+            whole = tensor_model_parallel_all_reduce(whole.clone())
     seen = {
         "backend": get_moe_runner_backend().value,
         "method": type(block.experts.quant_method).__module__,

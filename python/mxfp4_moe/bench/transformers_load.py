@@ -107,7 +107,13 @@ def load(way: str, model: Path, device_map: str) -> dict[str, Any]:
 
 def _in_a_process(way: str, model: Path, device_map: str) -> dict[str, Any]:
     print(f"loading by {way} ...", file=sys.stderr, flush=True)
-    return in_a_process(__spec__.name, ["--child", way, "--model", str(model), "--device-map", device_map])
+    found = in_a_process(__spec__.name, ["--child", way, "--model", str(model), "--device-map", device_map])
+    print(
+        f"... {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} s of processors, {found['peak_bytes'] / 1e9:.2f} GB",
+        file=sys.stderr,
+        flush=True,
+    )
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
