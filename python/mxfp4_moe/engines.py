@@ -28,7 +28,12 @@ _BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu)
 
 @torch.no_grad()
 def prepare_matrix(
-    packed: Tensor, scales: Tensor, *, gate_up_order: GateUpOrder | str | None = None, out: Tensor | None = None
+    packed: Tensor,
+    scales: Tensor,
+    *,
+    gate_up_order: GateUpOrder | str | None = None,
+    out: Tensor | None = None,
+    activation_format: str = "mxfp8",
 ) -> Tensor:
     """One matrix of all experts in the layout that the kernels of its device read; expert by expert, on that device.
 
@@ -38,6 +43,7 @@ def prepare_matrix(
         gate_up_order: order of the rows of a gated w13 (N = 2I): "interleaved", "gate_up" or "up_gate". None, the
             default, leaves rows as they are: w2, and a w13 that is not gated.
         out: uint8 [E, formats.weight_bytes(N, K)], contiguous, to write to; it must not share memory with the others.
+        activation_format: of the calls that will read it (`formats.word_order_of`).
 
     Returns:
         uint8 [E, formats.weight_bytes(N, K)]: out where it was given.
@@ -63,7 +69,7 @@ def prepare_matrix(
     else:
         rows = source_rows(member("gate_up_order", GateUpOrder, gate_up_order), n // 2, True, packed.device)
     source = mxfp4_source("scales", packed.__getitem__, scales.__getitem__)
-    order = word_order_of(packed.device)
+    order = word_order_of(packed.device, activation_format)
     for expert in range(experts):
         prepare(source(expert, 0, k), rows, k, order, out[expert])
     return out
@@ -84,6 +90,7 @@ def prepare_layer(
     limit: Number | None = 7.0,
     first_expert: int = 0,
     num_global_experts: int = 0,
+    activation_format: str = "mxfp8",
     release: bool = False,
 ) -> MoEWeights:
     """`MoEWeights.from_mxfp4` for one rank's tensors as an engine has loaded them.
@@ -91,6 +98,7 @@ def prepare_layer(
     Args:
         w13 .. limit: as `MoEWeights.from_mxfp4`, of the experts (and the part of I) that are here.
         first_expert, num_global_experts: where these experts stand in the layer, as in `MoEWeights`.
+        activation_format: of the calls that will be made with them, as for `fused_moe`.
         release: free the storage of w13, w13_scale, w2 and w2_scale as soon as each matrix is prepared, so that beside
             the prepared weights only what is not read yet is there; the tensors are empty shells then. Tensors that
             are a part of a larger one, and storage that is not torch's own, stay.
@@ -111,7 +119,7 @@ def prepare_layer(
     prepared = {}
     for name, packed, scales in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
         gated = order if name == "w13" and between.is_gated else None
-        prepared[name] = prepare_matrix(packed, scales, gate_up_order=gated)
+        prepared[name] = prepare_matrix(packed, scales, gate_up_order=gated, activation_format=activation_format)
         if release:
             _release(packed)
             _release(scales)
@@ -120,7 +128,7 @@ def prepare_layer(
         w2=prepared["w2"],
         hidden_size=hidden,
         intermediate_size=inter,
-        word_order=word_order_of(prepared["w13"].device),
+        word_order=word_order_of(prepared["w13"].device, activation_format),
         w13_bias=None if w13_bias is None else w13_bias[:, row_order].to(torch.float32).contiguous(),
         w2_bias=None if w2_bias is None else w2_bias.to(torch.float32, copy=True).contiguous(),
         activation=between,
@@ -142,15 +150,15 @@ def wrap_layer(
 
     Args:
         weights: the layer, for everything but its tensors.
-        w13, w2: as `MoEWeights.w13` and `.w2`, in the word order of their device.
+        w13, w2: as `MoEWeights.w13` and `.w2`, in the word order of `weights`.
         w13_bias, w2_bias: float32, as there.
     """
     fields = {name: getattr(weights, name) for name in _OTHER_FIELDS}
-    order = word_order_of(w13.device)
-    return MoEWeights(w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias, word_order=order, **fields)
+    return MoEWeights(w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias, **fields)
 
 
 _OTHER_FIELDS = (
+    "word_order",
     "hidden_size",
     "intermediate_size",
     "activation",

@@ -132,8 +132,11 @@ def test_a_wheel_without_it_says_so_before_it_speaks_of_weights(gpus: pytest.Mon
 
 
 @pytest.mark.usefixtures("full")
-def test_engines_are_offered_what_their_weights_are_prepared_for() -> None:
-    """They prepare weights for MXFP8 activations, which on SM12x is another word order than that of bf16."""
+def test_engines_are_offered_what_the_wheel_has() -> None:
+    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16")] * 2
+
+
+def test_engines_are_not_offered_what_the_wheel_lacks(gpus: pytest.MonkeyPatch) -> None:
     assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16"), ("mxfp8",)]
 
 

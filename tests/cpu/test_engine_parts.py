@@ -47,6 +47,23 @@ def test_a_layer_is_the_layer(checkpoint: Checkpoint, order: str, release: bool)
     assert [given[name].untyped_storage().nbytes() == 0 for name in TENSORS] == [release] * 4
 
 
+def test_a_layer_is_prepared_for_its_activations(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on SM12x, whose kernels of bf16 activations read another word order."""
+
+    def order_of(device: torch.device, activation_format: str) -> formats.WordOrder:
+        return formats.WordOrder.PAIRS if activation_format == "bf16" else formats.WordOrder.CONTAINERS
+
+    monkeypatch.setattr(engines, "word_order_of", order_of)
+    whole = MoEWeights.from_mxfp4(**checkpoint)
+    made = engines.prepare_layer(**checkpoint, activation_format="bf16")
+    assert made.word_order is formats.WordOrder.PAIRS
+    assert not torch.equal(made.w13, whole.w13)
+    wrapped = engines.wrap_layer(made, made.w13, made.w2, made.w13_bias, made.w2_bias)
+    for weights in (made, wrapped):
+        assert same(weights.to("cpu"), whole)
+    assert same(engines.prepare_layer(**checkpoint), whole)
+
+
 def test_what_belongs_to_others_is_not_released(checkpoint: Checkpoint) -> None:
     larger = torch.cat((checkpoint["w13"], checkpoint["w13"]))
     engines.prepare_layer(**{**checkpoint, "w13": larger[:E], "w2": checkpoint["w2"].clone()}, release=False)

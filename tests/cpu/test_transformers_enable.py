@@ -144,7 +144,7 @@ def test_layers_are_prepared_for_the_device_that_executes_them(
     expected = logits(replaced(folder))
     usual = layers(load(folder))[0].w13
     for module in (quantizer_module, experts_module, engines):
-        monkeypatch.setattr(module, "word_order_of", lambda device: formats.WordOrder.PAIRS)
+        monkeypatch.setattr(module, "word_order_of", lambda device, activation_format: formats.WordOrder.PAIRS)
     model = load(folder)
     assert {layer.weights.word_order for layer in layers(model)} == {formats.WordOrder.PAIRS}
     assert not torch.equal(layers(model)[0].w13, usual)

@@ -82,7 +82,7 @@ class Method(Mxfp4MoEMethod):  # type: ignore[misc]
         }
         tensors = (raw["w13_weight"], raw["w13_weight_scale"], raw["w2_weight"], raw["w2_weight_scale"])
         again = self._copy_to_verify(tensors)
-        weights = prepare_layer(*tensors, **given, release=True)
+        weights = prepare_layer(*tensors, **given, activation_format=self._activation_format, release=True)
         for name in _RAW:
             delattr(layer, name)
         # As parameters [E, bytes], so that what moves experts between ranks finds them.
@@ -99,7 +99,8 @@ class Method(Mxfp4MoEMethod):  # type: ignore[misc]
         )
         layer._mxfp4_backend = "mxfp4_moe"
         if again is not None:
-            self._verify(layer, MoEWeights.from_mxfp4(*again, **_without(given, "num_global_experts")))
+            made = MoEWeights.from_mxfp4(*again, **_without(given, "num_global_experts"))
+            self._verify(layer, made.to(made.device, self._activation_format))
 
     def apply(self, layer: Any, dispatch_output: Any) -> Any:
         """SGLang's call for a batch: hidden states [T, H], standard top-k, ids of this rank's experts, -1 elsewhere."""
@@ -118,10 +119,14 @@ class Method(Mxfp4MoEMethod):  # type: ignore[misc]
         factor = self.moe_runner_config.routed_scaling_factor
         return output if factor is None or factor == 1.0 else output.mul_(factor)
 
+    @property
+    def _activation_format(self) -> str:
+        return "mxfp8" if self._format == "mxfp8" else "bf16"
+
     def _keywords(self) -> dict[str, Any]:
-        if self._format == "mxfp8":  # the default of `fused_moe`
+        if self._activation_format == "mxfp8":  # the default of `fused_moe`
             return {}
-        return {"activation_format": "bf16"}
+        return {"activation_format": self._activation_format}
 
     def _copy_to_verify(self, tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
         """The raw tensors again, of the first layer, where the user asked for the check."""

@@ -62,7 +62,7 @@ class MoEExperts(nn.Module):
                 tensors[name] = value.to(device) if isinstance(value, Tensor) else value
             made = replace(self._weights, **tensors, word_order=self._word_order)
             if self._is_lent():  # where no word order is that of every GPU, some layers are reordered in each call
-                return made if device.type == "cpu" else made.to(device)
+                return made if device.type == "cpu" else made.to(device, self.activation_format)
             self._weights = made
         return self._weights
 
@@ -99,7 +99,7 @@ class MoEExperts(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, bias in biases.items():
             self._register(name, bias.to(self._device()))
-        order = word_order_of(self._device())
+        order = word_order_of(self._device(), self.activation_format)
         for name in MATRICES:
             self._register(name, self._reordered(name, getattr(self, name), self._word_order, order))
         self._word_order = order

@@ -230,10 +230,11 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         assert self.serving is not None
         device = self.serving.executes(layer.real("w13").device)
         numbers: dict[str, Any] = {"alpha": float(found.module.alpha), "limit": float(found.module.limit)}
+        read = MoEWeights.from_safetensors(checkpoint, layer=found.number, device=device, **numbers)
         verify_layer(
             TRANSFORMERS,
             lambda hidden, weights, ids, logits: layer(hidden, ids, weights),
-            MoEWeights.from_safetensors(checkpoint, layer=found.number, device=device, **numbers),
+            read.to(device, layer.activation_format),
             found.name,
             dtype=torch.float16 if model.config.dtype is torch.float16 else torch.bfloat16,
             top_k=int(model.config.num_experts_per_tok),
@@ -315,9 +316,10 @@ class Convert(ConversionOps):  # type: ignore[misc]
             rows = source_rows(GateUpOrder.INTERLEAVED, module.intermediate_size, True, tensors[0].device)
             return {name: tensors[0][:, rows].to(torch.float32).contiguous()}
         device = serving.executes(tensors[0].device)
-        module.prepared_for(word_order_of(device))
+        module.prepared_for(word_order_of(device, module.activation_format))
         order = GateUpOrder.INTERLEAVED if parameter == "w13" else None
-        made = prepare_matrix(*(tensor.to(device) for tensor in tensors), gate_up_order=order)
+        raw = (tensor.to(device) for tensor in tensors)
+        made = prepare_matrix(*raw, gate_up_order=order, activation_format=module.activation_format)
         return {name: made.to(tensors[0].device)}
 
     @property

@@ -86,6 +86,7 @@ class _Method:
             gate_up_order=decision.order,
             first_expert=first or 0,
             num_global_experts=layer.global_num_experts,
+            activation_format=decision.activation_format,
             release=True,
             **numbers,
         )
@@ -149,7 +150,7 @@ class _Method:
         names = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale", "w13_bias", "w2_bias")
         raw = {name.replace("_weight", ""): data.cpu() for name in names if (data := _data(layer, name)) is not None}
         made: MoEWeights = MoEWeights.from_mxfp4(**raw, gate_up_order=self.decision.order, **numbers)
-        return made.to(layer.w13_weight.device)
+        return made.to(layer.w13_weight.device, self.decision.activation_format)
 
     def _verify(self, layer: Any, fresh: MoEWeights) -> None:
         experts, device = self.moe_kernel.fused_experts, layer.w13_weight.device

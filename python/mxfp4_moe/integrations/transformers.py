@@ -133,6 +133,7 @@ def replace_experts(
     for experts in found:
         try:
             weights = _weights(experts, checkpoint)
+            weights = weights.to(weights.device, activations.format)
         except ValueError as error:
             raise ValueError(f"{experts.name or models.EXPERTS}: {error}") from error
         why = _UNSAVED.format(experts.name) if experts.name in unsaved else ""

@@ -39,16 +39,10 @@ class Choice:
 
 
 def formats_on(device: Any) -> Sequence[str]:
-    """The activation formats that this package has kernels for on a torch device, of weights as engines prepare them.
-
-    Those are in the word order of MXFP8 activations, which on SM12x others do not read.
-    """
+    """The activation formats that this package has kernels for on a torch device."""
     package = sys.modules[__name__.partition(".")[0]]
     ask = getattr(package, "activation_formats", None)
-    if ask is None:
-        return ALWAYS_THERE
-    order = package.formats.word_order_of
-    return tuple(name for name in ask(device) if order(device, name) is order(device))
+    return ALWAYS_THERE if ask is None else tuple(ask(device))
 
 
 def choose_activations(
