@@ -21,3 +21,14 @@ def test_the_script_runs_and_bfloat16_is_nearer_than_mxfp8() -> None:
     logits = [float(number) for number in re.findall(r"logits ([\d.]+) %", done.stdout)]
     assert len(logits) == 2
     assert logits[0] > 3 * logits[1] > 0
+
+
+def test_the_table_of_pairs_has_every_pair_of_the_cpu() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "examples" / "accuracy_of_pairs.py"), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = {pair: float(percent) for pair, percent in re.findall(r"^normal: (\w+_\w+) ([\d.]+)%$", done.stdout, re.M)}
+    assert set(errors) == {"mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16"}
+    for weights in ("mxfp4", "nvfp4"):  # bits of mantissa: eight, four and two, each a factor of four at least
+        assert 0.05 < errors[f"{weights}_bf16"] < 0.6
+        assert 8 * errors[f"{weights}_bf16"] < errors["mxfp4_mxfp8"] < errors[f"{weights}_{weights}"] / 2 < 20
