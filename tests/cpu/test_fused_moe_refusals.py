@@ -392,7 +392,7 @@ def test_unsupported_gpu_is_named_with_archs_and_versions(capability: tuple[int,
 def test_a_gpu_refuses_another_word_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The words are the only thing in which devices differ, so nothing else would tell."""
     orders = {0: formats.WordOrder.PAIRS, 1: formats.WordOrder.CONTAINERS}
-    monkeypatch.setattr(checks, "word_order_of", lambda d: orders[d.index])
+    monkeypatch.setattr(checks, "word_order_of", lambda d, activation_format: orders[d.index])
     for index, order in orders.items():
         check_word_order(order, torch.device("cuda", index))
         with pytest.raises(ValueError, match=rf"^weights: expected word order '{order.value}' on cuda:{index}, got .*"):

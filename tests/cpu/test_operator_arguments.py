@@ -18,6 +18,7 @@ from torch import Tensor
 from mxfp4_moe import Router
 from mxfp4_moe._call import fused_moe, launch, operators, selection
 from mxfp4_moe._call.selection import select
+from mxfp4_moe._install import loading
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
 
@@ -74,7 +75,8 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         operator = lambda *args, **named: self.calls.append((args, named))  # noqa: E731
-        monkeypatch.setattr(launch, "layer_operator", lambda index, tile: (operator, tile))
+        monkeypatch.setattr(launch, "layer_operator", lambda index, tile, among=None: (operator, tile))
+        monkeypatch.setattr(launch, "tiles_of", lambda activation_format, index: loading.manifest().tiles)
 
     def arguments(self) -> dict[str, Any]:
         """Of the one call, by the schema's names and with its defaults."""
@@ -224,7 +226,7 @@ def test_a_compiled_call_of_a_part_chooses_its_tile_as_an_eager_one(
     tensors = (call[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
     fused_moe._traced(*tensors, part, None, "linear", torch.bfloat16, False, "mxfp8")
     operators._moe_layer_cuda(*operands[0])
-    assert asked == [(T, K, E, H, INTER, None)] * 2
+    assert asked == [(T, K, E, H, INTER, None, "mxfp8")] * 2
 
 
 def test_copies_of_weights_gather_their_own_arguments() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..tiles import TILE_K, Tile, prove, select_tile
-from ..tiles.sm90 import has_wgmma
+from ..tiles.bf16 import has_wgmma
 from .facts import DeviceFacts, Layer
 from .rows import expected_active, row_probabilities
 
