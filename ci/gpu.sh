@@ -39,11 +39,13 @@ in_shares() {
   return "$failed"
 }
 
+# shellcheck disable=SC2153,SC2329 # in_shares calls it, and says SHARE
 sanitize() {
   PYTHONPATH=tests/helpers${PYTHONPATH:+:$PYTHONPATH} "$sanitizer" --tool "$1" --error-exitcode 9 \
     "$python" tests/gpu/sanitizer.py "$SHARE"
 }
 
+# shellcheck disable=SC2329 # in_shares calls it
 fuzz() {
   MXFP4_MOE_FUZZ_SEED=${SHARE%/*} MXFP4_MOE_FUZZ_CALLS=$(((calls + jobs - 1) / jobs)) \
     "$python" -m pytest -q -m gpu tests/gpu/test_fuzz.py

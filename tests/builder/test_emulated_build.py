@@ -23,6 +23,7 @@ from mxfp4_moe._choice.facts import Layer, from_properties
 from mxfp4_moe._health.checks import check_gpus
 from mxfp4_moe._install import wheel
 from mxfp4_moe.arithmetic import SM12X_MXF8F6F4, SM90_BF16
+from mxfp4_moe.formats import weight_layout
 from mxfp4_moe.tiles import load_manifest
 from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.emulation import check_emulated_tile, refuse_emulated
@@ -260,7 +261,7 @@ def test_its_verb_keeps_away_from_dist(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Nothing decided for one wheel counts for another."""
-    caches = (formats.word_order_of, choice.served_device, choice.loop_instructions, tuned.tables)
+    caches = (weight_layout._order_of, choice.served_device, choice.loop_instructions, tuned.tables)
     for cached in caches:
         cached.cache_clear()
     yield

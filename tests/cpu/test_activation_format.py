@@ -21,6 +21,7 @@ from mxfp4_moe._call.checks import check_word_order
 from mxfp4_moe._call.selection import tile_of_call
 from mxfp4_moe._install import wheel
 from mxfp4_moe.arithmetic import SM90_BF16
+from mxfp4_moe.formats import weight_layout
 from mxfp4_moe.integrations._engines.activations import formats_on
 from mxfp4_moe.weights import MoEWeights
 
@@ -34,7 +35,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     def forget() -> None:
         activation_format._formats_of.cache_clear()
         activation_format.tiles_of.cache_clear()
-        formats.word_order_of.cache_clear()
+        weight_layout._order_of.cache_clear()
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: GPUS[getattr(device, "index", device)])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

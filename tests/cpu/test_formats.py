@@ -12,6 +12,7 @@ import torch
 from format_cases import random_bytes, random_float_bits, with_neighbours
 
 from mxfp4_moe import formats
+from mxfp4_moe.formats import weight_layout
 
 ALL_BYTES = torch.arange(256).to(torch.uint8)
 
@@ -154,9 +155,9 @@ class TestWordOrder:
     def test_of_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         capability = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
-        formats.word_order_of.cache_clear()
+        weight_layout._order_of.cache_clear()
         orders = [formats.word_order_of(torch.device("cuda", index)) for index in capability]
-        formats.word_order_of.cache_clear()
+        weight_layout._order_of.cache_clear()
         assert [order.value for order in orders] == ["pairs", "containers", "containers", "containers"]
         for name in ("cpu", "meta"):
             assert formats.word_order_of(torch.device(name)) is formats.WordOrder.CONTAINERS

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4_moe
-from mxfp4_moe import weights
 from mxfp4_moe._call import launch, operators
+from mxfp4_moe._checkpoints import from_files
 from mxfp4_moe._install import loading
 from mxfp4_moe._install.elf import ElfError, read_elf
 from mxfp4_moe._install.troubles import DOCTOR, TROUBLES, Versions, recognize, words
@@ -269,7 +269,7 @@ def test_putting_weights_on_a_gpu(error: Exception, remedy: str, monkeypatch: py
         check_sentence(lambda: layer.to("cuda"), error, remedy)
     monkeypatch.setattr(mxfp4_moe.MoEWeights, "_map", raising(error))
     check_sentence(lambda: layer.to("meta"), error, remedy)
-    monkeypatch.setattr(weights, "Checkpoint", raising(error))
+    monkeypatch.setattr(from_files, "Checkpoint", raising(error))
     check_sentence(lambda: mxfp4_moe.MoEWeights.from_safetensors("x", layer=0, device="cuda"), error, remedy)
 
 

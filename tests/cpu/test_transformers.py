@@ -171,7 +171,7 @@ def test_a_state_dict_has_one_word_order_wherever_it_was_made(
     state = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
     state_other = {name: tensor.clone() for name, tensor in other.state_dict().items()}
 
-    monkeypatch.setattr(integration, "word_order_of", lambda device: formats.WordOrder.PAIRS)
+    monkeypatch.setattr(integration, "word_order_of", lambda device, activation_format: formats.WordOrder.PAIRS)
     experts.to("cpu")
     assert experts.weights.word_order is formats.WordOrder.PAIRS
     assert not torch.equal(experts.w13, before)

@@ -277,12 +277,13 @@ def check(path: Path, tile: tiles.Tile, made: Plan, cuda: Cuda) -> dict[str, Any
 def load(made: Plan, cuda: Cuda, output: Path, *paths: Path, **changes: object) -> list[str]:
     """The build's load of these libraries, which have their modules' names; returns its refusals, one for each.
 
-    `changes` replace what the proof says of each tile on each arch.
+    `changes` replace what the proof says of each tile's kernels.
     """
     expect = expected(made, "extensions", "load")
     for tile in expect.values():
-        for facts in tile.get("facts", {}).values():
-            facts |= changes
+        for kernels in tile.get("facts", {}).values():
+            for facts in kernels.values():
+                facts |= changes
     words = ["--expect", json.dumps(expect), "--cudart", str(cuda.cudart), "--output", str(output), *map(str, paths)]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "wheelbuild.load", *words],
@@ -348,7 +349,7 @@ def test_a_truncated_library_is_refused(made: Plan, cuda: Cuda, tmp_path: Path) 
 def test_libraries_that_disagree_with_the_proof_are_refused(made: Plan, cuda: Cuda, tmp_path: Path) -> None:
     paths = [library(tile.module) for tile in MANIFEST.tiles]
     for path, refusal in zip(paths, load(made, cuda, tmp_path / "load.json", *paths, stages=9), strict=True):
-        sentence = r" on sm_\w+: stages is \d in the compiled tile and 9 in the proof of tiles/\w+\.py; csrc/tile/"
+        sentence = r" on sm_\w+, \w+: stages is \d in the compiled tile and 9 in the proof of tiles/\w+\.py; csrc/tile/"
         assert re.match(re.escape(path.name) + sentence, refusal)
 
 

@@ -16,6 +16,10 @@ from .._arguments import require_blocks, require_count, require_multiple, requir
 from .._install import wheel
 from .numbers import BLOCK
 
+# What the two GEMMs of a call read; which of them a device has is `activation_formats`'s to say.
+ACTIVATION_FORMATS = ("mxfp8", "bf16", "mxfp4", "nvfp4")
+ACTIVATIONS_IN_WORDS = f"{', '.join(map(repr, ACTIVATION_FORMATS[:-1]))} or {ACTIVATION_FORMATS[-1]!r}"
+
 WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/shared/weight_layout.cuh
 _BLOCK_SCALE_BYTES = WEIGHT_BLOCK_ROWS * 4
 _STEP_BYTES = WEIGHT_BLOCK_ROWS * 16
@@ -40,14 +44,25 @@ class WordOrder(str, Enum):
         raise ValueError(f"word order: expected 'containers' or 'pairs', got {value!r}")
 
 
-@functools.cache
 def word_order_of(device: torch.device, activation_format: str = "mxfp8") -> WordOrder:
     """The order that a device's kernels read; CPU and others without kernels have that of SM12x for MXFP8.
 
     Args:
         device: with its index, as tensors have it.
         activation_format: of the calls (`fused_moe`): on SM12x "bf16" has kernels of its own; SM90's read one order.
+
+    Raises:
+        TypeError, ValueError: no name of a format.
     """
+    if not isinstance(activation_format, str):
+        raise TypeError(f"activation_format: expected a name such as 'bf16', got {activation_format!r}")
+    if activation_format not in ACTIVATION_FORMATS:
+        raise ValueError(f"activation_format: expected {ACTIVATIONS_IN_WORDS}, got {activation_format!r}")
+    return _order_of(device, activation_format)
+
+
+@functools.cache
+def _order_of(device: torch.device, activation_format: str) -> WordOrder:
     if device.type != "cuda":
         return WordOrder.CONTAINERS
     family = wheel.served_as(torch.cuda.get_device_capability(device))[0]
