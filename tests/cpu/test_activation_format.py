@@ -82,6 +82,15 @@ def test_a_gpu_that_reads_mxfp8_refuses_bf16_in_one_sentence(gpus: pytest.Monkey
         check_format_on("bf16", torch.device("cuda", 2))
 
 
+def test_the_names_are_those_that_some_device_has() -> None:
+    having = {name for names in reference.CPU_ACTIVATION_FORMATS.values() for name in names}
+    assert set(weight_layout.ACTIVATION_NAMES) == having >= set(reference.ACTIVATION_FORMATS)
+    for name in weight_layout.ACTIVATION_NAMES:
+        assert formats.word_order_of(torch.device("cpu"), name) is formats.WordOrder.CONTAINERS
+    with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', .* or 'nvfp4', got 'bf61'$"):
+        formats.word_order_of(torch.device("cpu"), "bf61")
+
+
 # ---- a wheel of profile full -----------------------------------------------------------------------------------------
 
 

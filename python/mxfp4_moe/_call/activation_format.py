@@ -11,7 +11,7 @@ from .._arguments import named_device
 from .._checkpoints.options import member
 from .._install import loading, wheel
 from ..formats import WeightFormat
-from ..formats.weight_layout import ACTIVATION_FORMATS, ACTIVATIONS_IN_WORDS
+from ..formats.weight_layout import ACTIVATION_NAMES, ACTIVATIONS_IN_WORDS
 from ..tiles import Tile, pair_of
 from ..weights import MoEWeights
 
@@ -66,7 +66,7 @@ def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
     formats = reference.CPU_ACTIVATION_FORMATS[weights.weight_format]
     if activation_format is None:
         return formats[0]
-    if activation_format in ACTIVATION_FORMATS and activation_format not in formats:
+    if activation_format in ACTIVATION_NAMES and activation_format not in formats:
         kind = weights.weight_format.value
         raise ValueError(
             f"activation_format: expected {' or '.join(map(repr, formats))} with {kind} weights, got "
@@ -92,7 +92,7 @@ def check_activation_format(activation_format: str, is_mxfp8: bool) -> None:
             "activation_format: expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; pass 'bf16', "
             "which takes float16 hidden_states too, or 'mxfp8'"
         )
-    if activation_format not in ACTIVATION_FORMATS:
+    if activation_format not in ACTIVATION_NAMES:
         raise ValueError(f"activation_format: expected {ACTIVATIONS_IN_WORDS}, got {activation_format!r}")
     if is_mxfp8:
         raise ValueError(

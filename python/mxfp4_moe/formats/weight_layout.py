@@ -17,8 +17,8 @@ from .._install import wheel
 from .numbers import BLOCK
 
 # What the two GEMMs of a call read; which of them a device has is `activation_formats`'s to say.
-ACTIVATION_FORMATS = ("mxfp8", "bf16", "mxfp4", "nvfp4")
-ACTIVATIONS_IN_WORDS = f"{', '.join(map(repr, ACTIVATION_FORMATS[:-1]))} or {ACTIVATION_FORMATS[-1]!r}"
+ACTIVATION_NAMES = ("mxfp8", "bf16", "mxfp4", "nvfp4")
+ACTIVATIONS_IN_WORDS = f"{', '.join(map(repr, ACTIVATION_NAMES[:-1]))} or {ACTIVATION_NAMES[-1]!r}"
 
 WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/shared/weight_layout.cuh
 _BLOCK_SCALE_BYTES = WEIGHT_BLOCK_ROWS * 4
@@ -56,7 +56,7 @@ def word_order_of(device: torch.device, activation_format: str = "mxfp8") -> Wor
     """
     if not isinstance(activation_format, str):
         raise TypeError(f"activation_format: expected a name such as 'bf16', got {activation_format!r}")
-    if activation_format not in ACTIVATION_FORMATS:
+    if activation_format not in ACTIVATION_NAMES:
         raise ValueError(f"activation_format: expected {ACTIVATIONS_IN_WORDS}, got {activation_format!r}")
     return _order_of(device, activation_format)
 
