@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 8
+#define MXFP4_MOE_TILE_ABI_VERSION 9
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -22,6 +22,14 @@ enum Mxfp4MoeOutType {
 enum Mxfp4MoeActFormat {
   MXFP4_MOE_ACT_MXFP8 = 0,  // E4M3 codes and E8M0 scales, for MMAs that take scales
   MXFP4_MOE_ACT_BF16 = 1,   // bf16, for MMAs that do not (shared/bf16_rows.cuh)
+  MXFP4_MOE_ACT_MXFP4 = 2,  // packed E2M1 codes and E8M0 scales
+  MXFP4_MOE_ACT_NVFP4 = 3,  // packed E2M1 codes and E4M3 scales, under fp32 factors
+};
+
+// Of the weights that it reads.
+enum Mxfp4MoeWeightFormat {
+  MXFP4_MOE_WEIGHT_MXFP4 = 0,  // E2M1 codes and E8M0 scales
+  MXFP4_MOE_WEIGHT_NVFP4 = 1,  // E2M1 codes and E4M3 scales, under fp32 factors
 };
 
 // One entry of the m-tile list: rows [row_begin, row_end) of the sorted activations, at most tile_m of them, all of
@@ -47,24 +55,38 @@ enum Mxfp4MoeFusedActivation {
   MXFP4_MOE_SITU = 5,  // the numbers between are of activations that it does not apply
 };
 
+// What the sums of NVFP4 operands are multiplied by: the product of a weight's factor and, where the rows are NVFP4, of
+// the row's, rounded to fp32. All null where nothing is NVFP4.
+typedef struct {
+  const float* of_weights;  // [experts, 2]: of columns c with c % 16 < 8 (of w13: gates), and of the others
+  const float* of_rows;     // [rows], or null
+  const float* of_inputs;   // [experts], where all rows of an expert have the same; or null
+} Mxfp4MoeFactors;
+
 // GEMM1's epilogue: weight rows are groups of 8 gates and the 8 ups of the same outputs, n = 2 * intermediate. Instead
 // of `out`, the activation (shared/nonlinearities.cuh) is written, as the rows that GEMM2 reads.
 typedef struct {
-  uint8_t* rows;       // [rows, n / 2] E4M3, even k first, or bf16 (act_format); null: no activation
-  uint8_t* scales;     // [ceil(n / 256), rows padded to 4, 4] E8M0, of E4M3 rows
+  uint8_t* rows;       // [rows, n / 2] as the kernel reads `act`; null: no activation
+  uint8_t* scales;     // as `act_scale`, of n / 2 values
   const float* bias;   // [experts, n] or null
-  int32_t quantizes;   // to MXFP8; else the values are rounded to bf16, which only bf16 rows can hold
+  int32_t format;      // Mxfp4MoeActFormat: what values are quantized to; of bf16 rows, which hold any, the rows' own
+                       // stands for not at all
   int32_t activation;  // Mxfp4MoeFusedActivation
   int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
   Mxfp4MoePerExpert alpha, beta, limit;  // of all but MXFP4_MOE_SWIGLU
+  const float* global_scales;            // [experts], of NVFP4 rows; or null
 } Mxfp4MoeActivate;
 
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
-  const void* act;        // E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; or bf16 [rows, k]
-  const void* act_scale;  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4], of E4M3 rows
-  const void* weight;     // [experts, weight_bytes(n, k)] E2M1 and E8M0 as in shared/weight_layout.cuh
-  void* out;              // [rows, n] of out_type
+  // E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; bf16 [rows, k]; or E2M1 [rows, k / 2],
+  // low nibble = even k.
+  const void* act;
+  // uint8 E8M0 [ceil(k/128), rows padded to 4, 4] of MXFP8 and MXFP4 rows; E4M3 [2 ceil(k/128), rows padded to 4, 4] of
+  // NVFP4 rows; of bf16 rows none.
+  const void* act_scale;
+  const void* weight;  // [experts, weight_bytes(n, k)] as in shared/weight_layout.cuh
+  void* out;           // [rows, n] of out_type
   const Mxfp4MoeMTile* m_tiles;
   const int32_t* num_m_tiles;  // device memory, one value
   int32_t max_m_tiles;         // upper bound from shapes alone; sizes the grid
@@ -76,7 +98,9 @@ typedef struct {
   // Nonzero: the m-tiles were written by a kernel that was complete when the one just before this was running, so that
   // weights may be fetched before that one is done (programmatic dependent launch).
   int32_t m_tiles_are_ready;
-  int32_t act_format;  // Mxfp4MoeActFormat of act: chooses the kernel
+  int32_t act_format;     // Mxfp4MoeActFormat of act, and
+  int32_t weight_format;  // Mxfp4MoeWeightFormat of weight: choose the kernel
+  Mxfp4MoeFactors factors;
   Mxfp4MoeActivate activate;
   void* stream;  // cudaStream_t
 } Mxfp4MoeGemmArgs;
@@ -84,7 +108,7 @@ typedef struct {
 // What one kernel of a tile is, as the compiler was told. Compared after each build with tiles.prove.
 typedef struct {
   const char* arch;  // "90a" or "120f"
-  const char* pair;  // of formats that it reads, weights first: "mxfp4_mxfp8" or "mxfp4_bf16"
+  const char* pair;  // of formats that it reads, weights first, such as "mxfp4_mxfp8"
   int32_t tile_m, tile_n, swap_ab;
   int32_t threads;
   int32_t stages;
@@ -94,13 +118,14 @@ typedef struct {
   int32_t accumulator_registers;  // per thread
   int32_t activates;              // whether Mxfp4MoeGemmArgs::activate may be set
   int32_t act_format;             // Mxfp4MoeActFormat
+  int32_t weight_format;          // Mxfp4MoeWeightFormat
 } Mxfp4MoeTileFacts;
 
 typedef struct {
   uint32_t abi_version;
   int32_t tile_m, tile_n, swap_ab;
-  // Of the kernel that reads rows of this Mxfp4MoeActFormat on this device; nullptr when there is none.
-  const Mxfp4MoeTileFacts* (*facts_of)(int32_t device, int32_t act_format);
+  // Of the kernel that reads these formats (Mxfp4MoeWeightFormat, Mxfp4MoeActFormat) on this device, or nullptr.
+  const Mxfp4MoeTileFacts* (*facts_of)(int32_t device, int32_t weight_format, int32_t act_format);
   // Runs on the current device. nullptr when launched, else the reason (valid until this thread's next call).
   const char* (*launch)(const Mxfp4MoeGemmArgs* args);
 } Mxfp4MoeTile;

@@ -106,13 +106,23 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
 // To what a layer's activations are brought before each GEMM; reference.ACTIVATION_FORMATS has the same order.
-enum class ActivationFormat : int { kMxfp8, kBf16 };
+enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };
 
 // What the rows that a GEMM reads are.
 enum class RowFormat : int {
   kMxfp8,        // E4M3 codes, even k first, and their scales
   kMxfp8InBf16,  // the same values, codes times scales, as bf16 (shared/bf16_rows.cuh)
   kBf16,         // as they came, rounded to bf16
+  kMxfp4,        // E2M1 codes, two to a byte, low nibble = even k, and their E8M0 scales
+  kNvfp4,        // the same under E4M3 scales of 16 values, after a global scale (GlobalScales)
+};
+
+// NVFP4's global scales: what a row is multiplied by before it is quantized. Rows of an expert have that of the
+// checkpoint; where it has none, each row its own, 2688 / amax, whose reciprocal its kernel leaves in row_factors.
+struct GlobalScales {
+  const float* of_experts;    // [E], or null
+  const int32_t* row_expert;  // [rows], where of_experts is not null
+  float* row_factors;         // [rows], where of_experts is null
 };
 
 struct QuantizePermuteArgs {
@@ -123,9 +133,10 @@ struct QuantizePermuteArgs {
   int32_t top_k;
   int32_t hidden_size;  // multiple of 32
   RowFormat format;
-  uint8_t* rows;         // [T * top_k, hidden_size]
-  uint8_t* scales;       // [ceil(hidden_size / 128), T * top_k padded to 4, 4], of kMxfp8
-  bool hidden_is_ready;  // written by a kernel that was complete when the one just before this was running
+  uint8_t* rows;    // [T * top_k, hidden_size]
+  uint8_t* scales;  // [ceil(hidden_size / 128), T * top_k padded to 4, 4], of kMxfp8 and kMxfp4; of kNvfp4 twice
+  GlobalScales global_scales;  // of kNvfp4
+  bool hidden_is_ready;        // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
 
@@ -156,8 +167,9 @@ struct ActivationArgs {
   PerExpert alpha, beta;  // of kSwigluOai; beta of kSitu too
   PerExpert limit;        // of all that have_numbers; +inf when there is none
   RowFormat format;
-  uint8_t* out;     // [rows, intermediate]
-  uint8_t* scales;  // [ceil(intermediate / 128), rows padded to 4, 4], of kMxfp8
+  uint8_t* out;                // [rows, intermediate]
+  uint8_t* scales;             // [ceil(intermediate / 128), rows padded to 4, 4], of kMxfp8 and kMxfp4; of kNvfp4 twice
+  GlobalScales global_scales;  // of kNvfp4
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 

@@ -55,10 +55,10 @@ Layer check(const LayerArgs& args) {
   layer.first_expert = check_range("first_expert", args.first_expert, 0, INT_MAX - kMaxExperts);
   layer.intermediate = check_multiple_of_32("intermediate_size", args.intermediate_size);
   layer.gemm1_width = is_gated(layer.activation) ? 2 * layer.intermediate : layer.intermediate;
-  check_tensor("w13", args.w13, ScalarType::Byte, {layer.experts, weight_bytes(layer.gemm1_width, layer.hidden)},
-               device);
-  check_tensor("w2", args.w2, ScalarType::Byte, {layer.experts, weight_bytes(layer.hidden, layer.intermediate)},
-               device);
+  check_tensor("w13", args.w13, ScalarType::Byte,
+               {layer.experts, weight_bytes(layer.gemm1_width, layer.hidden, kMxfp4ScaleWords)}, device);
+  check_tensor("w2", args.w2, ScalarType::Byte,
+               {layer.experts, weight_bytes(layer.hidden, layer.intermediate, kMxfp4ScaleWords)}, device);
   if (args.w13_bias.has_value()) {
     check_tensor("w13_bias", *args.w13_bias, ScalarType::Float, {layer.experts, layer.gemm1_width}, device);
   }
@@ -76,8 +76,8 @@ Layer check(const LayerArgs& args) {
   // MXFP8 is folded into bf16 where no kernel reads it as it is. Where the device has no machine code the launch says
   // why.
   const bool quantizes = check_activation_format(args.activation_format) == ActivationFormat::kMxfp8;
-  const Mxfp4MoeTileFacts* in_mxfp8 = layer.tile->facts_of(layer.device, MXFP4_MOE_ACT_MXFP8);
-  const Mxfp4MoeTileFacts* in_bf16 = layer.tile->facts_of(layer.device, MXFP4_MOE_ACT_BF16);
+  const Mxfp4MoeTileFacts* in_mxfp8 = layer.tile->facts_of(layer.device, MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP8);
+  const Mxfp4MoeTileFacts* in_bf16 = layer.tile->facts_of(layer.device, MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16);
   const Mxfp4MoeTileFacts* facts = quantizes && in_mxfp8 != nullptr ? in_mxfp8 : in_bf16;
   layer.in_bf16 = facts != nullptr && facts->act_format == MXFP4_MOE_ACT_BF16;
   STD_TORCH_CHECK(quantizes || layer.in_bf16 || in_mxfp8 == nullptr,
@@ -166,12 +166,13 @@ class Launches {
       gemm.activate = {base_ + at_.rows2,
                        base_ + at_.scales2,
                        data<const float>(args_.w13_bias),
-                       layer_.rows != RowFormat::kBf16,
+                       layer_.rows == RowFormat::kBf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8,
                        static_cast<int32_t>(layer_.activation),
                        static_cast<int32_t>(layer_.rounding),
                        layer_.alpha,
                        layer_.beta,
-                       layer_.limit};
+                       layer_.limit,
+                       nullptr};
     }
     run("GEMM1", gemm, args_.w13, layer_.gemm1_width, layer_.hidden);
     if (!layer_.gemm1_activates) activation();

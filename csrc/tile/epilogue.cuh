@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "tile/factors.cuh"
 #include "tile/lane_maps.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/swiglu_epilogue.cuh"
@@ -120,6 +121,9 @@ struct OutputTiles {
       const TileCoord done = tile_coord(computed_anew(tile), num_n_tiles());
       const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + done.m);
       const int same_warp = uniform(warp_id());
+      if constexpr (Shape::kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4)
+        multiply_factors<Shape>(acc, p.factors, m_tile, done.n * Shape::N, warp_m0<Shape>(same_warp),
+                                warp_n0<Shape>(same_warp), lane_id());
       store_tile<Shape>(acc, p, m_tile, done.n, warp_m0<Shape>(same_warp), warp_n0<Shape>(same_warp), lane_id,
                         smem.amax());
     }

@@ -36,25 +36,27 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   if (a.n <= 0 || a.n % 16) return refuse("n: expected a positive multiple of 16, got %d", a.n);
   if (a.rows < 0) return refuse("rows: expected at least 0, got %d", a.rows);
   if (a.experts <= 0) return refuse("experts: expected at least 1, got %d", a.experts);
-  if (a.experts * weight_bytes(a.n, a.k) / kWeightUnit > INT32_MAX)
+  if (a.experts * weight_bytes(a.n, a.k, Shape::kScaleWords) / kWeightUnit > INT32_MAX)
     return refuse("weight: expected at most 2^31 - 1 units of %d bytes, got %lld", kWeightUnit,
-                  static_cast<long long>(a.experts * weight_bytes(a.n, a.k) / kWeightUnit));
+                  static_cast<long long>(a.experts * weight_bytes(a.n, a.k, Shape::kScaleWords) / kWeightUnit));
   if (a.out_type < MXFP4_MOE_OUT_FLOAT32 || a.out_type > MXFP4_MOE_OUT_FLOAT16)
     return refuse("out_type: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", a.out_type);
-  constexpr int kFormat = Shape::kReadsBf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8;
-  if (a.act_format != kFormat)
-    return refuse("act_format: expected %d, the rows that tile (%d, %d) reads on this GPU, got %d", kFormat, Shape::M,
-                  Shape::N, a.act_format);
+  if (a.act_format != Shape::kActFormat || a.weight_format != Shape::kWeightFormat)
+    return refuse(
+        "act_format, weight_format: expected %d and %d, what this kernel of tile (%d, %d) reads, got %d and %d",
+        Shape::kActFormat, Shape::kWeightFormat, Shape::M, Shape::N, a.act_format, a.weight_format);
   if (!aligned(a.act, 16)) return refuse("act: expected an address that is a multiple of 16, got %p", a.act);
   if (!Shape::kReadsBf16 && !aligned(a.act_scale, 16))
     return refuse("act_scale: expected an address that is a multiple of 16, got %p", a.act_scale);
   if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
+  if constexpr (Shape::kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4)
+    if (!a.factors.of_weights || !aligned(a.factors.of_weights, 8))
+      return refuse("factors.of_weights: expected an address that is a multiple of 8, got %p", a.factors.of_weights);
   if (a.activate.rows) {
-    if (!Shape::kReadsBf16 && !a.activate.quantizes)
-      return refuse("quantizes: tile (%d, %d) writes MXFP8 rows on this GPU", Shape::M, Shape::N);
-    if constexpr (Shape::kReadsBf16 && !Shape::Arch::kFoldsMxfp8)
-      if (a.activate.quantizes)
-        return refuse("quantizes: tile (%d, %d) writes bf16 rows as they come on this GPU", Shape::M, Shape::N);
+    constexpr bool kFolds = Shape::kReadsBf16 && Shape::Arch::kFoldsMxfp8;
+    if (a.activate.format != Shape::kActFormat && !(kFolds && a.activate.format == MXFP4_MOE_ACT_MXFP8))
+      return refuse("format: expected %d, which tile (%d, %d) writes on this GPU, got %d", Shape::kActFormat, Shape::M,
+                    Shape::N, a.activate.format);
     if (!Shape::kActivates) return refuse("activate: tile (%d, %d) cannot", Shape::M, Shape::N);
     if (a.n % 64) return refuse("n: expected a multiple of 64, gates and ups, got %d", a.n);
     if (a.activate.activation < 0 || !is_fused(static_cast<Activation>(a.activate.activation)))
@@ -127,7 +129,7 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
   TmaOperand<2> weight{"weight",
                        CU_TENSOR_MAP_DATA_TYPE_INT32,
                        a.weight,
-                       {kWeightUnit / 4, u64(a.experts * weight_bytes(a.n, a.k) / kWeightUnit)},
+                       {kWeightUnit / 4, u64(a.experts * weight_bytes(a.n, a.k, Shape::kScaleWords) / kWeightUnit)},
                        {kWeightUnit},
                        {kWeightUnit / 4, Shape::kWeightBytes / kWeightUnit},
                        CU_TENSOR_MAP_SWIZZLE_NONE};
@@ -146,7 +148,8 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
   }
   if (const char* why = encode(maps.weight, weight, refuse)) return why;
   const int tail_steps = a.k % kTileK / kBlockK;
-  weight.box[1] = (kWeightBlockScaleBytes + (tail_steps ? tail_steps : 4) * kWeightStepBytes) / kWeightUnit;
+  weight.box[1] =
+      (weight_block_scale_bytes(Shape::kScaleWords) + (tail_steps ? tail_steps : 4) * kWeightStepBytes) / kWeightUnit;
   return encode(maps.weight_tail, weight, refuse);
 }
 
@@ -176,7 +179,8 @@ const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
 template <class Shape>
 uint64_t weight_hint(const Mxfp4MoeGemmArgs& a) {
   const int64_t experts = a.rows < a.experts ? a.rows : a.experts;
-  return experts * weight_bytes(a.n, a.k) > Shape::Arch::kFewWeightBytes ? kEvictNormal : kEvictFirst;
+  return experts * weight_bytes(a.n, a.k, Shape::kScaleWords) > Shape::Arch::kFewWeightBytes ? kEvictNormal
+                                                                                             : kEvictFirst;
 }
 
 // m-tiles times tiles along n, at most: the host knows only a bound of the m-tiles, which with few tokens is nearly
@@ -198,8 +202,8 @@ const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   if (const char* why = resident_blocks<Shape>(device, blocks, refuse)) return why;
   TensorMaps maps;
   if (const char* why = describe<Shape>(maps, a, refuse)) return why;
-  const GemmParams params{a.out, a.m_tiles,           a.num_m_tiles,         a.out_type, a.rows, a.n,
-                          a.k,   a.m_tiles_are_ready, weight_hint<Shape>(a), a.activate};
+  const GemmParams params{a.out, a.m_tiles,           a.num_m_tiles,         a.out_type, a.rows,   a.n,
+                          a.k,   a.m_tiles_are_ready, weight_hint<Shape>(a), a.activate, a.factors};
   const auto grid = static_cast<unsigned>(std::min<int64_t>(max_output_tiles<Shape>(a), blocks));
   if (cudaError_t e = launch(kernel_of(static_cast<Shape*>(nullptr)), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
                              static_cast<cudaStream_t>(a.stream), maps, params))

@@ -39,6 +39,7 @@ struct GemmParams {
   int32_t m_tiles_are_ready;
   uint64_t weight_hint;  // L2's priority for weights, where it is not always the same
   Mxfp4MoeActivate activate;
+  Mxfp4MoeFactors factors;
 };
 
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
@@ -144,7 +145,7 @@ struct ScaledActLoads {
 // A stage's weights: one copy for a whole K tile, one per block for the last if it is not whole.
 template <class Shape, class ActLoads>
 struct WeightLoads {
-  static constexpr int kBlockUnits = kWeightBlockBytes / kWeightUnit;
+  static constexpr int kBlockUnits = Shape::kWeightBlockBytes / kWeightUnit;
   static constexpr bool kHintVaries = Shape::Arch::kFewWeightBytes != INT64_MAX;
   uint64_t hint;
   int num_k_tiles, tail_steps, tail_units, row_blocks, expert_units;
@@ -153,7 +154,7 @@ struct WeightLoads {
       : hint(kHintVaries ? p.weight_hint : kEvictFirst),
         num_k_tiles(ceil_div(p.k, kTileK)),
         tail_steps(p.k % kTileK / kBlockK),
-        tail_units((kWeightBlockScaleBytes + tail_steps * kWeightStepBytes) / kWeightUnit),
+        tail_units((weight_block_scale_bytes(Shape::kScaleWords) + tail_steps * kWeightStepBytes) / kWeightUnit),
         row_blocks(ceil_div(p.n, kWeightBlockRows)),
         expert_units(row_blocks * (p.k / kTileK * kBlockUnits + (tail_steps ? tail_units : 0))) {}
 
@@ -169,7 +170,7 @@ struct WeightLoads {
     } else {
       smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBlocks * tail_units * kWeightUnit);
       for (int b = 0; b < Shape::kWeightBlocks; ++b)
-        tma_load_2d(smem.weight(s) + b * kWeightBlockBytes, maps.weight_tail, full, 0,
+        tma_load_2d(smem.weight(s) + b * Shape::kWeightBlockBytes, maps.weight_tail, full, 0,
                     k_tile_unit + (row_block + b) * tail_units, hint);
     }
   }

@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   };
   if constexpr (Shape::kReadsBf16) {
     static_assert(kSwap);
-    if (!Shape::kFoldsMxfp8 || !a.quantizes) {
+    if (!Shape::kFoldsMxfp8 || a.format == MXFP4_MOE_ACT_BF16) {
 #pragma unroll
       for (int f = 0; f < kActFrags; ++f) {
         if (is_empty(f)) continue;

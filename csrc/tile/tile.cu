@@ -35,7 +35,8 @@ extern const Mxfp4MoeTileFacts MXFP4_MOE_OF_KERNEL(mxfp4_moe_tile_facts_) = {
     Tile::kBlocksPerSm,
     Tile::kAccumulators,
     Tile::kActivates,
-    Tile::kReadsBf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8,
+    Tile::kActFormat,
+    Tile::kWeightFormat,
 };
 
 const char* MXFP4_MOE_OF_KERNEL(mxfp4_moe_tile_launch_)(const Mxfp4MoeGemmArgs* args) {

@@ -53,16 +53,17 @@ const Kernel kKernels[] = {
 #undef ENTRY
 };
 
-// Whose machine code the device runs and whose rows have this format, or nullptr.
-const Kernel* kernel_of(int32_t device, int32_t act_format) {
+// Whose machine code the device runs and who reads these formats, or nullptr.
+const Kernel* kernel_of(int32_t device, int32_t weight_format, int32_t act_format) {
   const int major = compute_capability_major(device);
   for (const Kernel& kernel : kKernels)
-    if (kernel.major == major && kernel.facts->act_format == act_format) return &kernel;
+    if (kernel.major == major && kernel.facts->weight_format == weight_format && kernel.facts->act_format == act_format)
+      return &kernel;
   return nullptr;
 }
 
-const Mxfp4MoeTileFacts* facts_of(int32_t device, int32_t act_format) {
-  const Kernel* kernel = kernel_of(device, act_format);
+const Mxfp4MoeTileFacts* facts_of(int32_t device, int32_t weight_format, int32_t act_format) {
+  const Kernel* kernel = kernel_of(device, weight_format, act_format);
   return kernel ? kernel->facts : nullptr;
 }
 
@@ -72,21 +73,21 @@ const char* launch(const Mxfp4MoeGemmArgs* args) {
     cudaGetLastError();
     return "no usable CUDA device";
   }
-  if (const Kernel* kernel = kernel_of(device, args->act_format)) return kernel->launch(args);
+  if (const Kernel* kernel = kernel_of(device, args->weight_format, args->act_format)) return kernel->launch(args);
   static thread_local std::string reason;
   const int major = compute_capability_major(device);
   reason = "tile " MXFP4_MOE_TEXT(TILE_NAME) ": ";
   std::string archs, formats;
   for (const Kernel& kernel : kKernels) {
     if (archs.find(kernel.facts->arch) == std::string::npos) archs += std::string(" sm_") + kernel.facts->arch;
-    if (kernel.major == major) formats += (formats.empty() ? "" : " or ") + std::to_string(kernel.facts->act_format);
+    if (kernel.major == major) formats += (formats.empty() ? "" : " or ") + std::string(kernel.facts->pair);
   }
   if (formats.empty())
     reason +=
         "this GPU has compute capability " + std::to_string(major) + ".x, this wheel has machine code for" + archs;
   else
-    reason += "act_format: expected " + formats + ", the rows that its kernels read on this GPU, got " +
-              std::to_string(args->act_format);
+    reason += "weight_format, act_format: expected those of " + formats + ", which its kernels read on this GPU, got " +
+              std::to_string(args->weight_format) + " and " + std::to_string(args->act_format);
   return reason.c_str();
 }
 
@@ -109,14 +110,15 @@ void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, con
   STD_TORCH_CHECK(rows <= INT_MAX - 3, "rows: expected at most ", INT_MAX - 3, ", got ", rows);
   STD_TORCH_CHECK(experts > 0 && experts <= INT_MAX, "experts: expected at least 1, got ", experts);
   // Where the device has kernels for both, the rows say which; for neither, launch says why.
-  const bool has_mxfp8 = kernel_of(device, MXFP4_MOE_ACT_MXFP8), has_bf16 = kernel_of(device, MXFP4_MOE_ACT_BF16);
+  const bool has_mxfp8 = kernel_of(device, MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP8);
+  const bool has_bf16 = kernel_of(device, MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16);
   const bool is_bf16 = has_bf16 && (!has_mxfp8 || act.scalar_type() == ScalarType::BFloat16);
   check_tensor("act", act, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, {rows, k}, device);
   STD_TORCH_CHECK(is_bf16 != act_scale.has_value(), "act_scale: expected ", is_bf16 ? "none" : "uint8",
                   " for the rows that this GPU's kernel reads, got ", is_bf16 ? "one" : "none");
   if (act_scale.has_value())
     check_tensor("act_scale", *act_scale, ScalarType::Byte, {scale_k_tiles(k), act_scale_rows(rows), 4}, device);
-  check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k)}, device);
+  check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k, kMxfp4ScaleWords)}, device);
   check_tensor("m_tiles", m_tiles, ScalarType::Int, {m_tiles.size(0), 4}, device);
   check_tensor("num_m_tiles", num_m_tiles, ScalarType::Int, {1}, device, kElementAlignment);
   const ScalarType out_type = out.scalar_type();
@@ -142,6 +144,8 @@ void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, con
       static_cast<int32_t>(experts),
       /*m_tiles_are_ready=*/0,  // who knows which kernel made them
       is_bf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8,
+      MXFP4_MOE_WEIGHT_MXFP4,
+      /*factors=*/{},
       /*activate=*/{},
       current_stream(device),
   };

@@ -11,6 +11,7 @@
 #include "tile/archs.cuh"
 #include "tile/pairs.cuh"
 #include "tile/stages.cuh"
+#include "tile_abi.h"
 
 namespace mxfp4_moe {
 
@@ -62,6 +63,7 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   // Bytes of one pipeline stage, and of each of its three parts.
   static constexpr int kActBytes = M * kActRowBytes;
   static constexpr int kWeightBlocks = ceil_div(N, kWeightBlockRows);  // scales included; narrow tiles use part of one
+  static constexpr int kScaleWords = kMxfp4ScaleWords, kWeightBlockBytes = weight_block_bytes(kScaleWords);
   static constexpr int kWeightBytes = kWeightBlocks * kWeightBlockBytes;
   // TMA starts at multiples of 16 bytes, four rows' words, and a tile's first row may be any of the four.
   static constexpr int kActScaleRows = M + 4;
@@ -71,7 +73,8 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
-  static constexpr bool kReadsBf16 = false;                           // but MXFP8, and writes it
+  static constexpr bool kReadsBf16 = false;
+  static constexpr int kActFormat = MXFP4_MOE_ACT_MXFP8, kWeightFormat = MXFP4_MOE_WEIGHT_MXFP4;
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;

@@ -236,6 +236,8 @@ def test_the_launcher_refuses_to_quantize() -> None:
     tile = MANIFEST.tile("m8n64_swap")
     launch.ptx_of_tile(tile, pair=MXFP4_BF16)
     args = args_of()
-    args.activate.rows, args.activate.quantizes = 6 << 20, 1
-    with pytest.raises(launch.RefusedError, match=r"quantizes: tile \(8, 64\) writes bf16 rows as they come"):
+    args.activate.rows, args.activate.format = 6 << 20, 0
+    with pytest.raises(
+        launch.RefusedError, match=r"format: expected 1, which tile \(8, 64\) writes on this GPU, got 0"
+    ):
         launch.shared_recorder().gemm_of(tile, MXFP4_BF16, args)

@@ -76,7 +76,7 @@ def test_layer(tile: Tile, tokens: int, dtype: torch.dtype, fuses: bool, recorde
     logits = torch.randn(tokens, EXPERTS, generator=g)
     out = torch.empty(tokens, HIDDEN, dtype=dtype)
     ptx = [*map(launch.ptx_of_moe, SOURCES), launch.ptx_of_tile(tile, pair=MXFP4_BF16)]
-    recorder.register_kernel(tile, MXFP4_BF16, BF16)
+    recorder.register_kernel(tile, MXFP4_BF16)
     (w13, w13_bias, w2, w2_bias, *numbers), _ = weights.operator_arguments
     arguments = (hidden_states, None, None, logits, TOP_K, w13, w13_bias, w2, w2_bias, *numbers, tile.m, tile.n, out)
     recording = recorder.operator("fused_moe", *arguments, activation_format=BF16)

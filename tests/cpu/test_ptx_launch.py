@@ -153,7 +153,10 @@ def test_the_operands_are_described_as_they_lie() -> None:
         ({"k": 33}, "k: expected a positive multiple of 32, got 33"),
         ({"n": 72}, "n: expected a positive multiple of 16, got 72"),
         ({"act": 0x10008}, "act: expected an address that is a multiple of 16"),
-        ({"act_format": 1}, "act_format: expected 0, the rows that its kernels read on this GPU, got 1"),
+        (
+            {"act_format": 1},
+            "weight_format, act_format: expected those of mxfp4_mxfp8, which its kernels read on this GPU, got 0 and 1",
+        ),
     ],
 )
 def test_a_launcher_refuses_in_its_own_words(changes: dict[str, Any], why: str) -> None:

@@ -123,7 +123,7 @@ struct FirstRow {
   uint32_t block;
 };
 __device__ __forceinline__ FirstRow first_row(int row) {
-  return {row % kWeightBlockRows, static_cast<uint32_t>(row / kWeightBlockRows * kWeightBlockBytes)};
+  return {row % kWeightBlockRows, static_cast<uint32_t>(row / kWeightBlockRows * weight_block_bytes(kMxfp4ScaleWords))};
 }
 // Where a lane finds what it expands, in a stage's weights: the words and the scales of its first row, in step 0.
 struct Places {
@@ -131,7 +131,7 @@ struct Places {
   uint32_t block;  // of 64 rows
 };
 __device__ __forceinline__ Places places(const FirstRow& row) {
-  return {row.block + weight_word_in_block(row.in_block, 0, lane_id() % 4),
+  return {row.block + weight_word_in_block(row.in_block, 0, lane_id() % 4, kMxfp4ScaleWords),
           row.block + weight_scale_word_in_block(row.in_block), row.block};
 }
 

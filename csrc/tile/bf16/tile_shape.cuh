@@ -13,6 +13,7 @@ struct Bf16Tile {
   using Arch = Arch_;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_, kReadsBf16 = true, kUnrollsStages = false;
+  static constexpr int kActFormat = MXFP4_MOE_ACT_BF16, kWeightFormat = MXFP4_MOE_WEIGHT_MXFP4;
   static constexpr bool kFoldsMxfp8 = Arch::kFoldsMxfp8;
   static constexpr bool kKeepsNothing = true;  // registers are what limits the blocks per SM
   static constexpr int kMmaWarps = kMmaWarps_, kWarpM = kWarpM_, kWarpN = kWarpN_;
@@ -33,6 +34,7 @@ struct Bf16Tile {
   static constexpr int kActBytes = 2 * kHalfBytes;
   static constexpr int kBoxRows = M == 8 ? 8 : 16;
   static constexpr int kWeightBlocks = ceil_div(N, kWeightBlockRows);
+  static constexpr int kScaleWords = kMxfp4ScaleWords, kWeightBlockBytes = weight_block_bytes(kScaleWords);
   static constexpr int kWeightBytes = kWeightBlocks * kWeightBlockBytes;
   static constexpr int kActScaleBytes = 0;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;

@@ -43,8 +43,8 @@ struct Operands {
     return act_chunk(row0 + group * 8 + lane % 8, Shape::kSwap ? lane / 8 % 2 : lane / 16);
   }
   static __device__ uint32_t weight_lane(int row0, int lane) {
-    return row0 / kWeightBlockRows * kWeightBlockBytes +
-           weight_word_in_block(row0 % kWeightBlockRows + lane / 4, 0, lane % 4);
+    return row0 / kWeightBlockRows * Shape::kWeightBlockBytes +
+           weight_word_in_block(row0 % kWeightBlockRows + lane / 4, 0, lane % 4, Shape::kScaleWords);
   }
 
   // act_stage and weight_stage are the same for the whole warp, and kept apart from what is the lane's own, so that the
@@ -86,7 +86,7 @@ struct WeightScales {
   static constexpr int kFragments = Shape::kSwap ? Shape::kFragM : Shape::kFragN;
 
   static __device__ uint32_t lane_offset(int row0, int lane) {
-    return row0 / kWeightBlockRows * kWeightBlockBytes +
+    return row0 / kWeightBlockRows * Shape::kWeightBlockBytes +
            weight_scale_word_in_block(row0 % kWeightBlockRows + (Shape::kSwap ? scale_a_row(lane) : scale_b_col(lane)));
   }
   static __device__ __forceinline__ void load(uint32_t (&word)[kFragments], const uint8_t* from) {

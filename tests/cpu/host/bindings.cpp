@@ -195,21 +195,22 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
     return int64_t(
         cute::cosize(cute::filter_zeros(Config::tile_atom_to_shape_SFB(cute::make_shape(128, int(n), int(k), 1)))));
   });
-  m.def("weight_bytes", &weight_bytes);
+  m.def("weight_bytes", [](int64_t n, int64_t k) { return weight_bytes(n, k, kMxfp4ScaleWords); });
   m.def("arranged_scale_offsets", [](int64_t n, int k) {
     return offsets(n, k, [&](int64_t r, int64_t block) {
-      return weight_block_offset(r / kWeightBlockRows, int(block / 4), n, k) +
+      return weight_block_offset(r / kWeightBlockRows, int(block / 4), n, k, kMxfp4ScaleWords) +
              weight_scale_word_in_block(int(r % kWeightBlockRows)) + block % 4;
     });
   });
   m.def("arranged_word_offsets", [](int64_t n, int k) {  // [rows][k / 8]
     return offsets(n, 4 * k, [&](int64_t r, int64_t word) {
-      return weight_block_offset(r / kWeightBlockRows, int(word / 16), n, k) +
-             weight_word_in_block(int(r % kWeightBlockRows), int(word / 4 % 4), int(word % 4));
+      return weight_block_offset(r / kWeightBlockRows, int(word / 16), n, k, kMxfp4ScaleWords) +
+             weight_word_in_block(int(r % kWeightBlockRows), int(word / 4 % 4), int(word % 4), kMxfp4ScaleWords);
     });
   });
   m.def("weight_unit", [] { return kWeightUnit; });
-  m.def("weight_word_in_block", &weight_word_in_block);
+  m.def("weight_word_in_block",
+        [](int row, int step, int t) { return weight_word_in_block(row, step, t, kMxfp4ScaleWords); });
   m.def("weight_scale_word_in_block", &weight_scale_word_in_block);
   m.def("weight_scale_position", &weight_scale_position);
   m.def("act_scale_bytes", &act_scale_bytes);

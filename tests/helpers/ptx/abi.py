@@ -5,7 +5,19 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_char_p, c_float, c_int32, c_uint32, c_void_p
 
-VERSION = 8  # MXFP4_MOE_TILE_ABI_VERSION
+VERSION = 9  # MXFP4_MOE_TILE_ABI_VERSION
+
+
+WEIGHT_FORMATS = ("mxfp4", "nvfp4")
+"""Mxfp4MoeWeightFormat."""
+ACT_FORMATS = ("mxfp8", "bf16", "mxfp4", "nvfp4")
+"""Mxfp4MoeActFormat."""
+
+
+def formats_of(pair: str) -> tuple[int, int]:
+    """A pair's weight_format and act_format."""
+    weights, activations = pair.split("_")
+    return WEIGHT_FORMATS.index(weights), ACT_FORMATS.index(activations)
 
 
 class PerExpert(ctypes.Structure):
@@ -21,13 +33,20 @@ class Activate(ctypes.Structure):
         ("rows", c_void_p),
         ("scales", c_void_p),
         ("bias", c_void_p),
-        ("quantizes", c_int32),
+        ("format", c_int32),
         ("activation", c_int32),
         ("rounding", c_int32),
         ("alpha", PerExpert),
         ("beta", PerExpert),
         ("limit", PerExpert),
+        ("global_scales", c_void_p),
     ]
+
+
+class Factors(ctypes.Structure):
+    """Mxfp4MoeFactors: of NVFP4 operands; else all null."""
+
+    _fields_ = [("of_weights", c_void_p), ("of_rows", c_void_p), ("of_inputs", c_void_p)]
 
 
 class GemmArgs(ctypes.Structure):
@@ -48,6 +67,8 @@ class GemmArgs(ctypes.Structure):
         ("experts", c_int32),
         ("m_tiles_are_ready", c_int32),
         ("act_format", c_int32),
+        ("weight_format", c_int32),
+        ("factors", Factors),
         ("activate", Activate),
         ("stream", c_void_p),
     ]
@@ -61,7 +82,7 @@ class Tile(ctypes.Structure):
         ("tile_m", c_int32),
         ("tile_n", c_int32),
         ("swap_ab", c_int32),
-        ("facts_of", ctypes.CFUNCTYPE(c_void_p, c_int32, c_int32)),
+        ("facts_of", ctypes.CFUNCTYPE(c_void_p, c_int32, c_int32, c_int32)),
         ("launch", ctypes.CFUNCTYPE(c_char_p, c_void_p)),
     ]
 
@@ -75,7 +96,7 @@ class Field(ctypes.Structure):
 def layout() -> dict[str, tuple[int, int]]:
     """Offset and size of every struct and field, by the header's names."""
     found = {}
-    for struct in (PerExpert, Activate, GemmArgs, Tile):
+    for struct in (PerExpert, Activate, Factors, GemmArgs, Tile):
         name = f"Mxfp4Moe{struct.__name__}"
         found[name] = (0, ctypes.sizeof(struct))
         for field, _ in struct._fields_:

@@ -149,7 +149,7 @@ class Gemm:
             k=k,
             experts=experts,
             m_tiles_are_ready=int(m_tiles_are_ready),
-            act_format=int(self.pair == MXFP4_BF16),
+            **dict(zip(("weight_format", "act_format"), abi.formats_of(self.pair), strict=True)),
         )
 
     def execute(
@@ -202,7 +202,7 @@ class Gemm:
         args = self.args(m_tiles_are_ready)
         to = args.activate
         to.rows, to.scales = self.output("codes", codes), self.output("scales", scales)
-        to.bias, to.quantizes = self.constant("bias", epilogue.bias), int(quantizes)
+        to.bias, to.format = self.constant("bias", epilogue.bias), args.act_format
         to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
         for name in ("alpha", "beta", "limit"):
             number = getattr(epilogue, name)

@@ -202,11 +202,11 @@ class Recorder:
     def register_tile(self, tile: tiles.Tile) -> None:
         self._ask("register_tile", tile.module)
 
-    def register_kernel(self, tile: tiles.Tile, pair: str, act_format: int) -> None:
+    def register_kernel(self, tile: tiles.Tile, pair: str) -> None:
         """Makes the layer find one kernel of a tile, compiled for the test, and no other of it."""
         sizes = (tile.m, tile.n, int(tile.swap_ab))
         names = (host_code.launcher(pair), host_code.facts(pair))
-        self._ask("register_kernel", str(host_code.built(tile, pair)[0]), *names, sizes, act_format)
+        self._ask("register_kernel", str(host_code.built(tile, pair)[0]), *names, sizes, abi.formats_of(pair))
 
     def layout(self) -> dict[str, tuple[int, int]]:
         return self._ask("layout")

@@ -122,7 +122,7 @@ COORDINATES = [
         "units of the tail without its scales",
         source=(
             PIPELINE,
-            "(kWeightBlockScaleBytes + tail_steps * kWeightStepBytes)",
+            "(weight_block_scale_bytes(Shape::kScaleWords) + tail_steps * kWeightStepBytes)",
             "(tail_steps * kWeightStepBytes)",
         ),
     ),

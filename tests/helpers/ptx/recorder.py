@@ -149,12 +149,14 @@ class Machine:
         importlib.import_module(_OPERATORS)
         self.torch.ops.mxfp4_moe.register_tile(importlib.import_module(f"mxfp4_moe._ext.{module}").entry)
 
-    def register_kernel(self, library: str, launcher: str, facts: str, sizes: Sequence[int], act_format: int) -> None:
+    def register_kernel(
+        self, library: str, launcher: str, facts: str, sizes: Sequence[int], reads: tuple[int, int]
+    ) -> None:
         """Makes a tile with one kernel known to the layer: what csrc/tile/tile_op.cpp would make of it."""
         loaded = ctypes.CDLL(library)
         kinds = dict(abi.Tile._fields_)
         address = ctypes.addressof(ctypes.c_char.in_dll(loaded, facts))
-        facts_of = kinds["facts_of"](lambda device, asked: address if asked == act_format else None)
+        facts_of = kinds["facts_of"](lambda device, *asked: address if asked == reads else None)
         launch = ctypes.cast(getattr(loaded, launcher), kinds["launch"])
         self.made = abi.Tile(abi.VERSION, *sizes, facts_of, launch)  # kept: the layer holds its address
         importlib.import_module(_OPERATORS)
