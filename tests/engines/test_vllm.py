@@ -150,9 +150,20 @@ def test_a_cpu_is_left_to_vllm(model: Path) -> None:
     assert declines(model)["as it is"].startswith("vLLM: this is a CPU, where we have a slow reference alone; MXFP4_")
 
 
+def test_activations_are_what_vllm_computes(model: Path) -> None:
+    found = printed("vllm_activations.py", model)
+    assert len(found) == 8
+    assert all(float(difference) < 1e-6 for difference in found.values()), found
+
+
 def declines(model: Path, **environment: str) -> dict[str, str]:
+    return printed("vllm_declines.py", model, **environment)
+
+
+def printed(program: str, model: Path, **environment: str) -> dict[str, str]:
+    """The lines `name: text` that a program prints."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MXFP4_MOE_")}
-    command = [sys.executable, str(Path(__file__).with_name("vllm_declines.py")), str(model)]
+    command = [sys.executable, str(Path(__file__).with_name(program)), str(model)]
     done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if not line.startswith("(")]  # what vLLM says begins with (Main

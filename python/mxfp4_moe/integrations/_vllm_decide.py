@@ -23,6 +23,7 @@ from ._engines.activations import formats_on
 from ._vllm_experts import ModularExperts, MonolithicExperts
 
 ENGINE = engine("vllm")
+_SWIGLU_STEP_LIMIT = 7.0  # vLLM's experts apply swiglustep_and_mul with its default, whatever the config says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +167,15 @@ def _numbers(layer: Any, gpt_oss: bool) -> dict[str, Any] | None:
         return {"activation": Activation.SWIGLU_OAI, "alpha": 1.0, "beta": 0.0, "limit": float(limit)}
     if activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE and limit is not None:
         return {"activation": Activation.SWIGLU_OAI, "alpha": alpha, "beta": beta, "limit": float(limit)}
-    if activation is MoEActivation.GELU:
+    # The others by name: vLLM has had them since 0.32 or 0.33.
+    named = activation.value
+    if named == "gelu":
         return {"activation": Activation.GEGLU}
-    if activation is MoEActivation.GELU_TANH:
+    if named == "gelu_tanh":
         return {"activation": Activation.GEGLU_TANH}
+    if named == "swiglustep":
+        return {"activation": Activation.SWIGLU_STEP, "limit": _SWIGLU_STEP_LIMIT}
+    if named == "situ" and (situ_beta := layer.moe_config.activation_situ_beta) is not None:
+        soft = layer.moe_config.activation_situ_linear_beta
+        return {"activation": Activation.SITU, "beta": float(situ_beta), "limit": None if soft is None else float(soft)}
     return None
