@@ -219,7 +219,7 @@ def test_the_launch_is_the_proofs(tile: Tile) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"act_format": 0}, r"act_format: expected 1, the rows that tile \(8, 64\) reads on this GPU, got 0"),
+        ({"act_format": 0}, r"expected 1 and 0, what this kernel of tile \(8, 64\) reads, got 0 and 0"),
         ({"act": (1 << 20) + 8}, "act: expected an address that is a multiple of 16"),
         ({"k": 48}, "k: expected a positive multiple of 32, got 48"),
     ],
