@@ -7,5 +7,6 @@ namespace mxfp4_moe {
 
 struct Pair_mxfp4_mxfp8 {};  // both with their scales, for MMAs that take scales
 struct Pair_mxfp4_bf16 {};   // weights expanded to bf16, their scale multiplied in
+struct Pair_nvfp4_bf16 {};   // the same, and fp32 factors behind the sums
 
 }  // namespace mxfp4_moe
