@@ -82,11 +82,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
 
 // Rows of the kernels that make them, and their scales, of which bf16 rows have none.
 std::tuple<Tensor, Tensor> empty_rows(RowFormat format, int64_t rows, int64_t k, int32_t device) {
-  const bool is_mxfp8 = format == RowFormat::kMxfp8;
-  return {empty({rows, k}, is_mxfp8 ? ScalarType::Byte : ScalarType::BFloat16, device),
-          empty({is_mxfp8 ? scale_k_tiles(k) : 0, act_scale_rows(rows), 4}, ScalarType::Byte, device)};
+  const bool is_fp4 = format == RowFormat::kMxfp4 || format == RowFormat::kNvfp4;
+  const bool is_bf16 = format == RowFormat::kMxfp8InBf16 || format == RowFormat::kBf16;
+  const int64_t words = is_bf16 ? 0 : scale_k_tiles(k) * (format == RowFormat::kNvfp4 ? 2 : 1);
+  return {empty({rows, is_fp4 ? k / 2 : k}, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, device),
+          empty({words, act_scale_rows(rows), 4}, ScalarType::Byte, device)};
 }
-RowFormat check_row_format(int64_t format) { return static_cast<RowFormat>(check_range("rows", format, 0, 2)); }
+RowFormat check_row_format(int64_t format) { return static_cast<RowFormat>(check_range("rows", format, 0, 4)); }
+
+// NVFP4 rows have the global scales of their experts, or room for the reciprocals of their own; other rows neither.
+GlobalScales check_global_scales(RowFormat format, const std::optional<Tensor>& global_scales,
+                                 const std::optional<Tensor>& row_expert, const std::optional<Tensor>& row_factors,
+                                 int64_t rows, int32_t device) {
+  const bool is_nvfp4 = format == RowFormat::kNvfp4;
+  STD_TORCH_CHECK(global_scales.has_value() + row_factors.has_value() == (is_nvfp4 ? 1 : 0),
+                  "global_scales and row_factors: expected ", is_nvfp4 ? "one of the two" : "neither", " for rows = ",
+                  static_cast<int>(format), ", got ", global_scales.has_value() + row_factors.has_value());
+  GlobalScales scales = {};
+  if (global_scales.has_value()) {
+    check_tensor("global_scales", *global_scales, ScalarType::Float, {global_scales->numel()}, device,
+                 kElementAlignment);
+    STD_TORCH_CHECK(row_expert.has_value(), "row_expert: expected int32 [rows] with global_scales, got none");
+    check_tensor("row_expert", *row_expert, ScalarType::Int, {rows}, device, kElementAlignment);
+    scales.of_experts = data<const float>(*global_scales);
+    scales.row_expert = data<const int32_t>(*row_expert);
+  }
+  if (row_factors.has_value()) {
+    check_tensor("row_factors", *row_factors, ScalarType::Float, {rows}, device, kElementAlignment);
+    scales.row_factors = data<float>(*row_factors);
+  }
+  return scales;
+}
 
 // The number of valid rows is the last value of expert_offsets.
 const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
@@ -96,9 +122,11 @@ const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
   return data<const int32_t>(expert_offsets) + expert_offsets.numel() - 1;
 }
 
-// Returns rows [R, H] and scales. rows: RowFormat.
+// Returns rows [R, H] or packed [R, H / 2], and scales. rows: RowFormat; row_expert [R] where global_scales [E] are given.
 std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& slot_row, int64_t top_k,
-                                            int64_t rows) {
+                                            int64_t rows, const std::optional<Tensor>& row_expert,
+                                            const std::optional<Tensor>& global_scales,
+                                            const std::optional<Tensor>& row_factors) {
   const int32_t device = device_of("hidden_states", hidden_states);
   QuantizePermuteArgs args = {};
   args.format = check_row_format(rows);
@@ -109,6 +137,7 @@ std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const T
   const int32_t slots = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
   args.tokens = static_cast<int32_t>(hidden_states.size(0));
   check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
+  args.global_scales = check_global_scales(args.format, global_scales, row_expert, row_factors, slots, device);
   const DeviceGuard guard(device);
   const auto [made, scales] = empty_rows(args.format, slots, args.hidden_size, device);
   args.hidden = hidden_states.data_ptr();
@@ -125,7 +154,7 @@ std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hi
   const int32_t device = device_of("hidden_states", hidden_states);
   PermuteArgs args = {};
   args.format = check_row_format(rows);
-  STD_TORCH_CHECK(args.format != RowFormat::kBf16, "rows: expected 0 or 1, these are quantized, got 2");
+  STD_TORCH_CHECK(args.format <= RowFormat::kMxfp8InBf16, "rows: expected 0 or 1, these are quantized, got ", rows);
   check_mxfp8(hidden_states, hidden_states_scale, scale_is_swizzled, device);
   args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
   args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
@@ -144,12 +173,13 @@ std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hi
   return {made, scales};
 }
 
-// Returns rows [R, I] and scales. rows: RowFormat; rounding: 0 for none, else an Mxfp4MoeOutType.
+// Returns rows and scales as quantize_permute. rounding: 0 for none, else an Mxfp4MoeOutType.
 std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_expert, const Tensor& expert_offsets,
                                       const std::optional<Tensor>& w13_bias, int64_t activation, double alpha,
                                       double beta, double limit, const std::optional<Tensor>& alphas,
                                       const std::optional<Tensor>& betas, const std::optional<Tensor>& limits,
-                                      int64_t rounding, int64_t rows) {
+                                      int64_t rounding, int64_t rows, const std::optional<Tensor>& global_scales,
+                                      const std::optional<Tensor>& row_factors) {
   const int32_t device = device_of("gemm1", gemm1);
   ActivationArgs args = {};
   args.format = check_row_format(rows);
@@ -171,6 +201,7 @@ std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_exp
   args.alpha = check_number("alpha", alpha, alphas, experts, device);
   args.beta = check_number("beta", beta, betas, experts, device);
   args.limit = check_number("limit", limit, limits, experts, device);
+  args.global_scales = check_global_scales(args.format, global_scales, row_expert, row_factors, args.rows, device);
   const DeviceGuard guard(device);
   const auto [made, scales] = empty_rows(args.format, args.rows, args.intermediate, device);
   args.gemm1 = data<const float>(gemm1);
@@ -311,14 +342,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "Tensor? e_score_correction_bias=None, int scoring_func=0, int num_expert_group=1, int topk_group=1, "
       "int group_score=0, float routed_scaling_factor=1.0) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0) -> (Tensor, Tensor)");
+  m.def(
+      "quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0, Tensor? row_expert=None, "
+      "Tensor? global_scales=None, Tensor(a!)? row_factors=None) -> (Tensor, Tensor)");
   m.def(
       "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor slot_row, int top_k, "
       "int rows=0) -> (Tensor, Tensor)");
   m.def(
       "activation(Tensor gemm1, Tensor row_expert, Tensor expert_offsets, Tensor? w13_bias, int activation, "
       "float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, int rounding=0, "
-      "int rows=0) -> (Tensor, Tensor)");
+      "int rows=0, Tensor? global_scales=None, Tensor(a!)? row_factors=None) -> (Tensor, Tensor)");
   m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
   m.def("route_topk(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
   m.def(
