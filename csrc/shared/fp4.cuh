@@ -91,10 +91,11 @@ __device__ __forceinline__ float nvfp4_multiplier(uint32_t amax, uint32_t scale,
   return amax == 0 ? 0.0f : __frcp_rn(__fmul_rn(e4m3_value(scale), inverse));
 }
 
-// The global scale that a row has for itself, from its largest magnitude(): formats.nvfp4_row_scales.
+// The global scale that a row has for itself, from its largest magnitude(): 2688 / amax as torch divides a number by a
+// tensor, which is 2688 * (1 / amax); at most fp32's largest number (formats.nvfp4_row_scales).
 __device__ __forceinline__ float nvfp4_row_scale(uint32_t amax) {
-  constexpr float kLargest = 3.402823466e38f;
-  return amax == 0 || amax >= kFloatInfBits ? 1.0f : fminf(__fdiv_rn(kNvfp4Max, __uint_as_float(amax)), kLargest);
+  const float scale = __fmul_rn(kNvfp4Max, __frcp_rn(__uint_as_float(amax)));
+  return amax == 0 || amax >= kFloatInfBits ? 1.0f : __uint_as_float(min(__float_as_uint(scale), kFloatInfBits - 1));
 }
 
 }  // namespace mxfp4_moe
