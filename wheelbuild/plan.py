@@ -166,7 +166,10 @@ def block_scaled(tile: Tile, arch: str, pair: str = tile_model.MXFP4_MXFP8) -> d
         return {}
     parts = ("stages", "act_bytes", "weight_bytes", "act_scale_bytes")
     memory = {part: getattr(proof, part) for part in parts}
-    memory |= {"block_bytes": tile_model.WEIGHT_BLOCK_BYTES, "block_scale_bytes": tile_model.WEIGHT_BLOCK_ROWS * 4}
+    memory |= {
+        "block_bytes": tile_model.weight_block_bytes(pair),
+        "block_scale_bytes": tile_model.WEIGHT_BLOCK_ROWS * 4 * tile_model.scale_words(pair),
+    }
     return {"fp4": "A" if tile.swap_ab else "B", "shared_memory": memory}
 
 

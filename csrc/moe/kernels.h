@@ -107,6 +107,7 @@ cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs
 
 // To what a layer's activations are brought before each GEMM; reference.ACTIVATION_FORMATS has the same order.
 enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };
+constexpr int kNumActivationFormats = 4;
 
 // What the rows that a GEMM reads are.
 enum class RowFormat : int {
@@ -116,6 +117,7 @@ enum class RowFormat : int {
   kMxfp4,        // E2M1 codes, two to a byte, low nibble = even k, and their E8M0 scales
   kNvfp4,        // the same under E4M3 scales of 16 values, after a global scale (GlobalScales)
 };
+constexpr int kNumRowFormats = 5;
 
 // NVFP4's global scales: what a row is multiplied by before it is quantized. Rows of an expert have that of the
 // checkpoint; where it has none, each row its own, 2688 / amax, whose reciprocal its kernel leaves in row_factors.

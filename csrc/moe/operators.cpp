@@ -36,13 +36,19 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
                const std::optional<Tensor>& limits, const std::optional<Tensor>& hidden_states_scale,
                bool scale_is_swizzled, bool intermediate_rounding, int64_t activation_format,
                const std::optional<Tensor>& e_score_correction_bias, int64_t scoring_func, int64_t num_expert_group,
-               int64_t topk_group, int64_t group_score, double routed_scaling_factor) {
+               int64_t topk_group, int64_t group_score, double routed_scaling_factor, int64_t weight_format,
+               const std::optional<Tensor>& w13_factors, const std::optional<Tensor>& w2_factors,
+               const std::optional<Tensor>& w13_input_factors, const std::optional<Tensor>& w2_input_factors,
+               const std::optional<Tensor>& w13_input_global_scales,
+               const std::optional<Tensor>& w2_input_global_scales) {
   const RouterRule router = {e_score_correction_bias, scoring_func, num_expert_group, topk_group, group_score,
                              routed_scaling_factor};
   // clang-format off
   run_layer({hidden_states, hidden_states_scale, scale_is_swizzled,
              topk_weights, topk_ids, router_logits, top_k, renormalize, router, first_expert,
-             w13, w13_bias, w2, w2_bias, intermediate_size,
+             weight_format, w13, w13_bias, w2, w2_bias, intermediate_size,
+             w13_factors, w2_factors, w13_input_factors, w2_input_factors,
+             w13_input_global_scales, w2_input_global_scales,
              activation, alpha, beta, limit, alphas, betas, limits, intermediate_rounding,
              tile_m, tile_n, activation_format, out});
   // clang-format on
@@ -82,34 +88,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
 
 // Rows of the kernels that make them, and their scales, of which bf16 rows have none.
 std::tuple<Tensor, Tensor> empty_rows(RowFormat format, int64_t rows, int64_t k, int32_t device) {
-  const bool is_fp4 = format == RowFormat::kMxfp4 || format == RowFormat::kNvfp4;
   const bool is_bf16 = format == RowFormat::kMxfp8InBf16 || format == RowFormat::kBf16;
-  const int64_t words = is_bf16 ? 0 : scale_k_tiles(k) * (format == RowFormat::kNvfp4 ? 2 : 1);
+  const bool is_fp4 = format == RowFormat::kMxfp4 || format == RowFormat::kNvfp4;
+  const int64_t words = is_bf16 ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;  // of scales, of a row in a K tile
   return {empty({rows, is_fp4 ? k / 2 : k}, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, device),
-          empty({words, act_scale_rows(rows), 4}, ScalarType::Byte, device)};
+          empty({words * scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
 }
-RowFormat check_row_format(int64_t format) { return static_cast<RowFormat>(check_range("rows", format, 0, 4)); }
+RowFormat check_row_format(int64_t format) {
+  return static_cast<RowFormat>(check_range("rows", format, 0, kNumRowFormats - 1));
+}
 
-// NVFP4 rows have the global scales of their experts, or room for the reciprocals of their own; other rows neither.
+// The global scales of NVFP4 rows: of experts [E], beside the rows' experts [R]; or the rows' own, of which the factors
+// that undo them are written to row_factors [R].
 GlobalScales check_global_scales(RowFormat format, const std::optional<Tensor>& global_scales,
                                  const std::optional<Tensor>& row_expert, const std::optional<Tensor>& row_factors,
                                  int64_t rows, int32_t device) {
-  const bool is_nvfp4 = format == RowFormat::kNvfp4;
-  STD_TORCH_CHECK(global_scales.has_value() + row_factors.has_value() == (is_nvfp4 ? 1 : 0),
-                  "global_scales and row_factors: expected ", is_nvfp4 ? "one of the two" : "neither", " for rows = ",
-                  static_cast<int>(format), ", got ", global_scales.has_value() + row_factors.has_value());
+  const bool nvfp4 = format == RowFormat::kNvfp4;
+  const bool of_experts = nvfp4 && global_scales.has_value();
   GlobalScales scales = {};
-  if (global_scales.has_value()) {
-    check_tensor("global_scales", *global_scales, ScalarType::Float, {global_scales->numel()}, device,
-                 kElementAlignment);
-    STD_TORCH_CHECK(row_expert.has_value(), "row_expert: expected int32 [rows] with global_scales, got none");
+  scales.of_experts =
+      check_scales("global_scales", global_scales, of_experts, {of_experts ? global_scales->numel() : 0}, device);
+  scales.row_factors =
+      const_cast<float*>(check_scales("row_factors", row_factors, nvfp4 && !of_experts, {rows}, device));
+  if (of_experts) {
+    STD_TORCH_CHECK(row_expert.has_value(), "row_expert: expected a tensor with global_scales, got none");
     check_tensor("row_expert", *row_expert, ScalarType::Int, {rows}, device, kElementAlignment);
-    scales.of_experts = data<const float>(*global_scales);
-    scales.row_expert = data<const int32_t>(*row_expert);
-  }
-  if (row_factors.has_value()) {
-    check_tensor("row_factors", *row_factors, ScalarType::Float, {rows}, device, kElementAlignment);
-    scales.row_factors = data<float>(*row_factors);
+    scales.row_expert = data<const int32_t>(row_expert);
   }
   return scales;
 }
@@ -122,10 +126,10 @@ const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
   return data<const int32_t>(expert_offsets) + expert_offsets.numel() - 1;
 }
 
-// Returns rows [R, H] or packed [R, H / 2], and scales. rows: RowFormat; row_expert [R] where global_scales [E] are given.
+// Returns rows [R, H] and scales. rows: RowFormat.
 std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& slot_row, int64_t top_k,
-                                            int64_t rows, const std::optional<Tensor>& row_expert,
-                                            const std::optional<Tensor>& global_scales,
+                                            int64_t rows, const std::optional<Tensor>& global_scales,
+                                            const std::optional<Tensor>& row_expert,
                                             const std::optional<Tensor>& row_factors) {
   const int32_t device = device_of("hidden_states", hidden_states);
   QuantizePermuteArgs args = {};
@@ -154,7 +158,8 @@ std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hi
   const int32_t device = device_of("hidden_states", hidden_states);
   PermuteArgs args = {};
   args.format = check_row_format(rows);
-  STD_TORCH_CHECK(args.format <= RowFormat::kMxfp8InBf16, "rows: expected 0 or 1, these are quantized, got ", rows);
+  STD_TORCH_CHECK(args.format == RowFormat::kMxfp8 || args.format == RowFormat::kMxfp8InBf16,
+                  "rows: expected 0 or 1, these are quantized, got ", rows);
   check_mxfp8(hidden_states, hidden_states_scale, scale_is_swizzled, device);
   args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
   args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
@@ -173,7 +178,7 @@ std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hi
   return {made, scales};
 }
 
-// Returns rows and scales as quantize_permute. rounding: 0 for none, else an Mxfp4MoeOutType.
+// Returns rows [R, I] and scales. rows: RowFormat; rounding: 0 for none, else an Mxfp4MoeOutType.
 std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_expert, const Tensor& expert_offsets,
                                       const std::optional<Tensor>& w13_bias, int64_t activation, double alpha,
                                       double beta, double limit, const std::optional<Tensor>& alphas,
@@ -340,11 +345,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "Tensor? alphas=None, Tensor? betas=None, Tensor? limits=None, Tensor? hidden_states_scale=None, "
       "bool scale_is_swizzled=False, bool intermediate_rounding=False, int activation_format=0, "
       "Tensor? e_score_correction_bias=None, int scoring_func=0, int num_expert_group=1, int topk_group=1, "
-      "int group_score=0, float routed_scaling_factor=1.0) -> ()");
+      "int group_score=0, float routed_scaling_factor=1.0, int weight_format=0, Tensor? w13_factors=None, "
+      "Tensor? w2_factors=None, Tensor? w13_input_factors=None, Tensor? w2_input_factors=None, "
+      "Tensor? w13_input_global_scales=None, Tensor? w2_input_global_scales=None) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0, Tensor? row_expert=None, "
-      "Tensor? global_scales=None, Tensor(a!)? row_factors=None) -> (Tensor, Tensor)");
+      "quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0, Tensor? global_scales=None, "
+      "Tensor? row_expert=None, Tensor(a!)? row_factors=None) -> (Tensor, Tensor)");
   m.def(
       "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor slot_row, int top_k, "
       "int rows=0) -> (Tensor, Tensor)");

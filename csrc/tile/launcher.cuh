@@ -125,6 +125,10 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
     act.strides[0] = 2 * k;
     act.box[0] = kTileK / 2;
     act.box[1] = Shape::kBoxRows;
+  } else if constexpr (Shape::kRowBytes != kTileK) {
+    act.extents[0] = act.strides[0] = k / 2;
+    act.box[0] = Shape::kRowBytes;
+    act.swizzle = CU_TENSOR_MAP_SWIZZLE_64B;
   }
   TmaOperand<2> weight{"weight",
                        CU_TENSOR_MAP_DATA_TYPE_INT32,
@@ -136,13 +140,13 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
   if (const char* why = encode(maps.act, act, refuse)) return why;
   if constexpr (!Shape::kReadsBf16) {
     // Pairs of words, because a box has at most 256 elements a side and the largest tile wants 260 rows.
-    const cuuint64_t k_tiles = u64(scale_k_tiles(a.k)), scale_rows = u64(act_scale_rows(a.rows));
+    const cuuint64_t sets = u64(scale_k_tiles(a.k) * Shape::kScaleWords), scale_rows = u64(act_scale_rows(a.rows));
     const TmaOperand<2> act_scale{"act_scale",
                                   CU_TENSOR_MAP_DATA_TYPE_INT64,
                                   a.act_scale,
-                                  {scale_rows / 2, k_tiles},
+                                  {scale_rows / 2, sets},
                                   {scale_rows * 4},
-                                  {Shape::kActScaleRows / 2, 1},
+                                  {Shape::kActScaleRows / 2, Shape::kScaleWords},
                                   CU_TENSOR_MAP_SWIZZLE_NONE};
     if (const char* why = encode(maps.act_scale, act_scale, refuse)) return why;
   }

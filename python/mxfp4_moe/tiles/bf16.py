@@ -7,7 +7,7 @@ by statement; the build compares them after every compile.
 from __future__ import annotations
 
 from .pairs import MXFP4_BF16
-from .proof import WEIGHT_BLOCK_BYTES, WEIGHT_BLOCK_ROWS, TileProof, shape_refusals, stage_refusals
+from .proof import WEIGHT_BLOCK_ROWS, TileProof, shape_refusals, stage_refusals, weight_block_bytes
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, smem_per_sm
 from .tile import Tile
 
@@ -88,7 +88,7 @@ def _prove(
     mma_registers = 112 if mma_warps > 8 else 240
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
     act_bytes = 2 * m * 128  # bf16, as two halves of a K tile
-    weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
+    weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * weight_block_bytes(MXFP4_BF16)
     stage_bytes = act_bytes + weight_bytes
     activates = n >= 64
     amax_bytes = n // warp_weight_rows * m * 4 if activates and folds_mxfp8 else 0  # only quantizing needs them

@@ -195,22 +195,24 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
     return int64_t(
         cute::cosize(cute::filter_zeros(Config::tile_atom_to_shape_SFB(cute::make_shape(128, int(n), int(k), 1)))));
   });
-  m.def("weight_bytes", [](int64_t n, int64_t k) { return weight_bytes(n, k, kMxfp4ScaleWords); });
-  m.def("arranged_scale_offsets", [](int64_t n, int k) {
-    return offsets(n, k, [&](int64_t r, int64_t block) {
-      return weight_block_offset(r / kWeightBlockRows, int(block / 4), n, k, kMxfp4ScaleWords) +
-             weight_scale_word_in_block(int(r % kWeightBlockRows)) + block % 4;
+  // scale_words: of a row in a K tile, 1 of MXFP4 and 2 of NVFP4
+  m.def("weight_bytes", [](int64_t n, int64_t k, int scale_words) { return weight_bytes(n, k, scale_words); });
+  m.def("arranged_scale_offsets", [](int64_t n, int k, int scale_words) {  // [rows][k / 32 * scale_words]
+    return offsets(n, k * scale_words, [&](int64_t r, int64_t block) {
+      const int64_t word = block / 4;
+      return weight_block_offset(r / kWeightBlockRows, int(word / scale_words), n, k, scale_words) +
+             word % scale_words * kWeightScaleSetBytes + weight_scale_word_in_block(int(r % kWeightBlockRows)) +
+             block % 4;
     });
   });
-  m.def("arranged_word_offsets", [](int64_t n, int k) {  // [rows][k / 8]
+  m.def("arranged_word_offsets", [](int64_t n, int k, int scale_words) {  // [rows][k / 8]
     return offsets(n, 4 * k, [&](int64_t r, int64_t word) {
-      return weight_block_offset(r / kWeightBlockRows, int(word / 16), n, k, kMxfp4ScaleWords) +
-             weight_word_in_block(int(r % kWeightBlockRows), int(word / 4 % 4), int(word % 4), kMxfp4ScaleWords);
+      return weight_block_offset(r / kWeightBlockRows, int(word / 16), n, k, scale_words) +
+             weight_word_in_block(int(r % kWeightBlockRows), int(word / 4 % 4), int(word % 4), scale_words);
     });
   });
   m.def("weight_unit", [] { return kWeightUnit; });
-  m.def("weight_word_in_block",
-        [](int row, int step, int t) { return weight_word_in_block(row, step, t, kMxfp4ScaleWords); });
+  m.def("weight_word_in_block", &weight_word_in_block);
   m.def("weight_scale_word_in_block", &weight_scale_word_in_block);
   m.def("weight_scale_position", &weight_scale_position);
   m.def("act_scale_bytes", &act_scale_bytes);
