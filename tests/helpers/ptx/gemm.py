@@ -15,7 +15,7 @@ from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.arithmetic import of_arch
 from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem, offsets_of, random_problem
-from mxfp4_moe.tiles import FP4_PAIRS, MXFP4_BF16, MXFP4_MXFP8, Tile, prove, scale_words, weight_block_bytes
+from mxfp4_moe.tiles import FP4_PAIRS, MXFP4_BF16, MXFP4_MXFP8, NVFP4_BF16, Tile, prove, scale_words, weight_block_bytes
 
 from . import abi, fp4_problems, launch
 from .fp4_problems import Fp4Problem
@@ -108,7 +108,7 @@ def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
     first = scales + k % 128 // 32 * 1024  # of a block of scales and four steps of 1024 bytes
     blocks = proof.stages * proof.weight_bytes // block
     found = [range(weights + b * block + first, weights + (b + 1) * block) for b in range(blocks) if first > scales]
-    return [range(weights), *found] if pair == MXFP4_BF16 and tile.m > 16 else found
+    return [range(weights), *found] if pair in (MXFP4_BF16, NVFP4_BF16) and tile.m > 16 else found
 
 
 class Gemm:
