@@ -15,9 +15,10 @@ from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.arithmetic import of_arch
 from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem, offsets_of, random_problem
-from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP8, Tile, prove
+from mxfp4_moe.tiles import FP4_PAIRS, MXFP4_BF16, MXFP4_MXFP8, Tile, prove, scale_words, weight_block_bytes
 
-from . import abi, launch
+from . import abi, fp4_problems, launch
+from .fp4_problems import Fp4Problem
 from .machine import Machine
 
 PtxChange = Callable[[str], str] | None
@@ -32,6 +33,8 @@ def array(tensor: Tensor) -> np.ndarray:
 
 def pair_of(problem: GemmProblem) -> str:
     """The pair of formats that computes it."""
+    if isinstance(problem, Fp4Problem):
+        return problem.pair
     return MXFP4_BF16 if problem.row_scales is None else MXFP4_MXFP8
 
 
@@ -52,6 +55,8 @@ def in_bf16(problem: GemmProblem) -> GemmProblem:
 
 def any_problem(k: int, n: int, rows_per_expert: Sequence[int], pair: str = MXFP4_MXFP8) -> GemmProblem:
     """Random bits in every operand."""
+    if pair in FP4_PAIRS:
+        return fp4_problems.any_problem(k, n, rows_per_expert, pair)
     problem = random_problem(k, n, torch.device("cpu"), rows_per_expert=rows_per_expert)
     if pair != MXFP4_BF16:
         return under_sm12x(problem)
@@ -66,6 +71,8 @@ def usual_problem(
     k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0, pair: str = MXFP4_MXFP8
 ) -> GemmProblem:
     """Sums of a few units, as a layer has them: for activations."""
+    if pair in FP4_PAIRS:
+        return fp4_problems.usual_problem(k, n, rows_per_expert, pair, seed=seed)
     g = torch.Generator().manual_seed(seed)
     offsets = offsets_of(rows_per_expert, torch.device("cpu"))
     rows, experts = int(offsets[-1]) + ROWS_OF_NO_EXPERT, len(rows_per_expert)
@@ -97,9 +104,10 @@ def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
     """
     proof = prove(tile, "120f", pair)
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
-    first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
-    blocks = proof.stages * proof.weight_bytes // 4352
-    found = [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
+    scales, block = 256 * scale_words(pair), weight_block_bytes(pair)
+    first = scales + k % 128 // 32 * 1024  # of a block of scales and four steps of 1024 bytes
+    blocks = proof.stages * proof.weight_bytes // block
+    found = [range(weights + b * block + first, weights + (b + 1) * block) for b in range(blocks) if first > scales]
     return [range(weights), *found] if pair == MXFP4_BF16 and tile.m > 16 else found
 
 
@@ -113,17 +121,25 @@ class Gemm:
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
         experts_weights = zip(problem.packed, problem.scales, strict=True)
-        in_order = formats.WordOrder.PAIRS if self.pair == MXFP4_BF16 else formats.WordOrder.CONTAINERS
+        orders = {MXFP4_BF16: formats.WordOrder.PAIRS, MXFP4_MXFP8: formats.WordOrder.CONTAINERS}
+        in_order, words = orders.get(self.pair, formats.WordOrder.PLAIN), scale_words(self.pair)
         self.operands = {
-            "weight": torch.stack([formats.arrange_weights(p, s, in_order) for p, s in experts_weights]),
+            "weight": torch.stack([formats.arrange_weights(p, s, in_order, words) for p, s in experts_weights]),
             "m_tiles": torch.cat([tiles, junk.expand(self.bound - len(tiles), 4)]),
             "num_m_tiles": torch.tensor([len(tiles)], dtype=torch.int32),
         }
         if problem.row_scales is None:
             self.operands["act"] = problem.rows.clone()
         else:
-            self.operands["act"] = formats.interleave_k(problem.rows)
-            self.operands["act_scale"] = formats.pack_row_scales(problem.row_scales)
+            is_fp4 = isinstance(problem, Fp4Problem)
+            self.operands["act"] = problem.rows.clone() if is_fp4 else formats.interleave_k(problem.rows)
+            whole = torch.nn.functional.pad(problem.row_scales, (0, -problem.row_scales.shape[1] % (4 * words)))
+            self.operands["act_scale"] = formats.pack_row_scales(whole)
+        self.factors: dict[str, int | None] = {}
+        if isinstance(problem, Fp4Problem):
+            self.factors = {name: self.constant(name, getattr(problem, name)) for name in ("of_weights", "of_inputs")}
+            if problem.of_rows is not None:
+                self.operands["of_rows"] = problem.of_rows.clone()
         for name, tensor in self.operands.items():
             machine.memory.add(name, array(tensor), written=True, writable=name != "weight")
 
@@ -139,14 +155,16 @@ class Gemm:
         return tensor.data_ptr()
 
     def args(self, m_tiles_are_ready: bool) -> abi.GemmArgs:
-        rows, k = self.problem.rows.shape
-        experts, n, _ = self.problem.packed.shape
+        rows, (experts, n, half) = self.problem.rows.shape[0], self.problem.packed.shape
+        addresses = {name: tensor.data_ptr() for name, tensor in self.operands.items()}
+        self.factors["of_rows"] = addresses.pop("of_rows", None)
         return abi.GemmArgs(
-            **{name: tensor.data_ptr() for name, tensor in self.operands.items()},
+            **addresses,
+            factors=abi.Factors(**self.factors),
             max_m_tiles=self.bound,
             rows=rows,
             n=n,
-            k=k,
+            k=2 * half,
             experts=experts,
             m_tiles_are_ready=int(m_tiles_are_ready),
             **dict(zip(("weight_format", "act_format"), abi.formats_of(self.pair), strict=True)),
@@ -163,9 +181,9 @@ class Gemm:
         (one,) = launch.shared_recorder().gemm_of(self.tile, self.pair, args, sms=sms)
         if change_launch is not None:
             one = change_launch(one)
-        late = [name for name in ("act", "act_scale") if name in self.operands]
+        late = [name for name in ("act", "act_scale", "of_rows") if name in self.operands]
         self.machine.pretend_kernel(late if args.m_tiles_are_ready else [*late, "m_tiles", "num_m_tiles"])
-        unwritten = junk(self.tile, self.problem.rows.shape[1], self.pair)
+        unwritten = junk(self.tile, args.k, self.pair)
         self.machine.run(ptx if change is None else change(ptx), one, junk=unwritten)
 
     def run(
