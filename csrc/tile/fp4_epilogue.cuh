@@ -90,6 +90,7 @@ __device__ __forceinline__ void store_fp4(const Value& value, const Mxfp4MoeActi
   }
   if (col0 >= n) return;  // the whole warp: n is whole blocks
 
+  constexpr float kPoison = -1.f;  // a multiplier is not below 0
   float multiplier[kActFrags][2][Blocks::kOfWarp];
   const float global = Blocks::kNvfp4 ? __ldg(a.global_scales + m_tile.expert) : 1.f;
   const float inverse = __frcp_rn(global);
@@ -104,7 +105,9 @@ __device__ __forceinline__ void store_fp4(const Value& value, const Mxfp4MoeActi
       for (int b = 0; b < Blocks::kOfWarp; ++b) {
         const uint32_t of_block = largest[f][r][b];
         const uint32_t scale = Blocks::kNvfp4 ? nvfp4_scale(of_block, global) : mxfp4_scale(of_block);
-        multiplier[f][r][b] = Blocks::kNvfp4 ? nvfp4_multiplier(of_block, scale, inverse) : mxfp4_multiplier(scale);
+        multiplier[f][r][b] = of_block >= kFloatInfBits ? kPoison
+                              : Blocks::kNvfp4          ? nvfp4_multiplier(of_block, scale, inverse)
+                                                        : mxfp4_multiplier(scale);
         if (writes_scales && row < valid) {
           const auto at = [&](int block) { return a.scales + act_scale_offset(m_tile.row_begin + row, block, rows); };
           *at(block0 + b) = static_cast<uint8_t>(scale);
@@ -116,8 +119,8 @@ __device__ __forceinline__ void store_fp4(const Value& value, const Mxfp4MoeActi
   }
 
   const auto scaled = [&](int q, int f, int r, int o) {
-    const int b = q / kGroupsPerBlock;
-    return largest[f][r][b] >= kFloatInfBits ? 0.f : __fmul_rn(value(q, f, r, o), multiplier[f][r][b]);
+    const float by = multiplier[f][r][q / kGroupsPerBlock];
+    return by < 0.f ? 0.f : __fmul_rn(value(q, f, r, o), by);
   };
   const auto store_word = [&](int row, int q, uint32_t word) {
     if (row < valid)
