@@ -7,12 +7,15 @@ oracles of its own. SM90's PTX is executed too: it converts to E2M1 without the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from fp4_cases import hard_rows
 from moe_cases import ids_of, layer_of, special_rows
 from ptx import launch
+from ptx.fp4_problems import Fp4Problem
+from ptx.gemm import Epilogue
 from ptx.running import Run, execute
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from mxfp4_moe import formats, reference
 CPU = torch.device("cpu")
 KINDS = ("mxfp4", "nvfp4 of experts", "nvfp4 of rows")
 _EXPERTS = 5
+_ROUNDINGS = (None, torch.bfloat16, torch.float16)
 _GLOBAL_SCALES = torch.tensor([1.0, 0.37, 448 * 6 / 3.21, 3e-6, 5e7])
 
 
@@ -37,12 +41,13 @@ def row_format(kind: str) -> int:
     return 3 if kind == "mxfp4" else 4
 
 
-def quantized(values: Tensor, kind: str, expert: Tensor) -> Rows:
-    """values: [R, K] of any float; expert: of each row."""
+def quantized(values: Tensor, kind: str, expert: Tensor, global_scales: Tensor | None = None) -> Rows:
+    """values: [R, K] of any float; expert: of each row; global_scales: of experts, or _GLOBAL_SCALES."""
     if kind == "mxfp4":
         return Rows(*formats.quantize_mxfp4_activations(values), None)
     own = kind == "nvfp4 of rows"
-    scale = formats.nvfp4_row_scales(values) if own else _GLOBAL_SCALES[expert.long()]
+    given = _GLOBAL_SCALES if global_scales is None else global_scales
+    scale = formats.nvfp4_row_scales(values) if own else given[expert.long()]
     return Rows(*formats.quantize_nvfp4(values, scale), scale.reciprocal() if own else None)
 
 
@@ -127,7 +132,7 @@ def check_activation(
         inputs["global_scales"] = _GLOBAL_SCALES
     factors = torch.empty(rows) if kind == "nvfp4 of rows" else None
     numbers = (0.0, 0.0, math.inf, None, None, None)
-    number = (None, torch.bfloat16, torch.float16).index(rounding)
+    number = _ROUNDINGS.index(rounding)
     arguments = (values, row_expert, offsets, weights.w13_bias, weights.activation.code, *numbers, number)
     unit = "activation" if kind == "mxfp4" else "nvfp4_activation"
     done = execute_fp4([unit], "activation", *arguments, row_format(kind), arch=arch, factors=factors, **inputs)
@@ -135,3 +140,40 @@ def check_activation(
         values[:valid], row_expert[:valid], weights.w13_bias, activation, None, None, None, rounding=rounding
     )
     check_rows(done, quantized(made, kind, row_expert[:valid]), valid, factors)
+
+
+def activated(problem: Fp4Problem, applied: Epilogue, experts_rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What the activation kernel makes of a grouped GEMM's expected sums: rows, and scales packed, of the valid ones.
+
+    Its exp is the tiles'; with torch's a code may be its neighbour, and a scale where its block's largest value is near
+    a tie.
+    """
+    valid, experts = int(problem.offsets[-1]), len(experts_rows)
+    kind = "mxfp4" if applied.global_scales is None else "nvfp4 of experts"
+    sums = problem.expected[:valid].contiguous()
+    row_expert = torch.repeat_interleave(torch.arange(experts), problem.offsets.diff()).to(torch.int32)
+    offsets = torch.full((experts + 1,), valid, dtype=torch.int32)
+    inputs = {"gemm1": sums, "row_expert": row_expert, "offsets": offsets}
+    numbers = [applied.alpha, applied.beta, applied.limit]
+    own = {f"number {i}": n for i, n in enumerate(numbers) if isinstance(n, Tensor)}
+    inputs |= own | ({} if applied.bias is None else {"bias": applied.bias})
+    if applied.global_scales is not None:
+        inputs["global_scales"] = applied.global_scales
+    rounding = None if applied.rounding is torch.float32 else applied.rounding
+    arguments = (sums, row_expert, offsets, applied.bias, applied.activation.code)
+    arguments += tuple(0.0 if isinstance(n, Tensor) else n for n in numbers)
+    arguments += tuple(n if isinstance(n, Tensor) else None for n in numbers)
+    arguments += (_ROUNDINGS.index(rounding), row_format(kind))
+    unit = "activation" if kind == "mxfp4" else "nvfp4_activation"
+    done = execute_fp4([unit], "activation", *arguments, arch="120f", factors=None, **inputs)
+    limit = None if isinstance(applied.limit, float) and math.isinf(applied.limit) else applied.limit
+    values = reference.activate(
+        sums, row_expert, applied.bias, applied.activation, applied.alpha, applied.beta, limit, rounding=rounding
+    )
+    expected = quantized(values, kind, row_expert, applied.global_scales)
+    rows, scales = done.results
+    off = (rows & 0x0F != expected.packed & 0x0F).float().mean() + (rows >> 4 != expected.packed >> 4).float().mean()
+    assert off < 4e-3, "an exp's last bits move few codes"
+    blocks = scales.transpose(0, 1)[:valid].flatten(1)[:, : expected.scales.shape[1]]
+    assert (blocks.int() - expected.scales.int()).abs().max() <= 1
+    return rows, scales
