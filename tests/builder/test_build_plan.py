@@ -48,18 +48,23 @@ def test_the_plan_has_every_tile_for_every_arch() -> None:
     assert len(made.jobs) == len(MANIFEST.tiles) * (len(MANIFEST.archs) + 3) + len(MOE_SOURCES) + 3
 
 
-def test_full_has_a_kernel_of_bf16_beside_the_others_where_a_tile_can() -> None:
-    """On SM12x alone: SM90's kernels serve both pairs. Everything of mxfp4_minimal is compiled as it is there."""
+def test_full_has_a_kernel_of_each_pair_where_a_tile_can() -> None:
+    """SM90's serve MXFP8 and bf16 rows alike, and it has none of FP4 with FP4. What mxfp4_minimal has is compiled as
+    there.
+    """
     full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
     minimal = by_name(make_plan())
     assert len({job.output for job in full.jobs}) == len(full.jobs), "no two jobs write one file"
     more = {job.name: job for job in full.jobs if job.name not in minimal}
-    having = [tile for tile in MANIFEST.tiles if tile.m < 256]
-    assert more.keys() == {f"{tile.module}.120f.mxfp4_bf16" for tile in having}
-    assert len(having) == 21
+    pairs = {tile: MANIFEST.pairs_of("full", tile) for tile in MANIFEST.tiles}
+    expected = {f"{tile.module}.120f.{pair}" for tile in pairs for pair in pairs[tile] if pair != "mxfp4_mxfp8"}
+    expected |= {f"{tile.module}.90a.nvfp4_bf16" for tile in pairs if "nvfp4_bf16" in pairs[tile]}
+    assert more.keys() == expected
+    assert len(expected) == 21 + 26 + 26 + 2 * 20
     for tile in MANIFEST.tiles:
         (op,) = full.jobs_of(tile.module, "cxx")
-        kernels = "X(90a, mxfp4_bf16) X(120f, mxfp4_mxfp8)" + " X(120f, mxfp4_bf16)" * (tile in having)
+        kernels = "X(90a, mxfp4_bf16)" + " X(90a, nvfp4_bf16)" * ("nvfp4_bf16" in pairs[tile])
+        kernels += "".join(f" X(120f, {pair})" for pair in pairs[tile])
         assert f"-DMXFP4_MOE_FOR_EACH_KERNEL(X)={kernels}" in op.command
         (link,) = full.jobs_of(tile.module, "link")
         assert {job.output for job in full.jobs_of(tile.module, "nvcc")} < set(link.inputs)
@@ -204,11 +209,14 @@ def test_the_check_knows_the_main_loop_of_bf16_on_sm12x() -> None:
     full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
     for name, mmas, matrices, words in (("tile_m128n128", 32, 64, 2), ("tile_m64n16", 4, 8, 2)):
         found: dict[str, Any] = expected(full, name, "check")["main_loop"]["120f"]
-        assert found.keys() == {"mxfp4_mxfp8", "mxfp4_bf16"}
-        assert found["mxfp4_bf16"] == {
+        assert found.keys() == set(PAIRS)
+        of_bf16 = {
             **{"function": "grouped_gemm_mma_sync", "opcode": "HMMA", "variants": True, "limit": None},
             **{"mma_per_step": mmas, "matrices_per_step": matrices, "words_per_step": words, "words_per_load": words},
         }
+        assert of_bf16.items() <= found["mxfp4_bf16"].items()
+        for pair in ("mxfp4_mxfp4", "nvfp4_nvfp4"):
+            assert (found[pair]["function"], found[pair]["opcode"]) == ("grouped_gemm", "OMMA.SF")
 
 
 def test_a_threshold_of_one_tile_reruns_that_tiles_check_only() -> None:
