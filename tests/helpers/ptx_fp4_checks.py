@@ -188,7 +188,7 @@ def check_activation_is_close(activation: str) -> None:
 
 
 def _close(sums: Tensor, row_expert: Tensor, experts: int, applied: Epilogue) -> tuple[Tensor, Tensor]:
-    """The kernel's rows and scales, compared with torch's: an exp's last bits may make another code or scale of a few."""
+    """The kernel's rows and scales, compared with torch's: an exp's last bits change a few codes and scales."""
     offsets = torch.full((experts + 1,), len(sums), dtype=torch.int32)
     kind = "mxfp4" if applied.global_scales is None else "nvfp4 of experts"
     inputs = {"gemm1": sums, "row_expert": row_expert, "offsets": offsets}
