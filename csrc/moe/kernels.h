@@ -105,7 +105,7 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
 // The same for at most kFewSlots and, of topk_softmax, 256 experts; launch_topk_route calls it.
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
-// To what a layer's activations are brought before each GEMM; reference.ACTIVATION_FORMATS has the same order.
+// To what a layer's activations are brought before each GEMM; formats/weight_layout.py has the names in this order.
 enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };
 constexpr int kNumActivationFormats = 4;
 

@@ -1,4 +1,4 @@
-// Conversions to E2M1 alone, for test_ptx_fp4.py: of x [8 * words] each code by hand, and words of eight.
+// Conversions to E2M1 alone, for test_ptx_fp4_rows.py: of x [8 * words] each code by hand, and words of eight.
 #include "shared/fp4.cuh"
 
 struct Conversions {

@@ -1,177 +1,140 @@
-"""Mistakes in what csrc/moe does for rows of FP4, and which test must notice: for test_ptx_moe_mutations.py."""
+"""Mistakes in the kernels of FP4 by FP4, as in mutations.py: what is theirs alone, not what they share with MXFP8's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from mxfp4_moe.tiles import MXFP4_MXFP4, NVFP4_NVFP4
 
-import ptx_fp4_checks as cases
-import torch
+from .mutants import Mutation, box, once
 
-from .moe_mutations import Mutation
+MMA = r"mma\.sync[^;]*?"
+FRAGMENTS = "tile/fragments.cuh"
+OPERANDS = "tile/sm12x/fp4_operands.cuh"
+PIPELINE = "tile/pipeline.cuh"
+FACTORS = "tile/factors.cuh"
+NATIVE = "m64n32"  # weights as B
 
-MXFP4, OF_EXPERTS, OF_ROWS = cases.KINDS
-
-
-def _permute(kind: str) -> Callable[[], None]:
-    return lambda: cases.check_quantize_permute(160, torch.bfloat16, 33, kind)
-
-
-def _activation(kind: str) -> Callable[[], None]:
-    return lambda: cases.check_activation(160, kind, most=2)
-
-
-MUTATIONS = (
+MUTATIONS = [
+    # Both kinds have the same loads; each mistake is made in one.
     Mutation(
-        name="mxfp4: the scale of MXFP8",
-        unit="quantize_permute",
-        file="shared/fp4.cuh",
-        old="e8m0_round_up(sixth(amax))",
-        new="mx_scale(amax)",
-        case=_permute(MXFP4),
+        "rows g and g + 8 exchanged",
+        pair=MXFP4_MXFP4,
+        ptx=once(rf"({MMA}\}}, \{{)(%r\d+),(%r\d+),(%r\d+),(%r\d+)\}}", r"\g<1>\3,\2,\5,\4}"),
     ),
     Mutation(
-        name="mxfp4: poison has the byte of 2^127",
-        unit="quantize_permute",
-        file="shared/fp4.cuh",
-        old="constexpr uint32_t kE8m0Nan = 255;",
-        new="constexpr uint32_t kE8m0Nan = 254;",
-        case=_permute(MXFP4),
+        "halves of K of A exchanged",
+        pair=NVFP4_NVFP4,
+        ptx=once(rf"({MMA}\}}, \{{)(%r\d+),(%r\d+),(%r\d+),(%r\d+)\}}", r"\g<1>\4,\5,\2,\3}"),
     ),
     Mutation(
-        name="fp4: codes of a poisoned block stay",
-        unit="activation",
-        file="shared/fp4.cuh",
-        old="return amax >= kFloatInfBits ? 0 : codes;",
-        new="return codes;",
-        case=_activation(MXFP4),
+        "halves of K of B exchanged",
+        pair=MXFP4_MXFP4,
+        ptx=once(rf"({MMA}\{{%r\d+,%r\d+,%r\d+,%r\d+\}}, \{{)(%r\d+),(%r\d+)\}}", r"\g<1>\3,\2}"),
     ),
     Mutation(
-        name="fp4: pairs of codes exchanged",
-        unit="activation",
-        file="shared/fp4.cuh",
-        old="b1, %4, %3;",
-        new="b1, %3, %4;",
-        case=_activation(MXFP4),
+        "byte selector of A's scales",
+        pair=MXFP4_MXFP4,
+        ptx=once(rf"({MMA}%r\d+, )\{{2,0\}}(, %r\d+, \{{2,0\}};)", r"\g<1>{0,0}\2"),
     ),
     Mutation(
-        name="mxfp4: rows as long as MXFP8's",
-        unit="quantize_permute",
-        file="moe/mx_rows.cuh",
-        old="(to.out + first / 2)[part] = tile.words.x",
-        new="(to.out + first)[part] = tile.words.x",
-        case=_permute(MXFP4),
+        "byte selector of B's scales",
+        pair=MXFP4_MXFP4,
+        ptx=once(rf"({MMA}%r\d+, \{{2,0\}}, %r\d+, )\{{2,0\}};", r"\g<1>{0,0};"),
     ),
     Mutation(
-        name="nvfp4: a block of one lane",
-        unit="nvfp4_permute",
-        file="moe/nvfp4_rows.cuh",
-        old="return max(amax, __shfl_xor_sync(kAllLanes, amax, 1));",
-        new="return amax;",
-        case=_permute(OF_EXPERTS),
+        "scale words of A and B exchanged",
+        pair=NVFP4_NVFP4,
+        ptx=once(rf"({MMA})(%r\d+), (\{{0,0\}}), (%r\d+), (\{{0,0\}};)", r"\g<1>\4, \3, \2, \5"),
     ),
     Mutation(
-        name="nvfp4: scale bytes of a word exchanged",
-        unit="nvfp4_permute",
-        file="moe/nvfp4_rows.cuh",
-        old="threadIdx.x % kLanesPerNvfp4Word / kLanesPerNvfp4Block)",
-        new="(threadIdx.x % kLanesPerNvfp4Word / kLanesPerNvfp4Block ^ 1))",
-        case=_permute(OF_EXPERTS),
+        "E4M3 scales read as E8M0",
+        pair=NVFP4_NVFP4,
+        ptx=once(
+            r"kind::mxf4nvf4\.block_scale\.scale_vec::4X(\.m16n8k64\.row\.col\.f32\.e2m1\.e2m1\.f32)\.ue4m3",
+            r"kind::mxf4.block_scale.scale_vec::2X\1.ue8m0",
+        ),
     ),
     Mutation(
-        name="nvfp4: the second word of a K tile is the first of the next",
-        unit="nvfp4_activation",
-        file="moe/nvfp4_rows.cuh",
-        old="k_tile * kNvfp4WordsPerTile + lane",
-        new="k_tile * kNvfp4WordsPerTile + 1 - lane",
-        case=_activation(OF_EXPERTS),
+        "weights' scales of the other set",
+        pair=NVFP4_NVFP4,
+        source=(OPERANDS, "stage.weight_scales + s * kWeightScaleSetBytes", "stage.weight_scales"),
     ),
     Mutation(
-        name="nvfp4: the scale is applied without its global scale",
-        unit="nvfp4_activation",
-        file="shared/fp4.cuh",
-        old="__frcp_rn(__fmul_rn(e4m3_value(scale), inverse))",
-        new="__frcp_rn(e4m3_value(scale))",
-        case=_activation(OF_EXPERTS),
+        "rows' scales of the other set",
+        pair=NVFP4_NVFP4,
+        source=(OPERANDS, "stage.act_scales + s * Shape::kActScaleSetBytes", "stage.act_scales"),
     ),
     Mutation(
-        name="nvfp4: zeros lose their signs",
-        unit="nvfp4_activation",
-        file="shared/fp4.cuh",
-        old="return amax == 0 ? 0.0f : __frcp_rn",
-        new="return amax == 0 ? -0.0f : __frcp_rn",
-        case=_activation(OF_EXPERTS),
+        "rows' scale sets without the rows that precede the tile's",
+        pair=NVFP4_NVFP4,
+        source=(OPERANDS, "s * Shape::kActScaleSetBytes", "s * Shape::M * 4"),
     ),
     Mutation(
-        name="nvfp4: zeros under 1 / 0",
-        unit="nvfp4_permute",
-        file="shared/fp4.cuh",
-        old="return amax == 0 ? 0.0f : __frcp_rn",
-        new="return __frcp_rn",
-        case=_permute(OF_EXPERTS),
+        "K tile of the scales' copy",
+        pair=NVFP4_NVFP4,
+        source=(PIPELINE, "kt * Shape::kScaleWords, kEvictLast", "kt, kEvictLast"),
+    ),
+    Mutation("K of the rows' copy", pair=MXFP4_MXFP4, source=(PIPELINE, "kt * Shape::kRowBytes", "kt * kTileK")),
+    Mutation("chunks not swizzled", pair=MXFP4_MXFP4, source=(FRAGMENTS, ": row >> 1 & 3)", ": 0)")),
+    Mutation(
+        "chunks swizzled as those of 128 bytes", pair=NVFP4_NVFP4, source=(FRAGMENTS, ": row >> 1 & 3)", ": row & 3)")
+    ),
+    Mutation("rows not swizzled by the tensor map", pair=MXFP4_MXFP4, launch=box(0, swizzle=0)),
+    Mutation("scales of one set in the copy", pair=NVFP4_NVFP4, launch=box(1, rows=1)),
+    Mutation(
+        "steps of an MMA exchanged",
+        pair=NVFP4_NVFP4,
+        source=(OPERANDS, "(2 * mma + half) * kWeightStepBytes", "(2 * mma + 1 - half) * kWeightStepBytes"),
     ),
     Mutation(
-        name="nvfp4: all of a token's rows under its first expert's scale",
-        unit="nvfp4_permute",
-        file="moe/nvfp4_permute.cu",
-        old="if (j == 0 || of_experts) {",
-        new="if (j == 0) {",
-        case=_permute(OF_EXPERTS),
+        "weights of the neighbouring group", pair=NVFP4_NVFP4, tile="m16n128_swap", source=(OPERANDS, "g % 4 * 4", "0")
     ),
     Mutation(
-        name="nvfp4: experts are read before route is done",
-        unit="nvfp4_permute",
-        file="moe/nvfp4_permute.cu",
-        old="  wait_for_previous_kernel();\n  let_next_kernel_start();\n",
-        new="  let_next_kernel_start();\n",
-        case=lambda: cases.check_quantize_permute(160, torch.bfloat16, 33, OF_EXPERTS, behind_route=True),
+        "weights of the neighbouring fragment, native",
+        pair=MXFP4_MXFP4,
+        tile=NATIVE,
+        source=(OPERANDS, "return {weight[0][j], weight[1][j]};", "return {weight[0][j], weight[1][j ^ 1]};"),
     ),
     Mutation(
-        name="nvfp4: a row's scale of one warp's part",
-        unit="nvfp4_permute",
-        file="moe/nvfp4_rows.cuh",
-        old="for (int warp = 0; warp < kThreads / kWarpSize; ++warp) {",
-        new="for (int warp = 0; warp < 1; ++warp) {",
-        case=lambda: cases.check_quantize_permute(2208, torch.bfloat16, 7, OF_ROWS),
+        "rows of A, native: g twice",
+        pair=NVFP4_NVFP4,
+        tile=NATIVE,
+        source=(OPERANDS, "return {act[4 * i], act[4 * i + 1]", "return {act[4 * i], act[4 * i]"),
     ),
     Mutation(
-        name="nvfp4: no barrier before the row's largest is read",
-        unit="nvfp4_activation",
-        file="moe/nvfp4_rows.cuh",
-        old="    of_warps[threadIdx.x / kWarpSize] = x;\n  }\n  __syncthreads();\n",
-        new="    of_warps[threadIdx.x / kWarpSize] = x;\n  }\n",
-        case=_activation(OF_ROWS),
+        "the factor of the other eight weight rows",
+        pair=NVFP4_NVFP4,
+        source=(FACTORS, "const int eighth = Shape::kSwap ? o", "const int eighth = Shape::kSwap ? 1 - o"),
     ),
     Mutation(
-        name="nvfp4: a row's factor is its scale",
-        unit="nvfp4_activation",
-        file="moe/nvfp4_activation.cu",
-        old="given.row_factors[row] = global.inverse;",
-        new="given.row_factors[row] = global.scale;",
-        case=_activation(OF_ROWS),
+        "the factor of the other eight weight rows, native",
+        pair=NVFP4_NVFP4,
+        tile=NATIVE,
+        source=(FACTORS, "(tile_n0 + n0) / 8 + w", "(tile_n0 + n0) / 8"),
     ),
     Mutation(
-        name="nvfp4: a row of zeros has an infinite scale",
-        unit="nvfp4_activation",
-        file="shared/fp4.cuh",
-        old="return amax == 0 || amax >= kFloatInfBits ? 1.0f",
-        new="return amax >= kFloatInfBits ? 1.0f",
-        case=_activation(OF_ROWS),
+        "the factor of the first expert's inputs",
+        pair=NVFP4_NVFP4,
+        source=(FACTORS, "__ldg(factors.of_inputs + m_tile.expert)", "__ldg(factors.of_inputs)"),
     ),
     Mutation(
-        name="nvfp4: biases of another column",
-        unit="nvfp4_activation",
-        file="moe/nvfp4_activation.cu",
-        old="outputs.expert_of_bias = -1;",
-        new="",
-        case=lambda: cases.check_activation(1184, OF_EXPERTS, activation="relu", bias=True, most=1),
+        "the factor of the first expert's weights",
+        pair=NVFP4_NVFP4,
+        source=(FACTORS, "(factors.of_weights) + m_tile.expert)", "(factors.of_weights))"),
     ),
     Mutation(
-        name="control, nvfp4: rows' numbers two at a time",
-        unit="nvfp4_permute",
-        file="moe/nvfp4_permute.cu",
-        old="constexpr int kChoicesAtOnce = 4;",
-        new="constexpr int kChoicesAtOnce = 2;",
-        case=_permute(OF_ROWS),
+        "sums multiplied by one factor after the other",
+        pair=NVFP4_NVFP4,
+        source=(
+            FACTORS,
+            "sum = __fmul_rn(sum, __fmul_rn(own, of_eighth(eighth)));",
+            "sum = __fmul_rn(__fmul_rn(sum, own), of_eighth(eighth));",
+        ),
+    ),
+    Mutation("nothing", pair=MXFP4_MXFP4, harmless=True, ptx=once(r"\Z", "\n")),
+    Mutation(
+        "thread selector of A's scales",
+        pair=NVFP4_NVFP4,
         harmless=True,
+        ptx=once(rf"({MMA}%r\d+, )\{{0,0\}}(, %r\d+, \{{0,0\}};)", r"\g<1>{0,1}\2"),
     ),
-)
+]
