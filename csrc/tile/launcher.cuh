@@ -53,7 +53,8 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
     if (!a.factors.of_weights || !aligned(a.factors.of_weights, 8))
       return refuse("factors.of_weights: expected an address that is a multiple of 8, got %p", a.factors.of_weights);
   if (a.activate.rows) {
-    constexpr bool kFolds = Shape::kReadsBf16 && Shape::Arch::kFoldsMxfp8;
+    constexpr bool kFolds =
+        Shape::kReadsBf16 && Shape::Arch::kFoldsMxfp8 && Shape::kWeightFormat == MXFP4_MOE_WEIGHT_MXFP4;
     if (a.activate.format != Shape::kActFormat && !(kFolds && a.activate.format == MXFP4_MOE_ACT_MXFP8))
       return refuse("format: expected %d, which tile (%d, %d) writes on this GPU, got %d", Shape::kActFormat, Shape::M,
                     Shape::N, a.activate.format);

@@ -16,6 +16,8 @@ struct Pair_mxfp4_mxfp8 : ScaledPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP8
 struct Pair_mxfp4_mxfp4 : ScaledPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP4> {};
 struct Pair_nvfp4_nvfp4 : ScaledPair<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_NVFP4> {};
 
-struct Pair_mxfp4_bf16 {};  // weights expanded to bf16, their scale multiplied in
+// Weights expanded to bf16, their scale multiplied in.
+struct Pair_mxfp4_bf16 {};
+struct Pair_nvfp4_bf16 {};
 
 }  // namespace mxfp4_moe

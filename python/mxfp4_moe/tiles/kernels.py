@@ -20,8 +20,8 @@ def prove(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> TileProof:
         raise ValueError(f"pair: expected one of {', '.join(PAIRS)}, got {pair!r}")
     reads = kernel_pair(arch, pair)
     if check_arch(arch)[0] == 9:
-        return prove_sm90(tile, arch)
-    return prove_sm12x_bf16(tile, arch) if reads in (MXFP4_BF16, NVFP4_BF16) else prove_sm12x(tile, arch, reads)
+        return prove_sm90(tile, arch, reads)
+    return prove_sm12x_bf16(tile, arch, reads) if reads in (MXFP4_BF16, NVFP4_BF16) else prove_sm12x(tile, arch, reads)
 
 
 def facts(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> dict[str, int]:

@@ -21,6 +21,8 @@ E4M3_LARGEST = 0x7E
 class Fp4Problem(GemmProblem):
     """Rows [R, K/2] and their scales as the weights'; of NVFP4 [R, K/16] and [E, N, K/16], and what sums are multiplied
     by: a factor of the weight row and one of the row, which it has itself or its expert has.
+
+    Or bfloat16 rows [R, K] of NVFP4 weights (bf16_problems.py).
     """
 
     pair: str
@@ -40,12 +42,12 @@ class Fp4Problem(GemmProblem):
 
     def under_sm12x(self) -> Fp4Problem:
         """The problem with SM12x's sums as its expectation."""
-        assert self.row_scales is not None
         rule, expected = of_arch("120f", self.pair), torch.zeros_like(self.expected)
         for e, (begin, end) in enumerate(pairwise(self.offsets.tolist())):
             own = slice(begin, end)
-            operands = (self.rows[own], self.row_scales[own], self.packed[e], self.scales[e])
-            gemm(rule, *operands, expected[own], pair=self.pair, factor=self.factor(e, own))
+            row_scales = None if self.row_scales is None else self.row_scales[own]
+            operands = (self.packed[e], self.scales[e])
+            gemm(rule, self.rows[own], row_scales, *operands, expected[own], pair=self.pair, factor=self.factor(e, own))
         return dataclasses.replace(self, expected=expected)
 
 

@@ -15,7 +15,7 @@ from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.arithmetic import of_arch
 from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem, offsets_of, random_problem
-from mxfp4_moe.tiles import FP4_PAIRS, MXFP4_BF16, MXFP4_MXFP8, Tile, prove, scale_words, weight_block_bytes
+from mxfp4_moe.tiles import FP4_PAIRS, MXFP4_BF16, MXFP4_MXFP8, NVFP4_BF16, Tile, prove, scale_words, weight_block_bytes
 
 from . import abi, fp4_problems, launch
 from .fp4_problems import Fp4Problem
@@ -94,6 +94,7 @@ class Epilogue:
     alpha: float | Tensor = 1.702
     beta: float | Tensor = 1.0
     limit: float | Tensor = 7.0
+    global_scales: Tensor | None = None  # float32 [E], of NVFP4
 
 
 def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
@@ -108,7 +109,7 @@ def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
     first = scales + k % 128 // 32 * 1024  # of a block of scales and four steps of 1024 bytes
     blocks = proof.stages * proof.weight_bytes // block
     found = [range(weights + b * block + first, weights + (b + 1) * block) for b in range(blocks) if first > scales]
-    return [range(weights), *found] if pair == MXFP4_BF16 and tile.m > 16 else found
+    return [range(weights), *found] if proof.reads_bf16 and tile.m > 16 else found
 
 
 class Gemm:
@@ -121,7 +122,8 @@ class Gemm:
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
         experts_weights = zip(problem.packed, problem.scales, strict=True)
-        orders = {MXFP4_BF16: formats.WordOrder.PAIRS, MXFP4_MXFP8: formats.WordOrder.CONTAINERS}
+        of_bf16 = dict.fromkeys((MXFP4_BF16, NVFP4_BF16), formats.WordOrder.PAIRS)
+        orders = of_bf16 | {MXFP4_MXFP8: formats.WordOrder.CONTAINERS}
         in_order, words = orders.get(self.pair, formats.WordOrder.PLAIN), scale_words(self.pair)
         self.operands = {
             "weight": torch.stack([formats.arrange_weights(p, s, in_order, words) for p, s in experts_weights]),
@@ -211,16 +213,18 @@ class Gemm:
     ) -> tuple[Tensor, Tensor]:
         """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written.
 
-        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes.
+        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes. Of FP4 rows packed codes, uint8
+        [R, N/4].
         """
         rows, n = self.problem.expected.shape
-        quantizes = self.pair == MXFP4_MXFP8
-        codes = torch.full((rows, n // 2 if quantizes else n), 0xAA, dtype=torch.uint8)
-        scales = torch.full((-(-n // 256), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
+        width = n if self.pair == MXFP4_BF16 else n // 4 if self.pair in FP4_PAIRS else n // 2
+        codes = torch.full((rows, width), 0xAA, dtype=torch.uint8)
+        scales = torch.full((-(-n // 256) * scale_words(self.pair), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
         args = self.args(m_tiles_are_ready)
         to = args.activate
         to.rows, to.scales = self.output("codes", codes), self.output("scales", scales)
         to.bias, to.format = self.constant("bias", epilogue.bias), args.act_format
+        to.global_scales = self.constant("global_scales", epilogue.global_scales)
         to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
         for name in ("alpha", "beta", "limit"):
             number = getattr(epilogue, name)
