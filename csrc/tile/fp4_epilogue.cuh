@@ -2,11 +2,11 @@
 // packed codes [rows, intermediate / 2] E2M1, low nibble = even k, and their scales (tile_abi.h); the arithmetic is
 // shared/fp4.cuh. NVFP4 rows are under their expert's global scale.
 //
-// A block is 32 or 16 outputs, 64 or 32 weight rows: of two or four warps, one, or half of one. Warps that share a block
-// leave the largest magnitude of their part of a row in shared memory and meet once; others need neither.
-// Codes leave as words of the eight outputs of a group. Native, a quad has two groups of two rows, and a lane one byte of
-// each: four words, transposed. Swapped, lane 4g + t has output g of rows 2t and 2t + 1: four groups' codes are 16 bits
-// for each row, an 8x8 transpose brings a row's outputs 2t and 2t + 1 together, and a quad transposes the rest.
+// A block is 32 or 16 outputs, 64 or 32 weight rows: of two or four warps, one, or half of one. Warps that share a
+// block leave the largest magnitude of their part of a row in shared memory and meet once; others need neither.
+// Codes leave as words of the eight outputs of a group. Native, a quad has two groups of two rows, and a lane one byte
+// of each: four words, transposed. Swapped, lane 4g + t has output g of rows 2t and 2t + 1: four groups' codes are 16
+// bits for each row, an 8x8 transpose brings a row's outputs 2t and 2t + 1 together, and a quad transposes the rest.
 #pragma once
 
 #include "shared/fp4.cuh"
