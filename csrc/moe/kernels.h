@@ -105,7 +105,7 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
 // The same for at most kFewSlots and, of topk_softmax, 256 experts; launch_topk_route calls it.
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
-// To what a layer's activations are brought before each GEMM; reference.ACTIVATION_FORMATS has the same order.
+// To what a layer's activations are brought before each GEMM; formats/weight_layout.py has the names in this order.
 enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };
 constexpr int kNumActivationFormats = 4;
 
@@ -141,6 +141,7 @@ struct QuantizePermuteArgs {
   bool hidden_is_ready;        // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
+cudaError_t launch_nvfp4_permute(const QuantizePermuteArgs& args, cudaStream_t stream);  // it calls this one for kNvfp4
 
 // Rows that are MXFP8 already: gathered into expert order, k reordered, scales repacked.
 struct PermuteArgs {
@@ -174,6 +175,7 @@ struct ActivationArgs {
   GlobalScales global_scales;  // of kNvfp4
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
+cudaError_t launch_nvfp4_activation(const ActivationArgs& args, cudaStream_t stream);  // it calls this one for kNvfp4
 
 struct FinalizeArgs {
   const void* gemm2;          // [rows, hidden_size] of row_type(type)

@@ -35,8 +35,11 @@ template <int M_, int N_, bool kSwap_, class Arch_, class Pair>
 struct TileShape : PossibleTile<M_, N_, kSwap_> {
   using Arch = Arch_;
   static constexpr int M = M_, N = N_;
-  static constexpr bool kSwap = kSwap_;
   static constexpr int kActFormat = Pair::kActFormat, kWeightFormat = Pair::kWeightFormat;
+  static constexpr bool kIsFp4 = kActFormat != MXFP4_MOE_ACT_MXFP8;
+  // FP4 weights are A, whatever the tile's mode, as soon as four warps have 16 rows of them each: two loads bring a
+  // fragment's registers where its MMA wants them, while B's of two fragments would have to be copied apart.
+  static constexpr bool kSwap = kSwap_ || (kIsFp4 && N >= 64);
   static constexpr int kSmemPerSm = Arch::kSmemPerSm;
 
   // Physical extents: rows of the MMA's A operand, columns of its B operand.
@@ -45,8 +48,8 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
 
   // MMA warps in a grid of kWarpsM x kWarpsN. Long warp tiles reuse every expanded fragment.
   static constexpr int kSwappedWarpRows = N <= 64 ? 16 : (M <= 16 && N >= 256) || (M == 8 && N == 128) ? 64 : 32;
-  static constexpr int kMmaWarps = kSwap ? N / kSwappedWarpRows : (M * N >= 16384 ? 8 : 4);
-  static constexpr int kWarpN = kSwap ? kPhysN : min_of(N, 32);
+  static constexpr int kMmaWarps = kSwap_ ? N / kSwappedWarpRows : (M * N >= 16384 ? 8 : 4);
+  static constexpr int kWarpN = kSwap_ ? kPhysN : kSwap ? (M * N >= 8192 ? 64 : 32) : min_of(N, 32);
   static constexpr int kWarpsN = kPhysN / kWarpN;
   static constexpr int kWarpsM = kMmaWarps / kWarpsN;
   static constexpr int kWarpM = kPhysM / kWarpsM;
@@ -63,7 +66,7 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
   // Bytes of one pipeline stage, and of each of its three parts.
-  static constexpr int kRowBytes = kActFormat == MXFP4_MOE_ACT_MXFP8 ? kTileK : kTileK / 2;  // TMA's swizzle, too
+  static constexpr int kRowBytes = kIsFp4 ? kTileK / 2 : kTileK;  // TMA's swizzle, too
   static constexpr int kActBytes = M * kRowBytes;
   static constexpr int kWeightBlocks = ceil_div(N, kWeightBlockRows);  // scales included; narrow tiles use part of one
   static constexpr int kScaleWords = kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4 ? kNvfp4ScaleWords : kMxfp4ScaleWords;
@@ -85,15 +88,15 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;
 
   // More accumulators than a block can share its registers for are moved between warps instead.
-  static constexpr int kRegistersWanted = kAccumulators <= 8    ? 96
-                                          : kAccumulators <= 16 ? 112
-                                          : kAccumulators <= 32 ? 168
-                                                                : 176;
+  static constexpr int kRegistersWanted = kAccumulators <= 8              ? 96
+                                          : kAccumulators <= 16           ? 112
+                                          : kAccumulators <= 32 || kIsFp4 ? 168
+                                                                          : 176;
   using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kBlocksPerSm = Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
   static constexpr int kStages = Fits::stages_for(kBlocksPerSm);
   static constexpr bool kUnrollsStages =
-      kFragM * kFragN <= 8;  // the main loop, so that stages' addresses are constants
+      kFragM * kFragN <= (kIsFp4 ? 16 : 8);  // the main loop, so that stages' addresses are constants
   using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
 

@@ -35,6 +35,12 @@ def test_lane_map_is_that_of_cute(host: ModuleType, operand: str, atom: str) -> 
     assert host.our_tables()[operand] == getattr(host, atom)()[operand]
 
 
+@pytest.mark.parametrize("operand", ["a", "b", "c", "sfa", "sfb"])
+def test_lane_map_of_fp4_is_that_of_cute(host: ModuleType, operand: str) -> None:
+    """The same of every nibble, for SM120_16x8x64_TN_VS."""
+    assert host.our_tables_fp4()[operand] == host.cute_tables_fp4()[operand]
+
+
 @pytest.mark.parametrize(("operand", "elements"), [("a", 16 * 32), ("b", 8 * 32), ("c", 16 * 8)])
 def test_lane_map_covers_every_element_once(host: ModuleType, operand: str, elements: int) -> None:
     flat = [index for lane in host.our_tables()[operand] for index in lane]
@@ -236,7 +242,7 @@ def test_tile_coord_visits_every_tile_once_with_n_fastest(host: ModuleType, num_
 def test_proof_is_what_the_compiler_sees(host: ModuleType) -> None:
     """prove() against the headers themselves, for every candidate tile that compiles, on both archs."""
     shapes = host.tile_shapes()
-    assert len(shapes) == 2 * 26 + 21
+    assert len(shapes) == 4 * 26 + 21
     for shape in shapes:
         arch, pair, barrier_offset = (shape.pop(name) for name in ("arch", "pair", "barrier_offset"))
         tile = tiles.Tile(m=shape.pop("m"), n=shape.pop("n"), swap_ab=shape.pop("swap_ab"))

@@ -14,13 +14,21 @@ namespace mxfp4_moe {
 template <class Shape>
 struct Fp4Operands : OperandLoads<Shape> {
   using Loads = OperandLoads<Shape>;
+  static constexpr int kWeightGroupsPerLoad = Shape::kSwap ? 2 : 1;
   uint32_t act[Loads::kActGroups * 2];
-  uint32_t weight[2][Loads::kWeightGroups];
+  static constexpr int kWeightGroups = Loads::kWeightGroups;
+  uint32_t weight[2][kWeightGroups];
 
   __device__ __forceinline__ void load(const StageOperands& stage, int mma) {
     Loads::load_act(act, stage, mma);
-    Loads::load_weight(weight[0], stage, 2 * mma);
-    Loads::load_weight(weight[1], stage, 2 * mma + 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int g = 0; g < kWeightGroups; g += kWeightGroupsPerLoad)
+        load_words<kWeightGroupsPerLoad>(
+            weight[half] + g,
+            stage.weight + stage.weight_at + (2 * mma + half) * kWeightStepBytes + g / 4 * 512 + g % 4 * 4);
+    }
   }
 
   // The MMA's A of fragment i, rows g and g + 8 of the first half of K and then of the second, and its B of fragment j.

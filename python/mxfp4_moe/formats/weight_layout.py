@@ -16,7 +16,8 @@ from .._arguments import require_blocks, require_count, require_multiple, requir
 from .._install import wheel
 from .numbers import BLOCK
 
-# What the two GEMMs of a call read; which of them a device has is `activation_formats`'s to say.
+# What the two GEMMs of a call read, in the order of csrc/moe/kernels.h, ActivationFormat; which of them a device has is
+# `activation_formats`'s to say.
 ACTIVATION_NAMES = ("mxfp8", "bf16", "mxfp4", "nvfp4")
 ACTIVATIONS_IN_WORDS = f"{', '.join(map(repr, ACTIVATION_NAMES[:-1]))} or {ACTIVATION_NAMES[-1]!r}"
 

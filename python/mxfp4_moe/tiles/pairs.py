@@ -22,9 +22,9 @@ def scale_words(pair: str) -> int:
     return 2 if pair.startswith("nvfp4") else 1
 
 
-def pair_of(activation_format: str) -> str:
-    """The pair of MXFP4 weights and activations of this format, such as "bf16"."""
-    return f"mxfp4_{activation_format}"
+def pair_of(activation_format: str, weight_format: str = "mxfp4") -> str:
+    """The pair of weights of a format and activations of another, such as "mxfp4" and "bf16"."""
+    return f"{weight_format}_{activation_format}"
 
 
 def kernel_pair(arch: str, pair: str) -> str:

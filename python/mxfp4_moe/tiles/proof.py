@@ -14,7 +14,10 @@ from .tile import Tile
 
 TILE_K = 128  # four K = 32 blocks, whose E8M0 scales are one 32-bit word per row
 WEIGHT_BLOCK_ROWS = 64
-_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (math.inf, 176))  # by accumulators, per thread
+_REGISTERS_WANTED = {  # by accumulators, per thread; whether both operands are FP4, of which none is expanded
+    False: ((8, 96), (16, 112), (32, 168), (math.inf, 176)),
+    True: ((8, 96), (16, 112), (math.inf, 168)),
+}
 MXFP8_OPCODE, FP4_OPCODE = "QMMA.SF", "OMMA.SF"
 MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
 MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's activation; beyond it ptxas spills
@@ -129,17 +132,18 @@ def weight_block_bytes(pair: str) -> int:
 
 def prove_sm12x(tile: Tile, arch: str, pair: str) -> TileProof:
     """`prove` on SM12x for activations with scales, MXFP8 or FP4: TileShape."""
-    m, n, swap = tile.m, tile.n, tile.swap_ab
+    m, n, fp4 = tile.m, tile.n, pair in FP4_PAIRS
     refusals = shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
 
+    swap = tile.swap_ab or (fp4 and n >= 64)  # FP4 weights are A as soon as four warps have 16 rows of them each
     physical_m, physical_n = (n, m) if swap else (m, n)
-    if swap:
+    if tile.swap_ab:
         long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128)
         mma_warps = max(n // (16 if n <= 64 else 64 if long_warps else 32), 1)
     else:
         mma_warps = 8 if m * n >= 16384 else 4
-    warp_n = physical_n if swap else min(n, 32)
+    warp_n = physical_n if tile.swap_ab else (64 if m * n >= 8192 else 32) if swap else min(n, 32)
     warps_n = physical_n // warp_n
     warps_m = max(mma_warps // warps_n, 1)
     warp_m = physical_m // warps_m
@@ -149,7 +153,7 @@ def prove_sm12x(tile: Tile, arch: str, pair: str) -> TileProof:
     moves_registers = mma_warps == 8 and accumulators >= 64
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
 
-    act_bytes = m * (TILE_K // 2 if pair in FP4_PAIRS else TILE_K)
+    act_bytes = m * (TILE_K // 2 if fp4 else TILE_K)
     weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * weight_block_bytes(pair)
     act_scale_set_bytes = (m + 4) * 4  # TMA moves four rows; the first may be any of the four
     act_scale_bytes = ceil_div(scale_words(pair) * act_scale_set_bytes, 128) * 128
@@ -164,7 +168,7 @@ def prove_sm12x(tile: Tile, arch: str, pair: str) -> TileProof:
         stage_bytes=stage_bytes + BARRIER_BYTES_PER_STAGE,
         once_bytes=amax_bytes,
     )
-    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED if accumulators <= most)
+    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED[fp4] if accumulators <= most)
     blocks_per_sm = fits.blocks_that_fit(MAX_BLOCKS_PER_SM, registers_wanted)
     stages = fits.stages_for(blocks_per_sm)
 
@@ -196,7 +200,7 @@ def prove_sm12x(tile: Tile, arch: str, pair: str) -> TileProof:
         arch=arch,
         pair=pair,
         function="grouped_gemm",
-        opcode=FP4_OPCODE if pair in FP4_PAIRS else MXFP8_OPCODE,
+        opcode=FP4_OPCODE if fp4 else MXFP8_OPCODE,
         reads_bf16=False,
         activates=activates,
         weights_are_a=swap,

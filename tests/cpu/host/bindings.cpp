@@ -58,15 +58,19 @@ py::dict cute_tables() {
 }
 
 // What the kernel assumes, in CuTe's terms: index = row + rows * k (operands, scales) or row + rows * column (C).
+template <int kK>
 py::dict our_tables() {
+  constexpr int kInRegister = kK / 8;
   std::vector<std::vector<int>> a(32), b(32), c(32), sfa(32), sfb(32);
   for (int lane = 0; lane < 32; ++lane) {
     for (int reg = 0; reg < 4; ++reg)
-      for (int byte = 0; byte < 4; ++byte) a[lane].push_back(a_row(lane, reg) + 16 * a_k(lane, reg, byte));
+      for (int i = 0; i < kInRegister; ++i)
+        a[lane].push_back(a_row(lane, reg) + 16 * (kK == 64 ? fp4_a_k : a_k)(lane, reg, i));
     for (int reg = 0; reg < 2; ++reg)
-      for (int byte = 0; byte < 4; ++byte) b[lane].push_back(b_col(lane) + 8 * b_k(lane, reg, byte));
+      for (int i = 0; i < kInRegister; ++i)
+        b[lane].push_back(b_col(lane) + 8 * (kK == 64 ? fp4_b_k : b_k)(lane, reg, i));
     for (int reg = 0; reg < 4; ++reg) c[lane].push_back(c_row(lane, reg) + 16 * c_col(lane, reg));
-    for (int k = 0; k < 32; ++k) {  // one scale serves all 32 k
+    for (int k = 0; k < kK; ++k) {  // whose scales are in one word
       sfa[lane].push_back(scale_a_row(lane) + 16 * k);
       sfb[lane].push_back(scale_b_col(lane) + 8 * k);
     }
@@ -112,6 +116,8 @@ template <int M, int N, bool kSwap>
 void add_shapes(py::list& shapes) {
   add_shape<M, N, kSwap, Arch_90a, Pair_mxfp4_bf16>(shapes, "90a", "mxfp4_bf16");
   add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_mxfp8>(shapes, "120f", "mxfp4_mxfp8");
+  add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_mxfp4>(shapes, "120f", "mxfp4_mxfp4");
+  add_shape<M, N, kSwap, Arch_120f, Pair_nvfp4_nvfp4>(shapes, "120f", "nvfp4_nvfp4");
   if constexpr (M < 256) add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_bf16>(shapes, "120f", "mxfp4_bf16");
 }
 
@@ -176,7 +182,8 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
   m.def("cute_tables_swapped", &cute_tables<cute::MMA_Traits<SwappedAtom>>);
   m.def("cute_tables_fp4", &cute_tables<cute::MMA_Traits<Fp4Atom>>);
   m.def("cute_tables_bf16", &cute_operand_tables<cute::MMA_Traits<Bf16Atom>>);
-  m.def("our_tables", &our_tables);
+  m.def("our_tables", &our_tables<32>);
+  m.def("our_tables_fp4", &our_tables<64>);
   m.def("emulated_mma", &emulated_mma);
 
   m.def("swizzled_scale_bytes", &swizzled_scale_bytes);

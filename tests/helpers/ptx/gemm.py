@@ -94,6 +94,7 @@ class Epilogue:
     alpha: float | Tensor = 1.702
     beta: float | Tensor = 1.0
     limit: float | Tensor = 7.0
+    global_scales: Tensor | None = None  # float32 [E], of NVFP4
 
 
 def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> list[range]:
@@ -213,16 +214,18 @@ class Gemm:
     ) -> tuple[Tensor, Tensor]:
         """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written.
 
-        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes.
+        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes. Of FP4 rows packed codes, uint8
+        [R, N/4].
         """
         rows, n = self.problem.expected.shape
-        quantizes = self.pair == MXFP4_MXFP8
-        codes = torch.full((rows, n // 2 if quantizes else n), 0xAA, dtype=torch.uint8)
-        scales = torch.full((-(-n // 256), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
+        width = n if self.pair == MXFP4_BF16 else n // 4 if self.pair in FP4_PAIRS else n // 2
+        codes = torch.full((rows, width), 0xAA, dtype=torch.uint8)
+        scales = torch.full((-(-n // 256) * scale_words(self.pair), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
         args = self.args(m_tiles_are_ready)
         to = args.activate
         to.rows, to.scales = self.output("codes", codes), self.output("scales", scales)
         to.bias, to.format = self.constant("bias", epilogue.bias), args.act_format
+        to.global_scales = self.constant("global_scales", epilogue.global_scales)
         to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
         for name in ("alpha", "beta", "limit"):
             number = getattr(epilogue, name)
