@@ -72,7 +72,9 @@ def test_a_healthy_tile_is_asked_of_all_and_passes(device: dict[str, Any]) -> No
     assert every.arithmetic.as_published
     for pair in OTHERS:
         layers = [name for name in every.digests if name.startswith(f"{pair}, the layers' output")]
-        assert len(layers) == (2 if pair == "nvfp4_nvfp4" else 1), "rows under the checkpoint's scales, and under their own"
+        assert len(layers) == (2 if pair == "nvfp4_nvfp4" else 1), (
+            "rows under the checkpoint's scales, and under their own"
+        )
     assert every.digests.keys() > one.digests.keys()
 
 
