@@ -56,8 +56,8 @@ ARCH_MODELS = {
 # an RTX PRO 6000), of which GeForce has half (209.5 TFLOP/s of an RTX 5090).
 _IN_BF16 = ArchModel(arch="120f", mma_flops_per_clock=1024.0, loop_instructions=(78.1, 52.3, 3.1, 14.1))
 _GEFORCE_BF16_FLOPS = 512.0
-# FP4 with FP4. Dense kind::mxf4 and kind::mxf4nvf4 that accumulate in float32, of the maker's tables, which give GeForce
-# the whole rate: 1676 TFLOP/s of an RTX 5090 (half of the 3352 with sparsity).
+# FP4 with FP4. Dense kind::mxf4 and kind::mxf4nvf4 that accumulate in float32, of the maker's tables, which give
+# GeForce the whole rate: 1676 TFLOP/s of an RTX 5090 (half of the 3352 with sparsity).
 _IN_FP4 = ArchModel(arch="120f", mma_flops_per_clock=4096.0, loop_instructions=(51.5, 8.4, 0.0, 4.4))
 
 
