@@ -48,9 +48,9 @@ as leave each three stages, and its threads the registers that their accumulator
 on weights are A whatever the tile's mode.
 
 **SM12x, bf16 activations** (`csrc/tile/sm12x/bf16_tile_shape.cuh`): a stage's activations are M x 256 bytes, so that
-two stages of 256 rows do not fit, nor of 128 beside 256 of NVFP4 weights. The kernel is SM90's for few rows, `grouped_gemm_mma_sync`; from N = 64 on weights
-are A whatever the tile's mode, and from M x N = 16,384 on eight warps share them. It writes the activation of GEMM1 as
-it comes, and needs no table for that.
+two stages of 256 rows do not fit, nor of 128 beside 256 of NVFP4 weights. The kernel is SM90's for few rows,
+`grouped_gemm_mma_sync`; from N = 64 on weights are A whatever the tile's mode, and from M x N = 16,384 on eight warps
+share them. It writes the activation of GEMM1 as it comes, and needs no table for that.
 
 **SM90** (`csrc/tile/sm90/tile_shape.cuh`): a stage's activations are M x 256 bytes of bf16, which need no scales. From
 M = 32 and N = 64 on a tile's kernel is `grouped_gemm_wgmma`, where weights are A whatever the tile's mode, 64 rows
