@@ -16,6 +16,7 @@ from typing import Any
 import fake_wheel
 import pytest
 import torch
+from machine_code_cases import code_of
 
 from mxfp4_moe import cli, formats, problems
 from mxfp4_moe._choice import choice, cost_model, tuned
@@ -27,7 +28,7 @@ from mxfp4_moe.formats import weight_layout
 from mxfp4_moe.tiles import load_manifest
 from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.emulation import check_emulated_tile, refuse_emulated
-from wheelbuild.machine_code import Code, parse_sass
+from wheelbuild.machine_code import Code
 from wheelbuild.plan import Plan, plan
 from wheelbuild.release.audit import audit
 from wheelbuild.release.index import read_file
@@ -65,11 +66,6 @@ def make_plan(chosen: Settings) -> Plan:
     return plan(
         chosen, TOOLS, LIMITS, [Path("csrc/moe/route.cu"), Path("csrc/moe/operators.cpp")], Path("build/x/ninja")
     )
-
-
-def code_of(*lines: str, kernel: str) -> Code:
-    listing = "\n".join(f"  /*{16 * place:04x}*/  {line} ;" for place, line in enumerate(lines))
-    return parse_sass(f"arch = sm_90a\n\t\tFunction : {kernel}\n{listing}\n")["90a"]
 
 
 # ---- what is built ---------------------------------------------------------------------------------------------------
