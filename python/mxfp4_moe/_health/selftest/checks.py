@@ -291,7 +291,7 @@ def tile_runner(device: torch.device, published: arithmetic.Arithmetic, kernels:
             raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise NotRunError(words(error)) from error
-        found, said = Arithmetic(), {}
+        found, said = Arithmetic(), dict[str, str]()
         for questions, (digests, outs) in zip(asked, given, strict=True):
             answers.what = questions.what
             one = questions.compare(outs, digests, answers)
