@@ -58,18 +58,20 @@ def check_emulated_tile(
         BuildError: it is not.
     """
     kernels = code[ON].kernels
-    functions = [str(want["function"]) for want in expect.values()]
-    if len(kernels) != len(functions) or any(len(code[ON].of(function).kernels) != 1 for function in functions):
+    functions = {pair: str(want["function"]) for pair, want in expect.items()}
+    if not code[ON].has_each_once(functions):
+        expected = _listed([f"{function} of {pair}" for pair, function in functions.items()])
         raise BuildError(
-            f"{library} on sm_{ON}: expected {_listed(functions)} alone, which sm_{ARCH} has, got "
-            f"{_listed(list(kernels))}"
+            f"{library} on sm_{ON}: expected {expected} alone, which sm_{ARCH} has, got {_listed(list(kernels))}"
         )
-    return {pair: _check_kernel(f"{library} on sm_{ON}", code[ON], want) for pair, want in expect.items()}
+    return {
+        pair: _check_kernel(f"{library} on sm_{ON}, {pair}", code[ON].of(functions[pair], pair), want)
+        for pair, want in expect.items()
+    }
 
 
 def _check_kernel(where: str, code: Code, expect: Mapping[str, Any]) -> dict[str, int]:
     """`check_emulated_tile` of one kernel."""
-    code = code.of(expect["function"])
     counts = {name: code.count(name) for name in (*_TENSOR_CORE, "CALL", "UTMALDG", "LDSM", "USETMAXREG")}
     if not expect["mma_per_k_tile"]:
         if not counts["HMMA"]:

@@ -60,9 +60,12 @@ def parse_ptxas(text: str) -> list[Resources]:
     return found
 
 
-def is_instance(kernel: str, function: str) -> bool:
-    """Whether a kernel, by its mangled name, is an instance of this template of csrc/tile."""
-    return f"{len(function)}{function}I" in kernel
+def is_instance(kernel: str, function: str, pair: str = "") -> bool:
+    """Whether a kernel, by its mangled name, is an instance of this template of csrc/tile, for a pair of formats.
+
+    The pair is in the name of the template's argument, a type of csrc/tile/tile.cu.
+    """
+    return f"{len(function)}{function}I" in kernel and (not pair or f"_{pair}" in kernel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +89,14 @@ class Code:
     def instructions(self) -> Iterator[Instruction]:
         return (instruction for kernel in self.kernels.values() for instruction in kernel)
 
-    def of(self, function: str) -> Code:
-        """The kernels that are instances of this template of csrc/tile."""
-        return Code(kernels={name: code for name, code in self.kernels.items() if is_instance(name, function)})
+    def of(self, function: str, pair: str = "") -> Code:
+        """The kernels that are instances of this template of csrc/tile, for a pair of formats."""
+        return Code(kernels={name: code for name, code in self.kernels.items() if is_instance(name, function, pair)})
+
+    def has_each_once(self, functions: Mapping[str, str]) -> bool:
+        """Whether the kernels are one of each of these templates, by pair, and none besides."""
+        found = [self.of(function, pair).kernels for pair, function in functions.items()]
+        return len(self.kernels) == len(functions) and all(len(kernels) == 1 for kernels in found)
 
     def count(self, name: str) -> int:
         return sum(instruction.is_a(name) for instruction in self.instructions())

@@ -129,7 +129,7 @@ def test_other_builds_know_nothing_of_it() -> None:
 
 # ---- what its machine code must be -----------------------------------------------------------------------------------
 
-KERNEL = "_ZN9mxfp4_moe12grouped_gemmIN7sm_120f4TileEEEvNS_10TensorMapsENS_10GemmParamsE"
+KERNEL = "_ZN9mxfp4_moe12grouped_gemmIN19sm_120f_mxfp4_mxfp84TileEEEvNS_10TensorMapsENS_10GemmParamsE"
 GOOD = ("UTMALDG.2D [UR8], [UR6]", "LDSM.16.M88.4 R4, [R2]", *["CALL.REL.NOINC 0x10"] * 4, "USETMAXREG 0xe8", "EXIT")
 EXPECT = {"mxfp4_mxfp8": {"function": "grouped_gemm", "mma_per_k_tile": 4, "moves_registers": True}}
 
@@ -141,7 +141,7 @@ def test_a_good_tile_is_reported() -> None:
 
 
 def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
-    other = KERNEL.replace("12grouped_gemm", "21grouped_gemm_mma_sync")
+    other = KERNEL.replace("12grouped_gemm", "21grouped_gemm_mma_sync").replace("mxfp4_mxfp8", "mxfp4_bf16")
     expect = EXPECT | {
         "mxfp4_bf16": {"function": "grouped_gemm_mma_sync", "mma_per_k_tile": 0, "moves_registers": False}
     }
@@ -151,14 +151,20 @@ def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
     idle = Code(kernels=both.kernels | code_of("EXIT", kernel=other).kernels)
     with pytest.raises(BuildError, match="no HMMA in grouped_gemm_mma_sync, which both archs have"):
         check_emulated_tile("x.so", {"90a": idle}, expect)
-    with pytest.raises(BuildError, match="expected grouped_gemm, grouped_gemm_mma_sync alone, which sm_120f has, got"):
+    with pytest.raises(
+        BuildError, match="expected grouped_gemm of mxfp4_mxfp8, grouped_gemm_mma_sync of mxfp4_bf16 alone"
+    ):
         check_emulated_tile("x.so", {"90a": code_of(*GOOD, kernel=KERNEL)}, expect)
 
 
 @pytest.mark.parametrize(
     ("lines", "kernel", "message"),
     [
-        (GOOD, "_ZN9mxfp4_moe21grouped_gemm_mma_syncI", "expected grouped_gemm alone, which sm_120f has, got _ZN9"),
+        (
+            GOOD,
+            "_ZN9mxfp4_moe21grouped_gemm_mma_syncI",
+            "expected grouped_gemm of mxfp4_mxfp8 alone, which sm_120f has, got _ZN9",
+        ),
         ((*GOOD, "HMMA.16816.F32 R4, R8, R12, R4"), KERNEL, "1 HMMA, but the MMA is emulated and none allowed"),
         ((*GOOD, "QMMA.SF.16832.F32.E4M3.E2M1.E8 R4, R8"), KERNEL, "1 QMMA, but the MMA is emulated"),
         ((*GOOD, "HGMMA.64x8x16.F32.BF16 R24, R4"), KERNEL, "1 HGMMA, but the MMA is emulated"),
@@ -170,7 +176,7 @@ def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
     ],
 )
 def test_another_tile_is_refused(lines: list[str], kernel: str, message: str) -> None:
-    with pytest.raises(BuildError, match=rf"^x\.so on sm_90a: {message}"):
+    with pytest.raises(BuildError, match=rf"^x\.so on sm_90a(, mxfp4_mxfp8)?: {message}"):
         check_emulated_tile("x.so", {"90a": code_of(*lines, kernel=kernel)}, EXPECT)
 
 

@@ -71,7 +71,9 @@ class Case:
             made = random_weights(EXPERTS, HIDDEN, INTER, CPU, seed=self.tokens)
         else:
             layer = random_nvfp4(experts=EXPERTS, hidden=HIDDEN, inter=INTER, inputs=self.static, seed=self.tokens)
-            made = MoEWeights.from_nvfp4(**with_biases(layer), activation="swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
+            made = MoEWeights.from_nvfp4(
+                **with_biases(layer), activation="swiglu_oai", alpha=1.702, beta=1.0, limit=7.0
+            )
         kind, old, new = made.weight_format, made.word_order, ORDERS[self.act_format]
 
         def reordered(matrix: Tensor, n: int, k: int) -> Tensor:
@@ -200,9 +202,7 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     sizes |= {"tile_m": tile.m, "gemm1_width": 0 if case.fuses else weights.w13_rows, "from_logits": not case.from_ids}
     own_scales = case.act_format == "nvfp4" and not case.static
     row_dtype = reference.ROW_DTYPES[dtype]
-    own = intermediates(
-        run.recording, **sizes, dtype=row_dtype, act_format=case.act_format, row_factors=own_scales
-    )
+    own = intermediates(run.recording, **sizes, dtype=row_dtype, act_format=case.act_format, row_factors=own_scales)
 
     run.next("route")
     if logits is not None:

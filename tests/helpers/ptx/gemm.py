@@ -97,13 +97,13 @@ class Epilogue:
     global_scales: Tensor | None = None  # float32 [E], of NVFP4
 
 
-def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
+def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> list[range]:
     """Shared memory that a kernel reads although nobody wrote it, whatever is there.
 
     Packed weights that a last K tile of less than 128 lacks: any bits, times zeros. Rows of bf16 activations that an
     m-tile does not have, which come in boxes: they meet the weights in sums that are stored nowhere.
     """
-    proof = prove(tile, "120f", pair)
+    proof = prove(tile, arch, pair)
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
     scales, block = 256 * scale_words(pair), weight_block_bytes(pair)
     first = scales + k % 128 // 32 * 1024  # of a block of scales and four steps of 1024 bytes
@@ -115,8 +115,9 @@ def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
 class Gemm:
     """One problem's operands in a machine's memory."""
 
-    def __init__(self, problem: GemmProblem, tile: Tile, machine: Machine) -> None:
+    def __init__(self, problem: GemmProblem, tile: Tile, machine: Machine, arch: str = "120f") -> None:
         self.problem, self.tile, self.machine, self.pair = problem, tile, machine, pair_of(problem)
+        self.arch = arch
         rows, experts = problem.rows.shape[0], problem.packed.shape[0]
         tiles = reference.m_tiles(problem.offsets, tile.m)
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
@@ -179,13 +180,13 @@ class Gemm:
 
         change, change_launch: make another kernel of the tile's PTX, another launch of the launcher's.
         """
-        ptx = launch.ptx_of_tile(self.tile, pair=self.pair)
-        (one,) = launch.shared_recorder().gemm_of(self.tile, self.pair, args, sms=sms)
+        ptx = launch.ptx_of_tile(self.tile, self.arch, self.pair)
+        (one,) = launch.shared_recorder().gemm_of(self.tile, self.pair, args, sms=sms, arch=self.arch)
         if change_launch is not None:
             one = change_launch(one)
         late = [name for name in ("act", "act_scale", "of_rows") if name in self.operands]
         self.machine.pretend_kernel(late if args.m_tiles_are_ready else [*late, "m_tiles", "num_m_tiles"])
-        unwritten = junk(self.tile, args.k, self.pair)
+        unwritten = junk(self.tile, args.k, self.pair, self.arch)
         self.machine.run(ptx if change is None else change(ptx), one, junk=unwritten)
 
     def run(
