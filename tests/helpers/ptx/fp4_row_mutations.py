@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import ptx_fp4_checks as cases
 import torch
+from ptx_quantize_checks import check_fp4_quantize
 
 from .moe_mutations import Mutation
 
@@ -164,6 +165,38 @@ MUTATIONS = (
         old="outputs.expert_of_bias = -1;",
         new="",
         case=lambda: cases.check_activation(1184, OF_EXPERTS, activation="relu", bias=True, most=1),
+    ),
+    Mutation(
+        name="fp4_quantize: the last word of an odd number of blocks",
+        unit="fp4_quantize",
+        file="moe/fp4_quantize.cu",
+        old="words = (blocks + 3) / 4;",
+        new="words = blocks / 4;",
+        case=lambda: check_fp4_quantize(9, 144, torch.bfloat16, 0, 3.5),
+    ),
+    Mutation(
+        name="fp4_quantize: words of NVFP4 as MXFP4's",
+        unit="fp4_quantize",
+        file="moe/fp4_quantize.cu",
+        old="number = column / (4 * Of::kValuesOf)",
+        new="number = column / (4 * kScaleBlock)",
+        case=lambda: check_fp4_quantize(9, 144, torch.bfloat16, 0, 3.5),
+    ),
+    Mutation(
+        name="fp4_quantize: padding rows of NVFP4 have MXFP4's words",
+        unit="fp4_quantize",
+        file="moe/fp4_quantize.cu",
+        old="(args.k / Blocks<kNvfp4>::kValuesOf + 3) / 4);",
+        new="(args.k / kScaleBlock + 3) / 4);",
+        case=lambda: check_fp4_quantize(9, 144, torch.bfloat16, 1, 3.5),
+    ),
+    Mutation(
+        name="fp4_quantize: no reciprocal of the global scale",
+        unit="fp4_quantize",
+        file="moe/fp4_quantize.cu",
+        old="const float inverse = __frcp_rn(global);",
+        new="const float inverse = 1.0f;",
+        case=lambda: check_fp4_quantize(9, 32, torch.float16, 2, 0.37),
     ),
     Mutation(
         name="control, nvfp4: rows' numbers two at a time",

@@ -222,7 +222,7 @@ MUTATIONS = (
         name="mxfp8_quantize: rows past the last are left unwritten",
         unit="mxfp8_quantize",
         file="moe/mxfp8_quantize.cu",
-        old="  store_padding(args);\n",
+        old="  store_padding(args.scales, args.layout, args.rows, scale_k_tiles(args.padded_k));\n",
         new="",
         case=_plain_rows,
     ),
@@ -253,7 +253,7 @@ MUTATIONS = (
     Mutation(
         name="mxfp8_quantize: rows of a short tile eight bytes apart",
         unit="mxfp8_quantize",
-        file="moe/mxfp8_quantize.cu",
+        file="moe/plain_rows.cuh",
         old="row % kShortRows * 4;",
         new="row % kShortRows * 8;",
         case=_short_tiles,
@@ -261,7 +261,7 @@ MUTATIONS = (
     Mutation(
         name="mxfp8_quantize: half of a float32 lane",
         unit="mxfp8_quantize",
-        file="moe/mxfp8_quantize.cu",
+        file="moe/plain_rows.cuh",
         old="packed[i] = __ldcg(vectors + i);",
         new="packed[i] = __ldcg(vectors);",
         case=_short_tiles,
