@@ -84,7 +84,29 @@ inline Activation check_activation(int64_t activation) {
 }
 
 inline ActivationFormat check_activation_format(int64_t format) {
-  return static_cast<ActivationFormat>(check_range("activation_format", format, 0, 1));
+  return static_cast<ActivationFormat>(check_range("activation_format", format, 0, kNumActivationFormats - 1));
+}
+
+inline const char* name_of(ActivationFormat format) {
+  constexpr const char* kNames[kNumActivationFormats] = {"mxfp8", "bf16", "mxfp4", "nvfp4"};
+  return kNames[static_cast<int>(format)];
+}
+
+inline int32_t check_weight_format(int64_t format) {
+  return check_range("weight_format", format, MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_WEIGHT_NVFP4);
+}
+
+// The float32 scales of NVFP4 weights, or of their inputs: given where they are wanted, and nowhere else.
+inline const float* check_scales(const char* name, const std::optional<Tensor>& scales, bool wanted,
+                                 std::initializer_list<int64_t> shape, int32_t device,
+                                 int64_t alignment = kElementAlignment) {
+  STD_TORCH_CHECK(scales.has_value() == wanted, name, ": expected ", wanted ? "a tensor" : "none",
+                  " with these formats of weights and activations, got ", wanted ? "none" : "one");
+  if (!wanted) {
+    return nullptr;
+  }
+  check_tensor(name, *scales, ScalarType::Float, shape, device, alignment);
+  return data<const float>(*scales);
 }
 
 // A number of the activation; float32 [experts] where every expert has its own.

@@ -105,8 +105,9 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
 // The same for at most kFewSlots and, of topk_softmax, 256 experts; launch_topk_route calls it.
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
-// To what a layer's activations are brought before each GEMM; reference.ACTIVATION_FORMATS has the same order.
+// To what a layer's activations are brought before each GEMM; formats/weight_layout.py has the names in this order.
 enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };
+constexpr int kNumActivationFormats = 4;
 
 // What the rows that a GEMM reads are.
 enum class RowFormat : int {
@@ -116,6 +117,7 @@ enum class RowFormat : int {
   kMxfp4,        // E2M1 codes, two to a byte, low nibble = even k, and their E8M0 scales
   kNvfp4,        // the same under E4M3 scales of 16 values, after a global scale (GlobalScales)
 };
+constexpr int kNumRowFormats = 5;
 
 // NVFP4's global scales: what a row is multiplied by before it is quantized. Rows of an expert have that of the
 // checkpoint; where it has none, each row its own, 2688 / amax, whose reciprocal its kernel leaves in row_factors.
@@ -139,6 +141,7 @@ struct QuantizePermuteArgs {
   bool hidden_is_ready;        // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
+cudaError_t launch_nvfp4_permute(const QuantizePermuteArgs& args, cudaStream_t stream);  // it calls this one for kNvfp4
 
 // Rows that are MXFP8 already: gathered into expert order, k reordered, scales repacked.
 struct PermuteArgs {
@@ -172,6 +175,7 @@ struct ActivationArgs {
   GlobalScales global_scales;  // of kNvfp4
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
+cudaError_t launch_nvfp4_activation(const ActivationArgs& args, cudaStream_t stream);  // it calls this one for kNvfp4
 
 struct FinalizeArgs {
   const void* gemm2;          // [rows, hidden_size] of row_type(type)
@@ -202,5 +206,18 @@ struct Mxfp8QuantizeArgs {
   uint8_t* scales;   // [rows, padded_k / 32]; or tiles of 128 or 8 rows by four blocks, padded to whole ones
 };
 cudaError_t launch_mxfp8_quantize(const Mxfp8QuantizeArgs& args, cudaStream_t stream);
+
+// The same of FP4: NVFP4 where a global scale is given, else MXFP4.
+struct Fp4QuantizeArgs {
+  const void* x;  // [rows, k] of type, 16-byte aligned
+  HalfType type;
+  ScaleLayout layout;
+  int64_t rows;
+  int32_t k;                  // multiple of 32, of NVFP4 of 16
+  const float* global_scale;  // device memory, one value; or null
+  uint8_t* codes;             // [rows, k / 2]
+  uint8_t* scales;            // as Mxfp8QuantizeArgs', for blocks of 32 or 16 values
+};
+cudaError_t launch_fp4_quantize(const Fp4QuantizeArgs& args, cudaStream_t stream);
 
 }  // namespace mxfp4_moe

@@ -3,6 +3,8 @@
 // route chooses the experts first. Nothing here synchronizes or reads device memory. Shapes and layouts: kernels.h.
 #include "moe/layer.h"
 
+#include <string>
+
 #include "moe/checks.h"
 #include "moe/kernels.h"
 #include "moe/registry.h"
@@ -22,14 +24,101 @@ struct Layer {
   int32_t tokens, slots, experts, first_expert;
   int32_t hidden, intermediate, gemm1_width;
   bool is_mxfp8;  // hidden_states
-  bool in_bf16;   // the rows that the tile reads on this device
+  int32_t weight_format;
+  int32_t act_format;  // Mxfp4MoeActFormat that the tile reads on this device
   RowFormat rows;
+  Mxfp4MoeFactors factors1, factors2;  // of the GEMMs, but for of_rows
+  const float* global_scales1;         // [E] of NVFP4 rows whose scales the checkpoint has; else null
+  const float* global_scales2;
+  bool rows_have_scales;  // NVFP4 rows, each with a scale of its own
   HalfType out_type;
   Activation activation;
   PerExpert alpha, beta, limit;
   Rounding rounding;  // of GEMM1's values and the activation's
   bool gemm1_activates;
 };
+
+RowFormat rows_of(ActivationFormat format, int32_t act_format) {
+  switch (format) {
+    case ActivationFormat::kMxfp8:
+      return act_format == MXFP4_MOE_ACT_BF16 ? RowFormat::kMxfp8InBf16 : RowFormat::kMxfp8;
+    case ActivationFormat::kBf16:
+      return RowFormat::kBf16;
+    case ActivationFormat::kMxfp4:
+      return RowFormat::kMxfp4;
+    default:
+      return RowFormat::kNvfp4;
+  }
+}
+
+// To what GEMM1's epilogue quantizes what it writes.
+int32_t quantized_to(RowFormat rows) {
+  switch (rows) {
+    case RowFormat::kBf16:
+      return MXFP4_MOE_ACT_BF16;
+    case RowFormat::kMxfp4:
+      return MXFP4_MOE_ACT_MXFP4;
+    case RowFormat::kNvfp4:
+      return MXFP4_MOE_ACT_NVFP4;
+    default:
+      return MXFP4_MOE_ACT_MXFP8;
+  }
+}
+
+// The pairs of formats that a tile has kernels for on a device, in words; "" for none.
+std::string pairs_of(const Mxfp4MoeTile& tile, int32_t device) {
+  std::string pairs;
+  for (int32_t weights = MXFP4_MOE_WEIGHT_MXFP4; weights <= MXFP4_MOE_WEIGHT_NVFP4; ++weights) {
+    for (int32_t act = MXFP4_MOE_ACT_MXFP8; act <= MXFP4_MOE_ACT_NVFP4; ++act) {
+      const Mxfp4MoeTileFacts* facts = tile.facts_of(device, weights, act);
+      if (facts != nullptr) {
+        pairs += (pairs.empty() ? "" : ", ") + std::string(facts->pair);
+      }
+    }
+  }
+  return pairs;
+}
+
+// The tile's kernel for the call's formats on the layer's device; null where it has none for any.
+const Mxfp4MoeTileFacts* kernel_of(const Layer& layer, ActivationFormat format) {
+  static constexpr int32_t kReads[kNumActivationFormats] = {MXFP4_MOE_ACT_MXFP8, MXFP4_MOE_ACT_BF16,
+                                                            MXFP4_MOE_ACT_MXFP4, MXFP4_MOE_ACT_NVFP4};
+  const int32_t device = layer.device, weights = layer.weight_format;
+  const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(device, weights, kReads[static_cast<int>(format)]);
+  // MXFP8 is folded into bf16 where no kernel reads it as it is.
+  if (facts == nullptr && format == ActivationFormat::kMxfp8 && weights == MXFP4_MOE_WEIGHT_MXFP4) {
+    facts = layer.tile->facts_of(device, weights, MXFP4_MOE_ACT_BF16);
+  }
+  if (facts == nullptr) {  // where the device has no machine code at all the launch says why
+    const std::string having = pairs_of(*layer.tile, device);
+    STD_TORCH_CHECK(having.empty(), "activation_format: expected one for whose pair with the weights' tile (",
+                    layer.tile->tile_m, ", ", layer.tile->tile_n, ") has a kernel on this GPU (", having, "), got ",
+                    weights == MXFP4_MOE_WEIGHT_NVFP4 ? "nvfp4_" : "mxfp4_", name_of(format));
+  }
+  return facts;
+}
+
+// The float32 scales of NVFP4: what the GEMMs' sums are multiplied by, and rows before they are quantized.
+void check_tensor_scales(const LayerArgs& args, ActivationFormat format, Layer& layer) {
+  const int64_t experts = layer.experts;
+  const bool nvfp4 = layer.weight_format == MXFP4_MOE_WEIGHT_NVFP4;
+  const auto of_weights = [&](const char* name, const std::optional<Tensor>& factors) {
+    return check_scales(name, factors, nvfp4, {experts, 2}, layer.device, 2 * sizeof(float));
+  };
+  layer.factors1.of_weights = of_weights("w13_factors", args.w13_factors);
+  layer.factors2.of_weights = of_weights("w2_factors", args.w2_factors);
+  if (format != ActivationFormat::kNvfp4) {
+    return;  // those of inputs are NVFP4 rows' alone
+  }
+  const bool given = args.w13_input_factors.has_value();
+  const auto of_inputs = [&](const char* name, const std::optional<Tensor>& scales) {
+    return check_scales(name, scales, given, {experts}, layer.device);
+  };
+  layer.factors1.of_inputs = of_inputs("w13_input_factors", args.w13_input_factors);
+  layer.factors2.of_inputs = of_inputs("w2_input_factors", args.w2_input_factors);
+  layer.global_scales1 = of_inputs("w13_input_global_scales", args.w13_input_global_scales);
+  layer.global_scales2 = of_inputs("w2_input_global_scales", args.w2_input_global_scales);
+}
 
 Layer check(const LayerArgs& args) {
   Layer layer = {};
@@ -55,10 +144,12 @@ Layer check(const LayerArgs& args) {
   layer.first_expert = check_range("first_expert", args.first_expert, 0, INT_MAX - kMaxExperts);
   layer.intermediate = check_multiple_of_32("intermediate_size", args.intermediate_size);
   layer.gemm1_width = is_gated(layer.activation) ? 2 * layer.intermediate : layer.intermediate;
+  layer.weight_format = check_weight_format(args.weight_format);
+  const int scale_words = layer.weight_format == MXFP4_MOE_WEIGHT_NVFP4 ? kNvfp4ScaleWords : kMxfp4ScaleWords;
   check_tensor("w13", args.w13, ScalarType::Byte,
-               {layer.experts, weight_bytes(layer.gemm1_width, layer.hidden, kMxfp4ScaleWords)}, device);
+               {layer.experts, weight_bytes(layer.gemm1_width, layer.hidden, scale_words)}, device);
   check_tensor("w2", args.w2, ScalarType::Byte,
-               {layer.experts, weight_bytes(layer.hidden, layer.intermediate, kMxfp4ScaleWords)}, device);
+               {layer.experts, weight_bytes(layer.hidden, layer.intermediate, scale_words)}, device);
   if (args.w13_bias.has_value()) {
     check_tensor("w13_bias", *args.w13_bias, ScalarType::Float, {layer.experts, layer.gemm1_width}, device);
   }
@@ -73,20 +164,17 @@ Layer check(const LayerArgs& args) {
   layer.tile = tiles().find(args.tile_m, args.tile_n);
   STD_TORCH_CHECK(layer.tile != nullptr, "tile: expected one that is loaded, got (", args.tile_m, ", ", args.tile_n,
                   ")");
-  // MXFP8 is folded into bf16 where no kernel reads it as it is. Where the device has no machine code the launch says
-  // why.
-  const bool quantizes = check_activation_format(args.activation_format) == ActivationFormat::kMxfp8;
-  const Mxfp4MoeTileFacts* in_mxfp8 = layer.tile->facts_of(layer.device, MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP8);
-  const Mxfp4MoeTileFacts* in_bf16 = layer.tile->facts_of(layer.device, MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16);
-  const Mxfp4MoeTileFacts* facts = quantizes && in_mxfp8 != nullptr ? in_mxfp8 : in_bf16;
-  layer.in_bf16 = facts != nullptr && facts->act_format == MXFP4_MOE_ACT_BF16;
-  STD_TORCH_CHECK(quantizes || layer.in_bf16 || in_mxfp8 == nullptr,
-                  "activation_format: expected mxfp8, the only one that tile (", args.tile_m, ", ", args.tile_n,
-                  ") has a kernel for on this GPU, got bf16");
-  STD_TORCH_CHECK(quantizes || !layer.is_mxfp8,
-                  "activation_format: expected mxfp8 for hidden_states that are MXFP8 already, got bf16");
-  layer.rows = !layer.in_bf16 ? RowFormat::kMxfp8 : quantizes ? RowFormat::kMxfp8InBf16 : RowFormat::kBf16;
-  layer.gemm1_activates = facts != nullptr && facts->activates != 0 && is_fused(layer.activation);
+  const ActivationFormat format = check_activation_format(args.activation_format);
+  STD_TORCH_CHECK(format == ActivationFormat::kMxfp8 || !layer.is_mxfp8,
+                  "activation_format: expected mxfp8 for hidden_states that are MXFP8 already, got ", name_of(format));
+  check_tensor_scales(args, format, layer);
+  const Mxfp4MoeTileFacts* facts = kernel_of(layer, format);
+  layer.act_format = facts == nullptr ? MXFP4_MOE_ACT_MXFP8 : facts->act_format;
+  layer.rows = rows_of(format, layer.act_format);
+  layer.rows_have_scales = layer.rows == RowFormat::kNvfp4 && layer.global_scales1 == nullptr;
+  // A row's own scale needs all of the row, of which an output tile has a part.
+  layer.gemm1_activates =
+      facts != nullptr && facts->activates != 0 && is_fused(layer.activation) && !layer.rows_have_scales;
   return layer;
 }
 
@@ -97,8 +185,9 @@ Workspace::Shape workspace_of(const Layer& layer, int64_t max_m_tiles) {
           max_m_tiles,
           layer.gemm1_activates ? 0 : layer.gemm1_width,
           layer.routing.from_logits,
-          layer.in_bf16,
-          row_value_bytes(layer.out_type)};
+          layer.act_format,
+          row_value_bytes(layer.out_type),
+          layer.rows_have_scales};
 }
 
 // The kernels of one call, in the order in which they are launched.
@@ -151,13 +240,14 @@ class Launches {
       QuantizePermuteArgs quantize = to_rows(QuantizePermuteArgs{});
       quantize.hidden = args_.hidden_states.data_ptr();
       quantize.type = check_half("hidden_states", args_.hidden_states);
+      quantize.global_scales = global_scales(layer_.global_scales1, at_.row_factors1);
       quantize.hidden_is_ready = true;  // route came between whoever wrote it and this kernel
       check_launch("quantize-permute", launch_quantize_permute(quantize, stream_));
     }
   }
 
   void gemm1() {
-    Mxfp4MoeGemmArgs gemm = gemm_args();
+    Mxfp4MoeGemmArgs gemm = gemm_args(layer_.factors1, at_.row_factors1);
     gemm.act = base_ + at_.rows1;
     gemm.act_scale = base_ + at_.scales1;
     gemm.out = base_ + at_.gemm1_out;
@@ -166,20 +256,20 @@ class Launches {
       gemm.activate = {base_ + at_.rows2,
                        base_ + at_.scales2,
                        data<const float>(args_.w13_bias),
-                       layer_.rows == RowFormat::kBf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8,
+                       quantized_to(layer_.rows),
                        static_cast<int32_t>(layer_.activation),
                        static_cast<int32_t>(layer_.rounding),
                        layer_.alpha,
                        layer_.beta,
                        layer_.limit,
-                       nullptr};
+                       layer_.global_scales2};
     }
     run("GEMM1", gemm, args_.w13, layer_.gemm1_width, layer_.hidden);
     if (!layer_.gemm1_activates) activation();
   }
 
   void gemm2() {
-    Mxfp4MoeGemmArgs gemm = gemm_args();
+    Mxfp4MoeGemmArgs gemm = gemm_args(layer_.factors2, at_.row_factors2);
     gemm.act = base_ + at_.rows2;
     gemm.act_scale = base_ + at_.scales2;
     gemm.out = base_ + at_.gemm2_out;
@@ -219,13 +309,26 @@ class Launches {
     return args;
   }
 
+  // Of NVFP4 rows: the experts' where the checkpoint has them, else the rows' own.
+  GlobalScales global_scales(const float* of_experts, int64_t row_factors) const {
+    if (layer_.rows_have_scales) {
+      return {nullptr, nullptr, reinterpret_cast<float*>(base_ + row_factors)};
+    }
+    return {of_experts, of_experts == nullptr ? nullptr : ints(at_.row_expert), nullptr};
+  }
+
   // What both GEMMs have in common.
-  Mxfp4MoeGemmArgs gemm_args() const {
+  Mxfp4MoeGemmArgs gemm_args(const Mxfp4MoeFactors& factors, int64_t row_factors) const {
     Mxfp4MoeGemmArgs gemm = {};
     gemm.m_tiles = m_tiles();
     gemm.num_m_tiles = ints(at_.num_m_tiles);
     gemm.max_m_tiles = max_m_tiles_;
-    gemm.act_format = layer_.in_bf16 ? MXFP4_MOE_ACT_BF16 : MXFP4_MOE_ACT_MXFP8;
+    gemm.act_format = layer_.act_format;
+    gemm.weight_format = layer_.weight_format;
+    gemm.factors = factors;
+    if (layer_.rows_have_scales) {
+      gemm.factors.of_rows = reinterpret_cast<const float*>(base_ + row_factors);
+    }
     gemm.rows = layer_.slots;
     gemm.experts = layer_.experts;
     gemm.m_tiles_are_ready = 1;
@@ -256,6 +359,7 @@ class Launches {
     activation.beta = layer_.beta;
     activation.limit = layer_.limit;
     activation.format = layer_.rows;
+    activation.global_scales = global_scales(layer_.global_scales2, at_.row_factors2);
     activation.out = base_ + at_.rows2;
     activation.scales = base_ + at_.scales2;
     check_launch("activation", launch_activation(activation, stream_));

@@ -25,11 +25,21 @@ struct LayerArgs {
   const RouterRule& router;  // of router_logits
   int64_t first_expert;      // the global id of w13[0], from which ids count
 
-  const Tensor& w13;  // [E, weight_bytes(2I, H)] (I when the activation is not gated), as MoEWeights holds it
+  int64_t weight_format;  // Mxfp4MoeWeightFormat
+  const Tensor& w13;      // [E, weight_bytes(2I, H)] (I when the activation is not gated), as MoEWeights holds it
   const MaybeTensor& w13_bias;
   const Tensor& w2;  // [E, weight_bytes(H, I)]
   const MaybeTensor& w2_bias;
   int64_t intermediate_size;
+  // Of NVFP4 weights, float32 [E, 2]: what the sums of gates and of ups are multiplied by; of w2 twice the same.
+  const MaybeTensor& w13_factors;
+  const MaybeTensor& w2_factors;
+  // Of NVFP4 rows whose scales the checkpoint has, float32 [E]: the same for the rows, and what they are multiplied by
+  // before they are quantized.
+  const MaybeTensor& w13_input_factors;
+  const MaybeTensor& w2_input_factors;
+  const MaybeTensor& w13_input_global_scales;
+  const MaybeTensor& w2_input_global_scales;
 
   int64_t activation;  // enum Activation
   double alpha, beta, limit;

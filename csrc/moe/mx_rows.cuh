@@ -1,16 +1,18 @@
-// Rows for the GEMMs, written by warps, and where their bytes go: MXFP8 (the arithmetic: shared/mxfp8.cuh) or bf16.
+// Rows for the GEMMs, written by warps, and where their bytes go: MXFP8 (the arithmetic: shared/mxfp8.cuh), bf16 or
+// MXFP4 (shared/fp4.cuh). NVFP4: nvfp4_rows.cuh.
 //
 // A quad of lanes holds one block of 32 values, lane q the values k = 8q .. 8q+7. Lanes of a half-warp hold the four
 // blocks of one K tile of 128 values, so that their scale bytes leave as one 32-bit word.
-// Codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants. bf16
-// rows (shared/bf16_rows.cuh) have k in order. Used by quantize_permute.cu, permute.cu and activation.cu.
+// E4M3 codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants.
+// bf16 rows (shared/bf16_rows.cuh) and E2M1 codes have k in order. Used by quantize_permute.cu, permute.cu and
+// activation.cu.
 #pragma once
 
 #include "moe/kernels.h"
 #include "moe/warps.cuh"
 #include "shared/bf16_rows.cuh"
+#include "shared/fp4.cuh"
 #include "shared/launch.cuh"
-#include "shared/mxfp8.cuh"
 #include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe {
@@ -20,25 +22,37 @@ constexpr int kValuesPerLane = kScaleBlock / kLanesPerBlock;
 constexpr int kBlocksPerWord = 4;
 constexpr int kLanesPerWord = kLanesPerBlock * kBlocksPerWord;  // a half-warp: one K tile of one row
 
-struct QuadCodes {
-  uint32_t even, odd;  // this lane's 4 even-k and 4 odd-k codes
-  uint32_t scale;      // the block's E8M0 byte, the same in all four lanes
-};
-
-// Quantizes the block that this lane's quad holds. All 32 lanes of the warp must call it.
-__device__ __forceinline__ QuadCodes quantize_quad(const float (&x)[kValuesPerLane]) {
+// The largest magnitude() of this lane's values.
+__device__ __forceinline__ uint32_t lane_amax(const float (&x)[kValuesPerLane]) {
   uint32_t amax = 0;
 #pragma unroll
   for (int i = 0; i < kValuesPerLane; ++i) {
     amax = max(amax, magnitude(x[i]));
   }
+  return amax;
+}
+
+// Of the block that this lane's quad holds. All 32 lanes of the warp must call it, and what follows.
+__device__ __forceinline__ uint32_t quad_amax(const float (&x)[kValuesPerLane]) {
+  uint32_t amax = lane_amax(x);
   amax = max(amax, __shfl_xor_sync(kAllLanes, amax, 1));
   amax = max(amax, __shfl_xor_sync(kAllLanes, amax, 2));
+  return amax;
+}
+
+struct QuadCodes {
+  uint32_t even, odd;  // this lane's 4 even-k and 4 odd-k codes
+  uint32_t scale;      // the block's E8M0 byte, the same in all four lanes
+};
+
+// Quantizes the block that this lane's quad holds.
+__device__ __forceinline__ QuadCodes quantize_quad(const float (&x)[kValuesPerLane]) {
+  const uint32_t amax = quad_amax(x);
   const uint32_t scale = mx_scale(amax);
   return QuadCodes{mx_codes(amax, scale, x[0], x[2], x[4], x[6]), mx_codes(amax, scale, x[1], x[3], x[5], x[7]), scale};
 }
 
-// Where rows go: codes or bf16 [rows, k], and the codes' scales.
+// Where rows go: codes or bf16 [rows, k], or packed codes [rows, k / 2]; and the codes' scales.
 struct RowsOut {
   RowFormat format;
   uint8_t* out;
@@ -49,9 +63,16 @@ struct RowsOut {
 
 // A half-warp's K tile of a row, as each lane stores its part: made once, stored in as many rows as want it.
 struct KTile {
-  uint4 words;      // 8 bf16 values; or in x and y 4 even-k and 4 odd-k codes
-  uint32_t scales;  // of the four blocks, of kMxfp8
+  uint4 words;      // 8 bf16 values; or in x and y 4 even-k and 4 odd-k codes; or in x 8 E2M1 codes
+  uint32_t scales;  // of the four blocks, of kMxfp8 and kMxfp4
 };
+
+// The four scale bytes of a half-warp's K tile as one word, in all its lanes. All 32 lanes call it.
+__device__ __forceinline__ uint32_t scale_word(uint32_t scale) {
+  uint32_t word = scale << (8 * (threadIdx.x % kLanesPerWord / kLanesPerBlock));
+  word |= __shfl_xor_sync(kAllLanes, word, 4);
+  return word | __shfl_xor_sync(kAllLanes, word, 8);
+}
 
 // Lanes whose block lies past the row hold zeros and contribute the zero scale byte that pads the word. All 32 lanes
 // call it.
@@ -66,18 +87,22 @@ __device__ __forceinline__ KTile make_k_tile(const QuadCodes& quad, bool in_bf16
     return tile;
   }
   tile.words = make_uint4(quad.even, quad.odd, 0, 0);
-  uint32_t word = quad.scale << (8 * (threadIdx.x % kLanesPerWord / kLanesPerBlock));
-  word |= __shfl_xor_sync(kAllLanes, word, 4);
-  tile.scales = word | __shfl_xor_sync(kAllLanes, word, 8);
+  tile.scales = scale_word(quad.scale);
   return tile;
 }
 
 // The same from values. All 32 lanes call it.
 __device__ __forceinline__ KTile make_k_tile(const float (&x)[kValuesPerLane], RowFormat format) {
+  KTile tile = {};
+  if (format == RowFormat::kMxfp4) {
+    const uint32_t amax = quad_amax(x), scale = mxfp4_scale(amax);
+    tile.words.x = fp4_codes(amax, mxfp4_multiplier(scale), x);
+    tile.scales = scale_word(scale);
+    return tile;
+  }
   if (format != RowFormat::kBf16) {
     return make_k_tile(quantize_quad(x), format == RowFormat::kMxfp8InBf16);
   }
-  KTile tile = {};
   tile.words = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
   return tile;
 }
@@ -88,13 +113,17 @@ __device__ __forceinline__ void store_k_tile(const KTile& tile, int64_t row, int
   const int k_block = k_tile * kBlocksPerWord + lane / kLanesPerBlock;
   const int64_t first = row * to.k + k_block * kScaleBlock;
   const bool is_in_row = k_block < to.k / kScaleBlock;
-  if (to.format != RowFormat::kMxfp8) {
+  if (to.format == RowFormat::kBf16 || to.format == RowFormat::kMxfp8InBf16) {
     if (is_in_row) {
       reinterpret_cast<uint4*>(to.out + first * 2)[part] = tile.words;
     }
     return;
   }
-  if (is_in_row) {
+  if (to.format == RowFormat::kMxfp4) {
+    if (is_in_row) {
+      reinterpret_cast<uint32_t*>(to.out + first / 2)[part] = tile.words.x;
+    }
+  } else if (is_in_row) {
     *reinterpret_cast<uint32_t*>(to.out + first + part * 4) = tile.words.x;
     *reinterpret_cast<uint32_t*>(to.out + first + kScaleBlock / 2 + part * 4) = tile.words.y;
   }

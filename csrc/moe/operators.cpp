@@ -2,8 +2,8 @@
 //
 // fused_moe runs a layer (layer.h). route, quantize_permute, permute, activation and finalize expose its parts to tests
 // and benchmarks. route_topk and route_experts are the routers' kernels, topk_softmax.cu and topk_experts.cu, and
-// mxfp8_quantize the drop-in's. register_tile takes the address of a loaded tile (tile_abi.h); fused_moe finds its GEMM
-// there.
+// mxfp8_quantize and fp4_quantize the drop-in's. register_tile takes the address of a loaded tile (tile_abi.h);
+// fused_moe finds its GEMM there.
 // Every argument is checked before anything is launched (checks.h). Nothing here synchronizes or reads device memory.
 // Shapes and layouts: kernels.h.
 #include <Python.h>
@@ -36,13 +36,19 @@ void fused_moe(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
                const std::optional<Tensor>& limits, const std::optional<Tensor>& hidden_states_scale,
                bool scale_is_swizzled, bool intermediate_rounding, int64_t activation_format,
                const std::optional<Tensor>& e_score_correction_bias, int64_t scoring_func, int64_t num_expert_group,
-               int64_t topk_group, int64_t group_score, double routed_scaling_factor) {
+               int64_t topk_group, int64_t group_score, double routed_scaling_factor, int64_t weight_format,
+               const std::optional<Tensor>& w13_factors, const std::optional<Tensor>& w2_factors,
+               const std::optional<Tensor>& w13_input_factors, const std::optional<Tensor>& w2_input_factors,
+               const std::optional<Tensor>& w13_input_global_scales,
+               const std::optional<Tensor>& w2_input_global_scales) {
   const RouterRule router = {e_score_correction_bias, scoring_func, num_expert_group, topk_group, group_score,
                              routed_scaling_factor};
   // clang-format off
   run_layer({hidden_states, hidden_states_scale, scale_is_swizzled,
              topk_weights, topk_ids, router_logits, top_k, renormalize, router, first_expert,
-             w13, w13_bias, w2, w2_bias, intermediate_size,
+             weight_format, w13, w13_bias, w2, w2_bias, intermediate_size,
+             w13_factors, w2_factors, w13_input_factors, w2_input_factors,
+             w13_input_global_scales, w2_input_global_scales,
              activation, alpha, beta, limit, alphas, betas, limits, intermediate_rounding,
              tile_m, tile_n, activation_format, out});
   // clang-format on
@@ -82,11 +88,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
 
 // Rows of the kernels that make them, and their scales, of which bf16 rows have none.
 std::tuple<Tensor, Tensor> empty_rows(RowFormat format, int64_t rows, int64_t k, int32_t device) {
-  const bool is_mxfp8 = format == RowFormat::kMxfp8;
-  return {empty({rows, k}, is_mxfp8 ? ScalarType::Byte : ScalarType::BFloat16, device),
-          empty({is_mxfp8 ? scale_k_tiles(k) : 0, act_scale_rows(rows), 4}, ScalarType::Byte, device)};
+  const bool is_bf16 = format == RowFormat::kMxfp8InBf16 || format == RowFormat::kBf16;
+  const bool is_fp4 = format == RowFormat::kMxfp4 || format == RowFormat::kNvfp4;
+  const int64_t words = is_bf16 ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;  // of scales, of a row in a K tile
+  return {empty({rows, is_fp4 ? k / 2 : k}, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, device),
+          empty({words * scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
 }
-RowFormat check_row_format(int64_t format) { return static_cast<RowFormat>(check_range("rows", format, 0, 2)); }
+RowFormat check_row_format(int64_t format) {
+  return static_cast<RowFormat>(check_range("rows", format, 0, kNumRowFormats - 1));
+}
+
+// The global scales of NVFP4 rows: of experts [E], beside the rows' experts [R]; or the rows' own, of which the factors
+// that undo them are written to row_factors [R].
+GlobalScales check_global_scales(RowFormat format, const std::optional<Tensor>& global_scales,
+                                 const std::optional<Tensor>& row_expert, const std::optional<Tensor>& row_factors,
+                                 int64_t rows, int32_t device) {
+  const bool nvfp4 = format == RowFormat::kNvfp4;
+  const bool of_experts = nvfp4 && global_scales.has_value();
+  GlobalScales scales = {};
+  scales.of_experts =
+      check_scales("global_scales", global_scales, of_experts, {of_experts ? global_scales->numel() : 0}, device);
+  scales.row_factors =
+      const_cast<float*>(check_scales("row_factors", row_factors, nvfp4 && !of_experts, {rows}, device));
+  if (of_experts) {
+    STD_TORCH_CHECK(row_expert.has_value(), "row_expert: expected a tensor with global_scales, got none");
+    check_tensor("row_expert", *row_expert, ScalarType::Int, {rows}, device, kElementAlignment);
+    scales.row_expert = data<const int32_t>(row_expert);
+  }
+  return scales;
+}
 
 // The number of valid rows is the last value of expert_offsets.
 const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
@@ -98,7 +128,9 @@ const int32_t* check_offsets(const Tensor& expert_offsets, int32_t device) {
 
 // Returns rows [R, H] and scales. rows: RowFormat.
 std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const Tensor& slot_row, int64_t top_k,
-                                            int64_t rows) {
+                                            int64_t rows, const std::optional<Tensor>& global_scales,
+                                            const std::optional<Tensor>& row_expert,
+                                            const std::optional<Tensor>& row_factors) {
   const int32_t device = device_of("hidden_states", hidden_states);
   QuantizePermuteArgs args = {};
   args.format = check_row_format(rows);
@@ -109,6 +141,7 @@ std::tuple<Tensor, Tensor> quantize_permute(const Tensor& hidden_states, const T
   const int32_t slots = check_range("tokens * top_k", hidden_states.size(0) * top_k, 0, kMaxSlots);
   args.tokens = static_cast<int32_t>(hidden_states.size(0));
   check_tensor("slot_row", slot_row, ScalarType::Int, {slots}, device, kElementAlignment);
+  args.global_scales = check_global_scales(args.format, global_scales, row_expert, row_factors, slots, device);
   const DeviceGuard guard(device);
   const auto [made, scales] = empty_rows(args.format, slots, args.hidden_size, device);
   args.hidden = hidden_states.data_ptr();
@@ -125,7 +158,8 @@ std::tuple<Tensor, Tensor> permute(const Tensor& hidden_states, const Tensor& hi
   const int32_t device = device_of("hidden_states", hidden_states);
   PermuteArgs args = {};
   args.format = check_row_format(rows);
-  STD_TORCH_CHECK(args.format != RowFormat::kBf16, "rows: expected 0 or 1, these are quantized, got 2");
+  STD_TORCH_CHECK(args.format == RowFormat::kMxfp8 || args.format == RowFormat::kMxfp8InBf16,
+                  "rows: expected 0 or 1, these are quantized, got ", rows);
   check_mxfp8(hidden_states, hidden_states_scale, scale_is_swizzled, device);
   args.hidden_size = check_multiple_of_32("hidden size", hidden_states.size(1));
   args.top_k = check_range("top_k", top_k, 1, kMaxExperts);
@@ -149,7 +183,8 @@ std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_exp
                                       const std::optional<Tensor>& w13_bias, int64_t activation, double alpha,
                                       double beta, double limit, const std::optional<Tensor>& alphas,
                                       const std::optional<Tensor>& betas, const std::optional<Tensor>& limits,
-                                      int64_t rounding, int64_t rows) {
+                                      int64_t rounding, int64_t rows, const std::optional<Tensor>& global_scales,
+                                      const std::optional<Tensor>& row_factors) {
   const int32_t device = device_of("gemm1", gemm1);
   ActivationArgs args = {};
   args.format = check_row_format(rows);
@@ -171,6 +206,7 @@ std::tuple<Tensor, Tensor> activation(const Tensor& gemm1, const Tensor& row_exp
   args.alpha = check_number("alpha", alpha, alphas, experts, device);
   args.beta = check_number("beta", beta, betas, experts, device);
   args.limit = check_number("limit", limit, limits, experts, device);
+  args.global_scales = check_global_scales(args.format, global_scales, row_expert, row_factors, args.rows, device);
   const DeviceGuard guard(device);
   const auto [made, scales] = empty_rows(args.format, args.rows, args.intermediate, device);
   args.gemm1 = data<const float>(gemm1);
@@ -291,6 +327,36 @@ std::tuple<Tensor, Tensor> mxfp8_quantize(const Tensor& input, int64_t padded_k,
   return {codes, scales};
 }
 
+// Returns packed codes [rows, k / 2] and scales, flat: NVFP4 where a global scale is given, else MXFP4.
+std::tuple<Tensor, Tensor> fp4_quantize(const Tensor& input, const std::optional<Tensor>& global_scale,
+                                        int64_t layout) {
+  const int32_t device = device_of("input", input);
+  Fp4QuantizeArgs args = {};
+  args.type = check_half("input", input);
+  check_placed("input", input, device);
+  const int64_t block = global_scale.has_value() ? 16 : kScaleBlock, k = input.size(1), blocks = k / block;
+  STD_TORCH_CHECK(k > 0 && k % block == 0 && k <= INT_MAX / 2, "k: expected a positive multiple of ", block, ", got ",
+                  k);
+  args.layout = static_cast<ScaleLayout>(check_range("layout", layout, 0, 2));
+  args.rows = input.size(0);
+  args.k = static_cast<int32_t>(k);
+  if (global_scale.has_value()) {
+    check_tensor("global_scale", *global_scale, ScalarType::Float, {1}, device, kElementAlignment);
+    args.global_scale = data<const float>(*global_scale);
+  }
+  const int64_t height = args.layout == ScaleLayout::k128x4 ? 128 : args.layout == ScaleLayout::k8x4 ? 8 : 1;
+  const int64_t words = (args.rows + height - 1) / height * height * ((blocks + 3) / 4);
+  const DeviceGuard guard(device);
+  const Tensor codes = empty({args.rows, k / 2}, ScalarType::Byte, device);
+  const Tensor scales =
+      empty({args.layout == ScaleLayout::kLinear ? args.rows * blocks : words * 4}, ScalarType::Byte, device);
+  args.x = input.data_ptr();
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("fp4-quantize", launch_fp4_quantize(args, current_stream(device)));
+  return {codes, scales};
+}
+
 void register_tile(int64_t entry) {
   const std::string reason = tiles().add(reinterpret_cast<const Mxfp4MoeTile*>(static_cast<uintptr_t>(entry)));
   STD_TORCH_CHECK(reason.empty(), reason);
@@ -309,16 +375,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "Tensor? alphas=None, Tensor? betas=None, Tensor? limits=None, Tensor? hidden_states_scale=None, "
       "bool scale_is_swizzled=False, bool intermediate_rounding=False, int activation_format=0, "
       "Tensor? e_score_correction_bias=None, int scoring_func=0, int num_expert_group=1, int topk_group=1, "
-      "int group_score=0, float routed_scaling_factor=1.0) -> ()");
+      "int group_score=0, float routed_scaling_factor=1.0, int weight_format=0, Tensor? w13_factors=None, "
+      "Tensor? w2_factors=None, Tensor? w13_input_factors=None, Tensor? w2_input_factors=None, "
+      "Tensor? w13_input_global_scales=None, Tensor? w2_input_global_scales=None) -> ()");
   m.def("route(Tensor topk_ids, int num_experts, int tile_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0) -> (Tensor, Tensor)");
+  m.def(
+      "quantize_permute(Tensor hidden_states, Tensor slot_row, int top_k, int rows=0, Tensor? global_scales=None, "
+      "Tensor? row_expert=None, Tensor(a!)? row_factors=None) -> (Tensor, Tensor)");
   m.def(
       "permute(Tensor hidden_states, Tensor hidden_states_scale, bool scale_is_swizzled, Tensor slot_row, int top_k, "
       "int rows=0) -> (Tensor, Tensor)");
   m.def(
       "activation(Tensor gemm1, Tensor row_expert, Tensor expert_offsets, Tensor? w13_bias, int activation, "
       "float alpha, float beta, float limit, Tensor? alphas, Tensor? betas, Tensor? limits, int rounding=0, "
-      "int rows=0) -> (Tensor, Tensor)");
+      "int rows=0, Tensor? global_scales=None, Tensor(a!)? row_factors=None) -> (Tensor, Tensor)");
   m.def("finalize(Tensor gemm2, Tensor slot_row, Tensor row_expert, Tensor topk_weights, Tensor? w2_bias) -> Tensor");
   m.def("route_topk(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
   m.def(
@@ -326,6 +396,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "int scoring_func=0, int num_expert_group=1, int topk_group=1, int group_score=0, "
       "float routed_scaling_factor=1.0, Tensor? topk_ids=None) -> (Tensor, Tensor)");
   m.def("mxfp8_quantize(Tensor input, int padded_k, int layout) -> (Tensor, Tensor)");
+  m.def("fp4_quantize(Tensor input, Tensor? global_scale, int layout) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {
@@ -342,6 +413,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("route_topk", TORCH_BOX(&mxfp4_moe::route_topk));
   m.impl("route_experts", TORCH_BOX(&mxfp4_moe::route_experts));
   m.impl("mxfp8_quantize", TORCH_BOX(&mxfp4_moe::mxfp8_quantize));
+  m.impl("fp4_quantize", TORCH_BOX(&mxfp4_moe::fp4_quantize));
 }
 
 // `import mxfp4_moe._ext.moe` runs the registrations above; the module itself is empty.

@@ -2,7 +2,8 @@
 //
 // in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
-//      or bf16 [R, H], the same values or as they came (shared/bf16_rows.cuh)
+//      or bf16 [R, H], the same values or as they came (shared/bf16_rows.cuh); or of MXFP4 packed E2M1 [R, H / 2],
+//      plain k order, and scales as MXFP8's. NVFP4: nvfp4_permute.cu
 // Called by layer.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
 // Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
@@ -63,6 +64,9 @@ cudaError_t launch_quantize(const QuantizePermuteArgs& args, cudaStream_t stream
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) {
     return cudaSuccess;
+  }
+  if (args.format == RowFormat::kNvfp4) {
+    return launch_nvfp4_permute(args, stream);
   }
   return args.type == HalfType::kBFloat16 ? launch_quantize<HalfType::kBFloat16>(args, stream)
                                           : launch_quantize<HalfType::kFloat16>(args, stream);

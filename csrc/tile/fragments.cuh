@@ -21,10 +21,13 @@ __device__ __forceinline__ void ldmatrix(uint32_t* r, const uint8_t* row) {
   }
 }
 
-// TMA's 128-byte swizzle: 16-byte chunk c of row r sits where 8 consecutive rows hit all banks once. Rows of fragments
-// start at multiples of 8, so moving to another chunk flips bits of the offset: offset ^ (delta << 4).
+// TMA's swizzles of rows of 128 and of 64 bytes: 16-byte chunk c of row r sits where 8 consecutive rows hit all banks
+// once. Rows of fragments start at multiples of 8, so moving to another chunk flips bits of the offset:
+// offset ^ (delta << 4).
+template <int kRowBytes = kActRowBytes>
 __device__ __forceinline__ uint32_t act_chunk(int row, int chunk) {
-  return row * kActRowBytes + ((chunk ^ (row & 7)) << 4);
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return row * kRowBytes + ((chunk ^ (kRowBytes == 128 ? row & 7 : row >> 1 & 3)) << 4);
 }
 
 // kCount consecutive 32-bit words of shared memory in one load.

@@ -53,7 +53,8 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
     if (!a.factors.of_weights || !aligned(a.factors.of_weights, 8))
       return refuse("factors.of_weights: expected an address that is a multiple of 8, got %p", a.factors.of_weights);
   if (a.activate.rows) {
-    constexpr bool kFolds = Shape::kReadsBf16 && Shape::Arch::kFoldsMxfp8;
+    constexpr bool kFolds =
+        Shape::kReadsBf16 && Shape::Arch::kFoldsMxfp8 && Shape::kWeightFormat == MXFP4_MOE_WEIGHT_MXFP4;
     if (a.activate.format != Shape::kActFormat && !(kFolds && a.activate.format == MXFP4_MOE_ACT_MXFP8))
       return refuse("format: expected %d, which tile (%d, %d) writes on this GPU, got %d", Shape::kActFormat, Shape::M,
                     Shape::N, a.activate.format);
@@ -125,6 +126,10 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
     act.strides[0] = 2 * k;
     act.box[0] = kTileK / 2;
     act.box[1] = Shape::kBoxRows;
+  } else if constexpr (Shape::kRowBytes != kTileK) {
+    act.extents[0] = act.strides[0] = k / 2;
+    act.box[0] = Shape::kRowBytes;
+    act.swizzle = CU_TENSOR_MAP_SWIZZLE_64B;
   }
   TmaOperand<2> weight{"weight",
                        CU_TENSOR_MAP_DATA_TYPE_INT32,
@@ -136,13 +141,13 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
   if (const char* why = encode(maps.act, act, refuse)) return why;
   if constexpr (!Shape::kReadsBf16) {
     // Pairs of words, because a box has at most 256 elements a side and the largest tile wants 260 rows.
-    const cuuint64_t k_tiles = u64(scale_k_tiles(a.k)), scale_rows = u64(act_scale_rows(a.rows));
+    const cuuint64_t sets = u64(scale_k_tiles(a.k) * Shape::kScaleWords), scale_rows = u64(act_scale_rows(a.rows));
     const TmaOperand<2> act_scale{"act_scale",
                                   CU_TENSOR_MAP_DATA_TYPE_INT64,
                                   a.act_scale,
-                                  {scale_rows / 2, k_tiles},
+                                  {scale_rows / 2, sets},
                                   {scale_rows * 4},
-                                  {Shape::kActScaleRows / 2, 1},
+                                  {Shape::kActScaleRows / 2, Shape::kScaleWords},
                                   CU_TENSOR_MAP_SWIZZLE_NONE};
     if (const char* why = encode(maps.act_scale, act_scale, refuse)) return why;
   }
@@ -159,7 +164,7 @@ const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
   static PerDevice known;
   cudaError_t e = cudaSuccess;
   blocks = known.get(device, [&] {
-    const auto kernel = kernel_of(static_cast<Shape*>(nullptr));
+    const auto kernel = kernel_of<Shape>(static_cast<Shape*>(nullptr));
     int sms = 0, per_sm = 0;
     e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
@@ -205,8 +210,8 @@ const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   const GemmParams params{a.out, a.m_tiles,           a.num_m_tiles,         a.out_type, a.rows,   a.n,
                           a.k,   a.m_tiles_are_ready, weight_hint<Shape>(a), a.activate, a.factors};
   const auto grid = static_cast<unsigned>(std::min<int64_t>(max_output_tiles<Shape>(a), blocks));
-  if (cudaError_t e = launch(kernel_of(static_cast<Shape*>(nullptr)), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
-                             static_cast<cudaStream_t>(a.stream), maps, params))
+  if (cudaError_t e = launch(kernel_of<Shape>(static_cast<Shape*>(nullptr)), dim3(grid), Shape::kThreads,
+                             Shape::kSmemBytes, static_cast<cudaStream_t>(a.stream), maps, params))
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;
 }

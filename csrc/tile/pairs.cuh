@@ -3,9 +3,21 @@
 // kernels read for them.
 #pragma once
 
+#include "tile_abi.h"
+
 namespace mxfp4_moe {
 
-struct Pair_mxfp4_mxfp8 {};  // both with their scales, for MMAs that take scales
-struct Pair_mxfp4_bf16 {};   // weights expanded to bf16, their scale multiplied in
+// Both with their scales, for MMAs that take scales.
+template <int kWeights, int kActivations>
+struct ScaledPair {
+  static constexpr int kWeightFormat = kWeights, kActFormat = kActivations;
+};
+struct Pair_mxfp4_mxfp8 : ScaledPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP8> {};
+struct Pair_mxfp4_mxfp4 : ScaledPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP4> {};
+struct Pair_nvfp4_nvfp4 : ScaledPair<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_NVFP4> {};
+
+// Weights expanded to bf16, their scale multiplied in.
+struct Pair_mxfp4_bf16 {};
+struct Pair_nvfp4_bf16 {};
 
 }  // namespace mxfp4_moe

@@ -22,8 +22,8 @@ namespace mxfp4_moe {
 
 // The operands as TMA sees them; made in launcher.cuh.
 struct TensorMaps {
-  CUtensorMap act;          // bytes [rows][k], 128-byte swizzle
-  CUtensorMap act_scale;    // pairs of words [k tiles][rows / 2]
+  CUtensorMap act;          // bytes [rows][k], 128-byte swizzle; of packed E2M1 [rows][k / 2], 64-byte swizzle
+  CUtensorMap act_scale;    // pairs of words [k tiles][rows / 2]; of NVFP4 [2 k tiles][rows / 2]
   CUtensorMap weight;       // units of 256 bytes; the box is a tile's blocks of one whole K tile
   CUtensorMap weight_tail;  // the same memory; the box is one block of a last K tile that is not whole
 };
@@ -128,17 +128,17 @@ __device__ __forceinline__ void after_all_lanes(const Arrive& arrive) {
 
 // --- producer ---------------------------------------------------------------------------------------------------
 
-// A stage's activations: E4M3 codes and scale words. TMA counts whole boxes, zero-filled beyond the edges.
+// A stage's activations: codes and scale words. TMA counts whole boxes, zero-filled beyond the edges.
 template <class Shape>
 struct ScaledActLoads {
   static __device__ __forceinline__ uint32_t bytes(const Mxfp4MoeMTile&) {
-    return Shape::kActBytes + Shape::kActScaleRows * 4;
+    return Shape::kActBytes + Shape::kScaleWords * Shape::kActScaleSetBytes;
   }
   static __device__ __forceinline__ void load(const TensorMaps& maps, const SharedStorage<Shape>& smem, int s, int kt,
                                               const Mxfp4MoeMTile& m) {
     uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
-    tma_load_2d(smem.act(s), maps.act, full, kt * kTileK, m.row_begin, kEvictLast);
-    tma_load_2d(smem.act_scale(s), maps.act_scale, full, m.row_begin / 4 * 2, kt, kEvictLast);
+    tma_load_2d(smem.act(s), maps.act, full, kt * Shape::kRowBytes, m.row_begin, kEvictLast);
+    tma_load_2d(smem.act_scale(s), maps.act_scale, full, m.row_begin / 4 * 2, kt * Shape::kScaleWords, kEvictLast);
   }
 };
 

@@ -1,7 +1,7 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
 // memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in
 // shared/scale_layout.cuh; or, where the tile's kernel reads them so, bf16 rows (shared/bf16_rows.cuh), quantized to
-// MXFP8 before or not, if the kernel serves both.
+// MXFP8 before or not, if the kernel serves both. FP4 rows: fp4_epilogue.cuh.
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -14,35 +14,12 @@
 #include "shared/mxfp8.cuh"
 #include "shared/nonlinearities.cuh"
 #include "shared/scale_layout.cuh"
+#include "tile/fp4_epilogue.cuh"
 #include "tile/in_turns.cuh"
+#include "tile/lane_exchange.cuh"
 #include "tile_abi.h"
 
 namespace mxfp4_moe {
-
-// Lanes l, l + kStride, l + 2 kStride, l + 3 kStride (their number: `part`) hold four bytes each; afterwards lane
-// number p holds byte p of all four.
-template <int kStride>
-__device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes, int part) {
-  const uint32_t other = __shfl_xor_sync(~0u, bytes, kStride);
-  const uint32_t pairs = __byte_perm(bytes, other, part & 1 ? 0x3715 : 0x6240);
-  const uint32_t far = __shfl_xor_sync(~0u, pairs, 2 * kStride);
-  return __byte_perm(pairs, far, part & 2 ? 0x3276 : 0x5410);
-}
-
-// Exchanges the rows and columns of an 8x8 matrix of 16-bit values held two to a lane.
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
-  uint32_t r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
-  return r;
-}
-
-// The maximum over the lanes that differ from this one in kBits bits from kStride on.
-template <int kStride, int kBits>
-__device__ __forceinline__ uint32_t max_over_lanes(uint32_t x) {
-#pragma unroll
-  for (int b = 0; b < kBits; ++b) x = max(x, __shfl_xor_sync(~0u, x, kStride << b));
-  return x;
-}
 
 // acc -> codes and scales, for one warp; (m0, n0) is its place in the physical tile, amax the tile's shared table
 // [parts][M]. All MMA warps call it.
@@ -129,6 +106,12 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   }
 
   if (rounding != Rounding::kNone) round_all();
+
+  if constexpr (Shape::kActFormat == MXFP4_MOE_ACT_MXFP4 || Shape::kActFormat == MXFP4_MOE_ACT_NVFP4) {
+    const auto output = [&](int q, int f, int row) { return value(q, f, row, 0); };
+    store_fp4<Shape>(output, a, m_tile, rows, n, tile_n0, m0, n0, lane, amax);
+    return;
+  }
 
   const int intermediate = n / 2;
   // Rows 2t and 2t + 1 of output g to outputs 2t and 2t + 1 of row g, which stand side by side. All lanes call it.

@@ -1,5 +1,6 @@
 // What one logical tile (M, N, SWAP_AB) becomes on SM12x: warps, fragments, pipeline stages, shared memory; and what
 // all shapes have in common; with bf16 activations: sm12x/bf16_tile_shape.cuh. SM90's are in sm90/tile_shape.cuh.
+// A pair says what operands a tile of these rows reads: E4M3 or packed E2M1 activations, one or two scale words a row.
 //
 // M counts activation rows (tokens of one expert), N weight rows (output features). Native tiles feed activations to
 // the MMA's A operand and weights to B; swapped tiles exchange them, so that the small side M becomes the MMA's
@@ -15,7 +16,7 @@
 
 namespace mxfp4_moe {
 
-constexpr int kTileK = 128;            // one 32-bit scale word per row: four K = 32 blocks
+constexpr int kTileK = 128;            // four K = 32 blocks, whose E8M0 scales are one 32-bit word per row
 constexpr int kBlockK = 32;            // OCP MX block, and the MMA's K
 constexpr int kActRowBytes = kTileK;   // E4M3: TMA 128-byte swizzle
 constexpr int kMaxAccumulators = 128;  // fp32 registers per thread; beyond it ptxas spills
@@ -30,11 +31,15 @@ struct PossibleTile {
                 "a tile has whole weight blocks, or shares one");
 };
 
-template <int M_, int N_, bool kSwap_, class Arch_>
+template <int M_, int N_, bool kSwap_, class Arch_, class Pair>
 struct TileShape : PossibleTile<M_, N_, kSwap_> {
   using Arch = Arch_;
   static constexpr int M = M_, N = N_;
-  static constexpr bool kSwap = kSwap_;
+  static constexpr int kActFormat = Pair::kActFormat, kWeightFormat = Pair::kWeightFormat;
+  static constexpr bool kIsFp4 = kActFormat != MXFP4_MOE_ACT_MXFP8;
+  // FP4 weights are A, whatever the tile's mode, as soon as four warps have 16 rows of them each: two loads bring a
+  // fragment's registers where its MMA wants them, while B's of two fragments would have to be copied apart.
+  static constexpr bool kSwap = kSwap_ || (kIsFp4 && N >= 64);
   static constexpr int kSmemPerSm = Arch::kSmemPerSm;
 
   // Physical extents: rows of the MMA's A operand, columns of its B operand.
@@ -43,8 +48,8 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
 
   // MMA warps in a grid of kWarpsM x kWarpsN. Long warp tiles reuse every expanded fragment.
   static constexpr int kSwappedWarpRows = N <= 64 ? 16 : (M <= 16 && N >= 256) || (M == 8 && N == 128) ? 64 : 32;
-  static constexpr int kMmaWarps = kSwap ? N / kSwappedWarpRows : (M * N >= 16384 ? 8 : 4);
-  static constexpr int kWarpN = kSwap ? kPhysN : min_of(N, 32);
+  static constexpr int kMmaWarps = kSwap_ ? N / kSwappedWarpRows : (M * N >= 16384 ? 8 : 4);
+  static constexpr int kWarpN = kSwap_ ? kPhysN : kSwap ? (M * N >= 8192 ? 64 : 32) : min_of(N, 32);
   static constexpr int kWarpsN = kPhysN / kWarpN;
   static constexpr int kWarpsM = kMmaWarps / kWarpsN;
   static constexpr int kWarpM = kPhysM / kWarpsM;
@@ -56,39 +61,43 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAccumulators >= 64;
   static constexpr int kMmaRegisters = 232;
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kProducer = kMmaWarps;                // the warp that loads
-  static constexpr bool kKeepsNothing = kAccumulators > 64;  // beside accumulators, through the main loop
+  static constexpr int kProducer = kMmaWarps;  // the warp that loads
+  // Beside accumulators, through the main loop; FP4 has no registers of expanded weights.
+  static constexpr bool kKeepsNothing = kAccumulators > 64 && !kIsFp4;
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
   // Bytes of one pipeline stage, and of each of its three parts.
-  static constexpr int kActBytes = M * kActRowBytes;
+  static constexpr int kRowBytes = kIsFp4 ? kTileK / 2 : kTileK;  // TMA's swizzle, too
+  static constexpr int kActBytes = M * kRowBytes;
   static constexpr int kWeightBlocks = ceil_div(N, kWeightBlockRows);  // scales included; narrow tiles use part of one
-  static constexpr int kScaleWords = kMxfp4ScaleWords, kWeightBlockBytes = weight_block_bytes(kScaleWords);
+  static constexpr int kScaleWords = kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4 ? kNvfp4ScaleWords : kMxfp4ScaleWords;
+  static constexpr int kWeightBlockBytes = weight_block_bytes(kScaleWords);
   static constexpr int kWeightBytes = kWeightBlocks * kWeightBlockBytes;
-  // TMA starts at multiples of 16 bytes, four rows' words, and a tile's first row may be any of the four.
+  // TMA starts at multiples of 16 bytes, four rows' words, and a tile's first row may be any of the four. Activations
+  // have as many words as weights: first all rows' first ones.
   static constexpr int kActScaleRows = M + 4;
-  static constexpr int kActScaleBytes = round_up(kActScaleRows * 4, 128);
+  static constexpr int kActScaleSetBytes = kActScaleRows * 4;
+  static constexpr int kActScaleBytes = round_up(kScaleWords * kActScaleSetBytes, 128);
   static constexpr int kStageBytes = kActBytes + kWeightBytes + kActScaleBytes;
 
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
   static constexpr bool kReadsBf16 = false;
-  static constexpr int kActFormat = MXFP4_MOE_ACT_MXFP8, kWeightFormat = MXFP4_MOE_WEIGHT_MXFP4;
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;
 
   // More accumulators than a block can share its registers for are moved between warps instead.
-  static constexpr int kRegistersWanted = kAccumulators <= 8    ? 96
-                                          : kAccumulators <= 16 ? 112
-                                          : kAccumulators <= 32 ? 168
-                                                                : 176;
+  static constexpr int kRegistersWanted = kAccumulators <= 8              ? 96
+                                          : kAccumulators <= 16           ? 112
+                                          : kAccumulators <= 32 || kIsFp4 ? 168
+                                                                          : 176;
   using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kBlocksPerSm = Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
   static constexpr int kStages = Fits::stages_for(kBlocksPerSm);
-  static constexpr bool kUnrollsStages =
-      kFragM * kFragN <= 8;  // the main loop, so that stages' addresses are constants
+  // The main loop, so that stages' addresses are constants: where that is not too much code.
+  static constexpr bool kUnrollsStages = kIsFp4 || kFragM * kFragN <= 8;
   using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
 
@@ -97,7 +106,7 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
                 "the warp grid covers the tile");
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(kAccumulators <= kMaxAccumulators, "too many accumulator registers per thread");
-  static_assert(kActBytes % 1024 == 0, "swizzle atoms must not straddle stages");
+  static_assert(kActBytes % (8 * kRowBytes) == 0, "swizzle atoms must not straddle stages");
 };
 
 // The shape of the kernel that reads a pair of formats on an arch.
@@ -106,7 +115,15 @@ struct ShapeOf;
 
 template <int M, int N, bool kSwap>
 struct ShapeOf<M, N, kSwap, Sm12x, Pair_mxfp4_mxfp8> {
-  using Type = TileShape<M, N, kSwap, Sm12x>;
+  using Type = TileShape<M, N, kSwap, Sm12x, Pair_mxfp4_mxfp8>;
+};
+template <int M, int N, bool kSwap>
+struct ShapeOf<M, N, kSwap, Sm12x, Pair_mxfp4_mxfp4> {
+  using Type = TileShape<M, N, kSwap, Sm12x, Pair_mxfp4_mxfp4>;
+};
+template <int M, int N, bool kSwap>
+struct ShapeOf<M, N, kSwap, Sm12x, Pair_nvfp4_nvfp4> {
+  using Type = TileShape<M, N, kSwap, Sm12x, Pair_nvfp4_nvfp4>;
 };
 
 }  // namespace mxfp4_moe

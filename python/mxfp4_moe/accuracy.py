@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._mma.groups import GroupSteps
 from ._mma.numbers import ZERO_EXPONENT, pow2
-from ._mma.pieces import pieces
+from ._mma.pieces import accumulator_unit, pieces
 from ._mma.steps import Steps
 from ._torch_state import exact
 from .arithmetic import Arithmetic, family
@@ -52,7 +52,7 @@ def sums_and_bound(
     bound = torch.zeros_like(sums)
     if row_scales is None:
         pair = pair.partition("_")[0] + "_bf16"
-    unit = 2.0 if arithmetic.operands == "bf16" and pair.startswith("mxfp4") else 1.0  # as `arithmetic.gemm`
+    unit = accumulator_unit(arithmetic, pair)
     for e, (begin, end) in enumerate(pairwise(expert_offsets.tolist())):
         own = slice(begin, end)
         own_scales = None if row_scales is None else row_scales[own]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ._mma.groups import GroupSteps, ScaleFormat, groups
 from ._mma.numbers import NAN_BITS, ZERO_EXPONENT, exponent, pow2, to_float32, whole
 from ._mma.operands import Format, decoded, float_operand, operand
-from ._mma.pieces import pieces
+from ._mma.pieces import accumulator_unit, pieces
 from ._mma.steps import Steps, outside
 from ._torch_state import exact
 from .archs import check_arch
@@ -359,8 +359,9 @@ def gemm(
     """One expert's rows under a rule, K/L steps from +0; memory stays bounded, whatever the shape.
 
     Under a rule that takes bfloat16 the kernels hold half of each MXFP4 weight, so that the largest ones fit, and
-    double the sums in the end. That is the same but at the ends of float32's range: a sum that leaves it for a while
-    may come back, and the last bits of subnormal ones are cut one bit earlier. NVFP4 weights have no such range.
+    2^-7 of each NVFP4 weight, so that what makes it fits, and double the sums in the end, or multiply them by 2^7. That
+    is the same but at the ends of float32's range: a sum that leaves it for a while may come back, and the last bits of
+    subnormal ones are cut one bit earlier, or seven.
 
     Args:
         rows: uint8 [M, K] E4M3, plain k order; bfloat16 [M, K], for a rule that takes it; or uint8 [M, K/2] E2M1, low
@@ -378,12 +379,12 @@ def gemm(
         pair = own.get(arithmetic.operands, "mxfp4_bf16" if row_scales is None else "mxfp4_mxfp8")
     if arithmetic.operands != _OF_PAIR[_known(pair)].operands and arithmetic.operands != "bf16":
         raise ValueError(f"pair: expected one that the arithmetic {arithmetic.name!r} takes, got {pair!r}")
-    halves = arithmetic.operands == "bf16" and pair.startswith("mxfp4")
+    unit = accumulator_unit(arithmetic, pair)
     for place, steps in pieces(arithmetic, pair, rows, row_scales, packed, scales):
         acc = torch.zeros_like(out[place]).unsqueeze(0)
         for step in steps:
             acc = step.add(acc)
-        out[place] = 2 * acc[0] if halves else acc[0]
+        out[place] = unit * acc[0]
     if factor is not None:
         out *= factor
         out.view(torch.int32).masked_fill_(out.isnan(), NAN_BITS)

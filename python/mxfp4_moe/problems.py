@@ -97,6 +97,16 @@ class GemmProblem:
             return formats.mxfp8_to_bf16(self.rows, self.row_scales), None
         return formats.interleave_k(self.rows), formats.pack_row_scales(self.row_scales)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the tile's operator has to be told of the formats; these two it finds by the rows."""
+        return {}
+
+    def sums(self, rule: Arithmetic, columns: int | None = None) -> Tensor:
+        """What comes out under a rule: float32 [R, N], or of the first columns alone."""
+        packed, scales = (x[:, :columns].contiguous() for x in (self.packed, self.scales))
+        return reference.grouped_gemm(self.rows, self.row_scales, packed, scales, self.offsets, arithmetic=rule)
+
     def run(self, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tile's result in an output poisoned with NaN.
 
@@ -114,6 +124,7 @@ class GemmProblem:
             torch.cat([tiles, junk.expand(bound - len(tiles), 4)]),
             torch.tensor([len(tiles)], dtype=torch.int32, device=tiles.device),
             out,
+            **self.options,
         )
         return out
 

@@ -232,7 +232,7 @@ def fused_moe_from_logits(
         device,
         activation_format,
     )
-    check_format_on(activation_format, device)
+    check_format_on(activation_format, device, weights.weight_format)
     check_limits(weights.num_experts, rows, router.top_k)
     check_output(output, dtype, rows, weights.hidden_size, device)
     tile = tile_of_call(tile_mn, auto_tile_select, rows, router.top_k, weights, device, activation_format)

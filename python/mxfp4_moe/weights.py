@@ -9,7 +9,6 @@ extra memory stays below two experts wherever they come from; `from_float` quant
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ._arguments import named_device, require_device
-from ._checkpoints.fields import Mxfp4Tensors, Nvfp4Tensors, alone, check_fields
+from ._checkpoints.fields import Mxfp4Tensors, Nvfp4Tensors, alone, check_fields, operator_arguments
 from ._checkpoints.from_files import FromFiles
 from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields
 from ._checkpoints.nvfp4_layers import nvfp4_float_layer, nvfp4_layer, refuse_gpu
-from ._checkpoints.options import GateUpOrder, Number, member, shard_of, source_rows, split_number
+from ._checkpoints.options import GateUpOrder, Number, member, shard_of, source_rows
 from ._checkpoints.prepare import cut, move, restore
 from ._checkpoints.tensor_scales import TensorScales
 from ._install.errors import explained
@@ -66,7 +65,8 @@ class MoEWeights(FromFiles):
         first_expert: global id of expert 0 here; other than 0 in the slices that `expert_parallel` makes. Ids of
             experts that are not here contribute nothing.
         num_global_experts: experts of the whole layer; 0, the default, stands for first_expert + E.
-        weight_format: "mxfp4", or "nvfp4", which has no GPU kernels yet and stays on the CPU.
+        weight_format: "mxfp4", or "nvfp4", which GPUs have kernels for in wheels of profile `full`, where H and I are
+            multiples of 32.
         tensor_scales: of NVFP4, its float32 scales; else None.
 
     Raises:
@@ -92,7 +92,12 @@ class MoEWeights(FromFiles):
     tensor_scales: TensorScales | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_global_experts", check_fields(self))
+        self.__setstate__({"num_global_experts": check_fields(self)})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.tensor_scales is not None:  # these are computed: now, and not in the stream or graph of a first call
+            _ = self.operator_arguments
 
     def __repr__(self) -> str:
         bias = "none" if self.w13_bias is None and self.w2_bias is None else "yes"
@@ -122,44 +127,38 @@ class MoEWeights(FromFiles):
 
     @functools.cached_property
     def operator_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the layer's operator (csrc/moe/operators.cpp) takes of the weights: w13 to limit, the rare ones by name.
-
-        Made once: no call has to gather them again.
-        """
-        alpha, alphas = split_number(self.alpha, 0.0)
-        beta, betas = split_number(self.beta, 0.0)
-        limit, limits = split_number(self.limit, math.inf)
-        tensors = (self.w13, self.w13_bias, self.w2, self.w2_bias)
-        rare = {"first_expert": self.first_expert or None, "alphas": alphas, "betas": betas, "limits": limits}
-        return (
-            (*tensors, self.intermediate_size, self.activation.code, alpha, beta, limit),
-            {name: value for name, value in rare.items() if value is not None},
-        )
+        """`operator_arguments`, made once: no call has to gather them again."""
+        return operator_arguments(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes alone, a part of a larger tensor without the rest: what was made from them is made again."""
         return {field.name: alone(getattr(self, field.name)) for field in fields(self)}
 
-    def to(self, device: torch.device | str | int, activation_format: str = "mxfp8") -> MoEWeights:
+    def to(self, device: torch.device | str | int, activation_format: str | None = None) -> MoEWeights:
         """The same weights on another device, in the word order of its kernels for these activations.
 
         Tensors that are as wanted are shared; others are copied, and both are there until the first ones go.
 
+        Args:
+            activation_format: of the calls, as for `fused_moe`; None: that of a call that names none.
+
         Raises:
-            TypeError, ValueError: no device, such as a dtype; a GPU, for NVFP4 weights.
+            TypeError, ValueError: no device, such as a dtype; for NVFP4 weights, a GPU for which this wheel has no
+                kernels of them, or whose kernels do not take the layer's sizes.
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
-        if self.weight_format is WeightFormat.NVFP4:
-            refuse_gpu("device", named_device("device", device))
+        kind, hidden, inter = self.weight_format, self.hidden_size, self.intermediate_size
         with explained(f"weights cannot be put on {device}"):
+            if kind is WeightFormat.NVFP4:
+                refuse_gpu("device", named_device("device", device), (hidden, inter))
             place = require_device("device", device)
-            order, hidden, inter = word_order_of(place, activation_format), self.hidden_size, self.intermediate_size
+            order = word_order_of(place, activation_format or kind.default_activations)
 
             def moved(tensor: Tensor) -> Tensor:
                 if order is self.word_order or tensor.dtype is not torch.uint8:  # no codes
                     return tensor.to(place)
                 size = (self.w13_rows, hidden) if tensor is self.w13 else (hidden, inter)
-                return move(tensor, place, *size, self.word_order, order)
+                return move(tensor, place, *size, self.word_order, order, kind)
 
             return replace(self._map(moved), word_order=order)
 
@@ -181,17 +180,17 @@ class MoEWeights(FromFiles):
     def tensor_parallel(self, tp_rank: int, tp_size: int) -> MoEWeights:
         """Shard of one of tp_size ranks: every expert, a part of the intermediate dimension.
 
-        The dimension is cut between blocks of 32 (NVFP4: 16): I / 32 // tp_size blocks each, and one more for the first
-        ranks where blocks are left over (2880 over 4 is 23, 23, 22 and 22 blocks). Rank 0 keeps w2_bias, so the sum of
-        all ranks' outputs is the layer's. Each rank rounds its own sum to the output dtype; apart from that rounding
-        the split changes nothing, but with NVFP4 activations whose scale is that of the rank's part of a row, since the
-        checkpoint has none for inputs. Copies.
+        The dimension is cut between blocks of 32 (NVFP4's of 16 where I is no multiple of 32): I / 32 // tp_size blocks
+        each, and one more for the first ranks where blocks are left over (2880 over 4 is 23, 23, 22 and 22 blocks).
+        Rank 0 keeps w2_bias, so the sum of all ranks' outputs is the layer's. Each rank rounds its own sum to the
+        output dtype; apart from that rounding the split changes nothing, but with NVFP4 activations whose scale is that
+        of the rank's part of a row, since the checkpoint has none for inputs. Copies.
 
         Raises:
             ValueError: more ranks than blocks, or tp_rank is not one of them.
         """
         kind = self.weight_format
-        begin, end = shard_of("tp", tp_rank, tp_size, self.intermediate_size, kind.block)
+        begin, end = shard_of("tp", tp_rank, tp_size, self.intermediate_size, kind.shard_block(self.intermediate_size))
         if tp_size == 1:
             return self
         per_output = 2 if self.activation.is_gated else 1
@@ -365,7 +364,7 @@ class MoEWeights(FromFiles):
         tp_rank: int = 0,
         tp_size: int = 1,
     ) -> MoEWeights:
-        """Prepares NVFP4 weights given as checkpoints store them; CPU tensors alone, since no GPU has kernels yet.
+        """Prepares NVFP4 weights given as checkpoints store them; on GPUs, for wheels of profile `full`.
 
         The float32 scales are of one of two kinds: ModelOpt's weight_scale_2 and input_scale, which multiply, or
         compressed-tensors' weight_global_scale and input_global_scale, which divide, so that one is the reciprocal of
@@ -384,7 +383,8 @@ class MoEWeights(FromFiles):
 
         Raises:
             TypeError, ValueError: as `from_mxfp4`; H or I not a multiple of 16, a block scale that is negative or NaN,
-                float32 scales of both kinds or of neither, or that are not finite and above 0; a GPU's tensors.
+                float32 scales of both kinds or of neither, or that are not finite and above 0; a GPU's tensors where
+                `to` refuses the GPU.
         """
         multiply = (w13_scale_2, w2_scale_2, w13_input_scale, w2_input_scale)
         divide = (w13_global_scale, w2_global_scale, w13_input_global_scale, w2_input_global_scale)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import oracles
@@ -25,6 +27,7 @@ from mxfp4_moe.formats import weight_layout
 from mxfp4_moe.integrations._engines.activations import formats_on
 from mxfp4_moe.weights import MoEWeights
 
+ROOT = Path(__file__).resolve().parents[2]
 GPUS = {0: (9, 0), 1: (12, 0), 2: (12, 1), 3: (8, 9)}
 
 
@@ -56,7 +59,7 @@ def test_formats_of_devices(gpus: pytest.MonkeyPatch) -> None:
     assert mxfp4_moe.activation_formats("cpu") == (*both, "mxfp4")
     assert mxfp4_moe.activation_formats("meta") == ()
     assert mxfp4_moe.activation_formats("cpu", "nvfp4") == ("nvfp4", "bf16")
-    assert mxfp4_moe.activation_formats("cuda:0", "nvfp4") == ()
+    assert mxfp4_moe.activation_formats("cuda:0", "nvfp4") == mxfp4_moe.activation_formats("cuda:1", "nvfp4") == ()
     with pytest.raises(ValueError, match="weight_format: expected one of 'mxfp4', 'nvfp4', got 'int4'"):
         mxfp4_moe.activation_formats("cpu", "int4")
 
@@ -74,10 +77,11 @@ def test_a_gpu_that_reads_mxfp8_refuses_bf16_in_one_sentence(gpus: pytest.Monkey
     check_format_on("bf16", torch.device("cuda", 3))  # whose launch says that there are no kernels at all
     with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', which is what the kernels for cuda:1"):
         check_format_on("bf16", torch.device("cuda", 1))
-    for index in (0, 1):
-        for given in ("mxfp4", "nvfp4"):
-            with pytest.raises(ValueError, match=f"read, got '{given}'; CPU tensors alone take it$"):
-                check_format_on(given, torch.device("cuda", index))
+    sentence = "read, got 'mxfp4'{}; SM12x GPUs with a wheel of profile 'full' and CPU tensors take it$"
+    with pytest.raises(ValueError, match=sentence.format(", whose MMA this GPU has not")):
+        check_format_on("mxfp4", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=sentence.format(": .* install a wheel built with MXFP4_.*_PROFILE=full")):
+        check_format_on("mxfp4", torch.device("cuda", 1))
     with pytest.raises(ValueError, match="install a wheel built with MXFP4_MOE_BUILD_PROFILE=full; SM90 GPUs and CPU"):
         check_format_on("bf16", torch.device("cuda", 2))
 
@@ -85,6 +89,10 @@ def test_a_gpu_that_reads_mxfp8_refuses_bf16_in_one_sentence(gpus: pytest.Monkey
 def test_the_names_are_those_that_some_device_has() -> None:
     having = {name for names in reference.CPU_ACTIVATION_FORMATS.values() for name in names}
     assert set(weight_layout.ACTIVATION_NAMES) == having >= set(reference.ACTIVATION_FORMATS)
+    header = (ROOT / "csrc" / "moe" / "kernels.h").read_text()
+    [codes] = re.findall(r"enum class ActivationFormat : int \{ (.*?) \}", header)
+    names = [name.removeprefix("k").lower() for name in codes.split(", ")]
+    assert [activation_format.code_of(name) for name in names] == list(range(len(weight_layout.ACTIVATION_NAMES)))
     for name in weight_layout.ACTIVATION_NAMES:
         assert formats.word_order_of(torch.device("cpu"), name) is formats.WordOrder.CONTAINERS
     with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', .* or 'nvfp4', got 'bf61'$"):
@@ -101,31 +109,53 @@ def full(gpus: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.usefixtures("full")
-def test_a_full_wheel_has_both_on_sm12x_too() -> None:
+def test_a_full_wheel_has_all_on_sm12x_too() -> None:
     both = ("mxfp8", "bf16")
-    assert [mxfp4_moe.activation_formats(index) for index in GPUS] == [both, both, both, ()]
+    every = (*both, "mxfp4")
+    assert [mxfp4_moe.activation_formats(index) for index in GPUS] == [both, every, every, ()]
+    assert [mxfp4_moe.activation_formats(index, "nvfp4") for index in GPUS] == [
+        ("bf16",),
+        *[("nvfp4", "bf16")] * 2,
+        (),
+    ]
     for index in GPUS:
         check_format_on("bf16", torch.device("cuda", index))
+        check_format_on("bf16", torch.device("cuda", index), formats.WeightFormat.NVFP4)
+    for index in (1, 2):
+        check_format_on("mxfp4", torch.device("cuda", index))
+        check_format_on("nvfp4", torch.device("cuda", index), formats.WeightFormat.NVFP4)
+    with pytest.raises(
+        ValueError, match="expected 'bf16', which .* read, got 'nvfp4', whose MMA this GPU has not; SM12"
+    ):
+        check_format_on("nvfp4", torch.device("cuda", 0), formats.WeightFormat.NVFP4)
     having = {index: activation_format.tiles_of("bf16", index) for index in GPUS}
     assert [len(having[index]) for index in GPUS] == [26, 21, 21, 0]
     assert all(tile.m < 256 for tile in having[1])
+    having = {index: activation_format.tiles_of("mxfp4", index) for index in GPUS}
+    assert [len(having[index]) for index in GPUS] == [0, 26, 26, 0]
+    for kind, name, count in (("nvfp4", "nvfp4", 26), ("nvfp4", "bf16", 20)):
+        assert len(activation_format.tiles_of(name, 1, formats.WeightFormat(kind))) == count
 
 
 def test_a_build_that_emulates_with_both(full: pytest.MonkeyPatch) -> None:
     full.setattr(wheel, "built_archs", lambda: ("120f",))
     full.setattr(wheel, "emulated_on", lambda: "90a")
-    assert mxfp4_moe.activation_formats(0) == ("mxfp8", "bf16")
+    assert mxfp4_moe.activation_formats(0) == ("mxfp8", "bf16", "mxfp4")
     assert formats.word_order_of(torch.device("cuda", 0), "bf16") is formats.WordOrder.PAIRS
 
 
 @pytest.mark.usefixtures("full")
 def test_weights_must_be_in_the_word_order_of_the_activations() -> None:
-    containers, pairs = formats.WordOrder
+    containers, pairs, plain = formats.WordOrder
     sm90, sm12x = torch.device("cuda", 0), torch.device("cuda", 1)
     for name in ("mxfp8", "bf16"):
         check_word_order(pairs, sm90, name)
     check_word_order(containers, sm12x)
     check_word_order(pairs, sm12x, "bf16")
+    check_word_order(plain, sm12x, "mxfp4")
+    check_word_order(plain, sm12x, "nvfp4", formats.WeightFormat.NVFP4)
+    with pytest.raises(ValueError, match=r"'plain' .* 'mxfp4', got 'pairs'; .*activation_format='mxfp4'\) converts"):
+        check_word_order(pairs, sm12x, "mxfp4")
     with pytest.raises(
         ValueError, match=r"^weights: expected word order 'pairs' on cuda:1 for activation_format 'bf16'"
     ):
@@ -143,7 +173,8 @@ def test_a_wheel_without_it_says_so_before_it_speaks_of_weights(gpus: pytest.Mon
 
 @pytest.mark.usefixtures("full")
 def test_engines_are_offered_what_the_wheel_has() -> None:
-    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16")] * 2
+    both = ("mxfp8", "bf16")
+    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [both, (*both, "mxfp4")]
 
 
 def test_engines_are_not_offered_what_the_wheel_lacks(gpus: pytest.MonkeyPatch) -> None:

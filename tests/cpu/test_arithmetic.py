@@ -353,6 +353,26 @@ def test_half_weights_differ_at_the_ends_of_float32_alone() -> None:
     assert total([2.0**-126], [6], scale=253) == 6.0
 
 
+def test_nvfp4_weights_have_a_unit_of_128() -> None:
+    """2^-7 of each under rows of bfloat16: as with halves, and seven bits of subnormal sums are cut."""
+    scale, one = torch.full((1, 2), 0x38, dtype=torch.uint8), [1.0] + [0.0] * 31
+
+    def total(value: float, rule: Arithmetic = SM90_BF16, weights: list[float] = one) -> float:
+        rows, out = torch.zeros(1, 32), torch.empty(1, 1)
+        rows[0, 0], rows[0, 16] = value, -value
+        packed = formats.encode_e2m1(torch.tensor([weights]))
+        arithmetic.gemm(rule, rows.bfloat16(), None, packed, scale, out, pair="nvfp4_bf16")
+        return out.item()
+
+    assert [total(2.0**power) for power in (-133, 0, 127)] == [2.0**-133, 1.0, 2.0**127]
+    both = [6.0] + [0.0] * 15 + [6.0] + [0.0] * 15  # 6 * 2^127 after the first MMA
+    assert total(2.0**127, weights=both) == 0.0
+    half = [0.5] + [0.0] * 31
+    scale[:] = 0x01  # 2^-9
+    assert total(2.0**-132, weights=half) == 2.0**-142
+    assert total(2.0**-133, weights=half) == 0.0, "2^-150 in the accumulator, whose last bit is 2^-149"
+
+
 @pytest.mark.parametrize("rule", [SM12X_MXF8F6F4, SM90_BF16], ids=lambda rule: rule.name)
 def test_sizes_of_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, rule: Arithmetic) -> None:
     args = problem(960, (97, 157))

@@ -157,8 +157,12 @@ class TestWordOrder:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
         weight_layout._order_of.cache_clear()
         orders = [formats.word_order_of(torch.device("cuda", index)) for index in capability]
-        weight_layout._order_of.cache_clear()
         assert [order.value for order in orders] == ["pairs", "containers", "containers", "containers"]
+        sm12x = [formats.word_order_of(torch.device("cuda", 1), name) for name in ("mxfp8", "bf16", "mxfp4", "nvfp4")]
+        assert [order.value for order in sm12x] == ["containers", "pairs", "plain", "plain"]
+        sm90 = {formats.word_order_of(torch.device("cuda", 0), name) for name in ("mxfp8", "bf16", "mxfp4", "nvfp4")}
+        assert sm90 == {formats.WordOrder.PAIRS}
+        weight_layout._order_of.cache_clear()
         for name in ("cpu", "meta"):
             assert formats.word_order_of(torch.device(name)) is formats.WordOrder.CONTAINERS
 
@@ -173,7 +177,7 @@ class TestWordOrder:
         """Its words have the sizes of today's, so nothing else would notice."""
         with pytest.raises(ValueError, match="got 'halves', which SM90's kernels read no longer; prepare the weights"):
             formats.WordOrder("halves")
-        with pytest.raises(ValueError, match="word order: expected 'containers' or 'pairs', got 'other'"):
+        with pytest.raises(ValueError, match="word order: expected 'containers', 'pairs' or 'plain', got 'other'"):
             formats.WordOrder("other")
         stored = pickle.dumps(formats.WordOrder.PAIRS)
         assert pickle.loads(stored) is formats.WordOrder.PAIRS
@@ -183,31 +187,32 @@ class TestWordOrder:
 
 
 class TestWeightBlocks:
+    @pytest.mark.parametrize("words", [1, 2], ids=["mxfp4", "nvfp4"])
     @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("n", [1, 16, 64, 96, 129, 320])
     @pytest.mark.parametrize("k", [32, 96, 128, 160, 448])
-    def test_against_the_formula(self, n: int, k: int, order: formats.WordOrder) -> None:
-        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
-        weight = formats.arrange_weights(packed, scales, order)
-        assert weight.shape == (formats.weight_bytes(n, k),)
+    def test_against_the_formula(self, n: int, k: int, order: formats.WordOrder, words: int) -> None:
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32 * words, seed=1)
+        weight = formats.arrange_weights(packed, scales, order, words)
+        assert weight.shape == (formats.weight_bytes(n, k, words),)
         expected = np.zeros(len(weight), dtype=np.uint8)  # padding rows and scales are zero
         codes = codes_of(packed)
         for row in range(n):
+            for block in range(k // 32 * words):
+                expected[oracles.weight_scale_offset(row, block, n, k, words)] = scales[row, block]
             for block in range(k // 32):
-                expected[oracles.weight_scale_offset(row, block, n, k)] = scales[row, block]
-                words = oracles.weight_words(codes[row, 32 * block :][:32].tolist(), order.value)
-                for t, word in enumerate(words):
-                    at = oracles.weight_word_offset(row, block, t, n, k)
+                for t, word in enumerate(oracles.weight_words(codes[row, 32 * block :][:32].tolist(), order.value)):
+                    at = oracles.weight_word_offset(row, block, t, n, k, words)
                     expected[at : at + 4] = list(word.to_bytes(4, "little"))
         assert np.array_equal(weight.numpy(), expected)
-        back, back_scales = formats.restore_weights(weight, n, k, order)
+        back, back_scales = formats.restore_weights(weight, n, k, order, words)
         assert torch.equal(back, packed)
         assert torch.equal(back_scales, scales)
         assert back.is_contiguous()
         assert back_scales.is_contiguous()
         for new in ORDERS:
-            reordered = formats.reorder_words(weight, n, k, order, new)
-            assert torch.equal(reordered, formats.arrange_weights(packed, scales, new))
+            reordered = formats.reorder_words(weight, n, k, order, new, words)
+            assert torch.equal(reordered, formats.arrange_weights(packed, scales, new, words))
             assert reordered.data_ptr() != weight.data_ptr()
 
     @pytest.mark.gpu
@@ -225,14 +230,15 @@ class TestWeightBlocks:
             reordered = formats.reorder_words(weight, n, k, order, new)
             assert torch.equal(reordered.cpu(), formats.reorder_words(expected, n, k, order, new))
 
-    def test_rows_in_pieces(self) -> None:
+    @pytest.mark.parametrize("words", [1, 2], ids=["mxfp4", "nvfp4"])
+    def test_rows_in_pieces(self, words: int) -> None:
         n, k, order = 210, 288, formats.WordOrder.PAIRS
-        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32, seed=1)
-        whole = formats.arrange_weights(packed, scales, order)
+        packed, scales = random_bytes(n, k // 2), random_bytes(n, k // 32 * words, seed=1)
+        whole = formats.arrange_weights(packed, scales, order, words)
         weight = torch.full_like(whole, 0xEE)
         for begin, end in ((128, 210), (0, 64), (64, 128)):
-            formats.write_rows(weight, n, k, begin, packed[begin:end], scales[begin:end], order)
-            some, some_scales = formats.read_rows(whole, n, k, slice(begin, end), order)
+            formats.write_rows(weight, n, k, begin, packed[begin:end], scales[begin:end], order, words)
+            some, some_scales = formats.read_rows(whole, n, k, slice(begin, end), order, words)
             assert torch.equal(some, packed[begin:end])
             assert torch.equal(some_scales, scales[begin:end])
         assert torch.equal(weight, whole)
@@ -240,6 +246,8 @@ class TestWeightBlocks:
     def test_sizes(self) -> None:
         assert formats.weight_bytes(64, 128) == 4352
         assert formats.weight_bytes(65, 160) == 2 * (4352 + 256 + 1024)
+        assert formats.weight_bytes(64, 128, 2) == 4608
+        assert formats.weight_bytes(65, 160, 2) == 2 * (4608 + 512 + 1024)
         assert formats.weight_bytes(5760, 2880) == 5760 * 2880 // 2 + 5760 * 4 * 23
 
     def test_refuses(self) -> None:
@@ -250,6 +258,10 @@ class TestWeightBlocks:
             formats.arrange_weights(random_bytes(4, 32), random_bytes(4, 1), order)
         with pytest.raises(ValueError, match=r"weight: expected uint8 \[4352\], got uint8 \[4351\]"):
             formats.restore_weights(random_bytes(4351), 64, 128, order)
+        with pytest.raises(ValueError, match=r"scales: expected uint8 \[4, 2\], got uint8 \[4, 1\]"):
+            formats.arrange_weights(random_bytes(4, 16), random_bytes(4, 1), order, 2)
+        with pytest.raises(ValueError, match="scale_words: expected 1 of MXFP4 or 2 of NVFP4, got 3"):
+            formats.weight_bytes(64, 128, 3)
         with pytest.raises(ValueError, match="first: expected a multiple of 64, got 32"):
             formats.write_rows(random_bytes(4352), 64, 128, 32, random_bytes(32, 64), random_bytes(32, 4), order)
         with pytest.raises(ValueError, match="rows: expected a multiple of 64, got 32"):

@@ -9,45 +9,16 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from format_cases import random_bytes, random_float_bits, with_neighbours
+from format_cases import random_bytes
+from fp4_cases import hard_values
 
 from mxfp4_moe import formats
 
 
-def cases(block: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(block)
-    shape = (24, 4 * block)
-    normal = rng.normal(size=shape)
-    # One block per value, the value its amax: where amax/6 passes a power of two, and E4M3's midpoints.
-    edges = with_neighbours(np.concatenate((6 * np.exp2(np.arange(-24.0, 24)), 3 * np.arange(1, 64) * 2.0**-9)))
-    edge_blocks = edges[:, None] * rng.uniform(-1, 1, (len(edges), block)).astype(np.float32)
-    edge_blocks[np.arange(len(edges)), rng.integers(0, block, len(edges))] = edges
-    # Values at midpoints of codes, under a scale of exactly 1.
-    midpoints = with_neighbours(np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
-    ties = np.concatenate((midpoints[:, None].repeat(block // 2, 1), np.full((len(midpoints), block // 2), 6.0)), 1)
-    zeros = np.zeros(shape)
-    zeros[::3] = -0.0
-    zeros[5, 5] = 1e-3
-    bits = random_float_bits(24 * 4 * block, seed=4).reshape(shape)
-    poisoned = normal.copy()
-    poisoned[0, 3], poisoned[1, 40], poisoned[2, -1], poisoned[3, :block] = np.nan, np.inf, -np.inf, np.nan
-    made = {
-        "normal": normal,
-        "edges": edge_blocks,
-        "ties": ties,
-        "every magnitude": normal * np.exp2(rng.integers(-30, 30, (24, 1))),
-        "outliers": normal**9,
-        "zeros of both signs": zeros,
-        "random bits": np.where(np.isfinite(bits), bits, 1),
-        "not finite": poisoned,
-    }
-    return {name: x.astype(np.float32) for name, x in made.items()}
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.37, 448 * 6 / 3.21, 3e-6, 5e7, "each row"])
-@pytest.mark.parametrize("name", cases(16))
+@pytest.mark.parametrize("name", hard_values(16))
 def test_nvfp4_against_brute_force(name: str, scale: float | str) -> None:
-    x = cases(16)[name]
+    x = hard_values(16)[name]
     if isinstance(scale, str):
         given = np.exp2(np.random.default_rng(8).uniform(-9, 9, len(x))).astype(np.float32)
         ours = torch.from_numpy(given)
@@ -59,9 +30,9 @@ def test_nvfp4_against_brute_force(name: str, scale: float | str) -> None:
     assert np.array_equal(packed.numpy(), expected_packed)
 
 
-@pytest.mark.parametrize("name", cases(32))
+@pytest.mark.parametrize("name", hard_values(32))
 def test_mxfp4_activations_against_brute_force(name: str) -> None:
-    x = cases(32)[name]
+    x = hard_values(32)[name]
     packed, scales = formats.quantize_mxfp4_activations(torch.from_numpy(x))
     expected_packed, expected_scales = fp4_oracles.mxfp4_quantize(x)
     assert np.array_equal(scales.numpy(), expected_scales)

@@ -22,6 +22,7 @@ from wheelbuild import toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(16, 32), (32, 96), (80, 128), (128, 128), (129, 64), (256, 1024), (300, 2880), (2880, 160)]
+MXFP4, NVFP4 = 1, 2  # words of scales that a row of weights has in a K tile
 
 
 # --- the MMA's operand, scale and selector mapping -------------------------------------------------------------------
@@ -32,6 +33,12 @@ SIZES = [(16, 32), (32, 96), (80, 128), (128, 128), (129, 64), (256, 1024), (300
 def test_lane_map_is_that_of_cute(host: ModuleType, operand: str, atom: str) -> None:
     """Element by element: 32 lanes x every register byte of SM120_16x8x32_TN_VS (E4M3 x E2M1, and exchanged)."""
     assert host.our_tables()[operand] == getattr(host, atom)()[operand]
+
+
+@pytest.mark.parametrize("operand", ["a", "b", "c", "sfa", "sfb"])
+def test_lane_map_of_fp4_is_that_of_cute(host: ModuleType, operand: str) -> None:
+    """The same of every nibble, for SM120_16x8x64_TN_VS."""
+    assert host.our_tables_fp4()[operand] == host.cute_tables_fp4()[operand]
 
 
 @pytest.mark.parametrize(("operand", "elements"), [("a", 16 * 32), ("b", 8 * 32), ("c", 16 * 8)])
@@ -52,7 +59,7 @@ def test_scale_words_come_from_the_lanes_that_thread_selector_0_names(host: Modu
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_byte_selector_is_the_k_step(host: ModuleType, n: int, k: int) -> None:
     """A row's scales of one K tile are the bytes of one aligned word, in the order of the K steps, of both operands."""
-    for offsets in (host.arranged_scale_offsets(n, k), host.act_scale_offsets(n, k)):
+    for offsets in (host.arranged_scale_offsets(n, k, MXFP4), host.act_scale_offsets(n, k)):
         for row, row_offsets in enumerate(offsets):
             for block, offset in enumerate(row_offsets):
                 assert offset % 4 == block % 4, (row, block)
@@ -102,17 +109,20 @@ def test_act_scale_layout_is_that_of_formats(host: ModuleType, rows: int, k: int
 # --- prepared weights ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale_words", [MXFP4, NVFP4], ids=["mxfp4", "nvfp4"])
 @pytest.mark.parametrize("order", formats.WordOrder)
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_weight_layout_is_that_of_formats(host: ModuleType, n: int, k: int, order: formats.WordOrder) -> None:
+def test_weight_layout_is_that_of_formats(
+    host: ModuleType, n: int, k: int, order: formats.WordOrder, scale_words: int
+) -> None:
     """Element by element: every word and every scale, and zeros wherever the header puts nothing."""
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
-    scales = torch.randint(1, 254, (n, k // 32), dtype=torch.uint8)
-    weight = formats.arrange_weights(packed, scales, order)
-    assert weight.numel() == host.weight_bytes(n, k)
-    scale_offsets = torch.tensor(host.arranged_scale_offsets(n, k))
+    scales = torch.randint(1, 254, (n, k // 32 * scale_words), dtype=torch.uint8)
+    weight = formats.arrange_weights(packed, scales, order, scale_words)
+    assert weight.numel() == host.weight_bytes(n, k, scale_words)
+    scale_offsets = torch.tensor(host.arranged_scale_offsets(n, k, scale_words))
     assert torch.equal(weight[scale_offsets], scales)
-    word_offsets = torch.tensor(host.arranged_word_offsets(n, k))
+    word_offsets = torch.tensor(host.arranged_word_offsets(n, k, scale_words))
     bytes_of_words = (word_offsets[..., None] + torch.arange(4)).flatten(1)
     assert torch.equal(weight[bytes_of_words], formats.pack_words(packed, order))
     used = torch.cat((scale_offsets.flatten(), bytes_of_words.flatten()))
@@ -122,25 +132,28 @@ def test_weight_layout_is_that_of_formats(host: ModuleType, n: int, k: int, orde
     assert not weight[padding].any()
 
 
+@pytest.mark.parametrize("scale_words", [MXFP4, NVFP4], ids=["mxfp4", "nvfp4"])
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_weights_are_copied_in_whole_units(host: ModuleType, n: int, k: int) -> None:
+def test_weights_are_copied_in_whole_units(host: ModuleType, n: int, k: int, scale_words: int) -> None:
     unit = host.weight_unit()
-    assert host.weight_bytes(n, k) % unit == 0
+    assert host.weight_bytes(n, k, scale_words) % unit == 0
     for row in range(0, n, 64):
-        for words in host.arranged_word_offsets(n, k)[row][::16]:  # row 0 of a block, step 0, t = 0
-            assert (words - 256) % unit == 0
+        for words in host.arranged_word_offsets(n, k, scale_words)[row][::16]:  # row 0 of a block, step 0, t = 0
+            assert (words - 256 * scale_words) % unit == 0
 
 
-def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: ModuleType) -> None:
+@pytest.mark.parametrize("scale_words", [MXFP4, NVFP4], ids=["mxfp4", "nvfp4"])
+def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: ModuleType, scale_words: int) -> None:
     """The kernel adds a fragment's constant to a lane's first word, and loads several at once (plain_kernel.cuh)."""
     word, scale, position = host.weight_word_in_block, host.weight_scale_word_in_block, host.weight_scale_position
     for step in range(4):
-        lanes = [word(lane // 4, step, lane % 4) for lane in range(32)]
-        assert lanes == [256 + 1024 * step + 16 * lane for lane in range(32)], "a warp reads 512 bytes in a row"
+        lanes = [word(lane // 4, step, lane % 4, scale_words) for lane in range(32)]
+        begin = 256 * scale_words + 1024 * step
+        assert lanes == [begin + 16 * lane for lane in range(32)], "a warp reads 512 bytes in a row"
         for row in range(64):
             for t in range(4):
-                first = word(row % 8, step, t)
-                assert word(row, step, t) == first + row // 8 // 4 * 512 + row // 8 % 4 * 4
+                first = word(row % 8, step, t, scale_words)
+                assert word(row, step, t, scale_words) == first + row // 8 // 4 * 512 + row // 8 % 4 * 4
     for row in range(64):
         group = row // 8
         assert scale(row) == scale(row % 8) + group // 4 * 128 + position(group % 4) * 4
@@ -153,7 +166,7 @@ def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: Module
     assert all(scale(first) % 16 == 0 for first in (*range(8), *range(32, 40)))
 
 
-@pytest.mark.parametrize("order", formats.WordOrder)
+@pytest.mark.parametrize("order", [formats.WordOrder.CONTAINERS, formats.WordOrder.PAIRS])
 def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_path: Path) -> None:
     """The very functions that the kernels call: every code in every place of a block, whatever stands beside it.
 
@@ -229,7 +242,7 @@ def test_tile_coord_visits_every_tile_once_with_n_fastest(host: ModuleType, num_
 def test_proof_is_what_the_compiler_sees(host: ModuleType) -> None:
     """prove() against the headers themselves, for every candidate tile that compiles, on both archs."""
     shapes = host.tile_shapes()
-    assert len(shapes) == 2 * 26 + 21
+    assert len(shapes) == 4 * 26 + 21
     for shape in shapes:
         arch, pair, barrier_offset = (shape.pop(name) for name in ("arch", "pair", "barrier_offset"))
         tile = tiles.Tile(m=shape.pop("m"), n=shape.pop("n"), swap_ab=shape.pop("swap_ab"))

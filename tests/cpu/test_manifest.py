@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tile_cases import ARCHS, CANDIDATES, ROOT
 
-from mxfp4_moe import tiles
+from mxfp4_moe import archs, tiles
 from mxfp4_moe.tiles import ManifestError, Tile
 
 MANIFEST_TEXT = (ROOT / "tile_manifest.toml").read_text(encoding="utf-8")
@@ -66,21 +66,29 @@ def test_a_row_without_pairs_is_built_for_all_of_a_profiles_and_one_with_them_fo
 
 
 def test_the_wheels_pairs() -> None:
-    """`full` has bf16 for each tile that SM12x has it for, and no more."""
+    """`full` has each pair for each tile that can have it, and no more."""
     manifest = tiles.load_manifest()
     assert manifest.profile("mxfp4_minimal").pairs == ("mxfp4_mxfp8",)
-    assert manifest.profile("full").pairs == ("mxfp4_mxfp8", "mxfp4_bf16")
+    assert manifest.profile("full").pairs == tiles.PAIRS
     for tile in manifest.tiles:
         assert manifest.pairs_of("mxfp4_minimal", tile) == ("mxfp4_mxfp8",)
-        legal = all(tiles.prove(tile, arch, "mxfp4_bf16").legal for arch in manifest.archs)
-        assert ("mxfp4_bf16" in manifest.pairs_of("full", tile)) == legal == (tile.m < 256)
+        for pair in tiles.PAIRS:
+            having = [arch for arch in manifest.archs if tiles.has_pair(arch, pair)]
+            legal = all(tiles.prove(tile, arch, pair).legal for arch in having)
+            assert (pair in manifest.pairs_of("full", tile)) == legal
+            few = (tile.m < 256 and (tile.mn != (128, 256) or pair == "mxfp4_bf16")) or "bf16" not in pair
+            assert legal == few, (tile, pair)
 
 
 def test_what_kernels_read() -> None:
-    """SM90's MMA takes no scales: one kernel, of bf16 operands, for both pairs."""
-    assert tiles.kernel_pairs("90a", tiles.PAIRS) == tiles.kernel_pairs("90a", ["mxfp4_mxfp8"]) == ("mxfp4_bf16",)
+    """SM90's MMA takes no scales: one kernel, of bf16 operands, for each format of weights."""
+    assert tiles.kernel_pairs("90a", ["mxfp4_mxfp8"]) == ("mxfp4_bf16",)
+    assert tiles.kernel_pairs("90a", tiles.PAIRS) == ("mxfp4_bf16", "nvfp4_bf16")
     assert tiles.kernel_pairs("120f", tiles.PAIRS) == tiles.PAIRS
-    with pytest.raises(ValueError, match="pair: expected one of mxfp4_mxfp8, mxfp4_bf16, got 'bf16'"):
+    for pair in ("mxfp4_mxfp4", "nvfp4_nvfp4"):
+        with pytest.raises(archs.ArchError, match=f"arch '90a' has no kernel for {pair}: its MMA takes no FP4"):
+            tiles.kernel_pair("90a", pair)
+    with pytest.raises(ValueError, match="pair: expected one of mxfp4_mxfp8, mxfp4_bf16, .*, got 'bf16'"):
         tiles.prove(Tile(m=64, n=64, swap_ab=False), "120f", "bf16")
 
 

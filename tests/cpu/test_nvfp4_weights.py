@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import fp4_oracles
@@ -18,6 +19,8 @@ from storage_meter import StorageMeter
 from weight_cases import ORDERS
 
 from mxfp4_moe import formats, join_shared_experts
+from mxfp4_moe._checkpoints import nvfp4_layers
+from mxfp4_moe._install import wheel
 from mxfp4_moe.weights import Activation, MoEWeights, WeightFormat
 
 KINDS = ("multiply", "divide")
@@ -233,8 +236,97 @@ def test_refusals_of_other_formats() -> None:
 def test_gpus_are_refused_in_one_sentence() -> None:
     """Before torch is asked for one, so that the sentence is the same where there is none."""
     weights = MoEWeights.from_nvfp4(**random_nvfp4(), activation=Activation.SWIGLU)
+    words = "^device: expected the CPU for NVFP4 weights, which this wheel has no kernels for .*_PROFILE=full.*keep"
     for device in ("cuda", "cuda:1", 0):
-        with pytest.raises(
-            ValueError, match="^device: expected the CPU for NVFP4 weights, for which there are no GPU ker"
-        ):
+        with pytest.raises(ValueError, match=words):
             weights.to(device)
+
+
+GPUS = {0: (9, 0), 1: (12, 0), 2: (8, 9)}
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A wheel of profile full, and three GPUs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: GPUS[device.index])
+    monkeypatch.setattr(wheel, "built_archs", lambda: ("90a", "120f"))
+    monkeypatch.setattr(wheel, "emulated_on", lambda: None)
+    monkeypatch.setattr(wheel, "profile", lambda: "full")
+    nvfp4_layers._has_kernels.cache_clear()
+    yield
+    nvfp4_layers._has_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("full")
+def test_gpus_that_the_wheel_has_kernels_for() -> None:
+    for index in (0, 1):
+        nvfp4_layers.refuse_gpu("w13", torch.device("cuda", index), (H, 64))
+        with pytest.raises(ValueError, match=f"^w13: .*multiples of 32 .* on cuda:{index}, .* take no others, got 80;"):
+            nvfp4_layers.refuse_gpu("w13", torch.device("cuda", index), (H, I))
+    with pytest.raises(ValueError, match=r"^w13: .* such as cuda:2 \(no kernel of this wheel runs there\)"):
+        nvfp4_layers.refuse_gpu("w13", torch.device("cuda", 2), (H, 64))
+
+
+# ---- what kernels read -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word_order", formats.WordOrder)
+def test_sizes_of_32_are_kept_in_the_blocks_of_the_kernels(word_order: formats.WordOrder) -> None:
+    """Codes and block scales where csrc/shared/weight_layout.cuh has them, in any order; others plainly."""
+    layer = random_nvfp4(hidden=96, inter=160)
+    weights = MoEWeights.from_nvfp4(**layer)
+    w13, w2 = weights.w13, weights.w2
+    assert w13.shape == (E, formats.weight_bytes(320, 96, 2))
+    assert w2.shape == (E, formats.weight_bytes(96, 160, 2))
+    kind, old = WeightFormat.NVFP4, weights.word_order
+    reordered = torch.stack([kind.reorder(one, 96, 160, old, word_order) for one in w2])
+    for e in range(E):
+        expected = formats.arrange_weights(layer["w2"][e], layer["w2_scale"][e], word_order, 2)
+        assert torch.equal(reordered[e], expected)
+        packed, scales = kind.read_rows(reordered[e], 96, 160, slice(0, 96), word_order)
+        assert torch.equal(packed, layer["w2"][e])
+        assert torch.equal(scales, layer["w2_scale"][e])
+    assert kind.weight_bytes(96, 80) == 96 * (40 + 5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_tensor_parallel_cuts_between_blocks_of_32_where_there_are(size: int) -> None:
+    """Kernels take no others, so a rank's part may go to a GPU whenever the whole may."""
+    layer = random_nvfp4(inter=160)
+    whole = MoEWeights.from_nvfp4(**layer)
+    parts = [whole.tensor_parallel(rank, size) for rank in range(size)]
+    assert [part.intermediate_size for part in parts] == {2: [96, 64], 3: [64, 64, 32]}[size]
+    for rank, part in enumerate(parts):
+        assert same(part, MoEWeights.from_nvfp4(**layer, tp_rank=rank, tp_size=size))
+    assert torch.equal(torch.cat([part.to_nvfp4().w2 for part in parts], 2), layer["w2"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("gated", "inputs"), [(True, True), (True, False), (False, True)])
+def test_what_the_operator_is_given(kind: str, gated: bool, inputs: bool) -> None:
+    """Factors multiply; of two scales of one input the larger factor, the smaller global scale."""
+    layer = random_nvfp4(kind, gated=gated, inputs=inputs)
+    weights = MoEWeights.from_nvfp4(**layer, activation="swiglu" if gated else "relu2")
+    _, rare = weights.operator_arguments
+    divides = kind == "divide"
+    of_weights, of_inputs = ("global_scale", "input_global_scale") if divides else ("scale_2", "input_scale")
+
+    def factor(name: str) -> torch.Tensor:
+        return 1 / layer[name] if divides else layer[name]
+
+    assert rare["weight_format"] == 1
+    assert torch.equal(rare["w13_factors"], factor(f"w13_{of_weights}").expand(E, 2))
+    assert torch.equal(rare["w2_factors"], factor(f"w2_{of_weights}")[:, None].expand(E, 2))
+    assert all(value.is_contiguous() for value in rare.values() if isinstance(value, torch.Tensor))
+    names = {"w13_input_factors", "w2_input_factors", "w13_input_global_scales", "w2_input_global_scales"}
+    assert names & rare.keys() == (names if inputs else set())
+    if inputs:
+        given = layer[f"w13_{of_inputs}"]
+        assert torch.equal(rare["w13_input_factors"], factor(f"w13_{of_inputs}").amax(1))
+        expected = given.amin(1) if divides else 1 / given.amax(1)
+        assert torch.equal(rare["w13_input_global_scales"], expected)
+        assert torch.equal(rare["w2_input_factors"], factor(f"w2_{of_inputs}"))
+    again = pickle.loads(pickle.dumps(weights))
+    assert "operator_arguments" in vars(again), "made with the weights, not in a stream's first call"
+    mxfp4 = MoEWeights.from_float(torch.randn(1, 64, 32), torch.randn(1, 32, 32))
+    assert mxfp4.operator_arguments[1] == {}

@@ -86,7 +86,7 @@ def test_layer(tile: Tile, tokens: int, dtype: torch.dtype, fuses: bool, recorde
     run = Run(recording, ptx, written | constant, outputs={"out": out}, early=list(written), seed=TOP_K)
     sizes: dict[str, Any] = {"slots": tokens * TOP_K, "hidden": HIDDEN, "inter": INTER, "experts": EXPERTS}
     sizes |= {"tile_m": tile.m, "gemm1_width": 0 if fuses else weights.w13_rows, "from_logits": True}
-    own = intermediates(run.recording, **sizes, dtype=reference.ROW_DTYPES[dtype], in_bf16=True)
+    own = intermediates(run.recording, **sizes, dtype=reference.ROW_DTYPES[dtype], act_format="bf16")
 
     run.next("route")
     expected_weights, ids = reference.topk_softmax(logits, TOP_K)

@@ -89,6 +89,7 @@ def test_conversions() -> None:
         ("max.f32", (2.0, -3.0), 2.0),
         ("max.f32", (math.nan, -3.0), -3.0),
         ("sqrt.rn.f32", (2.0,), math.sqrt(2)),
+        *[("rcp.rn.f32", (3.0,), 1 / 3), ("rcp.rn.f32", (2.0**-149,), math.inf), ("rcp.rn.f32", (-0.0,), -math.inf)],
     ],
 )
 def test_scalars(name: str, values: Sequence[float], expected: float) -> None:

@@ -17,7 +17,7 @@ from mxfp4_moe._health.selftest.report import Arithmetic, Status, TileResult
 from mxfp4_moe._install import loading
 from mxfp4_moe.arithmetic import SM12X_BF16, SM12X_MXF8F6F4
 from mxfp4_moe.problems import GemmProblem
-from mxfp4_moe.tiles import Tile, load_manifest
+from mxfp4_moe.tiles import MXFP4_BF16, Tile, load_manifest
 
 HAVING, LACKING = load_manifest().tile("m64n64"), load_manifest().tile("m256n64")
 CPU = torch.device("cpu")
@@ -56,7 +56,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def runner() -> Any:
-    return checks.tile_runner(CPU, SM12X_MXF8F6F4, SM12X_BF16, [HAVING])
+    kernel = checks.Kernel(pair=MXFP4_BF16, published=SM12X_BF16, having=[HAVING])
+    return checks.tile_runner(CPU, SM12X_MXF8F6F4, [kernel])
 
 
 def test_a_healthy_tile_is_asked_of_both_and_passes(device: dict[str, Any]) -> None:

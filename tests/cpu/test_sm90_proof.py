@@ -46,6 +46,22 @@ def test_proof_of_sm90_against_numbers_worked_out_by_hand(name: str) -> None:
     assert (proof.legal, proof.reads_bf16, proof.act_scale_bytes) == (True, True, 0)
 
 
+def test_proof_with_nvfp4_weights_against_numbers_worked_out_by_hand() -> None:
+    """256 bytes more for each 64 weight rows, and no table: nothing is quantized."""
+    # 2,048 + 4,608; five blocks, as above, have 45,670 // 6,672 = 6 stages.
+    by_hand = {"m8n64_swap": (6_656, 0, 4, 160, 5, 6, 40_032)}
+    # 32,768 + 9,216: 232,448 // 42,000 = 5; 32,768 + 18,432: 232,448 // 51,216 = 4
+    by_hand |= {"m128n128": (41_984, 0, 64, 288, 1, 5, 210_000), "m128n256": (51_200, 0, 64, 640, 1, 4, 204_864)}
+    for name, numbers in by_hand.items():
+        (tile,) = [tile for tile in CANDIDATES if tile.name == name]
+        proof = tiles.prove(tile, "90a", "nvfp4_bf16")
+        assert numbers == (
+            *(proof.stage_bytes, proof.amax_bytes, proof.accumulator_registers, proof.threads),
+            *(proof.blocks_per_sm, proof.stages, proof.smem_bytes),
+        )
+        assert (proof.legal, proof.pair) == (True, "nvfp4_bf16")
+
+
 def test_which_kernel_a_tile_has() -> None:
     """Fewer than 32 activation rows, or fewer than 64 weight rows, are the warp's MMA's."""
     names = {

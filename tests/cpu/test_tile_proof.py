@@ -85,14 +85,17 @@ def test_proof_of_sm12x_against_numbers_worked_out_by_hand(name: str) -> None:
 
 
 LEGAL_IN_BF16 = [tile for tile in LEGAL if tile.m < 256]  # two stages of 256 rows of bf16 are 139,776 bytes
-KERNELS = [("90a", "mxfp4_mxfp8"), ("120f", "mxfp4_mxfp8"), ("120f", "mxfp4_bf16")]
+# Blocks of NVFP4 weights have 256 bytes more, and two stages of (128, 256) 102,432, where a block of SM12x has 101,376.
+LEGAL_IN_NVFP4_BF16 = [tile for tile in LEGAL_IN_BF16 if tile.mn != (128, 256)]
+SM12X_BF16 = {"mxfp4_bf16": LEGAL_IN_BF16, "nvfp4_bf16": LEGAL_IN_NVFP4_BF16}
+KERNELS = [("90a", "mxfp4_mxfp8"), ("90a", "nvfp4_bf16"), ("120f", "mxfp4_mxfp8"), *(("120f", p) for p in SM12X_BF16)]
 
 
 @pytest.mark.parametrize(("arch", "pair"), KERNELS)
 @pytest.mark.parametrize("tile", CANDIDATES, ids=lambda tile: tile.name)
 def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str, pair: str) -> None:
     proof = tiles.prove(tile, arch, pair)
-    assert proof.legal == (tile in (LEGAL_IN_BF16 if (arch, pair) == KERNELS[2] else LEGAL))
+    assert proof.legal == (tile in (SM12X_BF16.get(pair, LEGAL) if arch == "120f" else LEGAL))
     assert proof.stage_bytes == proof.act_bytes + proof.weight_bytes + proof.act_scale_bytes
     stage = proof.stage_bytes + proof.barrier_bytes
     assert proof.smem_bytes == proof.stages * stage + proof.amax_bytes
@@ -127,7 +130,8 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str,
     # A weight block has 64 rows, of which a warp holds all, or two or four share them with whole groups of 16.
     assert proof.activates == (tile.n >= 64 and (proof.reads_bf16 or proof.accumulator_registers <= 64))
     rows_of_warps = proof.warps_m if proof.weights_are_a else proof.warps_n
-    quantizes = arch == "90a" or not proof.reads_bf16  # SM12x's kernel of bf16 writes values as they come
+    # SM12x's kernels of bf16 write values as they come, and so do all of NVFP4 weights.
+    quantizes = (arch, pair) == ("90a", "mxfp4_mxfp8") or not proof.reads_bf16
     assert proof.amax_bytes == (rows_of_warps * tile.m * 4 if proof.activates and quantizes else 0)
     assert not proof.activates or (proof.warp_m if proof.weights_are_a else proof.warp_n) in (16, 32, 64)
 
@@ -214,10 +218,14 @@ def compile_shapes(
 #include "tile/sm12x/bf16_tile_shape.cuh"
 #include "tile/sm90/tile_shape.cuh"
 using namespace mxfp4_moe;
-template <int M, int N, bool kSwap> const char* name(TileShape<M, N, kSwap, Sm12x>*) {{ return "grouped_gemm"; }}
-template <class A, int M, int N, bool kSwap, int kWarps, bool kMoves, int kMost, bool kAhead>
-const char* name(MmaSyncShape<A, M, N, kSwap, kWarps, kMoves, kMost, kAhead>*) {{ return "grouped_gemm_mma_sync"; }}
-template <int M, int N> const char* name(WgmmaShape<M, N>*) {{ return "grouped_gemm_wgmma"; }}
+template <int M, int N, bool kSwap, class P>
+const char* name(TileShape<M, N, kSwap, Sm12x, P>*) {{ return "grouped_gemm"; }}
+template <class A, int kFormat, int M, int N, bool kSwap, int kWarps, bool kMoves, int kMost, bool kAhead>
+const char* name(MmaSyncShape<A, kFormat, M, N, kSwap, kWarps, kMoves, kMost, kAhead>*) {{
+  return "grouped_gemm_mma_sync";
+}}
+template <int kFormat, int M, int N>
+const char* name(WgmmaShape<kFormat, M, N>*) {{ return "grouped_gemm_wgmma"; }}
 template <class Of> void show() {{
   [[maybe_unused]] const Of checks_the_tile{{}};
   using S = typename Of::Type;
@@ -237,16 +245,14 @@ int main() {{
 
 def test_proof_is_what_the_headers_compute(tmp_path: Path) -> None:
     """For every arch that a manifest may name, not only those of ours."""
-    every = [(arch, pair) for arch in ALL_ARCHS for pair in tiles.kernel_pairs(arch, tiles.PAIRS[:1])]
-    in_bf16 = [(arch, "mxfp4_bf16") for arch in ALL_ARCHS if arch != "90a"]
-    shapes = [
-        (kernel, tile)
-        for kernels, some in ((every, LEGAL), (in_bf16, LEGAL_IN_BF16))
-        for kernel in kernels
-        for tile in some
+    every = [
+        (arch, pair) for arch in ALL_ARCHS for pair in tiles.kernel_pairs(arch, (tiles.MXFP4_MXFP8, *tiles.FP4_PAIRS))
     ]
+    groups = [([*every, ("90a", "nvfp4_bf16")], LEGAL)]
+    groups += [([(arch, pair) for arch in ALL_ARCHS if arch != "90a"], some) for pair, some in SM12X_BF16.items()]
+    shapes = [(kernel, tile) for kernels, some in groups for kernel in kernels for tile in some]
     lines = []
-    for kernels, some in ((every, LEGAL), (in_bf16, LEGAL_IN_BF16)):
+    for kernels, some in groups:
         result = compile_shapes(tmp_path, some, kernels)
         assert result.returncode == 0, result.stderr
         lines += subprocess.run([tmp_path / "shapes"], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -279,6 +285,10 @@ def test_facts_are_what_the_extension_tells() -> None:
         *(
             (Tile(m=256, n=n, swap_ab=False), "120f mxfp4_bf16", "shared memory does not hold two pipeline stages")
             for n in (8, 64, 128)
+        ),
+        (
+            *(Tile(m=128, n=256, swap_ab=False), "120f nvfp4_bf16"),
+            "shared memory does not hold two pipeline stages",
         ),
         *((Tile(m=100, n=128, swap_ab=False), arch, "native tiles need M % 64 == 0") for arch in ARCHS),
         *((Tile(m=64, n=128, swap_ab=True), arch, "native tiles need M % 64 == 0, swapped ones") for arch in ARCHS),

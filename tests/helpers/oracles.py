@@ -178,26 +178,26 @@ def bf16_gemm(a: np.ndarray, b: np.ndarray, scales: np.ndarray, rule: Arithmetic
     return out
 
 
-def _weight_block(row: int, k_tile: int, n: int, k: int) -> int:
+def _weight_block(row: int, k_tile: int, n: int, k: int, words: int) -> int:
     """First byte of a prepared weight's block; K tiles before this one are whole."""
     row_blocks = -(-n // 64)
     steps = min(4, k // 32 - 4 * k_tile)
-    return k_tile * row_blocks * (256 + 4 * 1024) + row // 64 * (256 + steps * 1024)
+    return k_tile * row_blocks * (256 * words + 4 * 1024) + row // 64 * (256 * words + steps * 1024)
 
 
-def weight_scale_offset(row: int, block: int, n: int, k: int) -> int:
-    """Where the scale of a row and block of 32 k lies in one expert's prepared weight [n, k]."""
-    in_block = row % 64
+def weight_scale_offset(row: int, block: int, n: int, k: int, words: int = 1) -> int:
+    """Where a row's scale of a block of 32 k (words = 2: of 16) lies in one expert's prepared weight [n, k]."""
+    in_block, of_tile = row % 64, 4 * words
     position = (0, 2, 1, 3)[in_block // 8 % 4]
     word = in_block // 32 * 128 + in_block % 8 * 16 + position * 4
-    return _weight_block(row, block // 4, n, k) + word + block % 4
+    return _weight_block(row, block // of_tile, n, k, words) + block % of_tile // 4 * 256 + word + block % 4
 
 
-def weight_word_offset(row: int, block: int, t: int, n: int, k: int) -> int:
+def weight_word_offset(row: int, block: int, t: int, n: int, k: int, words: int = 1) -> int:
     """Where word t of a row and block of 32 k lies in one expert's prepared weight [n, k]."""
     in_block = row % 64
     word = in_block // 32 * 512 + (in_block % 8 * 4 + t) * 16 + in_block // 8 % 4 * 4
-    return _weight_block(row, block // 4, n, k) + 256 + block % 4 * 1024 + word
+    return _weight_block(row, block // 4, n, k, words) + 256 * words + block % 4 * 1024 + word
 
 
 _PAIRS = (  # for each of the pairs k = 2t, 2t + 8, 2t + 16, 2t + 24: where in its half the bits m, e0, e1 and s stand
@@ -209,14 +209,15 @@ _PAIRS = (  # for each of the pairs k = 2t, 2t + 8, 2t + 16, 2t + 24: where in i
 
 
 def weight_words(codes: list[int], order: str) -> list[int]:
-    """The four 32-bit words of a block of 32 codes of 4 bits, in "containers" or "pairs" order."""
+    """The four 32-bit words of a block of 32 codes of 4 bits, in "containers", "pairs" or "plain" order."""
     words = []
     for t in range(4):
         word = 0
-        if order == "containers":
+        if order in ("containers", "plain"):
             for i, code in enumerate(codes[8 * t : 8 * t + 8]):
                 word |= code << 4 * i
-            word = (word << 2 | word >> 30) & 0xFFFFFFFF
+            if order == "containers":
+                word = (word << 2 | word >> 30) & 0xFFFFFFFF
         else:
             for pair, (magnitude, sign) in enumerate(_PAIRS):
                 for half, code in enumerate(codes[8 * pair + 2 * t :][:2]):

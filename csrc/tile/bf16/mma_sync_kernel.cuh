@@ -1,4 +1,4 @@
-// Grouped GEMM of bf16 activations and MXFP4 weights by the warp's MMA: on SM90 tiles of few activation rows and of few
+// Grouped GEMM of bf16 activations and MXFP4 or NVFP4 weights by the warp's MMA: on SM90 tiles of few activation rows and of few
 // weight rows, on SM12x all. out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
 // Shapes: act [rows, k] bf16 (shared/bf16_rows.cuh); weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in
@@ -47,12 +47,14 @@ struct BlockOperands {
 
   template <bool kLarge>
   __device__ __forceinline__ void multiply(float (&acc)[Shape::kFragM][Shape::kFragN][4],
-                                           const uint32_t (&scales)[kWeightGroups], int step, uint32_t one) const {
+                                           const uint32_t (&scales)[kWeightGroups], int step, uint32_t unit) const {
+    constexpr int kFormat = Shape::kWeightFormat;
     if constexpr (!Shape::kLoadsAhead) {
       static_assert(Shape::kSwap);
       uint32_t a[Shape::kFragM][8];
 #pragma unroll
-      for (int i = 0; i < Shape::kFragM; ++i) expand_rows<kLarge>(a[i], words + i * 2, scales + i * 2, step, one);
+      for (int i = 0; i < Shape::kFragM; ++i)
+        expand_rows<kFormat, kLarge>(a[i], words + i * 2, scales + i * 2, step, unit);
       constexpr int kTogether = min_of(kActGroups, 2);
 #pragma unroll
       for (int first = 0; first < kActGroups; first += kTogether) {
@@ -74,7 +76,7 @@ struct BlockOperands {
 #pragma unroll
       for (int i = 0; i < Shape::kFragM; ++i) {
         uint32_t a[8];
-        expand_rows<kLarge>(a, words + i * 2, scales + i * 2, step, one);
+        expand_rows<kFormat, kLarge>(a, words + i * 2, scales + i * 2, step, unit);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -87,7 +89,7 @@ struct BlockOperands {
 #pragma unroll
       for (int j = 0; j < Shape::kFragN; ++j) {
         uint32_t b[4];
-        expand_scaled<kLarge>(b, words[j], scales[j], step, one);
+        expand_scaled<kFormat, kLarge>(b, words[j], scales[j], step, unit);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -106,9 +108,10 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
                                          const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring, const Places& at,
                                          uint32_t act_at) {
   using Operands = BlockOperands<Shape, kActGroups>;
+  using Scales = Scaling<Shape::kWeightFormat>;
   Operands operands[2];
   uint32_t scales[Operands::kWeightGroups];
-  const uint32_t one = bf16_exponent_one();
+  const uint32_t unit = scale_unit<Shape::kWeightFormat>();
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
     operands[0].load(smem, ring.stage, 0, at, act_at);
@@ -127,10 +130,14 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
         } else if (kt > 1) {
           open();
         }
-        operands[step % 2].template multiply<decltype(large)::value>(acc, scales, step, one);
+        operands[step % 2].template multiply<decltype(large)::value>(acc, scales, step, unit);
+        if (step < 3 && (step + 1) % Scales::kSetSteps == 0)
+          load_scales(scales, smem.weight(stage) + at.scales + (step + 1) / Scales::kSetSteps * kWeightScaleSetBytes);
       }
     };
-    if (!has_large(scales))
+    if constexpr (!Scales::kHasLarge)
+      multiply(std::false_type());
+    else if (!has_large(scales))
       multiply(std::false_type());
     else
       multiply(std::true_type());
@@ -153,7 +160,7 @@ __device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][S
 
 template <class Shape>
 struct MmaSyncSum {
-  static constexpr float kUnit = kAccumulatorUnit;
+  static constexpr float kUnit = Scaling<Shape::kWeightFormat>::kUnit;
   static constexpr int kActGroups = (Shape::kSwap ? Shape::kWarpN : Shape::kWarpM) / 8;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
@@ -167,7 +174,7 @@ struct MmaSyncSum {
     // A tile narrower than a block of weights starts anywhere in it.
     const int weight_row = Shape::kSwap ? warp_id() * Shape::kWarpM : coord.n * Shape::N % kWeightBlockRows;
     const int act_row = Shape::kSwap ? 0 : warp_id() * Shape::kWarpM;
-    const Places at = places(first_row(weight_row + lane_id() / 4));
+    const Places at = places<Shape>(first_row<Shape>(weight_row + lane_id() / 4));
     const uint32_t act_at = act_chunk(act_row + lane_id() % 8, lane_id() / 8);  // what this lane names for ldmatrix
     sum_rows<Shape, kActGroups>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at, act_at);
   }
@@ -181,9 +188,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});
 }
 
-template <class Arch, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks, bool kLoadsAhead>
-constexpr auto kernel_of(MmaSyncShape<Arch, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>*) {
-  return grouped_gemm_mma_sync<MmaSyncShape<Arch, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>>;
+template <class Shape, class Arch, int kWeightFormat, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters,
+          int kMostBlocks, bool kLoadsAhead>
+constexpr auto kernel_of(
+    MmaSyncShape<Arch, kWeightFormat, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>*) {
+  return grouped_gemm_mma_sync<Shape>;
 }
 
 }  // namespace mxfp4_moe

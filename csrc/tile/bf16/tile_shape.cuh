@@ -7,15 +7,18 @@
 
 namespace mxfp4_moe {
 
-// A tile of M activation rows by N weight rows; of both, what is common. kWarpM and kWarpN are a warp's part.
-template <class Arch_, int M_, int N_, bool kSwap_, int kWarpM_, int kWarpN_, int kMmaWarps_, bool kMovesRegisters_>
+// A tile of M activation rows by N weight rows of a format (Mxfp4MoeWeightFormat); of both, what is common. kWarpM and
+// kWarpN are a warp's part.
+template <class Arch_, int kWeightFormat_, int M_, int N_, bool kSwap_, int kWarpM_, int kWarpN_, int kMmaWarps_,
+          bool kMovesRegisters_>
 struct Bf16Tile {
   using Arch = Arch_;
   static constexpr int M = M_, N = N_;
   static constexpr bool kSwap = kSwap_, kReadsBf16 = true, kUnrollsStages = false;
-  static constexpr int kActFormat = MXFP4_MOE_ACT_BF16, kWeightFormat = MXFP4_MOE_WEIGHT_MXFP4;
-  static constexpr bool kFoldsMxfp8 = Arch::kFoldsMxfp8;
-  static constexpr bool kKeepsNothing = true;  // registers are what limits the blocks per SM
+  static constexpr int kActFormat = MXFP4_MOE_ACT_BF16, kWeightFormat = kWeightFormat_;
+  static constexpr bool kHasMxfp4 = kWeightFormat == MXFP4_MOE_WEIGHT_MXFP4;
+  static constexpr bool kFoldsMxfp8 = Arch::kFoldsMxfp8 && kHasMxfp4;  // NVFP4 weights never meet MXFP8 activations
+  static constexpr bool kKeepsNothing = true;                          // registers are what limits the blocks per SM
   static constexpr int kMmaWarps = kMmaWarps_, kWarpM = kWarpM_, kWarpN = kWarpN_;
   static constexpr int kWarpsN = (kSwap ? M : N) / kWarpN;
   static constexpr int kFragM = kWarpM / 16, kFragN = kWarpN / 8;
@@ -34,7 +37,8 @@ struct Bf16Tile {
   static constexpr int kActBytes = 2 * kHalfBytes;
   static constexpr int kBoxRows = M == 8 ? 8 : 16;
   static constexpr int kWeightBlocks = ceil_div(N, kWeightBlockRows);
-  static constexpr int kScaleWords = kMxfp4ScaleWords, kWeightBlockBytes = weight_block_bytes(kScaleWords);
+  static constexpr int kScaleWords = kHasMxfp4 ? kMxfp4ScaleWords : kNvfp4ScaleWords;
+  static constexpr int kWeightBlockBytes = weight_block_bytes(kScaleWords);
   static constexpr int kWeightBytes = kWeightBlocks * kWeightBlockBytes;
   static constexpr int kActScaleBytes = 0;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
@@ -66,10 +70,12 @@ struct Bf16Layout : Tile {
 // mma.sync: kMmaWarps and one that produces. Swapped, each has its part of the weight rows, which share what it loads
 // of the activations; native, its part of the activation rows. kLoadsAhead: the activations of two K blocks are in
 // registers, one's while the other's are multiplied; else those of a few rows at a time.
-template <class Arch, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks, bool kLoadsAhead_>
-struct MmaSyncTile
-    : Bf16Tile<Arch, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps, kMovesRegisters> {
-  using Tile = Bf16Tile<Arch, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps, kMovesRegisters>;
+template <class Arch, int kWeightFormat, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks,
+          bool kLoadsAhead_>
+struct MmaSyncTile : Bf16Tile<Arch, kWeightFormat, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps,
+                              kMovesRegisters> {
+  using Tile = Bf16Tile<Arch, kWeightFormat, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps,
+                        kMovesRegisters>;
   static constexpr bool kLoadsAhead = kLoadsAhead_;
   // Accumulators; operands of two K blocks, or of one and of 32 activation rows; an expanded row, sums, addresses.
   static constexpr int kActRegisters = kSwap ? 4 * Tile::kFragN : 8 * Tile::kFragM;
@@ -79,8 +85,10 @@ struct MmaSyncTile
   static constexpr int kBlocksPerSm = kMovesRegisters ? 1 : Tile::Fits::blocks_that_fit(kMostBlocks, kRegistersWanted);
 };
 
-template <class Arch, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks, bool kLoadsAhead>
-struct MmaSyncShape : Bf16Layout<MmaSyncTile<Arch, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>> {
+template <class Arch, int kWeightFormat, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks,
+          bool kLoadsAhead>
+struct MmaSyncShape
+    : Bf16Layout<MmaSyncTile<Arch, kWeightFormat, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>> {
 };
 
 }  // namespace mxfp4_moe

@@ -13,18 +13,23 @@
 
 namespace mxfp4_moe {
 
-template <int M, int N>
+template <int kWeightFormat, int M, int N>
 struct Sm12xBf16 {
   static constexpr bool kSwap = N >= 64;
   static constexpr int kMmaWarps = kSwap && M * N >= 16384 ? 8 : 4;
   static constexpr bool kMovesRegisters = M * N >= 128 * 256;
   static constexpr bool kLoadsAhead = !kSwap || M <= 32;
-  using Shape = MmaSyncShape<Sm12x, M, N, kSwap, kMmaWarps, kMovesRegisters, kMaxBlocksPerSm, kLoadsAhead>;
+  using Shape =
+      MmaSyncShape<Sm12x, kWeightFormat, M, N, kSwap, kMmaWarps, kMovesRegisters, kMaxBlocksPerSm, kLoadsAhead>;
 };
 
 template <int M, int N, bool kSwap>
 struct ShapeOf<M, N, kSwap, Sm12x, Pair_mxfp4_bf16> : PossibleTile<M, N, kSwap> {
-  using Type = typename Sm12xBf16<M, N>::Shape;
+  using Type = typename Sm12xBf16<MXFP4_MOE_WEIGHT_MXFP4, M, N>::Shape;
+};
+template <int M, int N, bool kSwap>
+struct ShapeOf<M, N, kSwap, Sm12x, Pair_nvfp4_bf16> : PossibleTile<M, N, kSwap> {
+  using Type = typename Sm12xBf16<MXFP4_MOE_WEIGHT_NVFP4, M, N>::Shape;
 };
 
 }  // namespace mxfp4_moe

@@ -1,4 +1,4 @@
-// Grouped GEMM of bf16 activations and MXFP4 weights for SM90, by Hopper's asynchronous MMA: shapes, layouts and bits
+// Grouped GEMM of bf16 activations and MXFP4 or NVFP4 weights for SM90, by Hopper's asynchronous MMA: shapes, layouts and bits
 // are those of bf16/mma_sync_kernel.cuh.
 //
 // Fast because: wgmma takes the weights from registers, so that they are expanded once for all activation rows and
@@ -92,29 +92,34 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
   // Where sums leave few registers, words are not loaded ahead.
   constexpr int kAhead = Shape::kMmaWarps > 8 && Shape::M > 64 ? 0 : 1;
   uint32_t a[2][8], words[1 + kAhead][2], scales[2];
-  const uint32_t one = bf16_exponent_one();
+  using Scales = Scaling<Shape::kWeightFormat>;
+  const uint32_t unit = scale_unit<Shape::kWeightFormat>();
   // Of any of the warpgroup's 64 rows, a block of weights: its warps must not part.
   const uint32_t block_scales = at.block + lane_id() * 8;
-  bool large;
+  bool large = false;
 
   const auto load_block = [&](int stage, auto block) {
     constexpr int kBlock = decltype(block)::value;
+    // The block before is expanded.
+    if constexpr (kBlock % Scales::kSetSteps == 0)
+      load_scales(scales, smem.weight(stage) + at.scales + kBlock / Scales::kSetSteps * kWeightScaleSetBytes);
     load_words<2>(words[kBlock % (1 + kAhead)], smem.weight(stage) + at.words + kBlock * kWeightStepBytes);
   };
   const auto expand_block = [&](auto block) {
     constexpr int kBlock = decltype(block)::value;
-    expand_rows<false>(a[kBlock % 2], words[kBlock % (1 + kAhead)], scales, kBlock, one);
+    expand_rows<Shape::kWeightFormat, false>(a[kBlock % 2], words[kBlock % (1 + kAhead)], scales, kBlock, unit);
   };
   const auto start = [&](int stage, int block, const uint32_t (&operand)[8]) {
     start_block<kCols>(&acc[0][0][0], operand, smem.act(stage) + block / 2 * Shape::kHalfBytes, block % 2);
   };
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
-    load_scales(scales, smem.weight(ring.stage) + at.scales);
     load_block(ring.stage, cute::C<0>{});
-    uint32_t all[2];
-    load_words<2>(all, smem.weight(ring.stage) + block_scales);
-    large = has_large(all);
+    if constexpr (Scales::kHasLarge) {
+      uint32_t all[2];
+      load_words<2>(all, smem.weight(ring.stage) + block_scales);
+      large = has_large(all);
+    }
     expand_block(cute::C<0>{});
   };
   const auto k_tile = [&](int stage, bool is_last, auto blocks) {
@@ -140,7 +145,7 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
     for (int block = 0; block < blocks; ++block) {
       uint32_t at_once[2];
       load_words<2>(at_once, smem.weight(stage) + at.words + block * kWeightStepBytes);
-      expand_rows<true>(a[0], at_once, scales, block, one);
+      expand_rows<Shape::kWeightFormat, Scales::kHasLarge>(a[0], at_once, scales, block, unit);
       start(stage, block, a[0]);
       cute::warpgroup_wait<0>();
     }
@@ -150,7 +155,9 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
   const auto multiply = [&](bool is_last, auto blocks) {
     const int stage = ring.stage;
     ring.advance();
-    if (!large)
+    if constexpr (!Scales::kHasLarge)
+      k_tile(stage, is_last, blocks);
+    else if (!large)
       k_tile(stage, is_last, blocks);
     else
       large_k_tile(stage, is_last, blocks);
@@ -177,7 +184,7 @@ __device__ __forceinline__ void sum_rows(int rows, float (&acc)[1][Shape::kFragN
 
 template <class Shape>
 struct WgmmaSum {
-  static constexpr float kUnit = kAccumulatorUnit;
+  static constexpr float kUnit = Scaling<Shape::kWeightFormat>::kUnit;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
 
@@ -187,7 +194,7 @@ struct WgmmaSum {
   __device__ __forceinline__ void operator()(float (&acc)[1][Shape::kFragN][4], Ring<Shape::kStages>& ring,
                                              const TileCoord& coord) const {
     const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
-    const Places at = places(first_row(warp_id() * Shape::kWarpM + lane_id() / 4));
+    const Places at = places<Shape>(first_row<Shape>(warp_id() * Shape::kWarpM + lane_id() / 4));
     sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at);
   }
 };
@@ -200,9 +207,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
 }
 
-template <int M, int N>
-constexpr auto kernel_of(WgmmaShape<M, N>*) {
-  return grouped_gemm_wgmma<WgmmaShape<M, N>>;
+template <class Shape, int kWeightFormat, int M, int N>
+constexpr auto kernel_of(WgmmaShape<kWeightFormat, M, N>*) {
+  return grouped_gemm_wgmma<Shape>;
 }
 
 }  // namespace mxfp4_moe

@@ -12,7 +12,7 @@ from .._checkpoints.options import member
 from .._install import loading, wheel
 from ..formats import WeightFormat
 from ..formats.weight_layout import ACTIVATION_NAMES, ACTIVATIONS_IN_WORDS
-from ..tiles import Tile, pair_of
+from ..tiles import FP4_PAIRS, Tile, pair_of
 from ..weights import MoEWeights
 
 
@@ -26,10 +26,11 @@ def activation_formats(
         weight_format: of the weights, "mxfp4" or "nvfp4".
 
     Returns:
-        Names, the default first. Of MXFP4 weights ("mxfp8", "bf16") on SM90 GPUs, and ("mxfp8", "bf16", "mxfp4") for
-        CPU tensors; on SM12x GPUs what the wheel was built for: ("mxfp8",), or "bf16" too in a wheel of profile `full`,
-        each of which reads weights that were put in its word order (`MoEWeights.to`). Of NVFP4 weights ("nvfp4",
-        "bf16") for CPU tensors. () where the wheel has no kernels.
+        Names, `fused_moe`'s default first where it is among them. Of MXFP4 weights ("mxfp8", "bf16") on SM90 GPUs, and
+        ("mxfp8", "bf16", "mxfp4") for CPU tensors; on SM12x GPUs what the wheel was built for: ("mxfp8",), or all three
+        in a wheel of profile `full`, each of which reads weights that were put in its word order (`MoEWeights.to`). Of
+        NVFP4 weights ("nvfp4", "bf16") for CPU tensors and, in a wheel of profile `full`, on SM12x; there ("bf16",) on
+        SM90. () where the wheel has no kernels.
 
     Raises:
         TypeError, ValueError: no device, such as a dtype.
@@ -41,20 +42,24 @@ def activation_formats(
     kind = member("weight_format", WeightFormat, weight_format)
     if place.type == "cpu":
         return reference.CPU_ACTIVATION_FORMATS[kind]
-    return _formats_of(place) if kind is WeightFormat.MXFP4 else ()
+    return _formats_of(place, kind)
 
 
 @functools.cache
-def _formats_of(device: torch.device) -> tuple[str, ...]:
+def _formats_of(device: torch.device, kind: WeightFormat) -> tuple[str, ...]:
     if device.type != "cuda":
         return ()
-    return tuple(name for name in reference.ACTIVATION_FORMATS if tiles_of(name, device.index))
+    having = reference.CPU_ACTIVATION_FORMATS[kind]
+    return tuple(name for name in having if tiles_of(name, device.index, kind))
 
 
 @functools.cache
-def tiles_of(activation_format: str, device_index: int) -> tuple[Tile, ...]:
-    """The manifest's tiles that have a kernel for activations of this format on a GPU."""
-    return wheel.tiles_of(pair_of(activation_format), torch.cuda.get_device_capability(device_index))
+def tiles_of(
+    activation_format: str, device_index: int, weight_format: WeightFormat = WeightFormat.MXFP4
+) -> tuple[Tile, ...]:
+    """The manifest's tiles that have a kernel for activations and weights of these formats on a GPU."""
+    pair = pair_of(activation_format, weight_format.value)
+    return wheel.tiles_of(pair, torch.cuda.get_device_capability(device_index))
 
 
 def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
@@ -101,31 +106,33 @@ def check_activation_format(activation_format: str, is_mxfp8: bool) -> None:
         )
 
 
-def check_format_on(activation_format: str, device: torch.device) -> None:
+def check_format_on(
+    activation_format: str, device: torch.device, weight_format: WeightFormat = WeightFormat.MXFP4
+) -> None:
     """Refuses a format that the device's kernels do not read.
 
     Raises:
-        ValueError: 'bf16' on a GPU of SM12x, or in a build that emulates one, with a wheel without kernels for it;
-            'mxfp4' or 'nvfp4' on any GPU.
+        ValueError: on a GPU of SM12x, or in a build that emulates one, a format that the wheel has no kernels for; on
+            SM90 'mxfp4' or 'nvfp4', which its MMA does not take.
     """
     if activation_format == "mxfp8" or device.type == "cpu":
         return
-    formats = _formats_of(device)
-    if formats and activation_format not in formats:  # where there are none, the launch says why
-        if activation_format != "bf16":
-            having = " or ".join(map(repr, formats))
-            raise ValueError(
-                f"activation_format: expected {having}, which is what the kernels for {device} read, got "
-                f"{activation_format!r}; CPU tensors alone take it"
-            )
-        lacks = loading.manifest().refusal(wheel.profile(), pair_of(activation_format))
-        raise ValueError(
-            f"activation_format: expected 'mxfp8', which is what the kernels for {device} read, got "
-            f"{activation_format!r}: {lacks or 'no tile that was built has it'}; SM90 GPUs and CPU tensors take it "
-            "with any wheel"
-        )
+    formats = _formats_of(device, weight_format)
+    if not formats or activation_format in formats:  # where there are none, the launch says why
+        return
+    words = f"activation_format: expected {' or '.join(map(repr, formats))}, which is what the kernels for {device} "
+    words += f"read, got {activation_format!r}"
+    pair = pair_of(activation_format, weight_format.value)
+    lacks = loading.manifest().refusal(wheel.profile(), pair)
+    if pair in FP4_PAIRS:
+        has_mma = wheel.served_as(torch.cuda.get_device_capability(device))[0] == 12
+        remedy = f": {lacks or 'no tile that was built has it'}; " if has_mma else ", whose MMA this GPU has not; "
+        raise ValueError(f"{words}{remedy}SM12x GPUs with a wheel of profile 'full' and CPU tensors take it")
+    raise ValueError(
+        f"{words}: {lacks or 'no tile that was built has it'}; SM90 GPUs and CPU tensors take it with any wheel"
+    )
 
 
 def code_of(activation_format: str) -> int:
     """The number that stands for it in the C++ operators: csrc/moe/kernels.h, ActivationFormat."""
-    return reference.ACTIVATION_FORMATS.index(activation_format)
+    return ACTIVATION_NAMES.index(activation_format)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._arguments import require_contiguous, require_tensor
-from ..formats import BLOCK, WordOrder, word_order_of
+from ..formats import BLOCK, WeightFormat, WordOrder, word_order_of
 from ..routers import MAX_TOP_K, GroupScore, Router
 from ..weights import MoEWeights
 from .activation_format import check_activation_format, check_format_on
@@ -61,7 +61,7 @@ def check_layer(
         activation_format,
     )
     if not in_graph(hidden_states):
-        check_format_on(activation_format, device)
+        check_format_on(activation_format, device, weights.weight_format)
     tokens = 0 if in_graph(hidden_states) else topk_ids.shape[0]
     check_limits(weights.num_experts, tokens, topk_ids.shape[1])
     return dtype
@@ -86,11 +86,16 @@ def check_devices(hidden_states: Tensor, weights: MoEWeights, activation_format:
             f"weights.to('{device}') copies them there"
         )
     if on_gpu and not in_graph(hidden_states):
-        check_word_order(weights.word_order, device, activation_format)
+        check_word_order(weights.word_order, device, activation_format, weights.weight_format)
     return device
 
 
-def check_word_order(order: WordOrder, device: torch.device, activation_format: str = "mxfp8") -> None:
+def check_word_order(
+    order: WordOrder,
+    device: torch.device,
+    activation_format: str = "mxfp8",
+    weight_format: WeightFormat = WeightFormat.MXFP4,
+) -> None:
     """Refuses weights that this GPU would read as others.
 
     Raises:
@@ -104,7 +109,7 @@ def check_word_order(order: WordOrder, device: torch.device, activation_format: 
             f"weights: expected word order '{expected.value}' on {device}, got '{order.value}' of another device or of "
             f"other activations; weights.to('{device}') converts them"
         )
-    check_format_on(activation_format, device)
+    check_format_on(activation_format, device, weight_format)
     raise ValueError(
         f"weights: expected word order '{expected.value}' on {device} for activation_format '{activation_format}', got "
         f"'{order.value}'; weights.to('{device}', activation_format='{activation_format}') converts them"

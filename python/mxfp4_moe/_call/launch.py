@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._install import errors, loading, wheel
 from .._install.troubles import DOCTOR
+from ..formats import WeightFormat
 from ..routers import Router
 from ..tiles import Tile
 from ..weights import MoEWeights
@@ -33,7 +34,7 @@ def run(
     What an argument costs on its way through torch's dispatcher is most of the operator's time, and one that is left
     to its default costs little: so the rare ones are named only where they say something.
     """
-    op, tile = layer_operator_for(activation_format, hidden_states.device.index, tile)
+    op, tile = layer_operator_for(activation_format, hidden_states.device.index, tile, weights.weight_format)
     arguments, rare = weights.operator_arguments
     if hidden_states_scale is not None:
         hidden_states = hidden_states.view(torch.uint8)
@@ -77,11 +78,13 @@ def select_experts(router_logits: Tensor, router: Router, topk_ids: Tensor | Non
     return result
 
 
-def layer_operator_for(activation_format: str, device_index: int, tile: Tile) -> tuple[Any, Tile]:
-    """`layer_operator`, among the tiles that have a kernel for these activations; for MXFP8 those are all."""
+def layer_operator_for(
+    activation_format: str, device_index: int, tile: Tile, weight_format: WeightFormat = WeightFormat.MXFP4
+) -> tuple[Any, Tile]:
+    """`layer_operator`, among the tiles that have a kernel for these formats; for MXFP8 activations those are all."""
     if activation_format == "mxfp8":
         return layer_operator(device_index, tile)
-    return layer_operator(device_index, tile, tiles_of(activation_format, device_index))
+    return layer_operator(device_index, tile, tiles_of(activation_format, device_index, weight_format))
 
 
 @functools.cache

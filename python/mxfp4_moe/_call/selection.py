@@ -9,6 +9,7 @@ import torch
 from .._choice.choice import choose_tile
 from .._choice.facts import DeviceFacts, Layer, from_properties
 from .._install import loading
+from ..formats import WeightFormat
 from ..tiles import Tile, pair_of, select_tile
 from ..weights import MoEWeights
 from .activation_format import tiles_of
@@ -33,7 +34,7 @@ def tile_of_call(
     if tile_mn is not None:
         tile = manifest_tile(tile_mn)
         if activation_format != "mxfp8" and device.index is not None:
-            having = tiles_of(activation_format, device.index)
+            having = tiles_of(activation_format, device.index, weights.weight_format)
             if having and tile not in having:  # where there are none, the launch says why
                 listed = ", ".join(str(other.mn) for other in having)
                 raise ValueError(
@@ -45,7 +46,7 @@ def tile_of_call(
         return manifest_tile(DEFAULT_TILE_MN)
     # num_global_experts: of a slice too, which has its share of rows
     sizes = weights.num_global_experts, weights.hidden_size, weights.intermediate_size
-    return select(tokens, top_k, *sizes, device.index, activation_format)
+    return select(tokens, top_k, *sizes, device.index, activation_format, weights.weight_format)
 
 
 def check_tile(tile_mn: tuple[int, int] | None) -> None:
@@ -94,15 +95,17 @@ def select(
     intermediate: int,
     device_index: int | None,
     activation_format: str = "mxfp8",
+    weight_format: WeightFormat = WeightFormat.MXFP4,
 ) -> Tile:
     """The tile of an automatic choice; without a GPU the simple rule's."""
     tiles = loading.manifest().tiles
     if device_index is not None and activation_format != "mxfp8":
-        tiles = tiles_of(activation_format, device_index) or tiles
+        tiles = tiles_of(activation_format, device_index, weight_format) or tiles
     if device_index is None or tokens == 0:
         return select_tile(tokens, top_k, experts, tiles)
+    pair = pair_of(activation_format, weight_format.value)
     layer = Layer(experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate)
-    return choose_tile(tokens, layer, device_facts(device_index), tiles, pair_of(activation_format))
+    return choose_tile(tokens, layer, device_facts(device_index), tiles, pair)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from .._arguments import describe, require_contiguous, require_tensor
 from ..activations import Activation
 from ..formats import WeightFormat, WordOrder
 from .nvfp4_layers import refuse_gpu
-from .options import GateUpOrder, check_int, check_number
+from .options import GateUpOrder, check_int, check_number, split_number
 from .tensor_scales import TensorScales
+
+_CODES = {WeightFormat.MXFP4: 0, WeightFormat.NVFP4: 1}  # csrc/tile_abi.h, Mxfp4MoeWeightFormat
 
 
 class Mxfp4Tensors(NamedTuple):
@@ -89,7 +92,7 @@ def check_fields(weights: Any) -> int:
         got = type(weights.tensor_scales).__name__
         raise TypeError(f"tensor_scales: expected {expected} with weight_format {kind.value}, got {got}")
     if weights.tensor_scales is not None:
-        refuse_gpu("w13", device)
+        refuse_gpu("w13", device, (hidden, inter))
         weights.tensor_scales.check(experts, weights.activation.is_gated, device)
     check_number("alpha", weights.alpha, experts, device)
     divides = " with activation 'situ'" if weights.activation is Activation.SITU else ""
@@ -105,6 +108,21 @@ def check_fields(weights: Any) -> int:
             f"{weights.first_expert}"
         )
     return every
+
+
+def operator_arguments(weights: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the layer's operator (csrc/moe/operators.cpp) takes of `MoEWeights`: w13 to limit, the rare ones by name."""
+    alpha, alphas = split_number(weights.alpha, 0.0)
+    beta, betas = split_number(weights.beta, 0.0)
+    limit, limits = split_number(weights.limit, math.inf)
+    tensors = (weights.w13, weights.w13_bias, weights.w2, weights.w2_bias)
+    rare = {"first_expert": weights.first_expert or None, "alphas": alphas, "betas": betas, "limits": limits}
+    if weights.tensor_scales is not None:
+        rare |= {"weight_format": _CODES[weights.weight_format], **weights.tensor_scales.operator_arguments()}
+    return (
+        (*tensors, weights.intermediate_size, weights.activation.code, alpha, beta, limit),
+        {name: value for name, value in rare.items() if value is not None},
+    )
 
 
 def alone(value: Any) -> Any:

@@ -149,7 +149,7 @@ def prepared_fields(
         if number is not None or name != "limit":
             check_number(name, number, experts, device)
     first, last = shard_of("ep", ranks[0], ranks[1], experts, 1)
-    begin, end = shard_of("tp", ranks[2], ranks[3], inter, kind.block)
+    begin, end = shard_of("tp", ranks[2], ranks[3], inter, kind.shard_block(inter))
 
     w13_rows = source_rows(gate_up_order, inter, activation.is_gated, device)
     w13_rows = w13_rows[per_output * begin : per_output * end]
@@ -157,7 +157,7 @@ def prepared_fields(
     local, shard = last - first, end - begin
     w13_out = empty(local, per_output * shard, hidden, device, kind)
     w2_out = empty(local, hidden, shard, device, kind)
-    order = word_order_of(w13_out.device)
+    order = word_order_of(w13_out.device, kind.default_activations)
     for e in with_progress(local):
         prepare(raw.w13(first + e, 0, hidden), w13_rows, hidden, order, w13_out[e], kind)
         prepare(raw.w2(first + e, begin, end), w2_rows, shard, order, w2_out[e], kind)

@@ -62,10 +62,12 @@ def open_layer(
             raise TypeError(f"{name}: expected a str or None, got {value!r}")
     found = choose_layer(checkpoint, layer, prefix=prefix, scheme=scheme, among=among)
     if found.scheme.is_nvfp4:
-        refuse_gpu("device", named_device("device", device))
+        refuse_gpu("device", named_device("device", device))  # before anything else is read
         compare_quantization(checkpoint)
     sizes = layer_sizes(checkpoint, found, gated=gated)
     place = require_device("device", device)
+    if found.scheme.is_nvfp4:
+        refuse_gpu("device", place, (sizes.hidden_size, sizes.intermediate_size))
     reader = _Reader(checkpoint, found, sizes, place)
     raw = RawLayer(
         w13=reader.source(found.scheme.w13),

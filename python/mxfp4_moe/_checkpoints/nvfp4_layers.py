@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .._arguments import describe, require_contiguous, require_tensor
-from ..formats import NVFP4_BLOCK, WeightFormat, unswizzle_scales
+from .._install import wheel
+from ..formats import BLOCK, NVFP4_BLOCK, WeightFormat, unswizzle_scales
+from ..tiles import NVFP4_BF16, Manifest, load_manifest
 from .layers import CODES, RawLayer, as_bytes, check_sizes, rows_name
 from .options import GateUpOrder
 from .sources import ceil_div, nvfp4_float_source, nvfp4_source
@@ -21,17 +24,41 @@ _LAYOUTS = ("linear", "swizzled")
 _SCALES = (torch.float8_e4m3fn,)
 
 
-def refuse_gpu(name: str, device: torch.device) -> None:
-    """NVFP4 weights have no kernels yet.
+def refuse_gpu(name: str, device: torch.device, sizes: tuple[int, ...] = ()) -> None:
+    """NVFP4 weights go to a GPU that this wheel has kernels of them for.
+
+    Args:
+        sizes: hidden and intermediate size, where they are known.
 
     Raises:
-        ValueError: a device with kernels of its own.
+        ValueError: such a wheel is another one, the GPU has none, or kernels cannot take the sizes.
     """
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return
+    lacks = _manifest().refusal(wheel.profile(), NVFP4_BF16)
+    if lacks is None and not _has_kernels(torch.cuda.get_device_capability(device)):
+        lacks = "no kernel of this wheel runs there"
+    if lacks is not None:
         raise ValueError(
-            f"{name}: expected the CPU for NVFP4 weights, for which there are no GPU kernels yet, got {device}; keep "
-            "them on the CPU, or quantize the unquantized weights to MXFP4 (MoEWeights.from_float, from_pretrained)"
+            f"{name}: expected the CPU for NVFP4 weights, which this wheel has no kernels for on GPUs such as {device} "
+            f"({lacks}); keep them on the CPU, or quantize the unquantized weights to MXFP4 (MoEWeights.from_float, "
+            "from_pretrained)"
         )
+    if wrong := [size for size in sizes if size % BLOCK]:
+        raise ValueError(
+            f"{name}: expected hidden and intermediate sizes that are multiples of {BLOCK} for NVFP4 weights on "
+            f"{device}, whose kernels take no others, got {wrong[0]}; keep them on the CPU"
+        )
+
+
+@functools.cache
+def _manifest() -> Manifest:
+    return load_manifest()
+
+
+@functools.cache
+def _has_kernels(capability: tuple[int, int]) -> bool:
+    return bool(wheel.tiles_of(NVFP4_BF16, capability))
 
 
 def nvfp4_layer(
@@ -55,9 +82,9 @@ def nvfp4_layer(
     w13, w2 = as_bytes(w13, CODES), as_bytes(w2, CODES)
     w13_scale, w2_scale = as_bytes(w13_scale, _SCALES), as_bytes(w2_scale, _SCALES)
     require_tensor("w13", w13, torch.uint8, ("E", rows_name(gated), "H/2"))
-    refuse_gpu("w13", w13.device)
     experts, rows, hidden = w13.shape[0], w13.shape[1], 2 * w13.shape[2]
     inter = rows // 2 if gated else rows
+    refuse_gpu("w13", w13.device, (hidden, inter))
     check_sizes("w13", w13, experts, hidden, inter, gated, NVFP4_BLOCK)
     require_tensor("w2", w2, torch.uint8, (experts, hidden, inter // 2), w13.device)
     return RawLayer(
@@ -161,7 +188,7 @@ def nvfp4_float_layer(raw: RawLayer, w13: Tensor, w2: Tensor, order: GateUpOrder
     Raises:
         ValueError: a value that is not finite; a GPU's tensors.
     """
-    refuse_gpu("w13", raw.device)
+    refuse_gpu("w13", raw.device, (raw.hidden, raw.inter))
     row = torch.arange(w13.shape[1], device=raw.device)
     part = torch.zeros_like(row)
     if gated:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..formats import WEIGHT_BLOCK_ROWS, WeightFormat, WordOrder, reorder_words
+from ..formats import WEIGHT_BLOCK_ROWS, WeightFormat, WordOrder
 from .sources import Rows, ceil_div
 
 _PIECES = 8  # per expert: quantizing needs up to 25 bytes of scratch per value
@@ -62,11 +62,19 @@ def cut(
     return result
 
 
-def move(weight: Tensor, device: torch.device, n: int, k: int, old: WordOrder, new: WordOrder) -> Tensor:
+def move(
+    weight: Tensor,
+    device: torch.device,
+    n: int,
+    k: int,
+    old: WordOrder,
+    new: WordOrder,
+    kind: WeightFormat = _MXFP4,
+) -> Tensor:
     """Prepared weights of all experts on another device and in its word order; reordered on the GPU of the two."""
     result = torch.empty_like(weight, device=device)
     for source, target in zip(weight, result, strict=True):
-        target.copy_(reorder_words(source if source.is_cuda else source.to(device), n, k, old, new))
+        target.copy_(kind.reorder(source if source.is_cuda else source.to(device), n, k, old, new))
     return result
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import describe, has_values, require_tensor
+from .._torch_state import exact
 from ..formats import NVFP4_MAX
 
 NAMES = ("w13", "w2", "w13_input", "w2_input")
@@ -92,6 +93,20 @@ class TensorScales:
             return None
         w13, w2 = (self.w13_input.amin(1), self.w2_input) if self.divide else self._reciprocals()
         return w13, w2
+
+    @exact
+    def operator_arguments(self) -> dict[str, Tensor]:
+        """What the layer's operator (csrc/moe/operators.cpp) takes; nothing of inputs whose rows have their own."""
+        w13, w2 = self.factors()
+        made = {
+            "w13_factors": w13.expand(-1, 2).contiguous(),
+            "w2_factors": w2.unsqueeze(1).expand(-1, 2).contiguous(),
+        }
+        factors, global_scales = self.input_factors(), self.input_global_scales()
+        if factors is not None and global_scales is not None:
+            made |= {"w13_input_factors": factors[0], "w2_input_factors": factors[1]}
+            made |= {"w13_input_global_scales": global_scales[0], "w2_input_global_scales": global_scales[1]}
+        return {name: scale.contiguous() for name, scale in made.items()}
 
     def _reciprocals(self) -> tuple[Tensor, Tensor]:
         assert self.w13_input is not None

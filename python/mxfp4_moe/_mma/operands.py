@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..formats import BLOCK, E2M1_VALUES, decode_e4m3, decode_e8m0
+from ..formats import BLOCK, E2M1_VALUES, NVFP4_BLOCK, decode_e4m3, decode_e8m0
 from .numbers import pow2
 
 Format = Literal["e4m3", "e2m1"]
@@ -93,12 +93,20 @@ def decoded(codes: Tensor, kind: Format) -> Tensor:
     raise ValueError(f"format: expected 'e4m3' or 'e2m1', got {kind!r}")
 
 
-def half_weights(nibbles: Tensor, scales: Tensor) -> Tensor:
-    """uint8 [N, K] codes and uint8 [N, K/32] scales as kernels that read bfloat16 multiply them: half the values.
+WEIGHT_UNITS = {"mxfp4": 2.0, "nvfp4": 128.0}
+"""What kernels that read bfloat16 divide weights by, and multiply sums by (kUnit of csrc/tile/bf16/operands.cuh)."""
 
-    All scales that weights may have, up to 2^126, are exact so: 6 * 2^126 alone would not fit.
+
+def unit_weights(nibbles: Tensor, scales: Tensor, weights: str) -> Tensor:
+    """uint8 [N, K] codes and their scales as kernels that read bfloat16 multiply them: values over `WEIGHT_UNITS`.
+
+    Of MXFP4 halves, uint8 scales [N, K/32]: all that weights may have, up to 2^126, are exact so: 6 * 2^126 alone would
+    not fit. Of NVFP4, uint8 scales [N, K/16], 2^-7 of the values, whose kernels multiply codes by factors that bfloat16
+    would not hold otherwise.
     """
-    values = torch.unflatten(decoded(nibbles, "e2m1") * 0.5, -1, (-1, BLOCK))
+    if weights == "nvfp4":
+        return fp4_to_bf16(nibbles, scales, NVFP4_BLOCK) / WEIGHT_UNITS[weights]
+    values = torch.unflatten(decoded(nibbles, "e2m1") / WEIGHT_UNITS[weights], -1, (-1, BLOCK))
     return (values * decode_e8m0(scales).unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..formats import BLOCK, NVFP4_BLOCK, mxfp8_to_bf16
 from .groups import Groups, GroupSteps, ScaleFormat, groups
-from .operands import Format, Operand, float_operand, fp4_to_bf16, half_weights, operand
+from .operands import WEIGHT_UNITS, Format, Operand, float_operand, fp4_to_bf16, operand, unit_weights
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 _STEP_BYTES_CPU = 1 << 20  # what stays in a core's cache
 
 
+def accumulator_unit(arithmetic: Arithmetic, pair: str) -> float:
+    """What sums of the steps of `pieces` are multiplied by in the end."""
+    return WEIGHT_UNITS[pair.partition("_")[0]] if arithmetic.operands == "bf16" else 1.0
+
+
 def pieces(
     arithmetic: Arithmetic, pair: str, rows: Tensor, row_scales: Tensor | None, packed: Tensor, scales: Tensor
 ) -> Iterator[tuple[tuple[slice, slice], Iterator[Steps | GroupSteps]]]:
     """A GEMM's output in pieces, each with its steps in k order, one at a time. Arguments as those of `gemm`.
 
-    The steps of a rule that takes bfloat16 have half of each MXFP4 weight (`half_weights`).
+    The steps of a rule that takes bfloat16 have a part of each weight (`unit_weights`): see `accumulator_unit`.
     """
     (n, m), k = (len(packed), len(rows)), 2 * packed.shape[1]
     weight_bytes, step_bytes = (512 << 20, 64 << 20) if rows.is_cuda else (128 << 20, _STEP_BYTES_CPU)
@@ -69,9 +74,7 @@ def _rows(arithmetic: Arithmetic, pair: str, rows: Tensor, row_scales: Tensor | 
 def _weights(arithmetic: Arithmetic, pair: str, packed: Tensor, scales: Tensor) -> Operand | Groups:
     weights, nibbles = pair.partition("_")[0], _nibbles(packed)
     if arithmetic.operands == "bf16":
-        if weights == "mxfp4":
-            return _floats(arithmetic, half_weights(nibbles, scales))
-        return _floats(arithmetic, fp4_to_bf16(nibbles, scales, NVFP4_BLOCK))
+        return _floats(arithmetic, unit_weights(nibbles, scales, weights))
     if arithmetic.group == 1:
         return _codes(arithmetic, nibbles, scales, "e2m1")
     return groups(arithmetic, nibbles, scales, _scale_format(weights))

@@ -1,8 +1,8 @@
 """In which format weights are, and how each format's bytes are kept.
 
-MXFP4 is kept as the kernels read it (`weight_layout`). NVFP4 has no GPU kernels yet and is kept plainly: an expert's
-codes, then its scales. Whoever holds prepared weights asks their format for sizes, rows and blocks, so that another
-layout changes this file alone.
+Both are kept as the kernels read them (`weight_layout`). Matrices whose K is a multiple of NVFP4's 16 but not of 32
+have no kernels, and are kept plainly: an expert's codes, then its scales. Whoever holds prepared weights asks their
+format for sizes, rows and blocks, so that another layout changes this file alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._arguments import require_count, require_multiple, require_tensor
 from . import weight_layout
 from .numbers import BLOCK
 from .nvfp4 import NVFP4_BLOCK
-from .weight_layout import WordOrder
+from .weight_layout import MXFP4_SCALE_WORDS, NVFP4_SCALE_WORDS, WordOrder
 
 
 class WeightFormat(str, Enum):
@@ -30,6 +30,20 @@ class WeightFormat(str, Enum):
         """Values that share a scale; sizes are multiples of it."""
         return BLOCK if self is WeightFormat.MXFP4 else NVFP4_BLOCK
 
+    @property
+    def scale_words(self) -> int:
+        """Words of scales that a row has in a K tile of 128 (`weight_layout`)."""
+        return MXFP4_SCALE_WORDS if self is WeightFormat.MXFP4 else NVFP4_SCALE_WORDS
+
+    @property
+    def default_activations(self) -> str:
+        """The activation format of a call that names none."""
+        return "mxfp8" if self is WeightFormat.MXFP4 else "nvfp4"
+
+    def shard_block(self, size: int) -> int:
+        """Where a dimension of this size may be cut: between 32 values, which kernels need, or between blocks."""
+        return BLOCK if size % BLOCK == 0 else self.block
+
     def weight_bytes(self, n: int, k: int) -> int:
         """Bytes of one expert's prepared weight [n, k], block scales included.
 
@@ -37,8 +51,8 @@ class WeightFormat(str, Enum):
             n: rows.
             k: K in values, a multiple of `block`.
         """
-        if self is WeightFormat.MXFP4:
-            return weight_layout.weight_bytes(n, k)
+        if self._has_kernels(k):
+            return weight_layout.weight_bytes(n, k, self.scale_words)
         require_count("n", n)
         require_multiple("k", k, NVFP4_BLOCK)
         return n * (k // 2 + k // NVFP4_BLOCK)
@@ -53,10 +67,10 @@ class WeightFormat(str, Enum):
             first: the first row to write, a multiple of 64.
             packed: uint8 [rows, k/2], low nibble = even k; rows is a multiple of 64, or they end at row n.
             scales: uint8 [rows, k/block].
-            order: of the codes in words; NVFP4 has one alone.
+            order: of the codes in words; where they are kept plainly it means nothing.
         """
-        if self is WeightFormat.MXFP4:
-            weight_layout.write_rows(weight, n, k, first, packed, scales, order)
+        if self._has_kernels(k):
+            weight_layout.write_rows(weight, n, k, first, packed, scales, order, self.scale_words)
             return
         codes, of_blocks = self._plain(weight, n, k)
         codes[first : first + len(packed)] = packed
@@ -68,10 +82,19 @@ class WeightFormat(str, Enum):
         Args:
             rows: begin and end; begin is a multiple of 64.
         """
-        if self is WeightFormat.MXFP4:
-            return weight_layout.read_rows(weight, n, k, rows, order)
+        if self._has_kernels(k):
+            return weight_layout.read_rows(weight, n, k, rows, order, self.scale_words)
         codes, of_blocks = self._plain(weight, n, k)
         return codes[rows].clone(), of_blocks[rows].clone()
+
+    def reorder(self, weight: Tensor, n: int, k: int, old: WordOrder, new: WordOrder) -> Tensor:
+        """One expert's prepared weight with the codes of its words in another order; a copy."""
+        if self._has_kernels(k):
+            return weight_layout.reorder_words(weight, n, k, old, new, self.scale_words)
+        return weight.clone()
+
+    def _has_kernels(self, k: int) -> bool:
+        return self is WeightFormat.MXFP4 or k % BLOCK == 0
 
     def _plain(self, weight: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
         require_tensor("weight", weight, torch.uint8, (self.weight_bytes(n, k),))

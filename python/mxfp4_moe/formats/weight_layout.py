@@ -16,32 +16,43 @@ from .._arguments import require_blocks, require_count, require_multiple, requir
 from .._install import wheel
 from .numbers import BLOCK
 
-# What the two GEMMs of a call read; which of them a device has is `activation_formats`'s to say.
+# What the two GEMMs of a call read, in the order of csrc/moe/kernels.h, ActivationFormat; which of them a device has is
+# `activation_formats`'s to say.
 ACTIVATION_NAMES = ("mxfp8", "bf16", "mxfp4", "nvfp4")
 ACTIVATIONS_IN_WORDS = f"{', '.join(map(repr, ACTIVATION_NAMES[:-1]))} or {ACTIVATION_NAMES[-1]!r}"
 
 WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/shared/weight_layout.cuh
-_BLOCK_SCALE_BYTES = WEIGHT_BLOCK_ROWS * 4
+MXFP4_SCALE_WORDS, NVFP4_SCALE_WORDS = 1, 2  # words of scales that a row has in a K tile: of blocks of 32 or of 16
+_SCALE_SET_BYTES = WEIGHT_BLOCK_ROWS * 4
 _STEP_BYTES = WEIGHT_BLOCK_ROWS * 16
 
 
 class WordOrder(str, Enum):
     """Which eight codes of a row's block of 32 share a 32-bit word of prepared weights, and where in it they stand.
 
-    A kernel reads one of the two: what its GPU expands with the fewest instructions into what its MMA takes.
+    A kernel reads one of the three: what its GPU expands with the fewest instructions into what its MMA takes.
     """
 
     CONTAINERS = "containers"  # SM12x's MMA of MXFP8, and devices without kernels: k = 8t .. 8t+7, rotated left by 2
     PAIRS = "pairs"  # MMAs of bf16 (SM90's all, SM12x's of bf16 activations): four pairs of neighbours, one a half
+    PLAIN = "plain"  # SM12x's MMAs of FP4 alone, which take codes as they come: k = 8t .. 8t+7
 
     @classmethod
     def _missing_(cls, value: object) -> WordOrder:
         if value == "halves":  # what SM90's kernels read once: other bits in tensors of the same sizes
             raise ValueError(
-                "word order: expected 'containers' or 'pairs', got 'halves', which SM90's kernels read no longer; "
-                "prepare the weights from their checkpoint again"
+                "word order: expected 'containers', 'pairs' or 'plain', got 'halves', which SM90's kernels read no "
+                "longer; prepare the weights from their checkpoint again"
             )
-        raise ValueError(f"word order: expected 'containers' or 'pairs', got {value!r}")
+        raise ValueError(f"word order: expected 'containers', 'pairs' or 'plain', got {value!r}")
+
+
+_ORDERS_OF_SM12X = {
+    "mxfp8": WordOrder.CONTAINERS,
+    "bf16": WordOrder.PAIRS,
+    "mxfp4": WordOrder.PLAIN,
+    "nvfp4": WordOrder.PLAIN,
+}
 
 
 def word_order_of(device: torch.device, activation_format: str = "mxfp8") -> WordOrder:
@@ -49,7 +60,8 @@ def word_order_of(device: torch.device, activation_format: str = "mxfp8") -> Wor
 
     Args:
         device: with its index, as tensors have it.
-        activation_format: of the calls (`fused_moe`): on SM12x "bf16" has kernels of its own; SM90's read one order.
+        activation_format: of the calls (`fused_moe`): on SM12x "mxfp8", "bf16" and FP4 have kernels of their own, which
+            read their own orders, of MXFP4 and NVFP4 weights alike; SM90's read one order.
 
     Raises:
         TypeError, ValueError: no name of a format.
@@ -66,8 +78,9 @@ def _order_of(device: torch.device, activation_format: str) -> WordOrder:
     if device.type != "cuda":
         return WordOrder.CONTAINERS
     family = wheel.served_as(torch.cuda.get_device_capability(device))[0]
-    in_bf16 = family == 9 or (family == 12 and activation_format == "bf16")
-    return WordOrder.PAIRS if in_bf16 else WordOrder.CONTAINERS
+    if family == 9:
+        return WordOrder.PAIRS
+    return _ORDERS_OF_SM12X[activation_format] if family == 12 else WordOrder.CONTAINERS
 
 
 def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
@@ -84,6 +97,8 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
     the third and fourth stand in the *other* half, at bits 5 and 1. So each pair is one shift or rotation away from
     bfloat16 numbers of 2^-126 times the values, but for the fourth's m (csrc/tile/bf16/operands.cuh).
 
+    PLAIN: word t has k = 8t .. 8t+7, nibbles in k order, which is how the bytes come.
+
     Args:
         packed: uint8 [..., K/2], low nibble = even k, K a multiple of 32.
         order: the order to make.
@@ -93,6 +108,8 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
     """
     require_tensor("packed", packed, torch.uint8)
     require_blocks("packed", packed, BLOCK // 2)
+    if order is WordOrder.PLAIN:
+        return packed.clone(memory_format=torch.contiguous_format)
     if order is WordOrder.CONTAINERS:
         words = _words(packed)
         return (words << 2 | (words >> 30 & 0x3)).view(torch.uint8)
@@ -110,6 +127,8 @@ def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
     """The inverse of `pack_words`: uint8 [..., K/2] to the same."""
     require_tensor("words", words, torch.uint8)
     require_blocks("words", words, BLOCK // 2)
+    if order is WordOrder.PLAIN:
+        return words.clone(memory_format=torch.contiguous_format)
     if order is WordOrder.CONTAINERS:
         made = _words(words)
         return ((made >> 2 & 0x3FFFFFFF) | made << 30).view(torch.uint8)
@@ -128,62 +147,78 @@ def unpack_words(words: Tensor, order: WordOrder) -> Tensor:
     return torch.stack([even | odd << 4 for even, odd in pairs], -2).flatten(-3)
 
 
-def weight_bytes(n: int, k: int) -> int:
+def weight_bytes(n: int, k: int, scale_words: int = MXFP4_SCALE_WORDS) -> int:
     """Bytes of one expert's prepared weight [n, k], scales included (csrc/shared/weight_layout.cuh).
 
     Args:
         n: rows; they pad to 64.
         k: K in values, a multiple of 32.
+        scale_words: of a row in a K tile of 128: 1 of MXFP4, 2 of NVFP4.
     """
     require_count("n", n)
     require_multiple("k", k, BLOCK)
-    return -(-n // WEIGHT_BLOCK_ROWS) * (-(-k // 128) * _BLOCK_SCALE_BYTES + k // BLOCK * _STEP_BYTES)
+    scale_bytes = _scale_words(scale_words) * _SCALE_SET_BYTES
+    return -(-n // WEIGHT_BLOCK_ROWS) * (-(-k // 128) * scale_bytes + k // BLOCK * _STEP_BYTES)
 
 
-def arrange_weights(packed: Tensor, scales: Tensor, order: WordOrder) -> Tensor:
+def arrange_weights(packed: Tensor, scales: Tensor, order: WordOrder, scale_words: int = MXFP4_SCALE_WORDS) -> Tensor:
     """One expert's weight as the kernels read it: contiguous blocks of 64 rows by one K tile of 128, scales inside.
 
     For each K tile, the blocks of all rows (padded to 64 with zeros). A block begins with 256 bytes of scales: the word
     of row r, four k-blocks of which the padding ones are 0, at ``r/32*128 + r%8*16 + p*4`` with p = 0, 2, 1, 3 for
-    r/8%4 = 0 .. 3. Then come 1024 bytes for each step of K = 32 that the tile has: word t (`pack_words`) of row r
-    at ``r/32*512 + (r%8*4 + t)*16 + r/8%4*4``.
+    r/8%4 = 0 .. 3. NVFP4's blocks begin with two such sets, of four blocks of 16 each: k = 0 .. 63 of the tile, and 64
+    .. 127. Then come 1024 bytes for each step of K = 32 that the tile has: word t (`pack_words`) of row r at
+    ``r/32*512 + (r%8*4 + t)*16 + r/8%4*4``.
 
     Args:
         packed: uint8 [N, K/2], low nibble = even k.
-        scales: uint8 [N, K/32], E8M0.
+        scales: uint8 [N, K/32], E8M0; of NVFP4 [N, K/16], E4M3.
         order: of the codes in words.
+        scale_words: 1 of MXFP4, 2 of NVFP4.
 
     Returns:
-        uint8 [weight_bytes(N, K)].
+        uint8 [weight_bytes(N, K, scale_words)].
     """
     require_tensor("packed", packed, torch.uint8, ("N", "K/2"))
     require_blocks("packed", packed, BLOCK // 2)
     n, k = packed.shape[0], 2 * packed.shape[1]
-    weight = torch.empty(weight_bytes(n, k), dtype=torch.uint8, device=packed.device)
-    write_rows(weight, n, k, 0, packed, scales, order)
+    weight = torch.empty(weight_bytes(n, k, scale_words), dtype=torch.uint8, device=packed.device)
+    write_rows(weight, n, k, 0, packed, scales, order, scale_words)
     return weight
 
 
-def restore_weights(weight: Tensor, n: int, k: int, order: WordOrder) -> tuple[Tensor, Tensor]:
+def restore_weights(
+    weight: Tensor, n: int, k: int, order: WordOrder, scale_words: int = MXFP4_SCALE_WORDS
+) -> tuple[Tensor, Tensor]:
     """The inverse of `arrange_weights`; padding is dropped.
 
     Args:
-        weight: uint8 [weight_bytes(n, k)].
+        weight: uint8 [weight_bytes(n, k, scale_words)].
         n: rows.
         k: K in values, a multiple of 32.
         order: of the codes in words.
+        scale_words: 1 of MXFP4, 2 of NVFP4.
 
     Returns:
-        packed uint8 [n, k/2], scales uint8 [n, k/32].
+        packed uint8 [n, k/2], scales uint8 [n, k/32]; of NVFP4 [n, k/16].
     """
-    return read_rows(weight, n, k, slice(0, n), order)
+    return read_rows(weight, n, k, slice(0, n), order, scale_words)
 
 
-def write_rows(weight: Tensor, n: int, k: int, first: int, packed: Tensor, scales: Tensor, order: WordOrder) -> None:
+def write_rows(
+    weight: Tensor,
+    n: int,
+    k: int,
+    first: int,
+    packed: Tensor,
+    scales: Tensor,
+    order: WordOrder,
+    scale_words: int = MXFP4_SCALE_WORDS,
+) -> None:
     """`arrange_weights` of some rows into the weight of all n.
 
     Args:
-        weight: uint8 [weight_bytes(n, k)].
+        weight: uint8 [weight_bytes(n, k, scale_words)].
         first: the first row to write, a multiple of 64.
         packed, scales: as for `arrange_weights`; their number of rows is a multiple of 64, or they end at row n.
     """
@@ -191,7 +226,7 @@ def write_rows(weight: Tensor, n: int, k: int, first: int, packed: Tensor, scale
     require_multiple("k", k, BLOCK)
     require_tensor("packed", packed, torch.uint8, ("rows", k // 2))
     rows = packed.shape[0]
-    require_tensor("scales", scales, torch.uint8, (rows, k // BLOCK), packed.device)
+    require_tensor("scales", scales, torch.uint8, (rows, k // BLOCK * _scale_words(scale_words)), packed.device)
     require_multiple("first", first, WEIGHT_BLOCK_ROWS)
     if first + rows != n:
         require_multiple("rows", rows, WEIGHT_BLOCK_ROWS)
@@ -200,71 +235,84 @@ def write_rows(weight: Tensor, n: int, k: int, first: int, packed: Tensor, scale
     if missing:  # pad copies, even by nothing
         made = torch.nn.functional.pad(made, (0, 0, 0, missing))
     words = made.view(torch.int32)
-    scale_words = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4, 0, missing)).view(torch.int32)
-    begin = first // WEIGHT_BLOCK_ROWS
-    for tiles, steps, blocks in _weight_tiles(weight, n, k):
+    of_tiles = torch.nn.functional.pad(scales, (0, -scales.shape[1] % (4 * scale_words), 0, missing)).view(torch.int32)
+    begin, scale_bytes = first // WEIGHT_BLOCK_ROWS, scale_words * _SCALE_SET_BYTES
+    for tiles, steps, blocks in _weight_tiles(weight, n, k, scale_words):
         part = blocks[:, begin : begin + (rows + missing) // WEIGHT_BLOCK_ROWS]
-        # [block, r/32, r/16%2, r/8%2, r%8, tile] -> [tile, block, r/32, r%8, r/8%2, r/16%2]
-        tile_scales = torch.unflatten(scale_words[:, tiles], 0, (-1, 2, 2, 2, 8)).permute(5, 0, 1, 4, 3, 2)
-        target = part[..., :_BLOCK_SCALE_BYTES].view(torch.int32)
-        torch.unflatten(target, -1, (2, 8, 2, 2)).copy_(tile_scales)
+        # [block, r/32, r/16%2, r/8%2, r%8, tile, set] -> [tile, block, set, r/32, r%8, r/8%2, r/16%2]
+        tile_scales = of_tiles[:, tiles.start * scale_words : tiles.stop * scale_words]
+        tile_scales = torch.unflatten(torch.unflatten(tile_scales, 1, (-1, scale_words)), 0, (-1, 2, 2, 2, 8))
+        target = part[..., :scale_bytes].view(torch.int32)
+        torch.unflatten(target, -1, (scale_words, 2, 8, 2, 2)).copy_(tile_scales.permute(5, 0, 6, 1, 4, 3, 2))
         # [block, r/32, r/8%4, r%8, tile, step, t] -> [tile, block, step, r/32, r%8, t, r/8%4]
         columns = slice(tiles.start * 16, (tiles.stop - 1) * 16 + steps * 4)
         tile_words = torch.unflatten(torch.unflatten(words[:, columns], 1, (-1, steps, 4)), 0, (-1, 2, 4, 8))
-        target = part[..., _BLOCK_SCALE_BYTES:].view(torch.int32)
+        target = part[..., scale_bytes:].view(torch.int32)
         torch.unflatten(target, -1, (steps, 2, 8, 4, 4)).copy_(tile_words.permute(4, 0, 5, 1, 3, 6, 2))
 
 
-def read_rows(weight: Tensor, n: int, k: int, rows: slice, order: WordOrder) -> tuple[Tensor, Tensor]:
+def read_rows(
+    weight: Tensor, n: int, k: int, rows: slice, order: WordOrder, scale_words: int = MXFP4_SCALE_WORDS
+) -> tuple[Tensor, Tensor]:
     """`restore_weights` of some rows.
 
     Args:
         rows: begin and end; begin is a multiple of 64.
 
     Returns:
-        packed uint8 [rows, k/2], scales uint8 [rows, k/32].
+        packed uint8 [rows, k/2], scales uint8 [rows, k/32]; of NVFP4 [rows, k/16].
     """
     require_count("n", n)
     if not isinstance(rows, slice):
         raise TypeError(f"rows: expected a slice, got {rows!r}")
     require_multiple("first row", rows.start, WEIGHT_BLOCK_ROWS)
-    count = rows.stop - rows.start
+    count, scale_bytes = rows.stop - rows.start, _scale_words(scale_words) * _SCALE_SET_BYTES
     begin, end = rows.start // WEIGHT_BLOCK_ROWS, -(-rows.stop // WEIGHT_BLOCK_ROWS)
-    words, scale_words = [], []
-    for _, steps, blocks in _weight_tiles(weight, n, k):
+    words, of_tiles = [], []
+    for _, steps, blocks in _weight_tiles(weight, n, k, scale_words):
         part = blocks[:, begin:end].contiguous()
-        tile_scales = part[..., :_BLOCK_SCALE_BYTES].contiguous().view(torch.int32)
-        tile_scales = torch.unflatten(tile_scales, -1, (2, 8, 2, 2)).permute(1, 2, 5, 4, 3, 0)
-        scale_words.append(tile_scales.reshape((end - begin) * WEIGHT_BLOCK_ROWS, -1))
-        tile_words = part[..., _BLOCK_SCALE_BYTES:].contiguous().view(torch.int32)
+        tile_scales = part[..., :scale_bytes].contiguous().view(torch.int32)
+        tile_scales = torch.unflatten(tile_scales, -1, (scale_words, 2, 8, 2, 2)).permute(1, 3, 6, 5, 4, 0, 2)
+        of_tiles.append(tile_scales.reshape((end - begin) * WEIGHT_BLOCK_ROWS, -1))
+        tile_words = part[..., scale_bytes:].contiguous().view(torch.int32)
         tile_words = torch.unflatten(tile_words, -1, (steps, 2, 8, 4, 4)).permute(1, 3, 6, 4, 0, 2, 5)
         words.append(tile_words.reshape((end - begin) * WEIGHT_BLOCK_ROWS, -1))
     packed = unpack_words(torch.cat(words, 1).view(torch.uint8)[:count], order)
-    return packed, torch.cat(scale_words, 1).view(torch.uint8)[:count, : k // BLOCK].contiguous()
+    columns = k // BLOCK * scale_words
+    return packed, torch.cat(of_tiles, 1).view(torch.uint8)[:count, :columns].contiguous()
 
 
-def reorder_words(weight: Tensor, n: int, k: int, old: WordOrder, new: WordOrder) -> Tensor:
+def reorder_words(
+    weight: Tensor, n: int, k: int, old: WordOrder, new: WordOrder, scale_words: int = MXFP4_SCALE_WORDS
+) -> Tensor:
     """One expert's prepared weight with the codes of its words in another order.
 
     Args:
-        weight: uint8 [weight_bytes(n, k)] in the old order.
+        weight: uint8 [weight_bytes(n, k, scale_words)] in the old order.
 
     Returns:
-        uint8 [weight_bytes(n, k)], a copy.
+        uint8 [weight_bytes(n, k, scale_words)], a copy.
     """
-    return arrange_weights(*restore_weights(weight, n, k, old), new)
+    return arrange_weights(*restore_weights(weight, n, k, old, scale_words), new, scale_words)
 
 
-def _weight_tiles(weight: Tensor, n: int, k: int) -> Iterator[tuple[slice, int, Tensor]]:
+def _scale_words(scale_words: int) -> int:
+    if scale_words not in (MXFP4_SCALE_WORDS, NVFP4_SCALE_WORDS):
+        raise ValueError(f"scale_words: expected 1 of MXFP4 or 2 of NVFP4, got {scale_words!r}")
+    return scale_words
+
+
+def _weight_tiles(weight: Tensor, n: int, k: int, scale_words: int) -> Iterator[tuple[slice, int, Tensor]]:
     """The K tiles of a prepared weight, equally long ones together: (which, their steps, [tiles, blocks, bytes])."""
     require_multiple("k", k, BLOCK)
-    require_tensor("weight", weight, torch.uint8, (weight_bytes(n, k),))
+    require_tensor("weight", weight, torch.uint8, (weight_bytes(n, k, scale_words),))
     blocks, whole, rest = -(-n // WEIGHT_BLOCK_ROWS), k // 128, k % 128 // BLOCK
-    size = _BLOCK_SCALE_BYTES + 4 * _STEP_BYTES
+    scale_bytes = scale_words * _SCALE_SET_BYTES
+    size = scale_bytes + 4 * _STEP_BYTES
     if whole:
         yield slice(0, whole), 4, weight[: whole * blocks * size].view(whole, blocks, size)
     if rest:
-        tail = weight[whole * blocks * size :].view(1, blocks, _BLOCK_SCALE_BYTES + rest * _STEP_BYTES)
+        tail = weight[whole * blocks * size :].view(1, blocks, scale_bytes + rest * _STEP_BYTES)
         yield slice(whole, whole + 1), rest, tail
 
 

@@ -25,7 +25,7 @@ from .gemm import Rows, _grouped_gemm
 
 _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)
-ACTIVATION_FORMATS = ("mxfp8", "bf16")  # csrc/moe/kernels.h, ActivationFormat, in this order
+ACTIVATION_FORMATS = ("mxfp8", "bf16")  # of this chain; `fp4` has those of FP4
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_LAYOUTS = ("linear", "swizzled")
 # Of the second GEMM's rows, by output dtype: a row beyond float16 may have a weight with which the sum is not.

@@ -6,14 +6,27 @@ these files before the package exists. Importing a tile's extension module is do
 
 from .kernels import facts, prove
 from .manifest import MANIFEST_NAME, Manifest, ManifestError, Profile, load_manifest, manifest_path, parse_manifest
-from .pairs import MXFP4_BF16, MXFP4_MXFP8, PAIRS, kernel_pair, kernel_pairs, pair_of
+from .pairs import (
+    FP4_PAIRS,
+    MXFP4_BF16,
+    MXFP4_MXFP4,
+    MXFP4_MXFP8,
+    NVFP4_BF16,
+    NVFP4_NVFP4,
+    PAIRS,
+    has_pair,
+    kernel_pair,
+    kernel_pairs,
+    pair_of,
+    scale_words,
+)
 from .proof import (
     MAX_ACCUMULATORS,
     MAX_ACTIVATING_ACCUMULATORS,
     TILE_K,
-    WEIGHT_BLOCK_BYTES,
     WEIGHT_BLOCK_ROWS,
     TileProof,
+    weight_block_bytes,
 )
 from .selection import expected_rows_per_expert, nearest_tile, select_tile, select_tile_mn_for_sm120
 from .stages import MAX_BLOCKS_PER_SM, MAX_STAGES, max_smem_per_block
@@ -21,16 +34,19 @@ from .tile import CANDIDATES, Tile
 
 __all__ = [
     "CANDIDATES",
+    "FP4_PAIRS",
     "MANIFEST_NAME",
     "MAX_ACCUMULATORS",
     "MAX_ACTIVATING_ACCUMULATORS",
     "MAX_BLOCKS_PER_SM",
     "MAX_STAGES",
     "MXFP4_BF16",
+    "MXFP4_MXFP4",
     "MXFP4_MXFP8",
+    "NVFP4_BF16",
+    "NVFP4_NVFP4",
     "PAIRS",
     "TILE_K",
-    "WEIGHT_BLOCK_BYTES",
     "WEIGHT_BLOCK_ROWS",
     "Manifest",
     "ManifestError",
@@ -39,6 +55,7 @@ __all__ = [
     "TileProof",
     "expected_rows_per_expert",
     "facts",
+    "has_pair",
     "kernel_pair",
     "kernel_pairs",
     "load_manifest",
@@ -48,6 +65,8 @@ __all__ = [
     "pair_of",
     "parse_manifest",
     "prove",
+    "scale_words",
     "select_tile",
     "select_tile_mn_for_sm120",
+    "weight_block_bytes",
 ]

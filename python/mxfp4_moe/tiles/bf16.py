@@ -1,13 +1,15 @@
 """What the kernels of bf16 MMAs make of a tile: SM90's two, and SM12x's for activations that are not quantized.
 
+Weights are MXFP4 or NVFP4, whose blocks are larger.
+
 Mirrors csrc/tile/bf16/tile_shape.cuh, csrc/tile/sm90/tile_shape.cuh and csrc/tile/sm12x/bf16_tile_shape.cuh, statement
 by statement; the build compares them after every compile.
 """
 
 from __future__ import annotations
 
-from .pairs import MXFP4_BF16
-from .proof import WEIGHT_BLOCK_BYTES, WEIGHT_BLOCK_ROWS, TileProof, shape_refusals, stage_refusals
+from .pairs import MXFP4_BF16, NVFP4_BF16
+from .proof import WEIGHT_BLOCK_ROWS, TileProof, shape_refusals, stage_refusals, weight_block_bytes
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, smem_per_sm
 from .tile import Tile
 
@@ -19,7 +21,7 @@ def has_wgmma(m: int, n: int) -> bool:
     return m >= 32 and n >= 64
 
 
-def prove_sm90(tile: Tile, arch: str) -> TileProof:
+def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
     """`prove` on SM90: Sm90MmaSyncShape or WgmmaShape."""
     m, n = max(tile.m, 1), max(tile.n, 1)
     if has_wgmma(m, n):
@@ -27,30 +29,35 @@ def prove_sm90(tile: Tile, arch: str) -> TileProof:
         return _prove(
             tile,
             arch,
+            pair,
             function="grouped_gemm_wgmma",
             swap=True,
             mma_warps=n // 16,
             moves_registers=moves_registers,
             most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
+            folds_mxfp8=pair == MXFP4_BF16,
         )
     return _prove(
         tile,
         arch,
+        pair,
         function="grouped_gemm_mma_sync",
         swap=tile.swap_ab,
         mma_warps=4,
         moves_registers=False,
         most_blocks=6,
+        folds_mxfp8=pair == MXFP4_BF16,
     )
 
 
-def prove_sm12x_bf16(tile: Tile, arch: str) -> TileProof:
+def prove_sm12x_bf16(tile: Tile, arch: str, pair: str) -> TileProof:
     """`prove` on SM12x for bf16 activations: Sm12xBf16."""
     m, n = max(tile.m, 1), max(tile.n, 1)
     swap, moves_registers = n >= 64, m * n >= 128 * 256
     return _prove(
         tile,
         arch,
+        pair,
         function="grouped_gemm_mma_sync",
         swap=swap,
         mma_warps=8 if swap and m * n >= 16384 else 4,
@@ -64,15 +71,17 @@ def prove_sm12x_bf16(tile: Tile, arch: str) -> TileProof:
 def _prove(
     tile: Tile,
     arch: str,
+    pair: str,
     *,
     function: str,
     swap: bool,
     mma_warps: int,
     moves_registers: bool,
     most_blocks: int,
+    folds_mxfp8: bool,
     loads_ahead: bool = True,
-    folds_mxfp8: bool = True,
 ) -> TileProof:
+    assert pair in (MXFP4_BF16, NVFP4_BF16)
     refusals = shape_refusals(tile)
     m, n = max(tile.m, 1), max(tile.n, 1)  # the sizes of a senseless tile are senseless too, but never by zero
     wgmma = function == "grouped_gemm_wgmma"
@@ -88,7 +97,7 @@ def _prove(
     mma_registers = 112 if mma_warps > 8 else 240
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
     act_bytes = 2 * m * 128  # bf16, as two halves of a K tile
-    weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
+    weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * weight_block_bytes(pair)
     stage_bytes = act_bytes + weight_bytes
     activates = n >= 64
     amax_bytes = n // warp_weight_rows * m * 4 if activates and folds_mxfp8 else 0  # only quantizing needs them
@@ -129,7 +138,7 @@ def _prove(
     return TileProof(
         tile=tile,
         arch=arch,
-        pair=MXFP4_BF16,
+        pair=pair,
         function=function,
         opcode="HGMMA" if wgmma else "HMMA",
         reads_bf16=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..archs import check_arch
 from .bf16 import prove_sm12x_bf16, prove_sm90
-from .pairs import MXFP4_BF16, MXFP4_MXFP8, PAIRS, kernel_pair
+from .pairs import MXFP4_BF16, MXFP4_MXFP8, NVFP4_BF16, PAIRS, kernel_pair
 from .proof import TileProof, prove_sm12x
 from .tile import Tile
 
@@ -13,14 +13,15 @@ def prove(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> TileProof:
     """Stages, shared memory by part, registers and threads of the kernel that computes `pair` on `arch`, legal or not.
 
     Raises:
-        ArchError: the kernel has no code for the arch.
+        ArchError: the kernel has no code for the arch, or none for the pair there (`has_pair`).
         ValueError: there is no such pair.
     """
     if pair not in PAIRS:
         raise ValueError(f"pair: expected one of {', '.join(PAIRS)}, got {pair!r}")
+    reads = kernel_pair(arch, pair)
     if check_arch(arch)[0] == 9:
-        return prove_sm90(tile, arch)
-    return prove_sm12x_bf16(tile, arch) if kernel_pair(arch, pair) == MXFP4_BF16 else prove_sm12x(tile, arch)
+        return prove_sm90(tile, arch, reads)
+    return prove_sm12x_bf16(tile, arch, reads) if reads in (MXFP4_BF16, NVFP4_BF16) else prove_sm12x(tile, arch, reads)
 
 
 def facts(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> dict[str, int]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..archs import check_arch
+from ..archs import ArchError, check_arch
 
 MXFP4_MXFP8 = "mxfp4_mxfp8"
 MXFP4_BF16 = "mxfp4_bf16"
-PAIRS = (MXFP4_MXFP8, MXFP4_BF16)
+MXFP4_MXFP4 = "mxfp4_mxfp4"
+NVFP4_NVFP4 = "nvfp4_nvfp4"
+NVFP4_BF16 = "nvfp4_bf16"
+PAIRS = (MXFP4_MXFP8, MXFP4_BF16, MXFP4_MXFP4, NVFP4_NVFP4, NVFP4_BF16)
 """Weights first. A profile of the manifest names those that it has; a row may name the ones that a tile can have."""
+FP4_PAIRS = (MXFP4_MXFP4, NVFP4_NVFP4)
+"""Those whose MMA takes packed codes of both operands. Only SM12x has it."""
 
 
-def pair_of(activation_format: str) -> str:
-    """The pair of MXFP4 weights and activations of this format, such as "bf16"."""
-    return f"mxfp4_{activation_format}"
+def scale_words(pair: str) -> int:
+    """32-bit words of scales that a weight row has in a K tile of 128: of blocks of 32, or NVFP4's of 16."""
+    return 2 if pair.startswith("nvfp4") else 1
+
+
+def pair_of(activation_format: str, weight_format: str = "mxfp4") -> str:
+    """The pair of weights of a format and activations of another, such as "mxfp4" and "bf16"."""
+    return f"{weight_format}_{activation_format}"
 
 
 def kernel_pair(arch: str, pair: str) -> str:
@@ -24,11 +34,27 @@ def kernel_pair(arch: str, pair: str) -> str:
     one kernel serves both kinds of activations.
 
     Raises:
+        ArchError: the kernel has no code for the arch, or no arch of its family a kernel for the pair.
+    """
+    if not has_pair(arch, pair):
+        raise ArchError(f"arch {arch!r} has no kernel for {pair}: its MMA takes no FP4, expected an arch of SM12x")
+    if check_arch(arch)[0] == 9:
+        return NVFP4_BF16 if pair == NVFP4_BF16 else MXFP4_BF16
+    return pair
+
+
+def has_pair(arch: str, pair: str) -> bool:
+    """Whether an arch has a kernel that computes `pair`.
+
+    Raises:
         ArchError: the kernel has no code for the arch.
     """
-    return MXFP4_BF16 if check_arch(arch)[0] == 9 else pair
+    return check_arch(arch)[0] != 9 or pair not in FP4_PAIRS
 
 
 def kernel_pairs(arch: str, pairs: Iterable[str]) -> tuple[str, ...]:
-    """What the kernels read that compute these pairs on `arch`, each once: a kernel is built for each."""
-    return tuple(dict.fromkeys(kernel_pair(arch, pair) for pair in pairs))
+    """What the kernels read that compute these pairs on `arch`, each once: a kernel is built for each.
+
+    Nothing for those that the arch has no kernel for.
+    """
+    return tuple(dict.fromkeys(kernel_pair(arch, pair) for pair in pairs if has_pair(arch, pair)))

@@ -1,4 +1,4 @@
-"""Whether a tile can be, before anything is compiled: what a proof is, and that of SM12x's kernel of MXFP8 rows.
+"""Whether a tile can be, before anything is compiled: what a proof is, and that of SM12x's block-scaled kernels.
 
 `prove_sm12x` mirrors csrc/tile/tile_shape.cuh, statement by statement; the build compares the two after every compile.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .pairs import MXFP4_MXFP8
+from .pairs import FP4_PAIRS, scale_words
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, max_smem_per_block, smem_per_sm
 from .tile import Tile
 
-TILE_K = 128  # one 32-bit scale word per row: four K = 32 blocks
-_ACT_ROW_BYTES = TILE_K  # E4M3
+TILE_K = 128  # four K = 32 blocks, whose E8M0 scales are one 32-bit word per row
 WEIGHT_BLOCK_ROWS = 64
-WEIGHT_BLOCK_BYTES = WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4)  # packed E2M1, and one scale word per row
-_REGISTERS_WANTED = ((8, 96), (16, 112), (32, 168), (math.inf, 176))  # by accumulators, per thread
+_REGISTERS_WANTED = {  # by accumulators, per thread; whether both operands are FP4, of which none is expanded
+    False: ((8, 96), (16, 112), (32, 168), (math.inf, 176)),
+    True: ((8, 96), (16, 112), (math.inf, 168)),
+}
+MXFP8_OPCODE, FP4_OPCODE = "QMMA.SF", "OMMA.SF"
 MAX_ACCUMULATORS = 128  # fp32 registers per thread; beyond it ptxas spills
 MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's activation; beyond it ptxas spills
 
@@ -34,7 +36,7 @@ class TileProof:
     pair: str  # of formats that the kernel reads, weights first
     function: str  # its name in csrc/tile
     opcode: str  # of its MMA in machine code
-    reads_bf16: bool  # activations, and writes them so; else MXFP8
+    reads_bf16: bool  # activations, and writes them so; else codes with scales
     activates: bool  # its epilogue can apply GEMM1's activation
     weights_are_a: bool  # of the MMA's operands; else activations
     physical_m: int
@@ -62,9 +64,16 @@ class TileProof:
 
     @property
     def mma_per_step(self) -> int:
-        """MMAs of a warp in a step of K = 32: QMMA.SF has all 32, the others 16; HGMMA has all of a warp's columns."""
+        """MMAs of a warp in a step of K = 64 or 32: OMMA.SF has 64, QMMA.SF 32, the others 16.
+
+        HGMMA has all of a warp's columns.
+        """
         columns = 1 if self.opcode == "HGMMA" else self.warp_n // 8
-        return self.warp_m // 16 * columns * (1 if self.opcode == "QMMA.SF" else 2)
+        return self.warp_m // 16 * columns * (1 if self.opcode in (MXFP8_OPCODE, FP4_OPCODE) else 2)
+
+    @property
+    def steps_per_k_tile(self) -> int:
+        return 2 if self.opcode == FP4_OPCODE else 4
 
     def facts(self) -> dict[str, int]:
         """What the compiled tile must report for this arch: facts() of csrc/tile/tile_op.cpp."""
@@ -116,19 +125,25 @@ def stage_refusals(*, stages: int, arch: str, **parts: int) -> list[str]:
     ]
 
 
-def prove_sm12x(tile: Tile, arch: str) -> TileProof:
-    """`prove` on SM12x for MXFP8 activations: TileShape."""
-    m, n, swap = tile.m, tile.n, tile.swap_ab
+def weight_block_bytes(pair: str) -> int:
+    """Of 64 weight rows and a K tile: packed E2M1, and a row's scale words."""
+    return WEIGHT_BLOCK_ROWS * (TILE_K // 2 + 4 * scale_words(pair))
+
+
+def prove_sm12x(tile: Tile, arch: str, pair: str) -> TileProof:
+    """`prove` on SM12x for activations with scales, MXFP8 or FP4: TileShape."""
+    m, n, fp4 = tile.m, tile.n, pair in FP4_PAIRS
     refusals = shape_refusals(tile)
     m, n = max(m, 1), max(n, 1)  # the sizes of a senseless tile are senseless too, but never a division by zero
 
+    swap = tile.swap_ab or (fp4 and n >= 64)  # FP4 weights are A as soon as four warps have 16 rows of them each
     physical_m, physical_n = (n, m) if swap else (m, n)
-    if swap:
+    if tile.swap_ab:
         long_warps = (m <= 16 and n >= 256) or (m == 8 and n == 128)
         mma_warps = max(n // (16 if n <= 64 else 64 if long_warps else 32), 1)
     else:
         mma_warps = 8 if m * n >= 16384 else 4
-    warp_n = physical_n if swap else min(n, 32)
+    warp_n = physical_n if tile.swap_ab else (64 if m * n >= 8192 else 32) if swap else min(n, 32)
     warps_n = physical_n // warp_n
     warps_m = max(mma_warps // warps_n, 1)
     warp_m = physical_m // warps_m
@@ -138,9 +153,10 @@ def prove_sm12x(tile: Tile, arch: str) -> TileProof:
     moves_registers = mma_warps == 8 and accumulators >= 64
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
 
-    act_bytes = m * _ACT_ROW_BYTES
-    weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_BYTES
-    act_scale_bytes = ceil_div((m + 4) * 4, 128) * 128  # TMA moves four rows; the first may be any of the four
+    act_bytes = m * (TILE_K // 2 if fp4 else TILE_K)
+    weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * weight_block_bytes(pair)
+    act_scale_set_bytes = (m + 4) * 4  # TMA moves four rows; the first may be any of the four
+    act_scale_bytes = ceil_div(scale_words(pair) * act_scale_set_bytes, 128) * 128
     stage_bytes = act_bytes + weight_bytes + act_scale_bytes
     # GEMM1's activation: the largest magnitude per row and warp.
     activates = n >= 64 and accumulators <= MAX_ACTIVATING_ACCUMULATORS
@@ -152,7 +168,7 @@ def prove_sm12x(tile: Tile, arch: str) -> TileProof:
         stage_bytes=stage_bytes + BARRIER_BYTES_PER_STAGE,
         once_bytes=amax_bytes,
     )
-    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED if accumulators <= most)
+    registers_wanted = next(wanted for most, wanted in _REGISTERS_WANTED[fp4] if accumulators <= most)
     blocks_per_sm = fits.blocks_that_fit(MAX_BLOCKS_PER_SM, registers_wanted)
     stages = fits.stages_for(blocks_per_sm)
 
@@ -182,9 +198,9 @@ def prove_sm12x(tile: Tile, arch: str) -> TileProof:
     return TileProof(
         tile=tile,
         arch=arch,
-        pair=MXFP4_MXFP8,
+        pair=pair,
         function="grouped_gemm",
-        opcode="QMMA.SF",
+        opcode=FP4_OPCODE if fp4 else MXFP8_OPCODE,
         reads_bf16=False,
         activates=activates,
         weights_are_a=swap,

@@ -14,7 +14,7 @@
 #include "shared/weight_layout.cuh"
 #include "tile/lane_maps.cuh"
 #include "tile/sm12x/bf16_tile_shape.cuh"
-#include "tile/sm12x/emulated_mma.cuh"
+#include "tile/sm12x/emulated_fp4_mma.cuh"
 #include "tile/sm90/tile_shape.cuh"
 
 namespace py = pybind11;
@@ -58,15 +58,19 @@ py::dict cute_tables() {
 }
 
 // What the kernel assumes, in CuTe's terms: index = row + rows * k (operands, scales) or row + rows * column (C).
+template <int kK>
 py::dict our_tables() {
+  constexpr int kInRegister = kK / 8;
   std::vector<std::vector<int>> a(32), b(32), c(32), sfa(32), sfb(32);
   for (int lane = 0; lane < 32; ++lane) {
     for (int reg = 0; reg < 4; ++reg)
-      for (int byte = 0; byte < 4; ++byte) a[lane].push_back(a_row(lane, reg) + 16 * a_k(lane, reg, byte));
+      for (int i = 0; i < kInRegister; ++i)
+        a[lane].push_back(a_row(lane, reg) + 16 * (kK == 64 ? fp4_a_k : a_k)(lane, reg, i));
     for (int reg = 0; reg < 2; ++reg)
-      for (int byte = 0; byte < 4; ++byte) b[lane].push_back(b_col(lane) + 8 * b_k(lane, reg, byte));
+      for (int i = 0; i < kInRegister; ++i)
+        b[lane].push_back(b_col(lane) + 8 * (kK == 64 ? fp4_b_k : b_k)(lane, reg, i));
     for (int reg = 0; reg < 4; ++reg) c[lane].push_back(c_row(lane, reg) + 16 * c_col(lane, reg));
-    for (int k = 0; k < 32; ++k) {  // one scale serves all 32 k
+    for (int k = 0; k < kK; ++k) {  // whose scales are in one word
       sfa[lane].push_back(scale_a_row(lane) + 16 * k);
       sfb[lane].push_back(scale_b_col(lane) + 8 * k);
     }
@@ -112,6 +116,8 @@ template <int M, int N, bool kSwap>
 void add_shapes(py::list& shapes) {
   add_shape<M, N, kSwap, Arch_90a, Pair_mxfp4_bf16>(shapes, "90a", "mxfp4_bf16");
   add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_mxfp8>(shapes, "120f", "mxfp4_mxfp8");
+  add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_mxfp4>(shapes, "120f", "mxfp4_mxfp4");
+  add_shape<M, N, kSwap, Arch_120f, Pair_nvfp4_nvfp4>(shapes, "120f", "nvfp4_nvfp4");
   if constexpr (M < 256) add_shape<M, N, kSwap, Arch_120f, Pair_mxfp4_bf16>(shapes, "120f", "mxfp4_bf16");
 }
 
@@ -151,22 +157,41 @@ struct Warp {
   emulated::Sums mma(int lane, int byte) const {
     return emulated::mma_of_lane<kA, kB>(*this, lane, byte, {{at(8, lane), at(9, lane), at(10, lane), at(11, lane)}});
   }
+  template <bool kNvfp4>
+  emulated::Sums fp4_mma(int lane, int byte) const {
+    return emulated::fp4_mma_of_lane<kNvfp4>(*this, lane, byte,
+                                             {{at(8, lane), at(9, lane), at(10, lane), at(11, lane)}});
+  }
 };
 
 // d0 .. d3 of all lanes of many warps' emulated MMAs: uint32 [warps, 12, 32] -> [warps, 4, 32].
-py::array_t<uint32_t> emulated_mma(py::array_t<uint32_t, py::array::c_style> registers, bool fp4_is_a, int byte) {
-  using emulated::Code;
+template <class OfLane>
+py::array_t<uint32_t> of_warps(const py::array_t<uint32_t, py::array::c_style>& registers, const OfLane& of_lane) {
   const py::ssize_t warps = registers.size() / (kWarpRegisters * 32);
   py::array_t<uint32_t> out({warps, py::ssize_t{4}, py::ssize_t{32}});
   for (py::ssize_t warp = 0; warp < warps; ++warp) {
     const uint32_t* word = registers.data() + warp * kWarpRegisters * 32;
     for (int lane = 0; lane < 32; ++lane) {
-      const emulated::Sums d = fp4_is_a ? Warp<Code::kE2m1, Code::kE4m3>{word}.mma(lane, byte)
-                                        : Warp<Code::kE4m3, Code::kE2m1>{word}.mma(lane, byte);
+      const emulated::Sums d = of_lane(word, lane);
       for (int reg = 0; reg < 4; ++reg) out.mutable_at(warp, reg, lane) = d.bits[reg];
     }
   }
   return out;
+}
+
+using Registers = py::array_t<uint32_t, py::array::c_style>;
+using emulated::Code;
+py::array_t<uint32_t> emulated_mma(const Registers& registers, bool fp4_is_a, int byte) {
+  return of_warps(registers, [&](const uint32_t* word, int lane) {
+    return fp4_is_a ? Warp<Code::kE2m1, Code::kE4m3>{word}.mma(lane, byte)
+                    : Warp<Code::kE4m3, Code::kE2m1>{word}.mma(lane, byte);
+  });
+}
+py::array_t<uint32_t> emulated_fp4_mma(const Registers& registers, bool is_nvfp4, int byte) {
+  return of_warps(registers, [&](const uint32_t* word, int lane) {
+    const Warp<Code::kE2m1, Code::kE2m1> warp{word};
+    return is_nvfp4 ? warp.fp4_mma<true>(lane, byte) : warp.fp4_mma<false>(lane, byte);
+  });
 }
 
 }  // namespace
@@ -176,8 +201,10 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
   m.def("cute_tables_swapped", &cute_tables<cute::MMA_Traits<SwappedAtom>>);
   m.def("cute_tables_fp4", &cute_tables<cute::MMA_Traits<Fp4Atom>>);
   m.def("cute_tables_bf16", &cute_operand_tables<cute::MMA_Traits<Bf16Atom>>);
-  m.def("our_tables", &our_tables);
+  m.def("our_tables", &our_tables<32>);
+  m.def("our_tables_fp4", &our_tables<64>);
   m.def("emulated_mma", &emulated_mma);
+  m.def("emulated_fp4_mma", &emulated_fp4_mma);
 
   m.def("swizzled_scale_bytes", &swizzled_scale_bytes);
   m.def("swizzled_scale_offsets", [](int64_t n, int64_t k) {
@@ -195,22 +222,24 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
     return int64_t(
         cute::cosize(cute::filter_zeros(Config::tile_atom_to_shape_SFB(cute::make_shape(128, int(n), int(k), 1)))));
   });
-  m.def("weight_bytes", [](int64_t n, int64_t k) { return weight_bytes(n, k, kMxfp4ScaleWords); });
-  m.def("arranged_scale_offsets", [](int64_t n, int k) {
-    return offsets(n, k, [&](int64_t r, int64_t block) {
-      return weight_block_offset(r / kWeightBlockRows, int(block / 4), n, k, kMxfp4ScaleWords) +
-             weight_scale_word_in_block(int(r % kWeightBlockRows)) + block % 4;
+  // scale_words: of a row in a K tile, 1 of MXFP4 and 2 of NVFP4
+  m.def("weight_bytes", [](int64_t n, int64_t k, int scale_words) { return weight_bytes(n, k, scale_words); });
+  m.def("arranged_scale_offsets", [](int64_t n, int k, int scale_words) {  // [rows][k / 32 * scale_words]
+    return offsets(n, k * scale_words, [&](int64_t r, int64_t block) {
+      const int64_t word = block / 4;
+      return weight_block_offset(r / kWeightBlockRows, int(word / scale_words), n, k, scale_words) +
+             word % scale_words * kWeightScaleSetBytes + weight_scale_word_in_block(int(r % kWeightBlockRows)) +
+             block % 4;
     });
   });
-  m.def("arranged_word_offsets", [](int64_t n, int k) {  // [rows][k / 8]
+  m.def("arranged_word_offsets", [](int64_t n, int k, int scale_words) {  // [rows][k / 8]
     return offsets(n, 4 * k, [&](int64_t r, int64_t word) {
-      return weight_block_offset(r / kWeightBlockRows, int(word / 16), n, k, kMxfp4ScaleWords) +
-             weight_word_in_block(int(r % kWeightBlockRows), int(word / 4 % 4), int(word % 4), kMxfp4ScaleWords);
+      return weight_block_offset(r / kWeightBlockRows, int(word / 16), n, k, scale_words) +
+             weight_word_in_block(int(r % kWeightBlockRows), int(word / 4 % 4), int(word % 4), scale_words);
     });
   });
   m.def("weight_unit", [] { return kWeightUnit; });
-  m.def("weight_word_in_block",
-        [](int row, int step, int t) { return weight_word_in_block(row, step, t, kMxfp4ScaleWords); });
+  m.def("weight_word_in_block", &weight_word_in_block);
   m.def("weight_scale_word_in_block", &weight_scale_word_in_block);
   m.def("weight_scale_position", &weight_scale_position);
   m.def("act_scale_bytes", &act_scale_bytes);

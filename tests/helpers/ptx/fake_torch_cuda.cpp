@@ -91,13 +91,13 @@ EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 // In the order of ptx/workspace.py.
 EXPORT void fake_workspace(int64_t slots, int64_t hidden, int64_t intermediate, int64_t max_m_tiles,
-                           int64_t gemm1_width, int64_t from_logits, int64_t in_bf16, int64_t row_value_bytes,
-                           int64_t* offsets) {
-  const mxfp4_moe::Workspace w(
-      {slots, hidden, intermediate, max_m_tiles, gemm1_width, from_logits != 0, in_bf16 != 0, row_value_bytes});
+                           int64_t gemm1_width, int64_t from_logits, int64_t act_format, int64_t row_value_bytes,
+                           int64_t row_factors, int64_t* offsets) {
+  const mxfp4_moe::Workspace w({slots, hidden, intermediate, max_m_tiles, gemm1_width, from_logits != 0,
+                                static_cast<int32_t>(act_format), row_value_bytes, row_factors != 0});
   for (const int64_t offset :
        {w.slot_row, w.row_expert, w.m_tiles, w.num_m_tiles, w.valid_rows, w.topk_ids, w.topk_weights, w.rows1,
-        w.scales1, w.rows2, w.scales2, w.gemm1_out, w.gemm2_out, w.bytes})
+        w.scales1, w.rows2, w.scales2, w.gemm1_out, w.gemm2_out, w.row_factors1, w.row_factors2, w.bytes})
     *offsets++ = offset;
 }
 

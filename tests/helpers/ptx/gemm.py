@@ -15,13 +15,15 @@ from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.arithmetic import of_arch
 from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem, offsets_of, random_problem
-from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP8, Tile, prove
+from mxfp4_moe.tiles import FP4_PAIRS, MXFP4_BF16, MXFP4_MXFP8, NVFP4_BF16, Tile, prove, scale_words, weight_block_bytes
 
-from . import abi, launch
+from . import abi, fp4_problems, launch
+from .fp4_problems import Fp4Problem
 from .machine import Machine
 
 PtxChange = Callable[[str], str] | None
 LaunchChange = Callable[[launch.Launch], launch.Launch] | None
+IN_BF16 = (MXFP4_BF16, NVFP4_BF16)  # pairs of bfloat16 rows
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -32,6 +34,8 @@ def array(tensor: Tensor) -> np.ndarray:
 
 def pair_of(problem: GemmProblem) -> str:
     """The pair of formats that computes it."""
+    if isinstance(problem, Fp4Problem):
+        return problem.pair
     return MXFP4_BF16 if problem.row_scales is None else MXFP4_MXFP8
 
 
@@ -52,6 +56,8 @@ def in_bf16(problem: GemmProblem) -> GemmProblem:
 
 def any_problem(k: int, n: int, rows_per_expert: Sequence[int], pair: str = MXFP4_MXFP8) -> GemmProblem:
     """Random bits in every operand."""
+    if pair in FP4_PAIRS:
+        return fp4_problems.any_problem(k, n, rows_per_expert, pair)
     problem = random_problem(k, n, torch.device("cpu"), rows_per_expert=rows_per_expert)
     if pair != MXFP4_BF16:
         return under_sm12x(problem)
@@ -66,6 +72,8 @@ def usual_problem(
     k: int, n: int, rows_per_expert: Sequence[int], seed: int = 0, pair: str = MXFP4_MXFP8
 ) -> GemmProblem:
     """Sums of a few units, as a layer has them: for activations."""
+    if pair in FP4_PAIRS:
+        return fp4_problems.usual_problem(k, n, rows_per_expert, pair, seed=seed)
     g = torch.Generator().manual_seed(seed)
     offsets = offsets_of(rows_per_expert, torch.device("cpu"))
     rows, experts = int(offsets[-1]) + ROWS_OF_NO_EXPERT, len(rows_per_expert)
@@ -87,43 +95,55 @@ class Epilogue:
     alpha: float | Tensor = 1.702
     beta: float | Tensor = 1.0
     limit: float | Tensor = 7.0
+    global_scales: Tensor | None = None  # float32 [E], of NVFP4
 
 
-def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8) -> list[range]:
+def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> list[range]:
     """Shared memory that a kernel reads although nobody wrote it, whatever is there.
 
     Packed weights that a last K tile of less than 128 lacks: any bits, times zeros. Rows of bf16 activations that an
     m-tile does not have, which come in boxes: they meet the weights in sums that are stored nowhere.
     """
-    proof = prove(tile, "120f", pair)
+    proof = prove(tile, arch, pair)
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
-    first = 256 + k % 128 // 32 * 1024  # of a block of 256 + 4 * 1024 bytes
-    blocks = proof.stages * proof.weight_bytes // 4352
-    found = [range(weights + b * 4352 + first, weights + (b + 1) * 4352) for b in range(blocks) if first > 256]
-    return [range(weights), *found] if pair == MXFP4_BF16 and tile.m > 16 else found
+    scales, block = 256 * scale_words(pair), weight_block_bytes(pair)
+    first = scales + k % 128 // 32 * 1024  # of a block of scales and four steps of 1024 bytes
+    blocks = proof.stages * proof.weight_bytes // block
+    found = [range(weights + b * block + first, weights + (b + 1) * block) for b in range(blocks) if first > scales]
+    return [range(weights), *found] if proof.reads_bf16 and tile.m > 16 else found
 
 
 class Gemm:
     """One problem's operands in a machine's memory."""
 
-    def __init__(self, problem: GemmProblem, tile: Tile, machine: Machine) -> None:
+    def __init__(self, problem: GemmProblem, tile: Tile, machine: Machine, arch: str = "120f") -> None:
         self.problem, self.tile, self.machine, self.pair = problem, tile, machine, pair_of(problem)
+        self.arch = arch
         rows, experts = problem.rows.shape[0], problem.packed.shape[0]
         tiles = reference.m_tiles(problem.offsets, tile.m)
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
         experts_weights = zip(problem.packed, problem.scales, strict=True)
-        in_order = formats.WordOrder.PAIRS if self.pair == MXFP4_BF16 else formats.WordOrder.CONTAINERS
+        of_bf16 = dict.fromkeys(IN_BF16, formats.WordOrder.PAIRS)
+        orders = of_bf16 | {MXFP4_MXFP8: formats.WordOrder.CONTAINERS}
+        in_order, words = orders.get(self.pair, formats.WordOrder.PLAIN), scale_words(self.pair)
         self.operands = {
-            "weight": torch.stack([formats.arrange_weights(p, s, in_order) for p, s in experts_weights]),
+            "weight": torch.stack([formats.arrange_weights(p, s, in_order, words) for p, s in experts_weights]),
             "m_tiles": torch.cat([tiles, junk.expand(self.bound - len(tiles), 4)]),
             "num_m_tiles": torch.tensor([len(tiles)], dtype=torch.int32),
         }
         if problem.row_scales is None:
             self.operands["act"] = problem.rows.clone()
         else:
-            self.operands["act"] = formats.interleave_k(problem.rows)
-            self.operands["act_scale"] = formats.pack_row_scales(problem.row_scales)
+            is_fp4 = isinstance(problem, Fp4Problem)
+            self.operands["act"] = problem.rows.clone() if is_fp4 else formats.interleave_k(problem.rows)
+            whole = torch.nn.functional.pad(problem.row_scales, (0, -problem.row_scales.shape[1] % (4 * words)))
+            self.operands["act_scale"] = formats.pack_row_scales(whole)
+        self.factors: dict[str, int | None] = {}
+        if isinstance(problem, Fp4Problem):
+            self.factors = {name: self.constant(name, getattr(problem, name)) for name in ("of_weights", "of_inputs")}
+            if problem.of_rows is not None:
+                self.operands["of_rows"] = problem.of_rows.clone()
         for name, tensor in self.operands.items():
             machine.memory.add(name, array(tensor), written=True, writable=name != "weight")
 
@@ -139,14 +159,16 @@ class Gemm:
         return tensor.data_ptr()
 
     def args(self, m_tiles_are_ready: bool) -> abi.GemmArgs:
-        rows, k = self.problem.rows.shape
-        experts, n, _ = self.problem.packed.shape
+        rows, (experts, n, half) = self.problem.rows.shape[0], self.problem.packed.shape
+        addresses = {name: tensor.data_ptr() for name, tensor in self.operands.items()}
+        self.factors["of_rows"] = addresses.pop("of_rows", None)
         return abi.GemmArgs(
-            **{name: tensor.data_ptr() for name, tensor in self.operands.items()},
+            **addresses,
+            factors=abi.Factors(**self.factors),
             max_m_tiles=self.bound,
             rows=rows,
             n=n,
-            k=k,
+            k=2 * half,
             experts=experts,
             m_tiles_are_ready=int(m_tiles_are_ready),
             **dict(zip(("weight_format", "act_format"), abi.formats_of(self.pair), strict=True)),
@@ -159,13 +181,13 @@ class Gemm:
 
         change, change_launch: make another kernel of the tile's PTX, another launch of the launcher's.
         """
-        ptx = launch.ptx_of_tile(self.tile, pair=self.pair)
-        (one,) = launch.shared_recorder().gemm_of(self.tile, self.pair, args, sms=sms)
+        ptx = launch.ptx_of_tile(self.tile, self.arch, self.pair)
+        (one,) = launch.shared_recorder().gemm_of(self.tile, self.pair, args, sms=sms, arch=self.arch)
         if change_launch is not None:
             one = change_launch(one)
-        late = [name for name in ("act", "act_scale") if name in self.operands]
+        late = [name for name in ("act", "act_scale", "of_rows") if name in self.operands]
         self.machine.pretend_kernel(late if args.m_tiles_are_ready else [*late, "m_tiles", "num_m_tiles"])
-        unwritten = junk(self.tile, self.problem.rows.shape[1], self.pair)
+        unwritten = junk(self.tile, args.k, self.pair, self.arch)
         self.machine.run(ptx if change is None else change(ptx), one, junk=unwritten)
 
     def run(
@@ -193,16 +215,18 @@ class Gemm:
     ) -> tuple[Tensor, Tensor]:
         """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written.
 
-        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes.
+        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes. Of FP4 rows packed codes, uint8
+        [R, N/4].
         """
         rows, n = self.problem.expected.shape
-        quantizes = self.pair == MXFP4_MXFP8
-        codes = torch.full((rows, n // 2 if quantizes else n), 0xAA, dtype=torch.uint8)
-        scales = torch.full((-(-n // 256), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
+        width = n if self.pair in IN_BF16 else n // 4 if self.pair in FP4_PAIRS else n // 2
+        codes = torch.full((rows, width), 0xAA, dtype=torch.uint8)
+        scales = torch.full((-(-n // 256) * scale_words(self.pair), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
         args = self.args(m_tiles_are_ready)
         to = args.activate
         to.rows, to.scales = self.output("codes", codes), self.output("scales", scales)
         to.bias, to.format = self.constant("bias", epilogue.bias), args.act_format
+        to.global_scales = self.constant("global_scales", epilogue.global_scales)
         to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
         for name in ("alpha", "beta", "limit"):
             number = getattr(epilogue, name)

@@ -28,21 +28,21 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def built(tile: Tile, pair: str) -> tuple[Path, str]:
+def built(tile: Tile, pair: str, arch: str = ARCH) -> tuple[Path, str]:
     """The library, whose launcher is exported by the name that csrc/tile/tile.cu gives it, and the kernel's PTX."""
     folders = toolchain.package_dirs(os.environ)
-    cuda, cxx = toolchain.resolve_cuda(os.environ, folders, [ARCH]), toolchain.find_cxx(os.environ)
+    cuda, cxx = toolchain.resolve_cuda(os.environ, folders, [arch]), toolchain.find_cxx(os.environ)
     includes = [*toolchain.find_cutlass(os.environ, folders).include_dirs, *cuda.include_dirs]
-    folder = Path(_folder().name).relative_to(ROOT) / f"{tile.name}.{pair}"
+    folder = Path(_folder().name).relative_to(ROOT) / f"{tile.name}.{arch}.{pair}"
     (ROOT / folder).mkdir()
     plain, made, library = PlainPaths(folder / "links"), folder / "tile.o", folder / "tile.so"
     visible = [flag for flag in HIDDEN if flag != "-fvisibility=hidden"]
     compile_ = [
         *(str(plain(cuda.nvcc)), "-ccbin", str(plain(cxx)), "-Xcompiler", ",".join(visible)),
         *(flag for flag in NVCC_FLAGS if flag not in ("-Xptxas", "-v", "-O3")),
-        *("-O3", "-gencode", f"arch=compute_{ARCH},code=compute_{ARCH}", "--keep", "--keep-dir", str(folder)),
+        *("-O3", "-gencode", f"arch=compute_{arch},code=compute_{arch}", "--keep", "--keep-dir", str(folder)),
         *own_name(_SOURCE),
-        *kernel_defines(tile, ARCH, pair),
+        *kernel_defines(tile, arch, pair),
         *(word for include in includes for word in ("-isystem", str(plain(include)))),
         *(str(_SOURCE), "-o", str(made)),
     ]
@@ -55,9 +55,9 @@ def built(tile: Tile, pair: str) -> tuple[Path, str]:
     return ROOT / library, ptx.read_text(encoding="utf-8")
 
 
-def launcher(pair: str) -> str:
+def launcher(pair: str, arch: str = ARCH) -> str:
     """The name of the function in the library."""
-    return f"mxfp4_moe_tile_launch_{ARCH}_{pair}"
+    return f"mxfp4_moe_tile_launch_{arch}_{pair}"
 
 
 def facts(pair: str) -> str:

@@ -124,8 +124,8 @@ def tools() -> tuple[Cuda, Path]:
 @functools.cache
 def ptx_of_tile(tile: tiles.Tile, arch: str = "120f", pair: str = tiles.MXFP4_MXFP8) -> str:
     """The tile's kernel for a pair of formats as PTX, known to `shared_recorder`."""
-    if arch == host_code.ARCH and pair != tiles.MXFP4_MXFP8:
-        return _learned(host_code.built(tile, pair)[1])
+    if pair != tiles.MXFP4_MXFP8:
+        return _learned(host_code.built(tile, pair, arch)[1])
     return _learned(compile_to_ptx(tile, arch, pair))
 
 
@@ -162,12 +162,14 @@ class Recorder:
         """What the tile's extension launches; RefusedError in its words where it refuses."""
         return list(_launches(self._ask("gemm", tile.module, bytes(args), self.device(sms, arch))))
 
-    def gemm_of(self, tile: tiles.Tile, pair: str, args: abi.GemmArgs, *, sms: int = 2) -> list[Launch]:
+    def gemm_of(
+        self, tile: tiles.Tile, pair: str, args: abi.GemmArgs, *, sms: int = 2, arch: str = host_code.ARCH
+    ) -> list[Launch]:
         """The same of one kernel's launcher, compiled for the test where wheels need not have it."""
         if pair == tiles.MXFP4_MXFP8:
             return self.gemm(tile, args, sms=sms)
-        library, device = host_code.built(tile, pair)[0], self.device(sms, host_code.ARCH)
-        return list(_launches(self._ask("launch", str(library), host_code.launcher(pair), bytes(args), device)))
+        library, device = host_code.built(tile, pair, arch)[0], self.device(sms, arch)
+        return list(_launches(self._ask("launch", str(library), host_code.launcher(pair, arch), bytes(args), device)))
 
     def operator(self, name: str, *args: Any, sms: int = 2, arch: str = "120f", **options: Any) -> Recording:
         """What torch.ops.mxfp4_moe.<name> launches, given CPU tensors in the place of CUDA ones."""
@@ -206,7 +208,8 @@ class Recorder:
         """Makes the layer find one kernel of a tile, compiled for the test, and no other of it."""
         sizes = (tile.m, tile.n, int(tile.swap_ab))
         names = (host_code.launcher(pair), host_code.facts(pair))
-        self._ask("register_kernel", str(host_code.built(tile, pair)[0]), *names, sizes, abi.formats_of(pair))
+        library = host_code.built(tile, pair, host_code.ARCH)[0]  # cached by its arguments as they are written
+        self._ask("register_kernel", str(library), *names, sizes, abi.formats_of(pair))
 
     def layout(self) -> dict[str, tuple[int, int]]:
         return self._ask("layout")

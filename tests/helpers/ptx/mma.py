@@ -98,7 +98,7 @@ class Queue:
 
 def force(register: Any) -> U32:
     """A register's lanes, computed now if they were promised."""
-    return register.force() if isinstance(register, Promise) else register
+    return register if isinstance(register, np.ndarray) else register.force()
 
 
 def start(
@@ -109,7 +109,7 @@ def start(
     if first is not None and all(isinstance(r, Promise) and r.mma is first and r.index == i for i, r in enumerate(d)):
         c, depth = first, first.depth + 1
     else:
-        c, depth = tuple(force(r) for r in d), 1
+        c, depth = tuple(force(r).view(np.uint32) for r in d), 1
     return queue.add(Mma(a, b, c, scales, selectors, kind, place, depth))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mxfp4_moe.activations import Activation
-from mxfp4_moe.tiles import Tile, load_manifest, prove
+from mxfp4_moe.tiles import MXFP4_MXFP8, Tile, load_manifest, prove
 from wheelbuild import ROOT
 from wheelbuild.kernel_ptx import compile_source_to_ptx
 from wheelbuild.plan import kernel_defines
@@ -40,6 +40,7 @@ class Mutation:
 
     name: str
     _: KW_ONLY
+    pair: str = MXFP4_MXFP8
     tile: str = "m8n64_swap"
     ptx: Edit | None = None
     source: tuple[str, str, str] | None = None  # file under csrc, old text, new text
@@ -84,7 +85,7 @@ def tile_of(name: str) -> Tile:
     return load_manifest().tile(name)
 
 
-def compiled(tile: Tile, source: tuple[str, str, str]) -> str:
+def compiled(tile: Tile, source: tuple[str, str, str], pair: str = MXFP4_MXFP8) -> str:
     """The tile's PTX after an edit of its sources; the old text must be there once."""
     file, old, new = source
     text = (ROOT / "csrc" / file).read_text(encoding="utf-8")
@@ -93,16 +94,18 @@ def compiled(tile: Tile, source: tuple[str, str, str]) -> str:
         root = Path(folder)
         shutil.copytree(ROOT / "csrc", root / "csrc")
         (root / "csrc" / file).write_text(text.replace(old, new), encoding="utf-8")
-        defines = kernel_defines(tile, "120f", "mxfp4_mxfp8")
+        defines = kernel_defines(tile, "120f", pair)
         source_of_tile = Path("csrc/tile/tile.cu")
         return compile_source_to_ptx(source_of_tile, "120f", defines, f"mutant of {file}", root=Path(folder))
 
 
 @functools.cache
-def problem_of(tile: Tile, activates: bool) -> gemm.GemmProblem:
+def problem_of(tile: Tile, activates: bool, pair: str = MXFP4_MXFP8) -> gemm.GemmProblem:
     """More K tiles than stages, a tail in K and in N, an expert without rows."""
-    k = prove(tile, "120f").stages * 128 + 32
-    return gemm.usual_problem(160, 192, ROWS) if activates else gemm.any_problem(k, 144, ROWS)
+    k = prove(tile, "120f", pair).stages * 128 + 32
+    if activates:
+        return gemm.usual_problem(160, 192, ROWS, pair=pair)
+    return gemm.any_problem(k, 144, ROWS, pair)
 
 
 @functools.cache
@@ -119,16 +122,17 @@ def epilogue(activation: Activation) -> Epilogue:
 
 
 @functools.cache
-def activated(tile: Tile, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+def activated(tile: Tile, activation: Activation, pair: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What the tile itself makes of `epilogue`; test_ptx_tiles.py compares that with the reference."""
-    return Gemm(problem_of(tile, True), tile, Machine()).run_activated(epilogue(activation))
+    return Gemm(problem_of(tile, True, pair), tile, Machine()).run_activated(epilogue(activation))
 
 
 def notices(mutation: Mutation, seeds: Sequence[int] = SEEDS) -> str:
     """What noticed it, in a line; empty if nothing did."""
     tile = tile_of(mutation.tile)
-    launch.ptx_of_tile(tile)  # teaches the recorder its kernel
-    ptx = launch.ptx_of_tile(tile) if mutation.source is None else compiled(tile, mutation.source)
+    ptx = launch.ptx_of_tile(tile, pair=mutation.pair)  # teaches the recorder its kernel
+    if mutation.source is not None:
+        ptx = compiled(tile, mutation.source, mutation.pair)
     if mutation.ptx is not None:
         ptx = mutation.ptx(ptx)
     for seed in seeds:
@@ -140,13 +144,13 @@ def notices(mutation: Mutation, seeds: Sequence[int] = SEEDS) -> str:
 
 
 def _noticed(mutation: Mutation, tile: Tile, machine: Machine, ptx: str) -> str:
-    problem = problem_of(tile, mutation.activates)
+    problem = problem_of(tile, mutation.activates, mutation.pair)
     run = Gemm(problem, tile, machine)
     options = {"m_tiles_are_ready": mutation.ready, "change": lambda _: ptx, "change_launch": mutation.launch}
     try:
         if mutation.activates:
             outputs = run.run_activated(epilogue(mutation.activation), **options)
-            pairs = zip(outputs, activated(tile, mutation.activation), strict=True)
+            pairs = zip(outputs, activated(tile, mutation.activation, mutation.pair), strict=True)
             wrong = sum(int((out != expected).sum()) for out, expected in pairs)
             return f"results: {wrong} bytes of codes and scales differ" if wrong else ""
         mismatch = problem.mismatch(run.run(mutation.dtype, **options))

@@ -15,6 +15,7 @@ from .mutants import Mutation, box, once
 MMA = r"mma\.sync[^;]*?"
 WAIT = r"\{ \.reg \.pred done; again: mbarrier\.try_wait[^}]*\}"
 KERNEL = "tile/sm12x/plain_kernel.cuh"
+OPERANDS_OF_STAGE = "tile/sm12x/operands.cuh"
 ACTIVATE = "tile/swiglu_epilogue.cuh"
 IN_TURNS = "tile/in_turns.cuh"
 FORMULAS = "shared/nonlinearities.cuh"
@@ -65,17 +66,21 @@ OPERANDS = [
     ),
     Mutation(
         "rows that ldmatrix reads",
-        source=(KERNEL, "row0 + group * 8 + lane % 8,", "row0 + group * 8 + (lane ^ 1) % 8,"),
+        source=(OPERANDS_OF_STAGE, "row0 + group * 8 + lane % 8,", "row0 + group * 8 + (lane ^ 1) % 8,"),
     ),
-    Mutation("activations' chunks not swizzled", source=(FRAGMENTS, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)")),
+    Mutation("activations' chunks not swizzled", source=(FRAGMENTS, "128 ? row & 7 :", "128 ? 0 :")),
     Mutation(
         "swizzle over four rows instead of eight",
-        source=(FRAGMENTS, "((chunk ^ (row & 7)) << 4)", "((chunk ^ (row & 3)) << 4)"),
+        source=(FRAGMENTS, "128 ? row & 7 :", "128 ? row & 3 :"),
     ),
-    Mutation("half a step in the activations", source=(KERNEL, "act_at ^= step << 5;", "act_at ^= step << 4;")),
+    Mutation("half a step in the activations", source=(OPERANDS_OF_STAGE, "act_at ^ mma << 5;", "act_at ^ mma << 4;")),
     Mutation(
         "weights of the neighbouring step",
-        source=(KERNEL, "step * kWeightStepBytes + g / 4 * 512", "(step ^ 1) * kWeightStepBytes + g / 4 * 512"),
+        source=(
+            OPERANDS_OF_STAGE,
+            "step * kWeightStepBytes + g / 4 * 512",
+            "(step ^ 1) * kWeightStepBytes + g / 4 * 512",
+        ),
     ),
     Mutation("row of A's scale", source=(MAPS, "return lane / 4 + 8 * (lane % 2);", "return lane / 4;")),
     Mutation(
@@ -86,7 +91,7 @@ OPERANDS = [
         "fragments of A, native: rows g twice",
         tile="m64n64",
         source=(
-            KERNEL,
+            OPERANDS_OF_STAGE,
             "hi = expand_act(act[4 * i + 1], act[4 * i + 3]);",
             "hi = expand_act(act[4 * i], act[4 * i + 2]);",
         ),
@@ -94,7 +99,7 @@ OPERANDS = [
     Mutation(
         "columns of a native tile's second fragment",
         tile="m64n64",
-        source=(KERNEL, "return expand_weight(weight[j]);", "return expand_weight(weight[j ^ 1]);"),
+        source=(OPERANDS_OF_STAGE, "return expand_weight(weight[j]);", "return expand_weight(weight[j ^ 1]);"),
     ),
 ]
 
@@ -103,15 +108,15 @@ COORDINATES = [
         "shift of the scales' first row", source=(KERNEL, "load_m_tile(p.m_tiles + coord.m).row_begin % 4;", "0;")
     ),
     Mutation(
-        "row of the scales' copy", source=(PIPELINE, "full, m.row_begin / 4 * 2, kt,", "full, m.row_begin / 4, kt,")
+        "row of the scales' copy", source=(PIPELINE, "full, m.row_begin / 4 * 2, kt *", "full, m.row_begin / 4, kt *")
     ),
     Mutation(
         "K tile of the scales' copy",
-        source=(PIPELINE, "m.row_begin / 4 * 2, kt, kEvictLast", "m.row_begin / 4 * 2, 0, kEvictLast"),
+        source=(PIPELINE, "m.row_begin / 4 * 2, kt * Shape::kScaleWords,", "m.row_begin / 4 * 2, 0,"),
     ),
     Mutation(
         "K of the activations' copy",
-        source=(PIPELINE, "full, kt * kTileK, m.row_begin,", "full, kt * kBlockK, m.row_begin,"),
+        source=(PIPELINE, "full, kt * Shape::kRowBytes, m.row_begin,", "full, kt * kBlockK, m.row_begin,"),
     ),
     Mutation(
         "weights of the first row block",

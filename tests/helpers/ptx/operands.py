@@ -63,13 +63,10 @@ class Operands:
         text = text.strip()
         program = self.program
         if text in program.numbers:
-            register = f"R[{program.numbers[text]}]"
-            if text in program.promised:
-                register = f"force({register})"
             stored = program.kernel.type_of(text)
             if stored not in DTYPES:
                 raise self.refuse(i, f"register type {stored}")
-            return _converted(register, stored, kind, i)
+            return _converted(self._now(text), stored, kind, i)
         if text in _SPECIAL:
             return f"w.special[{text!r}]"
         if text in program.symbols:
@@ -95,9 +92,15 @@ class Operands:
         value = _stored(expression, kind, stored, i)
         target = f"R[{program.numbers[register]}]"
         if mask != "None":
-            old = f"force({target})" if register in program.promised else target
-            value = f"np.where({mask}, {value}, {old})"
+            value = f"np.where({mask}, {value}, {self._now(register)})"
         self.lines.append(f"{target} = {value}")
+
+    def _now(self, register: str) -> str:
+        """What it holds as its declared type (PTX for sm_90a declares .f32 ones), computed if it was promised."""
+        program, held = self.program, f"R[{self.program.numbers[register]}]"
+        if register not in program.promised:
+            return held
+        return f"force({held}).view(np.{DTYPES[program.kernel.type_of(register)]().dtype.name})"
 
 
 def vector(operand: str) -> list[str]:

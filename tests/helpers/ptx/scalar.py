@@ -170,6 +170,7 @@ for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
     for rounding in ("", ".rn"):
         _define(f"{name}{rounding}.f32", "f32", "f32 f32", f"floats.canonical({{0}} {sign} {{1}})")
 _define("div.rn.f32", "f32", "f32 f32", "floats.canonical({0} / {1})")
+_define("rcp.rn.f32", "f32", "f32", "floats.canonical(np.float32(1) / {0})")
 _define("sqrt.rn.f32", "f32", "f32", "floats.canonical(np.sqrt({0}))")
 # Of a NaN and a number the number; +0 is more than -0.
 _LARGER = "np.where(({0} == 0) & ({1} == 0), {0} + {1}, floats.canonical(np.fmax({0}, {1})))"

@@ -2,7 +2,8 @@
 
 A copy is issued, and lands at some later time that the scheduler draws: only then is its source read, its destination
 written and its mbarrier told. Elements outside of the tensor arrive as zeros, and count as bytes all the same (PTX ISA,
-"Tensor copy"; CUDA driver API, cuTensorMapEncodeTiled).
+"Tensor copy"; CUDA driver API, cuTensorMapEncodeTiled; for swizzles the CUDA programming guide, "Swizzle modes", and
+CuTe's Swizzle<2,4,3> and <3,4,3>).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 MAGIC = 0x50414D524F534E54
 _LAYOUT = struct.Struct("<QIIQ5Q4Q5IHHHH")
 _ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 2}  # CUtensorMapDataType
-_SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
+_SWIZZLES = {0: 0, 2: 64, 3: 128}  # CUtensorMapSwizzle: bytes of a row whose 16-byte chunks are exchanged
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TensorMap:
     extents: tuple[int, int]
     stride: int  # bytes from row to row
     box: tuple[int, int]
-    swizzle: int
+    swizzle: int  # bytes; 0 for none
 
     @classmethod
     def decode(cls, data: bytes) -> TensorMap:
@@ -48,10 +49,10 @@ class TensorMap:
             raise Fault(Kind.COPY, f"no tensor map: magic {magic:#x}")
         if rank != 2 or interleave != 0 or fill != 0 or kind not in _ELEMENT_BYTES:
             raise Fault(Kind.UNKNOWN, f"tensor map of rank {rank}, type {kind}, interleave {interleave}, fill {fill}")
-        if swizzle not in (_SWIZZLE_NONE, _SWIZZLE_128B):
+        if swizzle not in _SWIZZLES:
             raise Fault(Kind.UNKNOWN, f"tensor map with swizzle {swizzle}")
         element = _ELEMENT_BYTES[kind]
-        found = cls(element, address, (extents[0], extents[1]), strides[0], (box[0], box[1]), swizzle)
+        found = cls(element, address, (extents[0], extents[1]), strides[0], (box[0], box[1]), _SWIZZLES[swizzle])
         found.check()
         return found
 
@@ -62,7 +63,7 @@ class TensorMap:
             or f"stride {self.stride} is no multiple of 16" * (self.stride % 16 != 0)
             or f"box {self.box} has a side outside 1..256" * (not all(0 < side <= 256 for side in self.box))
             or f"inner box of {inner} bytes is no multiple of 16" * (inner % 16 != 0)
-            or f"inner box of {inner} bytes exceeds the swizzle's 128" * (self.swizzle != 0 and inner > 128)
+            or f"inner box of {inner} bytes exceeds the swizzle's {self.swizzle}" * (0 < self.swizzle < inner)
         )
         if wrong:
             raise Fault(Kind.COPY, f"tensor map: {wrong}")
@@ -86,7 +87,7 @@ class Copy:
     place: str
 
     def check(self) -> None:
-        needed = 1024 if self.map.swizzle else 128
+        needed = 8 * self.map.swizzle or 128
         if self.to % needed:
             raise Fault(
                 Kind.ALIGNMENT, f"tensor copy to shared memory at {self.to:#x}, expected a multiple of {needed}"
@@ -102,9 +103,10 @@ class Copy:
         """Moves the data and tells the mbarrier."""
         data = self._read()
         addresses = self.to + np.arange(data.size, dtype=np.int64).reshape(data.shape)
-        if self.map.swizzle == _SWIZZLE_128B:
-            # 16-byte chunk c of every 128-byte row r goes to chunk c ^ (r % 8); rows as the address counts them.
-            addresses ^= (addresses >> 7 & 7) << 4
+        if self.map.swizzle:
+            # 16-byte chunk c of every 128 bytes r, as the address counts them, goes to chunk c ^ (r % 8); of rows of 64
+            # bytes, which are halves of those, to c ^ (r % 4).
+            addresses ^= (addresses >> 7 & (self.map.swizzle // 16 - 1)) << 4
         words = (addresses.reshape(-1, 4)[:, 0] - SHARED_BASE) >> 2
         phase = self.barrier.phase + 1
         self.block.shared.land(words, data.reshape(-1).view(np.uint32), self.known, self.barrier.slot, phase)

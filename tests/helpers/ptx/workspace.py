@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import abi
 from .launch import Recording, shared_recorder
 
 _TYPES = {"rows1": torch.uint8, "scales1": torch.uint8, "rows2": torch.uint8, "scales2": torch.uint8}
-_TYPES |= {"topk_weights": torch.float32, "gemm1_out": torch.float32}
+_TYPES |= dict.fromkeys(("topk_weights", "gemm1_out", "row_factors1", "row_factors2"), torch.float32)
 _ORDER = ("slot_row", "row_expert", "m_tiles", "num_m_tiles", "valid_rows", "topk_ids", "topk_weights")
-_ORDER += ("rows1", "scales1", "rows2", "scales2", "gemm1_out", "gemm2_out", "bytes")
+_ORDER += ("rows1", "scales1", "rows2", "scales2", "gemm1_out", "gemm2_out", "row_factors1", "row_factors2", "bytes")
 
 
 def intermediates(
@@ -24,7 +25,8 @@ def intermediates(
     gemm1_width: int,
     from_logits: bool,
     dtype: torch.dtype = torch.bfloat16,
-    in_bf16: bool = False,
+    act_format: str = "mxfp8",
+    row_factors: bool = False,
 ) -> dict[str, Tensor]:
     """By the header's names.
 
@@ -33,16 +35,18 @@ def intermediates(
         slots: T * k.
         gemm1_width: 0 where GEMM1 applies the activation.
         dtype: of gemm2_out.
-        in_bf16: whether the GEMMs read bfloat16, which has no scales.
+        act_format: what the GEMMs read, of `abi.ACT_FORMATS`; bfloat16 has no scales, FP4 rows are packed.
+        row_factors: whether each NVFP4 row has a scale of its own.
     """
     [memory] = recording.allocations
     bound = (slots + min(slots, experts) * (tile_m - 1)) // tile_m
-    numbers = shared_recorder().workspace(
-        len(_ORDER), slots, hidden, inter, bound, gemm1_width, int(from_logits), int(in_bf16), dtype.itemsize
-    )
+    sizes = (slots, hidden, inter, bound, gemm1_width, int(from_logits), abi.ACT_FORMATS.index(act_format))
+    numbers = shared_recorder().workspace(len(_ORDER), *sizes, dtype.itemsize, int(row_factors))
     offsets = dict(zip(_ORDER, numbers, strict=True))
     assert offsets.pop("bytes") == len(memory)
-    k_tiles = {"scales1": -(-hidden // 128), "scales2": -(-inter // 128)}
+    words = 2 if act_format == "nvfp4" else 1
+    k_tiles = {"scales1": words * -(-hidden // 128), "scales2": words * -(-inter // 128)}
+    per_byte = 2 if act_format in ("mxfp4", "nvfp4") else 1
     shapes: dict[str, tuple[int, ...]] = {
         **{
             "slot_row": (slots,),
@@ -51,15 +55,17 @@ def intermediates(
             "num_m_tiles": (1,),
             "valid_rows": (1,),
         },
-        **{"rows1": (slots, hidden), "rows2": (slots, inter), "gemm2_out": (slots, hidden)},
+        **{"rows1": (slots, hidden // per_byte), "rows2": (slots, inter // per_byte), "gemm2_out": (slots, hidden)},
         **{name: (tiles, -(-slots // 4) * 4, 4) for name, tiles in k_tiles.items()},
     }
     types = _TYPES
-    if in_bf16:
+    if act_format == "bf16":
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("scales")}
         types = types | {"rows1": torch.bfloat16, "rows2": torch.bfloat16}
     if from_logits:
         shapes |= {"topk_ids": (slots,), "topk_weights": (slots,)}
+    if row_factors:
+        shapes |= {"row_factors1": (slots,), "row_factors2": (slots,)}
     if gemm1_width:
         shapes["gemm1_out"] = (slots, gemm1_width)
     found = {}

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import accuracy, arithmetic, problems, reference
+from ... import accuracy, arithmetic, pair_problems, problems, reference
 from ..._call.fused_moe import fused_moe
 from ..._call.launch import layer_operator_for
 from ..._install import loading
 from ..._install.troubles import words
+from ...formats import WeightFormat
+from ...pair_problems import PairProblem
 from ...problems import Call, GemmProblem, bits
-from ...tiles import Tile
+from ...tiles import MXFP4_BF16, MXFP4_MXFP8, Tile
 from ...weights import MoEWeights
 from .outcome import NotRunError, Outcome, RunTile
 from .report import BLOCKING, Arithmetic
@@ -32,6 +34,8 @@ RANDOM = ((32, 16, False), (96, 80, False), (160, 144, True), (640, 272, False),
 LAYERS = ((1, 2), (33, 3), (200, 4))  # tokens, top_k
 LAYER_SIZE = (8, 160, 96)  # experts, hidden size, intermediate size
 LAYER_TOLERANCE = 5e-3  # both sides quantize the same values twice; what is left is the last bits of exp and of sums
+FP4_LAYER_TOLERANCE = 2e-2  # there the last bits of exp, where they matter at all, make another of eight magnitudes
+FP4 = ("mxfp4", "nvfp4")
 _ALONE = 4  # tokens of a layer that are also run alone
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -62,9 +66,14 @@ class RandomSums:
     @classmethod
     def make(cls, problem: GemmProblem, published: arithmetic.Arithmetic) -> RandomSums:
         rules = accuracy.coarsest(published)
-        both = [accuracy.sums_and_bound(*problem.operands, arithmetic=rule) for rule in rules]
-        bound = torch.stack([bound for _, bound in both]).amax(0)
-        return cls(problem=problem, sums=both[0][0], bound=bound)
+        pair = problem.pair if isinstance(problem, PairProblem) else MXFP4_MXFP8
+        both = [accuracy.sums_and_bound(*problem.operands, arithmetic=rule, pair=pair) for rule in rules]
+        sums, bound = both[0][0], torch.stack([bound for _, bound in both]).amax(0)
+        factors = problem.factors() if isinstance(problem, PairProblem) else None
+        if factors is not None:  # one more rounding of the product with the sum
+            sums, bound = sums * factors, bound * factors
+            bound = bound + 2.0**-23 * (sums.abs() + bound) + 2.0**-149
+        return cls(problem=problem, sums=sums, bound=bound)
 
     def too_far(self, out: Tensor) -> str:
         rows = slice(self.problem.valid)
@@ -98,11 +107,7 @@ class Family:
     def _gives(rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
         if problem.row_scales is None and rule.operands != "bf16":  # a rule of the family that cannot be this MMA's
             return False
-        packed, scales = (x[:, :columns].contiguous() for x in (problem.packed, problem.scales))
-        given = reference.grouped_gemm(
-            problem.rows, problem.row_scales, packed, scales, problem.offsets, arithmetic=rule
-        )
-        rows = slice(problem.valid)
+        given, rows = problem.sums(rule, columns), slice(problem.valid)
         return torch.equal(bits(given[rows]), bits(out[rows, :columns].contiguous()))
 
 
@@ -116,9 +121,21 @@ class Layers:
     options: Mapping[str, Any]  # of the calls
 
     @classmethod
-    def make(cls, device: torch.device, rule: arithmetic.Arithmetic, activation_format: str) -> Layers:
+    def make(cls, device: torch.device, rule: arithmetic.Arithmetic, pair: str) -> tuple[Layers, ...]:
+        """One; of NVFP4 rows two, whose scales the checkpoint has, or each row."""
+        kind, activation_format = pair.split("_")
+        if kind == "mxfp4":
+            each = [problems.random_weights(*LAYER_SIZE, device)]
+        else:
+            ways = (True, False) if activation_format == "nvfp4" else (False,)
+            each = [pair_problems.random_nvfp4_weights(*LAYER_SIZE, device, inputs=inputs) for inputs in ways]
+        return tuple(cls._of(device, rule, activation_format, weights) for weights in each)
+
+    @classmethod
+    def _of(
+        cls, device: torch.device, rule: arithmetic.Arithmetic, activation_format: str, weights: MoEWeights
+    ) -> Layers:
         options: dict[str, Any] = {} if activation_format == "mxfp8" else {"activation_format": activation_format}
-        weights = problems.random_weights(*LAYER_SIZE, device)
         calls = [problems.random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
         calls[1].topk_ids[::5, 1] = -1  # slots of no expert
         expected = [reference.fused_moe(*call.args(), weights, arithmetic=rule, **options) for call in calls]
@@ -136,13 +153,17 @@ class Layers:
             output = self._run(tile, call)
             where = f"layer of {len(output)} tokens"
             off = problems.relative_error(output, wanted)
-            wrong = "" if off <= LAYER_TOLERANCE else f"relative error {off:.1e}"  # NaN is off too
+            wrong = "" if off <= self.tolerance else f"relative error {off:.1e}"  # NaN is off too
             answers.note("accuracy", where, wrong)
             digest.update(raw(output))
             for t in range(0, len(output), -(-len(output) // _ALONE)) if len(output) > 1 else ():
                 same = torch.equal(bits(self._run(tile, call.token(t))[0]), bits(output[t]))
                 answers.note("agreement", where, "" if same else f"token {t} alone has other bits")
         return digest.hexdigest()
+
+    @property
+    def tolerance(self) -> float:
+        return FP4_LAYER_TOLERANCE if self.options.get("activation_format") in FP4 else LAYER_TOLERANCE
 
     def _run(self, tile: Tile, call: Call) -> Tensor:
         output = torch.full_like(call.hidden_states, float("nan"))
@@ -152,93 +173,135 @@ class Layers:
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What a tile's kernel for activations of one format is asked: problems and what must come out of them."""
+    """What a tile's kernel for a pair of formats is asked: problems and what must come out of them."""
 
-    activation_format: str
+    pair: str
     published: arithmetic.Arithmetic
     exact: Mapping[str, GemmProblem]
     integers: Mapping[str, GemmProblem]
     randoms: Mapping[str, RandomSums]
     family: Family
-    layers: Layers
+    layers: tuple[Layers, ...]
 
     @classmethod
-    def make(cls, device: torch.device, published: arithmetic.Arithmetic, activation_format: str) -> Questions:
-        exact = {"one-hot rows": problems.layout_problem(device)}
-        exact |= {f"sparse rows, K={k}, N={n}": problems.sparse_problem(k, n, device) for k, n in SPARSE}
-        integers = {f"integers, K={k}, N={n}": problems.integer_problem(k, n, device) for k, n in INTEGERS}
-        randoms = {}
-        for k, n, wide in RANDOM:
-            problem = problems.random_problem(k, n, device, wide_scales=wide, arithmetic=published)
-            if activation_format == "bf16":
-                problem = problem.in_bf16(published)
-            randoms[f"K={k}, N={n}"] = RandomSums.make(problem, published)
-        if activation_format == "bf16":
-            exact, integers = ({name: p.in_bf16(None) for name, p in given.items()} for given in (exact, integers))
+    def make(cls, device: torch.device, published: arithmetic.Arithmetic, pair: str) -> Questions:
+        made = _problems if pair in (MXFP4_MXFP8, MXFP4_BF16) else _pair_problems
+        exact, integers, random = made(device, published, pair)
+        randoms = {name: RandomSums.make(problem, published) for name, problem in random.items()}
         return cls(
-            activation_format=activation_format,
+            pair=pair,
             published=published,
             exact=exact,
             integers=integers,
             randoms=randoms,
             family=Family(published=published, randoms=randoms),
-            layers=Layers.make(device, published, activation_format),
+            layers=Layers.make(device, published, pair),
         )
+
+    @property
+    def what(self) -> str:
+        """Before each place, in words; nothing of what every wheel has."""
+        return {MXFP4_MXFP8: "", MXFP4_BF16: "bf16 activations, "}.get(self.pair, f"{self.pair}, ")
 
     def ask(self, tile: Tile, device: torch.device, answers: Answers) -> tuple[dict[str, str], dict[str, Tensor]]:
         """The digests of what the tile gave, and its sums of the random problems."""
+        answers.what = self.what
         ask_layout(tile, self.exact, answers)
         ask_integers(tile, self.integers, answers)
         outs = {name: ask_random(tile, name, given, answers) for name, given in self.randoms.items()}
         digests = {f"GEMM, {name}": digest_of(out[: self.randoms[name].problem.valid]) for name, out in outs.items()}
-        if device.type == "cuda" and layer_operator_for(self.activation_format, device.index, tile)[1] != tile:
-            raise NotRunError("another tile takes its place in the layer")
-        digests["the layers' output"] = self.layers.ask(tile, answers)
+        kind, activation_format = self.pair.split("_")
+        if device.type == "cuda":
+            _, takes_it = layer_operator_for(activation_format, device.index, tile, WeightFormat(kind))
+            if takes_it != tile:
+                raise NotRunError("another tile takes its place in the layer")
+        for number, layers in enumerate(self.layers):
+            digests[f"the layers' output{', of rows with their own scales' if number else ''}"] = layers.ask(
+                tile, answers
+            )
         return digests, outs
 
     def compare(self, outs: Mapping[str, Tensor], digests: Mapping[str, str], answers: Answers) -> Arithmetic:
         return compare(outs, self.family, {name: digests[f"GEMM, {name}"] for name in outs}, answers)
 
 
-def tile_runner(
-    device: torch.device,
-    published: arithmetic.Arithmetic,
-    in_bf16: arithmetic.Arithmetic | None = None,
-    having_bf16: Sequence[Tile] = (),
-) -> RunTile:
+_Problems = dict[str, GemmProblem]
+
+
+def _problems(
+    device: torch.device, published: arithmetic.Arithmetic, pair: str
+) -> tuple[_Problems, _Problems, _Problems]:
+    """Exact ones, those of integers, and random ones, of MXFP4 weights and MXFP8 or bf16 rows."""
+    exact = {"one-hot rows": problems.layout_problem(device)}
+    exact |= {f"sparse rows, K={k}, N={n}": problems.sparse_problem(k, n, device) for k, n in SPARSE}
+    integers = {f"integers, K={k}, N={n}": problems.integer_problem(k, n, device) for k, n in INTEGERS}
+    randoms = {}
+    for k, n, wide in RANDOM:
+        problem = problems.random_problem(k, n, device, wide_scales=wide, arithmetic=published)
+        randoms[f"K={k}, N={n}"] = problem.in_bf16(published) if pair == MXFP4_BF16 else problem
+    if pair == MXFP4_BF16:
+        exact, integers = ({name: p.in_bf16(None) for name, p in given.items()} for given in (exact, integers))
+    return exact, integers, randoms
+
+
+def _pair_problems(
+    device: torch.device, published: arithmetic.Arithmetic, pair: str
+) -> tuple[_Problems, _Problems, _Problems]:
+    """The same of another pair."""
+    exact: _Problems = {"one-hot rows": pair_problems.exact_problem(pair, "one-hot", 160, 144, device)}
+    integers: _Problems = {}
+    randoms: _Problems = {}
+    for what, sizes, where in (("sparse", SPARSE, exact), ("integers", INTEGERS, integers)):
+        name = "sparse rows" if what == "sparse" else what
+        for k, n in sizes:
+            where[f"{name}, K={k}, N={n}"] = pair_problems.exact_problem(pair, what, k, n, device)
+    for k, n, wide in RANDOM:
+        problem = pair_problems.random_problem(pair, k, n, device, published, wide_scales=wide)
+        randoms[f"K={k}, N={n}"] = problem
+    return exact, integers, randoms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel that tiles have beside that for MXFP8 activations: what it computes, and which tiles have it."""
+
+    pair: str
+    published: arithmetic.Arithmetic
+    having: Sequence[Tile]
+
+
+def tile_runner(device: torch.device, published: arithmetic.Arithmetic, kernels: Sequence[Kernel] = ()) -> RunTile:
     """Makes the problems and what must come out of them, once; the function returned asks a tile.
 
     Args:
         device: where the tiles run.
         published: the rule of their architecture, for MXFP8 activations.
-        in_bf16: the same for bf16 ones, where those have kernels of their own.
-        having_bf16: the tiles that have such a kernel.
+        kernels: those beside them.
     """
-    of_mxfp8 = Questions.make(device, published, "mxfp8")
-    of_bf16 = None if in_bf16 is None else Questions.make(device, in_bf16, "bf16")
+    always = Questions.make(device, published, MXFP4_MXFP8)
+    others = [(Questions.make(device, kernel.published, kernel.pair), kernel.having) for kernel in kernels]
 
     def run_tile(tile: Tile) -> Outcome:
         answers = Answers()
-        more = of_bf16 if tile in having_bf16 else None
+        asked = [always, *(questions for questions, having in others if tile in having)]
         try:
             loading.load_tile(tile)
-            digests, outs = of_mxfp8.ask(tile, device, answers)
-            answers.what = "bf16 activations, "
-            more_digests, more_outs = more.ask(tile, device, answers) if more else ({}, {})
+            given = [questions.ask(tile, device, answers) for questions in asked]
         except loading.LoadError as error:
             raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise NotRunError(words(error)) from error
-        found = of_mxfp8.compare(outs, digests, answers)
-        if more:
-            other = more.compare(more_outs, more_digests, answers)
+        found, said = Arithmetic(), dict[str, str]()
+        for questions, (digests, outs) in zip(asked, given, strict=True):
+            answers.what = questions.what
+            one = questions.compare(outs, digests, answers)
             found = Arithmetic(
-                values=found.values + other.values,
-                differ=found.differ + other.differ,
-                rules=(*found.rules, *(rule for rule in other.rules if rule not in found.rules)),
+                values=found.values + one.values,
+                differ=found.differ + one.differ,
+                rules=(*found.rules, *(rule for rule in one.rules if rule not in found.rules)),
             )
-            digests |= {f"{answers.what}{name}": digest for name, digest in more_digests.items()}
-        return Outcome(checks=answers.checks, answers=answers.wrong, arithmetic=found, digests=digests)
+            said |= {f"{questions.what}{name}": digest for name, digest in digests.items()}
+        return Outcome(checks=answers.checks, answers=answers.wrong, arithmetic=found, digests=said)
 
     return run_tile
 

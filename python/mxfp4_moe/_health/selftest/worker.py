@@ -13,7 +13,7 @@ from typing import Any
 
 from ..._install import blocklist, driver, wheel
 from ..._install.troubles import words
-from ...tiles import MXFP4_BF16, MXFP4_MXFP8, Tile, kernel_pair, load_manifest
+from ...tiles import MXFP4_MXFP8, PAIRS, Tile, has_pair, kernel_pair, load_manifest
 from ..child import channel
 from .outcome import NotRunError, Outcome, RunTile
 from .report import Status
@@ -68,7 +68,7 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     from ... import arithmetic
     from ..._call.launch import check_capability
     from ..._install import loading
-    from .checks import tile_runner
+    from .checks import Kernel, tile_runner
 
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         here = torch.cuda.device_count() if torch.version.cuda else "no CUDA"
@@ -82,11 +82,15 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     arch = wheel.arch_for(capability)
     assert arch is not None  # check_capability has looked
     published = arithmetic.of_arch(arch)
-    # Where another kernel computes bf16 activations, and not the one that MXFP8 ones are folded for.
-    apart = kernel_pair(arch, MXFP4_BF16) != kernel_pair(arch, MXFP4_MXFP8)
-    having_bf16 = wheel.tiles_of(MXFP4_BF16, capability) if apart else ()
-    in_bf16 = arithmetic.of_arch(arch, MXFP4_BF16) if having_bf16 else None
-    rules = [rule for rule in (published, in_bf16) if rule is not None]
+    # Beside the kernel that computes MXFP8 activations, for which some are folded: those that the wheel has.
+    own = kernel_pair(arch, MXFP4_MXFP8)
+    pairs = [pair for pair in PAIRS if has_pair(arch, pair) and kernel_pair(arch, pair) != own]
+    kernels = [
+        Kernel(pair=pair, published=arithmetic.of_arch(arch, pair), having=having)
+        for pair in pairs
+        if pair != MXFP4_MXFP8 and (having := wheel.tiles_of(pair, capability))
+    ]
+    rules = {rule.name: rule for rule in (published, *(kernel.published for kernel in kernels))}.values()
     facts = {
         "name": name,
         "index": index,
@@ -100,7 +104,7 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
         "torch_cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
-    return facts, tile_runner(torch.device("cuda", index), published, in_bf16, having_bf16)
+    return facts, tile_runner(torch.device("cuda", index), published, kernels)
 
 
 def main(

@@ -1,0 +1,46 @@
+"""Values that the quantizers to FP4 must get right: of formats on the CPU, and of the kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+from format_cases import random_float_bits, with_neighbours
+
+
+def hard_values(block: int) -> dict[str, np.ndarray]:
+    """float32 [rows, K] of many kinds, by names; K is four blocks but for those with one value in all of a block."""
+    rng = np.random.default_rng(block)
+    shape = (24, 4 * block)
+    normal = rng.normal(size=shape)
+    # One block per value, the value its amax: where amax/6 passes a power of two, and E4M3's midpoints.
+    edges = with_neighbours(np.concatenate((6 * np.exp2(np.arange(-24.0, 24)), 3 * np.arange(1, 64) * 2.0**-9)))
+    edge_blocks = edges[:, None] * rng.uniform(-1, 1, (len(edges), block)).astype(np.float32)
+    edge_blocks[np.arange(len(edges)), rng.integers(0, block, len(edges))] = edges
+    # Values at midpoints of codes, under a scale of exactly 1.
+    midpoints = with_neighbours(np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
+    ties = np.concatenate((midpoints[:, None].repeat(block // 2, 1), np.full((len(midpoints), block // 2), 6.0)), 1)
+    zeros = np.zeros(shape)
+    zeros[::3] = -0.0
+    zeros[5, 5] = 1e-3
+    bits = random_float_bits(24 * 4 * block, seed=4).reshape(shape)
+    poisoned = normal.copy()
+    poisoned[0, 3], poisoned[1, 40], poisoned[2, -1], poisoned[3, :block] = np.nan, np.inf, -np.inf, np.nan
+    made = {
+        "normal": normal,
+        "edges": edge_blocks,
+        "ties": ties,
+        "every magnitude": normal * np.exp2(rng.integers(-30, 30, (24, 1))),
+        "outliers": normal**9,
+        "zeros of both signs": zeros,
+        "random bits": np.where(np.isfinite(bits), bits, 1),
+        "not finite": poisoned,
+    }
+    return {name: x.astype(np.float32) for name, x in made.items()}
+
+
+def hard_rows(width: int, block: int, most: int = 1000) -> np.ndarray:
+    """`hard_values` as float32 [rows, width], each row of one kind; at most so many rows of each."""
+    made = []
+    for values in hard_values(block).values():
+        flat = np.resize(values, -(-values.size // width) * width)
+        made.append(flat.reshape(-1, width)[:most])
+    return np.concatenate(made)
