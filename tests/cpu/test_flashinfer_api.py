@@ -157,7 +157,6 @@ class TestCall:
         [
             ("enable_alltoall", True, "all-to-all communication"),
             ("use_deepseek_fp8_block_scale", True, "DeepSeek FP8 block scales"),
-            ("use_w4_group_scaling", True, "INT4"),
             ("min_latency_mode", True, "minimum-latency mode"),
             ("use_packed_weights", True, "INT4"),
             ("use_wfp4afp8_humming", True, "folded weight scales"),
@@ -167,7 +166,8 @@ class TestCall:
         ],
     )
     def test_refuses_modes_by_name(self, argument: str, value: Any, words: str) -> None:
-        with pytest.raises(NotImplementedError, match=f"^{argument}: this library has no .*{words}.*; it has MXFP8 x"):
+        modes = "MXFP8 x MXFP4, FP8 x MXFP4, bf16 x MXFP4, and NVFP4 x NVFP4 of CPU tensors"
+        with pytest.raises(NotImplementedError, match=f"^{argument}: this library has no .*{words}.*; it has {modes}$"):
             fi.cutlass_fused_moe(**{**make_call(), argument: value})
 
     @pytest.mark.parametrize(
@@ -179,7 +179,6 @@ class TestCall:
                 "fc1_expert_weights",
                 "mxfp8_mxfp8",
             ),
-            ({"fc1_expert_weights": torch.zeros(E, 320, 64, dtype=torch.uint8)}, "fc1_expert_weights", "bfloat16_int4"),
             ({"input": torch.zeros(T, 64, dtype=torch.uint8)}, "quant_scales", "nvfp4_nvfp4"),
             ({"quant_scales": [torch.ones(1)] * 6}, "quant_scales", "nvfp4_nvfp4"),
         ],
@@ -379,7 +378,8 @@ class TestWorkspace:
             ({"x_dtype": torch.float32}, TypeError, "x_dtype: expected torch.float8_e4m3fn"),
             ({"x_dtype": "bf16"}, TypeError, "x_dtype: expected a torch.dtype, got str"),
             ({"weight_dtype": BF16}, NotImplementedError, "weight_dtype: quantization 'float8_e4m3fn_unquantized'"),
-            ({"weight_dtype": torch.uint8}, NotImplementedError, r"weight_dtype \(uint8\): quantization"),
+            ({"weight_dtype": torch.uint8}, ValueError, "use_w4_group_scaling: expected True with uint8 weight_dtype"),
+            ({"use_w4_group_scaling": True}, TypeError, "weight_dtype: expected torch.uint8 for bf16 x MXFP4"),
             ({"weight_dtype": torch.int32}, TypeError, "weight_dtype: expected torch.int64"),
             ({"output_dtype": torch.float32}, ValueError, "output_dtype: expected torch.bfloat16 or torch.float16"),
             ({"tp_size": 0}, ValueError, "tp_size: expected at least 1, got 0"),

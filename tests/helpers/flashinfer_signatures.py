@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_suffix(".json")
-_CORE, _FP8, _FP4 = "fused_moe/core.py", "quantization/fp8_quantization.py", "quantization/fp4_quantization.py"
+_CORE, _PREPARE = "fused_moe/core.py", "fused_moe/prepare.py"
+_FP8, _FP4 = "quantization/fp8_quantization.py", "quantization/fp4_quantization.py"
 FUNCTIONS = {
     "cutlass_fused_moe": _CORE,
     "cutlass_fused_moe_workspace_size": _CORE,
     "get_cutlass_fused_moe_module": _CORE,
+    "interleave_moe_scales_for_sm90_mixed_gemm": _PREPARE,
+    "interleave_moe_weights_for_sm90_mixed_gemm": _PREPARE,
     "mxfp8_quantize": _FP8,
     "mxfp8_dequantize_host": _FP8,
     "block_scale_interleave": _FP4,

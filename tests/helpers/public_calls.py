@@ -236,6 +236,12 @@ CASES: dict[str, Case] = {
     "flashinfer_api.get_cutlass_fused_moe_module": lambda i: flashinfer_api.get_cutlass_fused_moe_module().tile,
     "flashinfer_api.select_tile_mn_for_sm120": lambda i: flashinfer_api.select_tile_mn_for_sm120(1),
     "flashinfer_api.block_scale_interleave": lambda i: flashinfer_api.block_scale_interleave(i.scales),
+    "flashinfer_api.interleave_moe_weights_for_sm90_mixed_gemm": (
+        lambda i: flashinfer_api.interleave_moe_weights_for_sm90_mixed_gemm(i.checkpoint["w13"])
+    ),
+    "flashinfer_api.interleave_moe_scales_for_sm90_mixed_gemm": (
+        lambda i: flashinfer_api.interleave_moe_scales_for_sm90_mixed_gemm(i.checkpoint["w13_scale"].repeat(1, 1, 2))
+    ),
     # problems
     "problems.bits": lambda i: problems.bits(i.tiny),
     "problems.relative_error": lambda i: problems.relative_error(i.near, i.tiny),

@@ -136,8 +136,13 @@ def prepared_fields(
     activation: Activation,
     numbers: tuple[Number, Number, Number | None],
     ranks: tuple[int, int, int, int],
+    activation_format: str | None = None,
 ) -> dict[str, Any]:
-    """The fields of `MoEWeights`: the part of the layer that ranks (ep_rank, ep_size, tp_rank, tp_size) name."""
+    """The fields of `MoEWeights`: the part of the layer that ranks (ep_rank, ep_size, tp_rank, tp_size) name.
+
+    Args:
+        activation_format: of the calls that will read it (`formats.word_order_of`); None for MXFP8.
+    """
     experts, hidden, inter, device, kind = raw.experts, raw.hidden, raw.inter, raw.device, raw.format
     w13_bias, w2_bias = raw.w13_bias, raw.w2_bias
     per_output = 2 if activation.is_gated else 1
@@ -157,7 +162,7 @@ def prepared_fields(
     local, shard = last - first, end - begin
     w13_out = empty(local, per_output * shard, hidden, device, kind)
     w2_out = empty(local, hidden, shard, device, kind)
-    order = word_order_of(w13_out.device, kind.default_activations)
+    order = word_order_of(w13_out.device, activation_format or kind.default_activations)
     for e in with_progress(local):
         prepare(raw.w13(first + e, 0, hidden), w13_rows, hidden, order, w13_out[e], kind)
         prepare(raw.w2(first + e, begin, end), w2_rows, shard, order, w2_out[e], kind)

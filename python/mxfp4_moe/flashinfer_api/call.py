@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from ..activations import Activation
 from ..formats import BLOCK, E8M0_ONE
 from .activation_type import ActivationType, activation_of
 from .given_weights import SWIGLU_NAMES, GivenWeights
-from .modes import TheirNames, check_num_scales, is_nvfp4, is_plain_fp8, refuse_modes, refuse_quantizations
+from .modes import Mode, TheirNames, mode_of, refuse_modes, refuse_on
 from .weight_cache import prepared_weights
 from .workspace import check_output_dtype, check_workspace
 
@@ -74,6 +75,11 @@ def cutlass_fused_moe(
     Values are rounded where FlashInfer rounds them: GEMM1 and the activation to output_dtype, ahead of MXFP8. That is
     `fused_moe` with intermediate_rounding=True; its default keeps both in float32, so its bits are others.
 
+    bf16 x MXFP4 (use_w4_group_scaling=True) is `fused_moe` with activation_format="bf16": SM90 and CPU tensors, and
+    SM12x with a wheel that has it. Its weights and scales come from `interleave_moe_weights_for_sm90_mixed_gemm` and
+    `interleave_moe_scales_for_sm90_mixed_gemm`, FlashInfer's or the ones here; I and H are multiples of 128. Scales
+    of 2^-127 count as they are, where FlashInfer's kernel reads 0.
+
     NVFP4 x NVFP4 is here for CPU tensors alone, with bfloat16 or float16 input and I and H multiples of 128; sums are
     multiplied by fc1_global and fc2_global as they are but for a few roundings.
 
@@ -81,16 +87,20 @@ def cutlass_fused_moe(
     use_mxfp8_act_scaling=False. Between the GEMMs are MXFP8's own scales, which keep more than one scale for all does.
 
     Args:
-        input: float8_e4m3fn [T, H], or bfloat16 or float16 [T, H], which are quantized to MXFP8 on the way.
+        input: float8_e4m3fn [T, H], or bfloat16 or float16 [T, H], which are quantized to MXFP8 on the way. bf16 x
+            MXFP4: bfloat16.
         token_selected_experts: int32 [T, k], ids of the whole layer's experts.
         token_final_scales: float32 [T, k], or None for ones.
-        fc1_expert_weights: int64 [E, W, H/16], packed MXFP4; rows [up; gate] for gated activations.
-        fc2_expert_weights: int64 [E, H, I/16].
-        output_dtype: bfloat16 or float16.
+        fc1_expert_weights: int64 [E, W, H/16], packed MXFP4; rows [up; gate] for gated activations. bf16 x MXFP4:
+            uint8 [E, W, H/2], interleaved.
+        fc2_expert_weights: int64 [E, H, I/16], or uint8 [E, H, I/2].
+        output_dtype: bfloat16 or float16; bf16 x MXFP4: bfloat16.
         quant_scales: [fc1 int32 [E, W padded to 128, ceil(H/128)], ignored, fc2 int32 [E, H padded to 128,
             ceil(I/128)], ignored]; 128x4-swizzled E8M0 bytes. FlashInfer ignores the other two in this mode as well.
             FP8 x MXFP4: [fc1, fc1 global float32 [E], fc2 act global float32 [] or [E], fc2, fc2 global float32 [E]],
             where fc1 global is 1, and fc2 act global times fc2 global is.
+            bf16 x MXFP4: [fc1 int32 [E, W/64, H/128, 16, 4], fc2 int32 [E, H/64, I/128, 16, 4]], views of folded
+            scales, or those themselves, uint8 [..., 16].
             NVFP4: [fc1 act global float32 [] or [E], fc1 int32 [E, W, H/64], fc1 global float32 [E], fc2 act global,
             fc2 int32 [E, H, I/64], fc2 global], with E4M3 bytes in place of E8M0.
         fc1_expert_biases: [E, W], rows as fc1_expert_weights.
@@ -104,6 +114,7 @@ def cutlass_fused_moe(
             contribute nothing; summing the ranks' outputs is the caller's all-reduce.
         output: tensor [T, H] of output_dtype to write to.
         activation_type: see `ActivationType`.
+        use_w4_group_scaling: True for bf16 x MXFP4, and for nothing else here.
         use_fused_finalize: True allows a sum in no fixed order, which nothing here makes use of: sums are always in the
             order of a token's experts.
         workspace_buffer: uint8 or int8, of one dimension, on the input's device; checked, and not needed, as
@@ -125,7 +136,6 @@ def cutlass_fused_moe(
     refuse_modes(
         backend=backend,
         use_deepseek_fp8_block_scale=use_deepseek_fp8_block_scale,
-        use_w4_group_scaling=use_w4_group_scaling,
         min_latency_mode=min_latency_mode,
         use_packed_weights=use_packed_weights,
         use_wfp4afp8_humming=use_wfp4afp8_humming,
@@ -146,13 +156,17 @@ def cutlass_fused_moe(
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     scales = () if quant_scales is None else tuple(quant_scales)
-    names = ("input", "fc1_expert_weights")
-    nvfp4 = is_nvfp4(input, fc1_expert_weights.dtype, use_mxfp8_act_scaling, len(scales))
-    plain_fp8 = is_plain_fp8(input.dtype, use_mxfp8_act_scaling)
-    if not nvfp4:
-        refuse_quantizations(input.dtype, fc1_expert_weights.dtype, use_mxfp8_act_scaling, names, len(scales))
-        check_num_scales(len(scales), plain_fp8)
-    check_output_dtype(output_dtype)
+    mode = mode_of(
+        input.dtype,
+        fc1_expert_weights.dtype,
+        use_w4_group_scaling=use_w4_group_scaling,
+        use_mxfp8_act_scaling=use_mxfp8_act_scaling,
+        names=("input", "fc1_expert_weights"),
+        on_cpu=input.is_cpu,
+        num_scales=len(scales),
+    )
+    mode.check_num_scales(len(scales))
+    check_output_dtype(output_dtype, mode)
     check_workspace(workspace_buffer, input.device)
     require_tensor("token_selected_experts", token_selected_experts, torch.int32, ("T", "k"))
     if fc1_expert_weights.device != input.device:
@@ -163,28 +177,28 @@ def cutlass_fused_moe(
     if token_final_scales is None:
         shape, device = token_selected_experts.shape, token_selected_experts.device
         token_final_scales = torch.ones(shape, dtype=torch.float32, device=device)
-    input_sf, scale_layout = _input_scales(input, input_sf, plain_fp8, swizzled_input_sf)
-    fc1_global, fc2_act_global, fc2_global = (scales[1], scales[2], scales[4]) if plain_fp8 else (None, None, None)
-    first, second = (0, 3) if plain_fp8 else (0, 2)
-    if nvfp4:
-        fc1_global, fc2_act_global, fc2_global, first, second = scales[2], scales[3], scales[5], 1, 4
+    refuse_on(mode, input.device)
+    input_sf, scale_layout = _input_scales(input, input_sf, mode is Mode.FP8, swizzled_input_sf)
+    scale = functools.partial(mode.scale, scales)
+    first, second = (scales[mode.scales.index(name)] for name in ("fc1 scales", "fc2 scales"))
     given = GivenWeights(
         fc1_expert_weights,
-        scales[first],
+        first,
         fc2_expert_weights,
-        scales[second],
+        second,
         fc1_expert_biases,
         fc2_expert_biases,
         alpha,
         beta,
         limit,
-        fc1_global,
-        fc2_act_global,
-        fc2_global,
+        scale("fc1 global"),
+        scale("fc2 act global"),
+        scale("fc2 global"),
         activation,
         (ep_rank, ep_size, tp_rank, tp_size),
         number_names,
-        scales[0] if nvfp4 else None,
+        scale("fc1 act global"),
+        mode,
     )
     own_names = dict(zip(("alpha", "beta", "limit"), number_names, strict=True))
     with TheirNames(fc1_scale=given.names[1], fc2_scale=given.names[3], **own_names):
@@ -202,6 +216,7 @@ def cutlass_fused_moe(
                 auto_tile_select=auto_tile_select,
                 output=output,
                 intermediate_rounding=True,
+                activation_format=mode.activation_format,
             )
     asking = (input, token_final_scales, fc1_expert_biases, fc2_expert_biases, alpha, beta, limit)
     return [refuse_gradient("cutlass_fused_moe", result, *(tensor for tensor in asking if tensor is not None))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,16 +10,20 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_tensor
-from .._checkpoints.layers import flashinfer_layer, prepared_fields
+from .._checkpoints.layers import RawLayer, flashinfer_layer, prepared_fields
 from .._checkpoints.nvfp4_layers import flashinfer_nvfp4_layer
 from .._checkpoints.options import GateUpOrder, shard_of, source_rows
 from .._checkpoints.sources import Source, flashinfer_scales, mxfp4_source
 from ..activations import Activation
 from ..weights import MoEWeights, TensorScales
+from .mixed_gemm import mixed_gemm_layer, mixed_gemm_source
+from .modes import Mode
 from .raw_memory import PutAside
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SWIGLU_NAMES = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+_LAYERS = {Mode.NVFP4: flashinfer_nvfp4_layer, Mode.BF16: mixed_gemm_layer}  # others as `flashinfer_layer`
+_GLOBALS = ("fc1 global", "fc2 act global", "fc2 global", "fc1 act global")
 # alpha, beta and limit where a call does not give them.
 _DEFAULTS = {Activation.SWIGLU_STEP: (1.0, 0.0, 7.0), Activation.SITU: (1.0, 4.0, 25.0)}
 
@@ -42,11 +47,12 @@ class GivenWeights(NamedTuple):
     ranks: tuple[int, int, int, int]  # ep_rank, ep_size, tp_rank, tp_size
     number_names: tuple[str, str, str] = SWIGLU_NAMES  # of alpha, beta and limit
     fc1_act_global: Tensor | None = None  # of NVFP4 alone
+    mode: Mode = Mode.MXFP8
 
     @property
     def is_nvfp4(self) -> bool:
         """Whether the weights are NVFP4, else MXFP4."""
-        return self.fc1_act_global is not None
+        return self.mode is Mode.NVFP4
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,12 +67,9 @@ class GivenWeights(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """Of the tensors, layer and rest, as a caller knows them."""
-        if self.is_nvfp4:
-            first, second, fc1, act, fc2, fc1_act = 1, 4, 2, 3, 5, 0
-        else:  # without global scales the last four are not there
-            first, second, fc1, act, fc2, fc1_act = 0, 2 if self.fc1_global is None else 3, 1, 2, 4, 0
-        own = ("fc1_expert_weights", f"quant_scales[{first}]", "fc2_expert_weights", f"quant_scales[{second}]")
-        return (*own, *self._fields[4:6], *self.number_names, *(f"quant_scales[{i}]" for i in (fc1, act, fc2, fc1_act)))
+        first, second, *others = map(self.mode.argument, ("fc1 scales", "fc2 scales", *_GLOBALS))
+        own = ("fc1_expert_weights", first, "fc2_expert_weights", second)
+        return (*own, *self._fields[4:6], *self.number_names, *others)
 
 
 def check_types(given: GivenWeights) -> None:
@@ -88,27 +91,35 @@ def prepare_layer(given: GivenWeights, set_aside: tuple[int, ...] = ()) -> MoEWe
         TypeError, ValueError: as `MoEWeights.from_flashinfer`; then no memory is lost.
     """
     gated = given.activation.is_gated
-    raw = (flashinfer_nvfp4_layer if given.is_nvfp4 else flashinfer_layer)(*given.layer, None, None, gated)
-    # Of the activation, only the rows' order counts here.
-    stands_for = Activation.SWIGLU if gated else Activation.IDENTITY
-    numbers, whole = (1.0, 0.0, None), (0, 1, 0, 1)
+    raw = _LAYERS.get(given.mode, flashinfer_layer)(*given.layer, None, None, gated)
     if not set_aside or given.is_nvfp4:
-        return MoEWeights(**prepared_fields(raw, GateUpOrder.UP_GATE, stands_for, numbers, whole))
+        return _prepared(given, raw)
     with PutAside([given.layer[i] for i in set_aside]) as aside:
 
-        def tensor_of(which: int, expert: int) -> Tensor:
-            return aside.expert(set_aside.index(which), expert) if which in set_aside else given.layer[which][expert]
+        def tensor_of(which: int) -> Callable[[int], Tensor]:
+            if which not in set_aside:
+                return given.layer[which].__getitem__
+            return lambda expert: aside.expert(set_aside.index(which), expert)
 
         def source(name: str, which: int, n: int, k: int) -> Source:
-            def scales(expert: int) -> Tensor:
-                return flashinfer_scales(tensor_of(which + 1, expert), n, k)
-
-            return mxfp4_source(name, lambda expert: tensor_of(which, expert).view(torch.uint8), scales)
+            weight, scales = tensor_of(which), tensor_of(which + 1)
+            if given.mode is Mode.BF16:
+                return mixed_gemm_source(name, weight, scales)
+            return mxfp4_source(
+                name, lambda e: weight(e).view(torch.uint8), lambda e: flashinfer_scales(scales(e), n, k)
+            )
 
         width = raw.inter * (2 if gated else 1)
         w13, w2 = source("fc1_scale", 0, width, raw.hidden), source("fc2_scale", 2, raw.hidden, raw.inter)
-        staged = replace(raw, w13=w13, w2=w2)
-        return MoEWeights(**prepared_fields(staged, GateUpOrder.UP_GATE, stands_for, numbers, whole))
+        return _prepared(given, replace(raw, w13=w13, w2=w2))
+
+
+def _prepared(given: GivenWeights, raw: RawLayer) -> MoEWeights:
+    # Of the activation, only the rows' order counts here.
+    stands_for = Activation.SWIGLU if given.activation.is_gated else Activation.IDENTITY
+    numbers, whole = (1.0, 0.0, None), (0, 1, 0, 1)
+    fields = prepared_fields(raw, GateUpOrder.UP_GATE, stands_for, numbers, whole, given.mode.activation_format)
+    return MoEWeights(**fields)
 
 
 @torch.no_grad()

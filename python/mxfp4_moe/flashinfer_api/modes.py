@@ -1,4 +1,4 @@
-"""Which of FlashInfer's modes is asked for: the one that is here, and each other refused by its argument's name.
+"""Which of FlashInfer's modes is asked for: one of those that are here, and each other refused by its argument's name.
 
 The call and the question for its workspace's size ask the same things here, so both refuse the same.
 """
@@ -6,19 +6,63 @@ The call and the question for its workspace's size ask the same things here, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
+from .._call.activation_format import tiles_of
 from .._install import loading, wheel
 
 HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, *HALVES)
-_SCALES = {
-    4: "[fc1 scales, unused, fc2 scales, unused]",
-    5: "[fc1 scales, fc1 global, fc2 act global, fc2 scales, fc2 global]",
-}
+
+
+class Mode(Enum):
+    """FlashInfer's modes that are here: what each is called, and its quant_scales in their order."""
+
+    MXFP8 = ("MXFP8 x MXFP4", ("fc1 scales", "unused", "fc2 scales", "unused"))
+    FP8 = ("FP8 x MXFP4", ("fc1 scales", "fc1 global", "fc2 act global", "fc2 scales", "fc2 global"))
+    BF16 = ("bf16 x MXFP4", ("fc1 scales", "fc2 scales"))
+    NVFP4 = (
+        "NVFP4 x NVFP4",
+        ("fc1 act global", "fc1 scales", "fc1 global", "fc2 act global", "fc2 scales", "fc2 global"),
+    )
+
+    def __init__(self, words: str, scales: tuple[str, ...]) -> None:
+        self.words = words
+        self.scales = scales
+
+    @property
+    def activation_format(self) -> str | None:
+        """What `fused_moe` is asked for; None for the default of the weights' format."""
+        return "bf16" if self is Mode.BF16 else None
+
+    def argument(self, scale: str) -> str:
+        """The place of a scale among a call's arguments, for messages."""
+        return f"quant_scales[{self.scales.index(scale)}]" if scale in self.scales else "quant_scales"
+
+    def scale(self, quant_scales: Sequence[Tensor], scale: str) -> Tensor | None:
+        """One of a call's quant_scales by its name; None where the mode does not have it."""
+        return quant_scales[self.scales.index(scale)] if scale in self.scales else None
+
+    def check_num_scales(self, num_scales: int) -> None:
+        """Raises a ValueError, unless there are as many quant_scales as the mode has."""
+        expected = len(self.scales)
+        if num_scales != expected:
+            other = {
+                Mode.FP8: "; with use_mxfp8_act_scaling=True and input_sf, 4",
+                Mode.BF16: "; use_w4_group_scaling=True is bf16 x MXFP4",
+            }
+            raise ValueError(
+                f"quant_scales: expected {expected} tensors [{', '.join(self.scales)}], got {num_scales}"
+                f"{other.get(self, '')}"
+            )
+
+
+MODES_IN_WORDS = f"{', '.join(mode.words for mode in Mode if mode is not Mode.NVFP4)}, and NVFP4 x NVFP4 of CPU tensors"
 
 # Names of `fused_moe` and `MoEWeights.from_flashinfer` -> those of `cutlass_fused_moe`.
 _NAMES = {
@@ -54,7 +98,6 @@ def refuse_modes(
     *,
     backend: str,
     use_deepseek_fp8_block_scale: bool,
-    use_w4_group_scaling: bool,
     min_latency_mode: bool,
     use_packed_weights: bool,
     use_wfp4afp8_humming: bool,
@@ -68,33 +111,40 @@ def refuse_modes(
     """
     modes = {
         "use_deepseek_fp8_block_scale": (use_deepseek_fp8_block_scale, "DeepSeek FP8 block scales"),
-        "use_w4_group_scaling": (use_w4_group_scaling, "4-bit weights with group scales (INT4, W4A16)"),
         "min_latency_mode": (min_latency_mode, "minimum-latency mode"),
-        "use_packed_weights": (use_packed_weights, "packed uint4 weights (INT4, W4A16)"),
+        "use_packed_weights": (use_packed_weights, "packed INT4 weights (W4A8, W4A16)"),
         "use_wfp4afp8_humming": (use_wfp4afp8_humming, "folded weight scales with FP8 activations"),
         "backend": (backend == "cake", "'cake', the SiTU layer of NVFP4 weights"),
         **(more or {}),
     }
     for name, (asked, what) in modes.items():
         if asked:
-            raise NotImplementedError(f"{name}: this library has no {what}; it has MXFP8 x MXFP4 only")
+            raise NotImplementedError(f"{name}: this library has no {what}; it has {MODES_IN_WORDS}")
     if backend != "cutlass":
         raise ValueError(f"backend: expected 'cutlass', got {backend!r}")
 
 
-def refuse_quantizations(
-    input_dtype: torch.dtype, weight_dtype: torch.dtype, mxfp8: bool, names: tuple[str, str], num_scales: int = 0
-) -> None:
-    """Finds out which of FlashInfer's quantizations the dtypes mean, as it does, and refuses all but two.
+def mode_of(
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    *,
+    use_w4_group_scaling: bool,
+    use_mxfp8_act_scaling: bool,
+    names: tuple[str, str],
+    on_cpu: bool = False,
+    num_scales: int = 0,
+) -> Mode:
+    """Finds out which of FlashInfer's quantizations the dtypes mean, as it does, and refuses those that are not here.
 
     Args:
-        mxfp8: use_mxfp8_act_scaling.
         names: arguments that the dtypes are of, for the message.
+        on_cpu: whether the input is a CPU tensor.
         num_scales: of quant_scales, where they are known.
 
     Raises:
         NotImplementedError: a quantization that is not here.
         TypeError: dtypes that are none of FlashInfer's either.
+        ValueError: flags that do not go with the dtypes.
     """
     of_input, of_weights = names
     for name, dtype in ((of_input, input_dtype), (of_weights, weight_dtype)):
@@ -103,44 +153,59 @@ def refuse_quantizations(
     if weight_dtype in _FLOATS:
         _refuse_quantization(of_weights, f"{str(input_dtype).removeprefix('torch.')}_unquantized")
     if weight_dtype is torch.float8_e4m3fn:
-        _refuse_quantization(of_weights, "mxfp8_mxfp8" if mxfp8 else "fp8_fp8")
-    if weight_dtype is torch.uint8:  # MXFP4 for FP8 input comes as int64 views
-        _refuse_quantization(f"{of_weights} (uint8)", "bfloat16_int4")
+        _refuse_quantization(of_weights, "mxfp8_mxfp8" if use_mxfp8_act_scaling else "fp8_fp8")
+    if use_w4_group_scaling or weight_dtype is torch.uint8:
+        _check_group_scaling(input_dtype, weight_dtype, use_w4_group_scaling, use_mxfp8_act_scaling, names)
+        return Mode.BF16
     if weight_dtype is not torch.int64:
         raise TypeError(f"{of_weights}: expected torch.int64, a view of packed MXFP4, got {weight_dtype}")
-    if input_dtype in (torch.uint8, torch.int64) or num_scales == 6:
+    of_nvfp4 = len(Mode.NVFP4.scales)
+    if on_cpu and num_scales == of_nvfp4 and not use_mxfp8_act_scaling:
+        if input_dtype in (torch.uint8, torch.int64):
+            raise NotImplementedError(
+                f"{of_input}: this library quantizes to NVFP4 itself and has no input that is NVFP4 already, got "
+                f"{input_dtype}; pass bfloat16 or float16 without input_sf"
+            )
+        if input_dtype in HALVES:
+            return Mode.NVFP4
+    if input_dtype in (torch.uint8, torch.int64) or num_scales == of_nvfp4:
         _refuse_quantization("quant_scales" if num_scales else of_input, "nvfp4_nvfp4")
     if input_dtype not in (torch.float8_e4m3fn, *HALVES):
         raise TypeError(f"{of_input}: expected torch.float8_e4m3fn, torch.bfloat16 or torch.float16, got {input_dtype}")
+    return Mode.FP8 if input_dtype is torch.float8_e4m3fn and not use_mxfp8_act_scaling else Mode.MXFP8
 
 
-def is_nvfp4(input: torch.Tensor, weight_dtype: torch.dtype, mxfp8: bool, num_scales: int) -> bool:
-    """Whether a call is NVFP4 x NVFP4 that is here: of CPU tensors, quantized on the way.
+def refuse_on(mode: Mode, device: torch.device) -> None:
+    """Refuses bf16 x MXFP4 on a GPU that this wheel has other kernels for, before weights are prepared for it.
 
     Raises:
-        NotImplementedError: CPU tensors of input that is NVFP4 already.
+        NotImplementedError: there are none; says which wheel has them.
     """
-    if weight_dtype is not torch.int64 or mxfp8 or num_scales != 6 or not input.is_cpu:
-        return False
-    if input.dtype in (torch.uint8, torch.int64):
-        raise NotImplementedError(
-            f"input: this library quantizes to NVFP4 itself and has no input that is NVFP4 already, got {input.dtype}; "
-            "pass bfloat16 or float16 without input_sf"
+    if mode is not Mode.BF16 or device.type != "cuda":
+        return
+    if tiles_of("mxfp8", device.index) and not tiles_of("bf16", device.index):
+        _refuse_quantization("use_w4_group_scaling", "mxfp4_bf16")
+
+
+def _check_group_scaling(
+    input_dtype: torch.dtype, weight_dtype: torch.dtype, group_scaling: bool, mxfp8: bool, names: tuple[str, str]
+) -> None:
+    of_input, of_weights = names
+    mode = "bf16 x MXFP4 (use_w4_group_scaling=True)"
+    if not group_scaling:
+        raise ValueError(
+            f"use_w4_group_scaling: expected True with uint8 {of_weights}, which are those of bf16 x MXFP4, got False; "
+            "MXFP4 for other activations comes as views of int64"
         )
-    return input.dtype in HALVES
-
-
-def is_plain_fp8(input_dtype: torch.dtype, mxfp8: bool) -> bool:
-    """Whether the activations are FP8 without scales, which FlashInfer calls FP8 x MXFP4."""
-    return input_dtype is torch.float8_e4m3fn and not mxfp8
-
-
-def check_num_scales(num_scales: int, plain_fp8: bool) -> None:
-    """Raises a ValueError, unless there are as many quant_scales as the mode has."""
-    expected = 5 if plain_fp8 else 4
-    if num_scales != expected:
-        other = "; with use_mxfp8_act_scaling=True and input_sf, 4" if plain_fp8 else ""
-        raise ValueError(f"quant_scales: expected {expected} tensors {_SCALES[expected]}, got {num_scales}{other}")
+    if weight_dtype is not torch.uint8:
+        raise TypeError(
+            f"{of_weights}: expected torch.uint8 for {mode}, as interleave_moe_weights_for_sm90_mixed_gemm makes them, "
+            f"got {weight_dtype}"
+        )
+    if mxfp8:
+        raise ValueError(f"use_mxfp8_act_scaling: expected False for {mode}, got True")
+    if input_dtype is not torch.bfloat16:
+        raise TypeError(f"{of_input}: expected torch.bfloat16 for {mode}, as FlashInfer, got {input_dtype}")
 
 
 def _refuse_quantization(argument: str, quantization: str) -> None:

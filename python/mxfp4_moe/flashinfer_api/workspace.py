@@ -10,7 +10,8 @@ from .._call.checks import MAX_EXPERTS, MAX_SLOTS
 from .._checkpoints.options import check_int
 from ..formats import BLOCK
 from .activation_type import ActivationType, activation_of
-from .modes import HALVES, refuse_modes, refuse_quantizations
+from .mixed_gemm import LAYER_MULTIPLE
+from .modes import HALVES, Mode, mode_of, refuse_modes, refuse_on
 
 _BYTES = (torch.uint8, torch.int8)
 _ALIGNMENT = 128  # of FlashInfer's buffers; torch's CUDA allocator gives more
@@ -60,14 +61,19 @@ def cutlass_fused_moe_workspace_size(
     refuse_modes(
         backend=backend,
         use_deepseek_fp8_block_scale=use_deepseek_fp8_block_scale,
-        use_w4_group_scaling=use_w4_group_scaling,
         min_latency_mode=min_latency_mode,
         use_packed_weights=use_packed_weights,
         use_wfp4afp8_humming=use_wfp4afp8_humming,
     )
     activation_of(activation_type)
-    refuse_quantizations(x_dtype, weight_dtype, use_mxfp8_act_scaling, ("x_dtype", "weight_dtype"))
-    check_output_dtype(output_dtype)
+    mode = mode_of(
+        x_dtype,
+        weight_dtype,
+        use_w4_group_scaling=use_w4_group_scaling,
+        use_mxfp8_act_scaling=use_mxfp8_act_scaling,
+        names=("x_dtype", "weight_dtype"),
+    )
+    check_output_dtype(output_dtype, mode)
     sizes = {
         "max_num_tokens": max_num_tokens,
         "hidden_size": hidden_size,
@@ -82,8 +88,9 @@ def cutlass_fused_moe_workspace_size(
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-        if size % BLOCK:
-            raise ValueError(f"{name}: expected a multiple of {BLOCK}, got {size}")
+        multiple = LAYER_MULTIPLE if mode is Mode.BF16 else BLOCK
+        if size % multiple:
+            raise ValueError(f"{name}: expected a multiple of {multiple}, got {size}")
     for name, rank, size in (("tp_rank", tp_rank, tp_size), ("ep_rank", ep_rank, ep_size)):
         check_int(name, rank)
         if not 0 <= rank < size:
@@ -98,13 +105,19 @@ def cutlass_fused_moe_workspace_size(
         raise ValueError(
             f"max_num_tokens: expected at most {MAX_SLOTS} slots (tokens * top_k), got {max_num_tokens} * {top_k}"
         )
-    if device is not None and torch.device(device).type not in ("cuda", "cpu"):
-        raise ValueError(f"device: expected a CUDA or CPU device, got {device}")
+    if device is not None:
+        place = torch.device(device)
+        if place.type not in ("cuda", "cpu"):
+            raise ValueError(f"device: expected a CUDA or CPU device, got {device}")
+        if place.type == "cuda" and torch.cuda.is_available():
+            refuse_on(mode, torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index))
     return 0
 
 
-def check_output_dtype(output_dtype: torch.dtype) -> None:
+def check_output_dtype(output_dtype: torch.dtype, mode: Mode) -> None:
     """Raises a ValueError, unless it is a dtype that a layer can have as its output's."""
+    if mode is Mode.BF16 and output_dtype is not torch.bfloat16:
+        raise ValueError(f"output_dtype: expected torch.bfloat16 with use_w4_group_scaling=True, got {output_dtype}")
     if output_dtype not in HALVES:
         raise ValueError(f"output_dtype: expected torch.bfloat16 or torch.float16, got {output_dtype}")
 
