@@ -146,6 +146,7 @@ def test_info(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "version": mxfp4_moe.__version__,
         "path": str(package),
         "profile": "mxfp4_minimal",
+        "pairs": ["mxfp4_mxfp8"],
         "archs": list(fake_wheel.ARCHS),
         "tiles": 2,
         "built_with": {"cuda": "13.0.88", "torch": "2.13.0"},
@@ -158,6 +159,7 @@ def test_info(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["profile", "mxfp4_minimal"],
         ["archs", "sm_90a, sm_120f"],
     ]
+    assert out.splitlines()[6].split() == ["computes", "mxfp4_mxfp8"]
     assert out.splitlines()[-1].split() == ["built", "with", "torch", "2.13.0"]
     (package / "build_report.json").unlink()
     status, out = run(capsys, "info")
