@@ -2,19 +2,21 @@
 
 `QMMA.SF D, A, B, C, SFA, SFB, UR` takes four registers of A, two of B, four of C, a scale word of each operand, and in
 UR which scale of the words it means: A's byte in bits 1..0, B's in bits 4..3, and in bits 2 and 6..5 which lanes have
-the words (csrc/tile/sm12x/mma.cuh reads selector 0's). No public manual says so; the positions follow from what ptxas
-makes of each selector that PTX can name.
+the words (csrc/tile/sm12x/mma.cuh reads selector 0's). So does `OMMA.SF`, whose operands are FP4 alone. No public
+manual says so; the positions follow from what ptxas makes of each selector that PTX can name.
 
-In every tile, step s of K = 32 takes byte s of both words; the weights' registers are containers, the odd k's from the
-even k's word rotated by 4, without a bit outside of 5..2; activations and scales are what was loaded, bit for bit; and
-all come from their own part of one stage of shared memory (csrc/tile/tile_shape.cuh). Offsets are an address's
-constant part: the stage, where it is a constant, and the place in it, never the lane's row.
+In every tile of MXFP8 rows, step s of K = 32 takes byte s of both words; the weights' registers are containers, the odd
+k's from the even k's word rotated by 4, without a bit outside of 5..2. In every tile of FP4 rows, an MMA's weights are
+words of two steps of 32, 2s and 2s + 1, as they were loaded; of MXFP4 it takes half s of both scale words, of NVFP4 all
+of the words of set s. Activations and scales are what was loaded, bit for bit; and all come from their own part of one
+stage of shared memory (csrc/tile/tile_shape.cuh). Offsets are an address's constant part: the stage, where it is a
+constant, and the place in it, never the lane's row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,9 +24,45 @@ from wheelbuild import BuildError
 from wheelbuild.data_flow import DataFlow, Origin, Register, parse_register
 from wheelbuild.machine_code import Code, Instruction
 
-OPCODE = "QMMA.SF"
-SELECTORS = (0x00, 0x09, 0x12, 0x1B)  # bytes 0 to 3 of both scale words, from the lanes of thread selector 0
-_TYPES = {"A": "E2M1.E4M3", "B": "E4M3.E2M1"}  # by the operand that is FP4
+_BYTES = (0x00, 0x09, 0x12, 0x1B)  # the selectors of bytes 0 to 3 of both scale words, from thread selector 0's lanes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions:
+    """The MMA of a kernel, and the selectors of those of a K tile."""
+
+    opcode: str
+    shape: str
+    types: Mapping[str, str]  # by the operand that has the weights
+    scales: str
+    selectors: tuple[int, ...]
+    scale_sets: int = 1  # words of scales that a row has in a K tile
+
+    @property
+    def is_fp4(self) -> bool:
+        return self.opcode == "OMMA.SF"
+
+    def name(self, weights: str) -> str:
+        return f"{self.opcode}.{self.shape}.F32.{self.types[weights]}.{self.scales}"
+
+
+_FP4_TYPES = dict.fromkeys("AB", "E2M1.E2M1")
+KINDS = {  # by pair of formats
+    "mxfp4_mxfp8": Instructions(
+        opcode="QMMA.SF",
+        shape="16832",
+        types={"A": "E2M1.E4M3", "B": "E4M3.E2M1"},
+        scales="E8",
+        selectors=_BYTES,
+    ),
+    "mxfp4_mxfp4": Instructions(
+        opcode="OMMA.SF", shape="16864", types=_FP4_TYPES, scales="E8", selectors=(_BYTES[0], _BYTES[2])
+    ),
+    "nvfp4_nvfp4": Instructions(
+        opcode="OMMA.SF", shape="16864", types=_FP4_TYPES, scales="UE4M3.4X", selectors=_BYTES[:1], scale_sets=2
+    ),
+}
+OPCODES = tuple(dict.fromkeys(kind.opcode for kind in KINDS.values()))
 _MASK = ("0x3c3c3c3c", "RZ", "0xc0", "!PT")  # bits 5..2 of each byte, by LOP3's table of AND
 _OPERANDS = ("D", "A", "B", "C", "SFA", "SFB", "the selector")
 _REGISTERS = {"A": 4, "B": 2, "C": 4, "SFA": 1, "SFB": 1}
@@ -42,22 +80,29 @@ class SharedMemory:
     act_scale_bytes: int
     block_bytes: int  # of 64 rows of weights: their scales, then four steps of codes
     block_scale_bytes: int
+    act_scale_set_bytes: int  # of all rows' first words
 
     @property
     def step_bytes(self) -> int:
         return (self.block_bytes - self.block_scale_bytes) // 4
 
     def locate(self, byte: int) -> tuple[str, int, int]:
-        """(part, stage, step) of an offset; the step is 0 where the part has none."""
+        """(part, stage, step) of an offset; of scales the set of words; the step is 0 where the part has none."""
         if 0 <= byte < self.stages * self.act_bytes:
             return "activations", byte // self.act_bytes, 0
         byte -= self.stages * self.act_bytes
         if 0 <= byte < self.stages * self.weight_bytes:
             stage, within = byte // self.weight_bytes, byte % self.block_bytes - self.block_scale_bytes
-            return ("weight scales", stage, 0) if within < 0 else ("weights", stage, within // self.step_bytes)
+            if within < 0:
+                return "weight scales", stage, (within + self.block_scale_bytes) // 256
+            return "weights", stage, within // self.step_bytes
         byte -= self.stages * self.weight_bytes
         if 0 <= byte < self.stages * self.act_scale_bytes:
-            return "activation scales", byte // self.act_scale_bytes, 0
+            return (
+                "activation scales",
+                byte // self.act_scale_bytes,
+                byte % self.act_scale_bytes // self.act_scale_set_bytes,
+            )
         return "no operand", 0, 0
 
 
@@ -72,35 +117,43 @@ def _words(instruction: Instruction) -> str:
 
 
 class _Mma:
-    """One QMMA.SF and what its operands are."""
+    """One block-scaled MMA and what its operands are; `weights` is the operand that has the weights, "A" or "B"."""
 
-    def __init__(self, where: str, flow: DataFlow, block: int, place: int, fp4: str, memory: SharedMemory) -> None:
+    def __init__(
+        self,
+        where: str,
+        flow: DataFlow,
+        block: int,
+        place: int,
+        kind: Instructions,
+        weights: str,
+        memory: SharedMemory,
+    ) -> None:
         self._where, self._flow, self._block, self._place, self._memory = where, flow, block, place, memory
+        self._kind = kind
         self._mma = flow.blocks[block][place]
         self._operands = dict(zip(_OPERANDS, self._mma.operands, strict=False))
         if len(self._mma.operands) != len(_OPERANDS):
             raise self._refusal(f"has {len(self._mma.operands)} operands, expected {', '.join(_OPERANDS)}")
-        expected = f"{OPCODE}.16832.F32.{_TYPES[fp4]}.E8"
+        expected = kind.name(weights)
         if self._mma.opcode != expected:
-            raise self._refusal(f"is {self._mma.opcode}, expected {expected}: this tile's FP4 operand is {fp4}")
+            raise self._refusal(f"is {self._mma.opcode}, expected {expected}: this tile's weights are {weights}")
         self.selector = self._one("the selector", "constant", self._trace("the selector", self._constant))
-        if self.selector not in SELECTORS:
-            known = ", ".join(f"0x{selector:02x}" for selector in SELECTORS)
+        if self.selector not in kind.selectors:
+            known = ", ".join(f"0x{selector:02x}" for selector in kind.selectors)
             raise self._refusal(
                 f"has selector 0x{self.selector:02x}, expected one of {known}: the same byte of both scale words, of "
                 "thread 0"
             )
-        fp8 = "B" if fp4 == "A" else "A"
-        stages = [self._containers(fp4), self._loaded(fp8, "LDSM", "activations")]
-        stages += [
-            self._loaded(f"SF{fp4}", "LDS", "weight scales"),
-            self._loaded(f"SF{fp8}", "LDS", "activation scales"),
-        ]
-        self._one("its operands", "stage", set().union(*stages))
+        rows = "B" if weights == "A" else "A"
+        stages, self.place_in_k_tile = self._packed(weights) if kind.is_fp4 else self._containers(weights)
+        stages |= self._loaded(rows, "LDSM", "activations")
+        stages |= self._scales(f"SF{weights}", "weight scales") | self._scales(f"SF{rows}", "activation scales")
+        self._one("its operands", "stage", stages)
         self._trace("C", self._accumulator)
 
     def _refusal(self, what: str) -> BuildError:
-        return BuildError(f"{self._where}: {OPCODE} at 0x{self._mma.address:x} {what}")
+        return BuildError(f"{self._where}: {self._kind.opcode} at 0x{self._mma.address:x} {what}")
 
     def _one(self, what: str, unit: str, found: set[Fact]) -> Fact:
         if len(found) != 1:
@@ -148,8 +201,8 @@ class _Mma:
     def _accumulator(self, name: str, origin: Origin) -> None:
         """An MMA's result, or zero."""
         zero = origin.instruction.opcode in ("CS2R", "MOV") and origin.instruction.operands[1] in ("SRZ", "RZ")
-        if not zero and not origin.instruction.is_a(OPCODE):
-            raise self._unexpected(name, origin, f"{OPCODE} or zero")
+        if not zero and not origin.instruction.is_a(self._kind.opcode):
+            raise self._unexpected(name, origin, f"{self._kind.opcode} or zero")
 
     def _load(self, name: str, origin: Origin, opcode: str, part: str) -> tuple[int, int]:
         """(stage, step) of a load of this opcode from this part of shared memory."""
@@ -166,12 +219,40 @@ class _Mma:
         """The stages from which an operand was loaded; nothing may have changed it."""
         return {stage for stage, _ in self._trace(name, lambda n, origin: self._load(n, origin, opcode, part))}
 
-    def _containers(self, name: str) -> set[int]:
-        """The stages of the FP4 operand: its first registers are masked words of codes of the selector's step, the
-        others the same words, rotated by 4 before they are masked.
+    def _scales(self, name: str, part: str) -> set[int]:
+        """The stages from which a scale word was loaded, of the set that the MMA's k have."""
+        found = self._trace(name, lambda n, origin: self._load(n, origin, "LDS", part))
+        wanted = self.place_in_k_tile if self._kind.scale_sets > 1 else 0
+        if wrong := {scale_set for _, scale_set in found} - {wanted}:
+            raise self._refusal(f"takes {name} from set {min(wrong)} of the {part}, expected {wanted}")
+        return {stage for stage, _ in found}
+
+    def _packed(self, name: str) -> tuple[set[int], int]:
+        """The stages of packed weights, and which MMA of a K tile this is: its first registers are words of codes of
+        one step, the others of the next one, as they were loaded.
+        """
+        half = _REGISTERS[name] // 2
+        halves = []
+        for first in (0, half):
+            parts = range(first, first + half)
+            halves.append(self._trace(name, lambda n, origin: self._load(n, origin, "LDS", "weights"), only=parts))
+        steps = [self._one(f"half of {name}", "step", {step for _, step in found}) for found in halves]
+        if steps[0] % 2 or steps[1] != steps[0] + 1:
+            raise self._refusal(f"takes {name} from steps {steps[0]} and {steps[1]}, expected an even one and the next")
+        selectors, place = self._kind.selectors, steps[0] // 2
+        if len(selectors) > 1 and selectors[place] != self.selector:
+            raise self._refusal(
+                f"has selector 0x{self.selector:02x} for weights of step {steps[0]}, expected 0x{selectors[place]:02x}"
+            )
+        return {stage for found in halves for stage, _ in found}, place
+
+    def _containers(self, name: str) -> tuple[set[int], int]:
+        """The stages of the FP4 operand beside FP8, and the step: its first registers are masked words of codes of the
+        selector's step, the others the same words, rotated by 4 before they are masked.
         """
         half = _REGISTERS[name] // 2
         stages = set()
+        selectors = self._kind.selectors
         for part in range(half):
             even = self._trace(name, lambda n, origin: self._container(n, origin, rotated=False), only=[part])
             odd = self._trace(name, lambda n, origin: self._container(n, origin, rotated=True), only=[part + half])
@@ -179,13 +260,13 @@ class _Mma:
                 raise self._refusal(f"takes the even and the odd k of {name} from different words")
             for word in set().union(*even):
                 stage, step = self._load(name, word, "LDS", "weights")
-                if SELECTORS[step] != self.selector:
+                if selectors[step] != self.selector:
                     raise self._refusal(
                         f"has selector 0x{self.selector:02x} for weights of step {step} "
-                        f"({_words(word.instruction)}), expected 0x{SELECTORS[step]:02x}"
+                        f"({_words(word.instruction)}), expected 0x{selectors[step]:02x}"
                     )
                 stages.add(stage)
-        return stages
+        return stages, selectors.index(self.selector)
 
     def _container(self, name: str, origin: Origin, *, rotated: bool) -> frozenset[Origin]:
         """The loads of the words that were masked here, after a rotation by 4 or without."""
@@ -207,33 +288,31 @@ class _Mma:
         return frozenset().union(*self._follow(name, origin.block, origin.place, source, word))
 
 
-def _count(selectors: Iterable[int]) -> dict[str, int]:
-    taken = list(selectors)
-    return {f"0x{selector:02x}": taken.count(selector) for selector in SELECTORS}
-
-
 def check_block_scaled(library: str, arch: str, code: Code, expect: Mapping[str, Any]) -> dict[str, Any]:
-    """Every QMMA.SF reads what it should, and in each kernel a quarter takes each selector; BuildError says which does
-    not. Returns how many there are, their types and their selectors, for the report.
+    """Every block-scaled MMA reads what it should, and in each kernel as many are of each part of a K tile; BuildError
+    says which does not. Returns how many there are, their types and their selectors, for the report.
 
-    `expect`: `fp4`, the operand "A" or "B" that has the weights, and `shared_memory`, the fields of SharedMemory.
+    `expect`: `pair` of formats; `weights`, the operand "A" or "B" that has them; and `shared_memory`, the fields of
+    SharedMemory.
     """
-    memory = SharedMemory(**expect["shared_memory"])
+    memory, kind, weights = SharedMemory(**expect["shared_memory"]), KINDS[expect["pair"]], str(expect["weights"])
     taken: list[int] = []
     for kernel in code.kernels.values():
         flow = DataFlow(kernel)
-        selectors = [
-            _Mma(f"{library} on sm_{arch}", flow, block, place, expect["fp4"], memory).selector
+        mmas = [
+            _Mma(f"{library} on sm_{arch}", flow, block, place, kind, weights, memory)
             for block, instructions in enumerate(flow.blocks)
             for place, instruction in enumerate(instructions)
-            if instruction.is_a(OPCODE)
+            if instruction.is_a(kind.opcode)
         ]
-        counts = _count(selectors)
-        if len(set(counts.values())) != 1:
-            having = ", ".join(f"{count} have {selector}" for selector, count in counts.items())
+        steps = 2 if kind.is_fp4 else 4
+        counts = [sum(mma.place_in_k_tile == step for mma in mmas) for step in range(steps)]
+        if len(set(counts)) != 1:
+            having = ", ".join(f"{count} have step {step}" for step, count in enumerate(counts))
             raise BuildError(
-                f"{library} on sm_{arch}: of {len(selectors)} {OPCODE} {having}; expected a quarter each, one step of "
-                "a K tile"
+                f"{library} on sm_{arch}: of {len(mmas)} {kind.opcode} {having}; expected as many each, one step of a "
+                "K tile"
             )
-        taken += selectors
-    return {"mma": len(taken), "types": _TYPES[expect["fp4"]], "selectors": _count(taken)}
+        taken += [mma.selector for mma in mmas]
+    selectors = {f"0x{selector:02x}": taken.count(selector) for selector in kind.selectors}
+    return {"mma": len(taken), "types": kind.types[weights], "selectors": selectors}

@@ -74,11 +74,12 @@ def check_memory(library: str, code: Mapping[str, Code], resources: Sequence[Res
                 )
 
 
-def check_kernels(library: str, arch: str, code: Code, functions: Sequence[str]) -> None:
-    """One kernel of each of these templates, and none besides."""
-    if len(code.kernels) != len(functions) or any(len(code.of(function).kernels) != 1 for function in functions):
+def check_kernels(library: str, arch: str, code: Code, functions: Mapping[str, str]) -> None:
+    """One kernel of each of these templates, by pair of formats, and none besides."""
+    if not code.has_each_once(functions):
+        expected = " and ".join(f"{function} of {pair}" for pair, function in functions.items())
         raise BuildError(
-            f"{library} on sm_{arch}: expected {' and '.join(functions)}, once and alone, got "
+            f"{library} on sm_{arch}: expected {expected}, once and alone, got "
             f"{', '.join(sorted(code.kernels)) or 'no kernels'}"
         )
 
@@ -88,7 +89,7 @@ def check_main_loop(where: str, code: Code, expect: Mapping[str, Any]) -> MainLo
     LDS as wide as can be, and is short enough.
 
     `expect`: `opcode`; `mma_per_step`, `matrices_per_step` of activations, `words_per_step` of weights in a lane: what
-    one step of K = 32 takes; `words_per_load`, how many words an LDS brings; `variants` as find_main_loop has it;
+    one step of K takes; `words_per_load`, how many words an LDS brings; `variants` as find_main_loop has it;
     `limit`, instructions per MMA or None.
     """
     opcode = expect["opcode"]
@@ -183,15 +184,15 @@ def check_library(
     loops: dict[str, dict[str, Any]] = {}
     kernels: dict[str, dict[str, Any]] = {}
     for arch, of_pairs in expect.get("main_loop", {}).items():
-        check_kernels(name, arch, code[arch], [want["function"] for want in of_pairs.values()])
+        check_kernels(name, arch, code[arch], {pair: want["function"] for pair, want in of_pairs.items()})
         for pair, want in of_pairs.items():
-            own = code[arch].of(want["function"])
+            own = code[arch].of(want["function"], pair)
             loop = check_main_loop(f"{name} on sm_{arch}, {pair}", own, want)
             loops.setdefault(arch, {})[pair] = loop.report()
             kernels.setdefault(arch, {})[pair] = own.counts()
     block_scaled = {
         arch: {
-            pair: check_block_scaled(name, arch, code[arch].of(expect["main_loop"][arch][pair]["function"]), want)
+            pair: check_block_scaled(name, arch, code[arch].of(expect["main_loop"][arch][pair]["function"], pair), want)
             for pair, want in of_pairs.items()
         }
         for arch, of_pairs in expect.get("block_scaled", {}).items()

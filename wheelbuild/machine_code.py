@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -60,9 +61,12 @@ def parse_ptxas(text: str) -> list[Resources]:
     return found
 
 
-def is_instance(kernel: str, function: str) -> bool:
-    """Whether a kernel, by its mangled name, is an instance of this template of csrc/tile."""
-    return f"{len(function)}{function}I" in kernel
+def is_instance(kernel: str, function: str, pair: str = "") -> bool:
+    """Whether a kernel, by its mangled name, is an instance of this template of csrc/tile, for a pair of formats.
+
+    The pair is in the name of the template's argument, a type of csrc/tile/tile.cu.
+    """
+    return f"{len(function)}{function}I" in kernel and (not pair or f"_{pair}" in kernel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +90,28 @@ class Code:
     def instructions(self) -> Iterator[Instruction]:
         return (instruction for kernel in self.kernels.values() for instruction in kernel)
 
-    def of(self, function: str) -> Code:
-        """The kernels that are instances of this template of csrc/tile."""
-        return Code(kernels={name: code for name, code in self.kernels.items() if is_instance(name, function)})
+    def of(self, function: str, pair: str = "") -> Code:
+        """The kernels that are instances of this template of csrc/tile, for a pair of formats."""
+        return Code(kernels={name: code for name, code in self.kernels.items() if is_instance(name, function, pair)})
+
+    def has_each_once(self, functions: Mapping[str, str]) -> bool:
+        """Whether the kernels are one of each of these templates, by pair, and none besides."""
+        found = [self.of(function, pair).kernels for pair, function in functions.items()]
+        return len(self.kernels) == len(functions) and all(len(kernels) == 1 for kernels in found)
 
     def count(self, name: str) -> int:
         return sum(instruction.is_a(name) for instruction in self.instructions())
+
+    def calls_of_functions_with(self, name: str) -> int:
+        """How many calls there are of functions that have this instruction, from their begin to their first return."""
+        found = 0
+        for kernel in self.kernels.values():
+            calls = [instruction for instruction in kernel if instruction.is_a("CALL")]
+            for target in (int(call.operands[0], 16) for call in calls):
+                body = (instruction for instruction in kernel if instruction.address >= target)
+                until = itertools.takewhile(lambda instruction: not instruction.is_a("RET"), body)
+                found += any(instruction.is_a(name) for instruction in until)
+        return found
 
     def waterfalls(self, opcode: str) -> int:
         """How many loops over the lanes of a warp (branches .U.ANY back) have this instruction inside.

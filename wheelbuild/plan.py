@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wheelbuild import emulation
-from wheelbuild.block_scaled import OPCODE as BLOCK_SCALED
+from wheelbuild.block_scaled import OPCODES as BLOCK_SCALED
 from wheelbuild.plain_paths import PlainPaths
 from wheelbuild.tile_model import floors
 from wheelbuild.tile_model import tiles as tile_model
@@ -123,29 +123,31 @@ def _of_kernels(
 
 
 def _main_loop(tile: Tile, arch: str, pair: str, thresholds: Thresholds) -> dict[str, str | float | None]:
-    """What wheelbuild.check.check_main_loop expects of a kernel: per step of K = 32, a warp's MMAs and what they read.
+    """What wheelbuild.check.check_main_loop expects of a kernel: per step of K, a warp's MMAs and what they read.
 
-    Activations take two 8 x 16 byte matrices per 8 rows, bf16 four; wgmma reads them from shared memory itself. Packed
-    weights take one word per lane, of which as many come at once as stand side by side (csrc/shared/weight_layout.cuh):
-    four where the warp has as many groups of 8 rows.
+    A step is 32 k, of FP4 activations 64. They take two 8 x 16 byte matrices per 8 rows, bf16 four; wgmma reads them
+    from shared memory itself. Packed weights take one word per lane and 32 k, of which as many come at once as stand
+    side by side (csrc/shared/weight_layout.cuh) and are wanted so: four where the warp has as many groups of 8 rows; of
+    an MMA of FP4 the two of a fragment of A, or one of B.
     """
     proof = tile_model.prove(tile, arch, pair)
     wgmma = proof.opcode == "HGMMA"
+    fp4 = proof.steps_per_k_tile == 2
     act, weight = (proof.warp_n, proof.warp_m) if proof.weights_are_a else (proof.warp_m, proof.warp_n)
     return {
         "function": proof.function,
         "opcode": proof.opcode,
         "mma_per_step": proof.mma_per_step,
         "matrices_per_step": 0 if wgmma else act // 8 * (4 if proof.reads_bf16 else 2),
-        "words_per_step": weight // 8,
-        "words_per_load": min(weight // 8, 4),
+        "words_per_step": weight // 8 * (2 if fp4 else 1),
+        "words_per_load": (2 if proof.weights_are_a else 1) if fp4 else min(weight // 8, 4),
         "variants": proof.reads_bf16,
         "limit": thresholds.limit(arch, pair, tile.name),
     }
 
 
 def _emulated(tile: Tile, pair: str) -> dict[str, str | int | bool]:
-    """What wheelbuild.emulation.check_emulated_tile expects of a kernel: its MMAs in a K tile, four steps, of one warp.
+    """What wheelbuild.emulation.check_emulated_tile expects of a kernel: its MMAs in a K tile, of one warp.
 
     None is emulated of a kernel whose MMA both archs have. A fifth warp and more beside four, or a ninth beside eight,
     are the producer's; three more bring registers along.
@@ -154,7 +156,7 @@ def _emulated(tile: Tile, pair: str) -> dict[str, str | int | bool]:
     spare_warps = proof.threads // 32 - proof.warps_m * proof.warps_n
     return {
         "function": proof.function,
-        "mma_per_k_tile": proof.mma_per_step * 4 if proof.opcode == BLOCK_SCALED else 0,
+        "mma_per_k_tile": proof.mma_per_step * proof.steps_per_k_tile if proof.opcode in BLOCK_SCALED else 0,
         "moves_registers": spare_warps > 1,
     }
 
@@ -162,15 +164,16 @@ def _emulated(tile: Tile, pair: str) -> dict[str, str | int | bool]:
 def block_scaled(tile: Tile, arch: str, pair: str = tile_model.MXFP4_MXFP8) -> dict[str, object]:
     """What wheelbuild.block_scaled expects of a kernel; nothing of one whose MMA takes no scales."""
     proof = tile_model.prove(tile, arch, pair)
-    if proof.opcode != BLOCK_SCALED:
+    if proof.opcode not in BLOCK_SCALED:
         return {}
     parts = ("stages", "act_bytes", "weight_bytes", "act_scale_bytes")
     memory = {part: getattr(proof, part) for part in parts}
     memory |= {
         "block_bytes": tile_model.weight_block_bytes(pair),
         "block_scale_bytes": tile_model.WEIGHT_BLOCK_ROWS * 4 * tile_model.scale_words(pair),
+        "act_scale_set_bytes": (tile.m + 4) * 4,
     }
-    return {"fp4": "A" if tile.swap_ab else "B", "shared_memory": memory}
+    return {"pair": pair, "weights": "A" if proof.weights_are_a else "B", "shared_memory": memory}
 
 
 def _system(folders: Iterable[Path]) -> tuple[str, ...]:

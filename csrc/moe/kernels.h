@@ -207,4 +207,17 @@ struct Mxfp8QuantizeArgs {
 };
 cudaError_t launch_mxfp8_quantize(const Mxfp8QuantizeArgs& args, cudaStream_t stream);
 
+// The same of FP4: NVFP4 where a global scale is given, else MXFP4.
+struct Fp4QuantizeArgs {
+  const void* x;  // [rows, k] of type, 16-byte aligned
+  HalfType type;
+  ScaleLayout layout;
+  int64_t rows;
+  int32_t k;                  // multiple of 32, of NVFP4 of 16
+  const float* global_scale;  // device memory, one value; or null
+  uint8_t* codes;             // [rows, k / 2]
+  uint8_t* scales;            // as Mxfp8QuantizeArgs', for blocks of 32 or 16 values
+};
+cudaError_t launch_fp4_quantize(const Fp4QuantizeArgs& args, cudaStream_t stream);
+
 }  // namespace mxfp4_moe

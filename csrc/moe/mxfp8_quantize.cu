@@ -7,64 +7,11 @@
 // signs of its zeros; all else is shared/mxfp8.cuh. Called by operators.cpp.
 // Why it is fast: one launch, no host work, each byte once; each lane loads 16 or 32 bytes and stores 8, a quad finds
 // amax with two shuffles, a half-warp writes one scale word. With many rows a lane has four loads in flight.
-#include "moe/halves.cuh"
-#include "moe/warps.cuh"
-#include "shared/launch.cuh"
+#include "moe/plain_rows.cuh"
 #include "shared/mxfp8.cuh"
-#include "shared/scale_layout.cuh"
 
 namespace mxfp4_moe {
 namespace {
-
-constexpr int kThreads = 128;
-constexpr int kLanes = 4;                       // of a block of 32 values
-constexpr int kValues = kScaleBlock / kLanes;   // of a lane
-constexpr int kWordLanes = 4 * kLanes;          // of a K tile of 128 values, whose four scales are a word
-constexpr int kTiles = kThreads / kWordLanes;   // of a thread block
-constexpr int kFewRows = 512, kRowsAtOnce = 4;  // beyond few rows a lane loads several before it uses one
-constexpr int kTallRows = 128, kShortRows = 8;  // of a tile of scales
-
-// A lane's values as they are loaded, and as fp32.
-template <QuantizeInput kInput>
-struct Values {
-  uint4 packed[kInput == QuantizeInput::kFloat32 ? 2 : 1];
-
-  __device__ __forceinline__ void load(const void* x, int64_t first) {
-    constexpr int kVectors = sizeof(packed) / sizeof(uint4);
-    const auto* vectors = static_cast<const uint4*>(x) + first * kVectors / kValues;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      packed[i] = __ldcg(vectors + i);
-    }
-  }
-
-  __device__ __forceinline__ void clear() {
-    for (uint4& vector : packed) {
-      vector = make_uint4(0, 0, 0, 0);
-    }
-  }
-
-  __device__ __forceinline__ void widen_to(float (&values)[kValues]) const {
-    if constexpr (kInput == QuantizeInput::kFloat32) {
-      memcpy(values, packed, sizeof(values));
-    } else {
-      constexpr HalfType kType = kInput == QuantizeInput::kBFloat16 ? HalfType::kBFloat16 : HalfType::kFloat16;
-      widen<kType>(packed[0], values);
-    }
-  }
-};
-
-// Byte offset of the word of scales of (row, K tile), in tiles of either height.
-__device__ __forceinline__ int64_t word_offset(const Mxfp8QuantizeArgs& args, int64_t row, int k_tile) {
-  if (args.layout == ScaleLayout::k128x4) {
-    return swizzled_scale_offset(row, int64_t{k_tile} * 4, args.padded_k);
-  }
-  return (row / kShortRows * scale_k_tiles(args.padded_k) + k_tile) * (kShortRows * 4) + row % kShortRows * 4;
-}
-
-__device__ __forceinline__ void store_word(const Mxfp8QuantizeArgs& args, int64_t row, int k_tile, uint32_t word) {
-  *reinterpret_cast<uint32_t*>(args.scales + word_offset(args, row, k_tile)) = word;
-}
 
 // One row's part of a lane: its codes and, from one lane of each block or K tile, scales. All 32 lanes call it.
 __device__ __forceinline__ void quantize(const float (&x)[kValues], const Mxfp8QuantizeArgs& args, int64_t row,
@@ -96,22 +43,7 @@ __device__ __forceinline__ void quantize(const float (&x)[kValues], const Mxfp8Q
     }
   }
   if (args.layout != ScaleLayout::kLinear && lane == 0 && k_tile < scale_k_tiles(args.padded_k)) {
-    store_word(args, row, k_tile, word);
-  }
-}
-
-// The words of the rows that fill up the last tile, divided among all threads of the grid.
-__device__ __forceinline__ void store_padding(const Mxfp8QuantizeArgs& args) {
-  if (args.layout == ScaleLayout::kLinear) {
-    return;
-  }
-  const int height = args.layout == ScaleLayout::k128x4 ? kTallRows : kShortRows;
-  const int64_t padding = (height - args.rows % height) % height;
-  const int64_t threads = int64_t{gridDim.x} * gridDim.y * kThreads;
-  const int64_t thread = (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
-#pragma unroll 1
-  for (int64_t i = thread; i < padding * scale_k_tiles(args.padded_k); i += threads) {
-    store_word(args, args.rows + i % padding, static_cast<int>(i / padding), 0);
+    store_word(args.scales, args.layout, row, k_tile, scale_k_tiles(args.padded_k), word);
   }
 }
 
@@ -122,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) mxfp8_quantize_kernel(const Mxfp8Qua
   const int64_t stride = gridDim.y;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  store_padding(args);
+  store_padding(args.scales, args.layout, args.rows, scale_k_tiles(args.padded_k));
   for (int64_t first = blockIdx.y; first < args.rows; first += kRows * stride) {
     Values<kInput> loaded[kRows];
 #pragma unroll
@@ -145,9 +77,7 @@ __global__ void __launch_bounds__(kThreads) mxfp8_quantize_kernel(const Mxfp8Qua
 
 template <QuantizeInput kInput, int kRows>
 cudaError_t launch_rows(const Mxfp8QuantizeArgs& args, cudaStream_t stream) {
-  const int k_tiles = static_cast<int>(scale_k_tiles(args.padded_k));
-  const int64_t groups = (args.rows + kRows - 1) / kRows;
-  const dim3 grid((k_tiles + kTiles - 1) / kTiles, static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
+  const dim3 grid = grid_of_rows(args.rows, args.padded_k, kRows);
   return launch(mxfp8_quantize_kernel<kInput, kRows>, grid, kThreads, 0, stream, args);
 }
 

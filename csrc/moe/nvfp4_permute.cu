@@ -1,7 +1,7 @@
 // Quantize-permute to NVFP4: hidden_states to the rows that GEMM1 reads, in expert order.
 //
-// in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1; and the global scales
-//      of all experts, or none
+// in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1; and the global
+//      scales of all experts, or none
 // out  packed codes [R, H / 2] E2M1, plain k order; scales [2 ceil(H/128), R padded to 4, 4] E4M3; where no global
 //      scales are given, row_factors [R] fp32
 // Under its expert's global scale each of a token's rows has other codes. Without one all have the same, under 2688 /

@@ -1,8 +1,9 @@
 // NVFP4 rows for the GEMMs, written by warps (the arithmetic: shared/fp4.cuh), and where their bytes go.
 //
-// Lanes as in mx_rows.cuh: a half-warp has a K tile of a row, lane l the values k = 8l .. 8l+7. Here a block of 16 values
-// is a pair of lanes, and the four blocks of 64 k are eight lanes, whose scale bytes leave as one 32-bit word: two words
-// to a K tile. What a row is multiplied by first is its expert's global scale or its own (kernels.h, GlobalScales).
+// Lanes as in mx_rows.cuh: a half-warp has a K tile of a row, lane l the values k = 8l .. 8l+7. Here a block of 16
+// values is a pair of lanes, and the four blocks of 64 k are eight lanes, whose scale bytes leave as one 32-bit word:
+// two words to a K tile. What a row is multiplied by first is its expert's global scale or its own (kernels.h,
+// GlobalScales).
 // Used by nvfp4_permute.cu and nvfp4_activation.cu.
 #pragma once
 

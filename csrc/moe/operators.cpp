@@ -2,8 +2,8 @@
 //
 // fused_moe runs a layer (layer.h). route, quantize_permute, permute, activation and finalize expose its parts to tests
 // and benchmarks. route_topk and route_experts are the routers' kernels, topk_softmax.cu and topk_experts.cu, and
-// mxfp8_quantize the drop-in's. register_tile takes the address of a loaded tile (tile_abi.h); fused_moe finds its GEMM
-// there.
+// mxfp8_quantize and fp4_quantize the drop-in's. register_tile takes the address of a loaded tile (tile_abi.h);
+// fused_moe finds its GEMM there.
 // Every argument is checked before anything is launched (checks.h). Nothing here synchronizes or reads device memory.
 // Shapes and layouts: kernels.h.
 #include <Python.h>
@@ -327,6 +327,36 @@ std::tuple<Tensor, Tensor> mxfp8_quantize(const Tensor& input, int64_t padded_k,
   return {codes, scales};
 }
 
+// Returns packed codes [rows, k / 2] and scales, flat: NVFP4 where a global scale is given, else MXFP4.
+std::tuple<Tensor, Tensor> fp4_quantize(const Tensor& input, const std::optional<Tensor>& global_scale,
+                                        int64_t layout) {
+  const int32_t device = device_of("input", input);
+  Fp4QuantizeArgs args = {};
+  args.type = check_half("input", input);
+  check_placed("input", input, device);
+  const int64_t block = global_scale.has_value() ? 16 : kScaleBlock, k = input.size(1), blocks = k / block;
+  STD_TORCH_CHECK(k > 0 && k % block == 0 && k <= INT_MAX / 2, "k: expected a positive multiple of ", block, ", got ",
+                  k);
+  args.layout = static_cast<ScaleLayout>(check_range("layout", layout, 0, 2));
+  args.rows = input.size(0);
+  args.k = static_cast<int32_t>(k);
+  if (global_scale.has_value()) {
+    check_tensor("global_scale", *global_scale, ScalarType::Float, {1}, device, kElementAlignment);
+    args.global_scale = data<const float>(*global_scale);
+  }
+  const int64_t height = args.layout == ScaleLayout::k128x4 ? 128 : args.layout == ScaleLayout::k8x4 ? 8 : 1;
+  const int64_t words = (args.rows + height - 1) / height * height * ((blocks + 3) / 4);
+  const DeviceGuard guard(device);
+  const Tensor codes = empty({args.rows, k / 2}, ScalarType::Byte, device);
+  const Tensor scales =
+      empty({args.layout == ScaleLayout::kLinear ? args.rows * blocks : words * 4}, ScalarType::Byte, device);
+  args.x = input.data_ptr();
+  args.codes = data<uint8_t>(codes);
+  args.scales = data<uint8_t>(scales);
+  check_launch("fp4-quantize", launch_fp4_quantize(args, current_stream(device)));
+  return {codes, scales};
+}
+
 void register_tile(int64_t entry) {
   const std::string reason = tiles().add(reinterpret_cast<const Mxfp4MoeTile*>(static_cast<uintptr_t>(entry)));
   STD_TORCH_CHECK(reason.empty(), reason);
@@ -366,6 +396,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mxfp4_moe, m) {
       "int scoring_func=0, int num_expert_group=1, int topk_group=1, int group_score=0, "
       "float routed_scaling_factor=1.0, Tensor? topk_ids=None) -> (Tensor, Tensor)");
   m.def("mxfp8_quantize(Tensor input, int padded_k, int layout) -> (Tensor, Tensor)");
+  m.def("fp4_quantize(Tensor input, Tensor? global_scale, int layout) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CompositeExplicitAutograd, m) {
@@ -382,6 +413,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp4_moe, CUDA, m) {
   m.impl("route_topk", TORCH_BOX(&mxfp4_moe::route_topk));
   m.impl("route_experts", TORCH_BOX(&mxfp4_moe::route_experts));
   m.impl("mxfp8_quantize", TORCH_BOX(&mxfp4_moe::mxfp8_quantize));
+  m.impl("fp4_quantize", TORCH_BOX(&mxfp4_moe::fp4_quantize));
 }
 
 // `import mxfp4_moe._ext.moe` runs the registrations above; the module itself is empty.

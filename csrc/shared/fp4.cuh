@@ -4,8 +4,8 @@
 // MXFP4, 32 values: scale amax * fp32(1/6), rounded up to a power of two on the bits; codes E2M1(x * 2^-scale).
 // NVFP4, 16 values under a global scale g: scale E4M3(g * (amax * fp32(1/6))), at most 448; codes
 // E2M1(x * (1 / (scale * (1 / g)))), reciprocals to nearest. Codes are rounded to nearest even, at most 6. A block of
-// zeros has the scale byte 0, and its codes keep the signs. An NVFP4 block whose scale rounds to 0 has codes of 6, of its
-// zeros +6: 0 times infinity is a NaN. A block with a NaN or an infinity becomes codes 0 under a scale that is NaN.
+// zeros has the scale byte 0, and its codes keep the signs. An NVFP4 block whose scale rounds to 0 has codes of 6, of
+// its zeros +6: 0 times infinity is a NaN. A block with a NaN or an infinity becomes codes 0 under a scale that is NaN.
 #pragma once
 
 #include "shared/mxfp8.cuh"

@@ -2,11 +2,11 @@
 // packed codes [rows, intermediate / 2] E2M1, low nibble = even k, and their scales (tile_abi.h); the arithmetic is
 // shared/fp4.cuh. NVFP4 rows are under their expert's global scale.
 //
-// A block is 32 or 16 outputs, 64 or 32 weight rows: of two or four warps, one, or half of one. Warps that share a block
-// leave the largest magnitude of their part of a row in shared memory and meet once; others need neither.
-// Codes leave as words of the eight outputs of a group. Native, a quad has two groups of two rows, and a lane one byte of
-// each: four words, transposed. Swapped, lane 4g + t has output g of rows 2t and 2t + 1: four groups' codes are 16 bits
-// for each row, an 8x8 transpose brings a row's outputs 2t and 2t + 1 together, and a quad transposes the rest.
+// A block is 32 or 16 outputs, 64 or 32 weight rows: of two or four warps, one, or half of one. Warps that share a
+// block leave the largest magnitude of their part of a row in shared memory and meet once; others need neither.
+// Weights are the MMA's A in every tile that activates FP4, so lane 4g + t has output g of rows 2t and 2t + 1. Codes
+// leave as words of the eight outputs of a group: four groups' codes are 16 bits for each row, an 8x8 transpose brings a
+// row's outputs 2t and 2t + 1 together, and a quad transposes the rest.
 #pragma once
 
 #include "shared/fp4.cuh"
@@ -33,21 +33,19 @@ __device__ __forceinline__ uint32_t pair_codes(uint32_t codes) {
 }
 
 // Activations -> codes and scales, for one warp at (m0, n0) of the physical tile; amax is the tile's shared table
-// [parts][M]. value(q, f, r, o): output o of group q that this lane has of row r of fragment f (swiglu_epilogue.cuh).
+// [parts][M]. value(q, f, r): this lane's output of group q, of row r of fragment f (swiglu_epilogue.cuh).
 // All MMA warps call it.
 template <class Shape, class Value>
 __device__ __forceinline__ void store_fp4(const Value& value, const Mxfp4MoeActivate& a, const Mxfp4MoeMTile& m_tile,
                                           int rows, int n, int tile_n0, int m0, int n0, int lane, uint32_t* amax) {
   using Blocks = Fp4Blocks<Shape>;
-  constexpr bool kSwap = Shape::kSwap;
-  constexpr int kGroups = kSwap ? Shape::kFragM : Shape::kFragN / 2, kGroupsPerBlock = kGroups / Blocks::kOfWarp;
-  constexpr int kActFrags = kSwap ? Shape::kFragN : Shape::kFragM, kOuts = kSwap ? 1 : 2;
+  static_assert(Shape::kSwap, "FP4 weights are the MMA's A");
+  constexpr int kGroups = Shape::kFragM, kGroupsPerBlock = kGroups / Blocks::kOfWarp, kActFrags = Shape::kFragN;
   const int g = lane / 4, t = lane % 4;
-  const int weight_row0 = kSwap ? m0 : n0, act_row0 = kSwap ? n0 : m0;
-  const int part = weight_row0 / Shape::kWarpWeightRows, col0 = tile_n0 + weight_row0;
+  const int part = m0 / Shape::kWarpWeightRows, col0 = tile_n0 + m0;
   const int valid = m_tile.row_end - m_tile.row_begin, intermediate = n / 2;
-  const auto act_row = [&](int f, int r) { return act_row0 + (kSwap ? f * 8 + 2 * t + r : f * 16 + 8 * r + g); };
-  const bool leads = kSwap ? g == 0 : t == 0;  // of the lanes that have the same row
+  const auto act_row = [&](int f, int r) { return n0 + f * 8 + 2 * t + r; };
+  const bool leads = g == 0;  // of the lanes that have the same rows
 
   uint32_t largest[kActFrags][2][Blocks::kOfWarp];
 #pragma unroll
@@ -58,11 +56,9 @@ __device__ __forceinline__ void store_fp4(const Value& value, const Mxfp4MoeActi
       for (int b = 0; b < Blocks::kOfWarp; ++b) {
         uint32_t of_lane = 0;
 #pragma unroll
-        for (int q = b * kGroupsPerBlock; q < (b + 1) * kGroupsPerBlock; ++q) {
-#pragma unroll
-          for (int o = 0; o < kOuts; ++o) of_lane = max(of_lane, magnitude(value(q, f, r, o)));
-        }
-        largest[f][r][b] = kSwap ? max_over_lanes<4, 3>(of_lane) : max_over_lanes<1, 2>(of_lane);
+        for (int q = b * kGroupsPerBlock; q < (b + 1) * kGroupsPerBlock; ++q)
+          of_lane = max(of_lane, magnitude(value(q, f, r)));
+        largest[f][r][b] = max_over_lanes<4, 3>(of_lane);
       }
     }
   }
@@ -118,42 +114,28 @@ __device__ __forceinline__ void store_fp4(const Value& value, const Mxfp4MoeActi
     }
   }
 
-  const auto scaled = [&](int q, int f, int r, int o) {
+  const auto scaled = [&](int q, int f, int r) {
     const float by = multiplier[f][r][q / kGroupsPerBlock];
-    return by < 0.f ? 0.f : __fmul_rn(value(q, f, r, o), by);
+    return by < 0.f ? 0.f : __fmul_rn(value(q, f, r), by);
   };
-  const auto store_word = [&](int row, int q, uint32_t word) {
-    if (row < valid)
-      *reinterpret_cast<uint32_t*>(a.rows + static_cast<int64_t>(m_tile.row_begin + row) * (intermediate / 2) +
-                                   col0 / 4 + q * 4) = word;
-  };
-  if constexpr (kSwap) {
-    // Four of the fragments' groups at a time; what is beyond the last is zero and stored nowhere.
-    constexpr int kCells = kActFrags * kGroups;
+  // Four of the fragments' groups at a time; what is beyond the last is zero and stored nowhere.
+  constexpr int kCells = kActFrags * kGroups;
 #pragma unroll
-    for (int first = 0; first < kCells; first += 4) {
-      float x[8];
+  for (int first = 0; first < kCells; first += 4) {
+    float x[8];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
+    for (int c = 0; c < 4; ++c) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int cell = first + c;
-          x[r * 4 + c % 2 * 2 + c / 2] = cell < kCells ? scaled(cell % kGroups, cell / kGroups, r, 0) : 0.f;
-        }
+      for (int r = 0; r < 2; ++r) {
+        const int cell = first + c;
+        x[r * 4 + c % 2 * 2 + c / 2] = cell < kCells ? scaled(cell % kGroups, cell / kGroups, r) : 0.f;
       }
-      const uint32_t word = transpose_bytes<1>(pair_codes(transpose_8x8(encode8_e2m1(x))), t);
-      const int cell = first + t;
-      if (cell < kCells) store_word(act_row0 + cell / kGroups * 8 + g, cell % kGroups, word);
     }
-  } else {
-    static_assert(kSwap || kGroups == 2);
-#pragma unroll
-    for (int f = 0; f < kActFrags; ++f) {
-      float x[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = scaled(i / 2 % 2, f, i / 4, i % 2);
-      store_word(act_row(f, t / 2), t % 2, transpose_bytes<1>(encode8_e2m1(x), t));
-    }
+    const uint32_t word = transpose_bytes<1>(pair_codes(transpose_8x8(encode8_e2m1(x))), t);
+    const int cell = first + t, row = n0 + cell / kGroups * 8 + g;
+    if (cell < kCells && row < valid)
+      *reinterpret_cast<uint32_t*>(a.rows + static_cast<int64_t>(m_tile.row_begin + row) * (intermediate / 2) +
+                                   col0 / 4 + cell % kGroups * 4) = word;
   }
 }
 

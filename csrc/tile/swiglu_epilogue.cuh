@@ -108,7 +108,8 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   if (rounding != Rounding::kNone) round_all();
 
   if constexpr (Shape::kActFormat == MXFP4_MOE_ACT_MXFP4 || Shape::kActFormat == MXFP4_MOE_ACT_NVFP4) {
-    store_fp4<Shape>(value, a, m_tile, rows, n, tile_n0, m0, n0, lane, amax);
+    const auto output = [&](int q, int f, int row) { return value(q, f, row, 0); };
+    store_fp4<Shape>(output, a, m_tile, rows, n, tile_n0, m0, n0, lane, amax);
     return;
   }
 

@@ -61,8 +61,9 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAccumulators >= 64;
   static constexpr int kMmaRegisters = 232;
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kProducer = kMmaWarps;                // the warp that loads
-  static constexpr bool kKeepsNothing = kAccumulators > 64;  // beside accumulators, through the main loop
+  static constexpr int kProducer = kMmaWarps;  // the warp that loads
+  // Beside accumulators, through the main loop; FP4 has no registers of expanded weights.
+  static constexpr bool kKeepsNothing = kAccumulators > 64 && !kIsFp4;
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
   // Bytes of one pipeline stage, and of each of its three parts.
@@ -95,8 +96,8 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kBlocksPerSm = Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
   static constexpr int kStages = Fits::stages_for(kBlocksPerSm);
-  static constexpr bool kUnrollsStages =
-      kFragM * kFragN <= (kIsFp4 ? 16 : 8);  // the main loop, so that stages' addresses are constants
+  // The main loop, so that stages' addresses are constants: where that is not too much code.
+  static constexpr bool kUnrollsStages = kIsFp4 || kFragM * kFragN <= 8;
   using Smem = SmemLayout<kStages, kActBytes, kWeightBytes, kActScaleBytes, kBarrierBytesPerStage, kAmaxBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
 

@@ -208,8 +208,8 @@ def exact_problem(pair: str, what: str, k: int, n: int, device: torch.device) ->
         **draw.factors(power, what != "sparse"),
     )
     factors = problem.factors()
-    for e, (begin, end) in enumerate(pairwise(draw.offsets.tolist())):
-        sums = a[begin:end] @ b[e].T
+    for expert, (begin, end) in enumerate(pairwise(draw.offsets.tolist())):
+        sums = a[begin:end] @ b[expert].T
         expected[begin:end] = (sums if factors is None else sums * factors[begin:end]).float() + 0.0
     return problem
 
@@ -272,7 +272,6 @@ def random_nvfp4_weights(
     def scales(around: float, *shape: int) -> Tensor:
         return around * (0.5 + torch.rand(shape, generator=g, dtype=torch.float32, device=device))
 
-    given = {"w13_input_scale": scales(6 / 2688, experts, 2), "w2_input_scale": scales(16 / 2688, experts)}
     return MoEWeights.from_nvfp4(
         integers(0, 255, experts, 2 * inter, hidden // 2),
         integers(0x28, 0x50, experts, 2 * inter, hidden // 16),
@@ -280,5 +279,6 @@ def random_nvfp4_weights(
         integers(0x28, 0x50, experts, hidden, inter // 16),
         w13_scale_2=scales(0.1 / hidden**0.5, experts, 2),
         w2_scale_2=scales(0.1 / inter**0.5, experts),
-        **(given if inputs else {}),
+        w13_input_scale=scales(6 / 2688, experts, 2) if inputs else None,
+        w2_input_scale=scales(16 / 2688, experts) if inputs else None,
     )

@@ -180,11 +180,11 @@ class MoEWeights(FromFiles):
     def tensor_parallel(self, tp_rank: int, tp_size: int) -> MoEWeights:
         """Shard of one of tp_size ranks: every expert, a part of the intermediate dimension.
 
-        The dimension is cut between blocks of 32 (NVFP4's of 16 where I is no multiple of 32): I / 32 // tp_size blocks each, and one more for the first
-        ranks where blocks are left over (2880 over 4 is 23, 23, 22 and 22 blocks). Rank 0 keeps w2_bias, so the sum of
-        all ranks' outputs is the layer's. Each rank rounds its own sum to the output dtype; apart from that rounding
-        the split changes nothing, but with NVFP4 activations whose scale is that of the rank's part of a row, since the
-        checkpoint has none for inputs. Copies.
+        The dimension is cut between blocks of 32 (NVFP4's of 16 where I is no multiple of 32): I / 32 // tp_size blocks
+        each, and one more for the first ranks where blocks are left over (2880 over 4 is 23, 23, 22 and 22 blocks).
+        Rank 0 keeps w2_bias, so the sum of all ranks' outputs is the layer's. Each rank rounds its own sum to the
+        output dtype; apart from that rounding the split changes nothing, but with NVFP4 activations whose scale is that
+        of the rank's part of a row, since the checkpoint has none for inputs. Copies.
 
         Raises:
             ValueError: more ranks than blocks, or tp_rank is not one of them.

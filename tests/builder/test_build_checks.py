@@ -116,7 +116,10 @@ def test_no_arch_may_spill(arch: str) -> None:
         check_memory("x.so", code, [used for used in RESOURCES if used.arch != arch])
 
 
-PLAIN, OTHER = "_ZN9mxfp4_moe12grouped_gemmI4TileEE", "_ZN9mxfp4_moe18grouped_gemm_wgmmaI5ShapeEE"
+PLAIN = "_ZN9mxfp4_moe12grouped_gemmIN19sm_120f_mxfp4_mxfp84TileEEE"
+FP4 = PLAIN.replace("mxfp4_mxfp8", "mxfp4_mxfp4")
+OTHER = "_ZN9mxfp4_moe18grouped_gemm_wgmmaIN17sm_90a_mxfp4_bf164TileEEE"
+MXFP8, WGMMA = {"mxfp4_mxfp8": "grouped_gemm"}, {"mxfp4_bf16": "grouped_gemm_wgmma"}
 
 
 def both(plain: tuple[str, ...], other: tuple[str, ...]) -> Code:
@@ -124,18 +127,28 @@ def both(plain: tuple[str, ...], other: tuple[str, ...]) -> Code:
 
 
 def test_a_tile_has_the_kernel_of_its_arch_and_no_other() -> None:
-    check_kernels("x.so", "120f", code_of(*GOOD, kernel=PLAIN), ["grouped_gemm"])
-    check_kernels("x.so", "90a", code_of(*GOOD, kernel=OTHER), ["grouped_gemm_wgmma"])
-    check_kernels("x.so", "120f", both(GOOD, GOOD), ["grouped_gemm", "grouped_gemm_wgmma"])
-    with pytest.raises(BuildError, match=f"expected grouped_gemm and grouped_gemm_wgmma, once and alone, got {PLAIN}$"):
-        check_kernels("x.so", "120f", code_of(*GOOD, kernel=PLAIN), ["grouped_gemm", "grouped_gemm_wgmma"])
-    sentence = f"^x.so on sm_90a: expected grouped_gemm_wgmma, once and alone, got {PLAIN}"
+    check_kernels("x.so", "120f", code_of(*GOOD, kernel=PLAIN), MXFP8)
+    check_kernels("x.so", "90a", code_of(*GOOD, kernel=OTHER), WGMMA)
+    check_kernels("x.so", "120f", both(GOOD, GOOD), MXFP8 | WGMMA)
+    expected = "grouped_gemm of mxfp4_mxfp8 and grouped_gemm_wgmma of mxfp4_bf16"
+    with pytest.raises(BuildError, match=f"expected {expected}, once and alone, got {PLAIN}$"):
+        check_kernels("x.so", "120f", code_of(*GOOD, kernel=PLAIN), MXFP8 | WGMMA)
+    sentence = f"^x.so on sm_90a: expected grouped_gemm_wgmma of mxfp4_bf16, once and alone, got {PLAIN}"
     with pytest.raises(BuildError, match=f"{sentence}$"):
-        check_kernels("x.so", "90a", code_of(*GOOD, kernel=PLAIN), ["grouped_gemm_wgmma"])
+        check_kernels("x.so", "90a", code_of(*GOOD, kernel=PLAIN), WGMMA)
     with pytest.raises(BuildError, match=f"{sentence}, {OTHER}$"):
-        check_kernels("x.so", "90a", both(GOOD, GOOD), ["grouped_gemm_wgmma"])
+        check_kernels("x.so", "90a", both(GOOD, GOOD), WGMMA)
     with pytest.raises(BuildError, match="once and alone, got no kernels$"):
-        check_kernels("x.so", "90a", Code(), ["grouped_gemm_wgmma"])
+        check_kernels("x.so", "90a", Code(), WGMMA)
+
+
+def test_kernels_of_one_template_are_told_apart_by_their_pair() -> None:
+    pairs = MXFP8 | {"mxfp4_mxfp4": "grouped_gemm"}
+    two = Code(kernels=code_of(*GOOD, kernel=PLAIN).kernels | code_of(*GOOD, kernel=FP4).kernels)
+    check_kernels("x.so", "120f", two, pairs)
+    assert list(two.of("grouped_gemm", "mxfp4_mxfp4").kernels) == [FP4]
+    with pytest.raises(BuildError, match="expected grouped_gemm of mxfp4_mxfp8 and grouped_gemm of nvfp4_nvfp4, once"):
+        check_kernels("x.so", "120f", two, MXFP8 | {"nvfp4_nvfp4": "grouped_gemm"})
 
 
 OUTER = ("LDG.E.U8 R4, [R2]", "LDS.128 R4, [R2]", "HMMA.16816.F32 R4, R8, R12, R4", "@P0 BRA {0}")

@@ -48,19 +48,28 @@ def test_the_plan_has_every_tile_for_every_arch() -> None:
     assert len(made.jobs) == len(MANIFEST.tiles) * (len(MANIFEST.archs) + 3) + len(MOE_SOURCES) + 3
 
 
-def test_full_has_a_kernel_of_bf16_beside_the_others_where_a_tile_can() -> None:
-    """On SM12x alone: SM90's kernels serve both pairs. Everything of mxfp4_minimal is compiled as it is there."""
+def test_full_has_more_kernels_where_a_tile_can() -> None:
+    """SM90's kernels serve both pairs of MXFP4 weights. Everything of mxfp4_minimal is compiled as it is there."""
     full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
     minimal = by_name(make_plan())
     assert len({job.output for job in full.jobs}) == len(full.jobs), "no two jobs write one file"
     more = {job.name: job for job in full.jobs if job.name not in minimal}
-    having = [tile for tile in MANIFEST.tiles if tile.m < 256]
-    assert more.keys() == {f"{tile.module}.120f.mxfp4_bf16" for tile in having}
-    assert len(having) == 21
+    counts = {"mxfp4_bf16": 21, "mxfp4_mxfp4": 26, "nvfp4_nvfp4": 26, "nvfp4_bf16": 20}
+    names = {
+        f"{tile.module}.{arch}.{pair}"
+        for tile in MANIFEST.tiles
+        for pair in MANIFEST.pairs_of("full", tile)
+        for arch in ("120f", "90a") * (pair != "mxfp4_mxfp8")
+        if arch == "120f" or pair == "nvfp4_bf16"
+    }
+    assert more.keys() == names
+    for pair, count in counts.items():
+        assert sum(name.endswith(f"120f.{pair}") for name in more) == count
     for tile in MANIFEST.tiles:
         (op,) = full.jobs_of(tile.module, "cxx")
-        kernels = "X(90a, mxfp4_bf16) X(120f, mxfp4_mxfp8)" + " X(120f, mxfp4_bf16)" * (tile in having)
-        assert f"-DMXFP4_MOE_FOR_EACH_KERNEL(X)={kernels}" in op.command
+        kernels = [(job.archs[0], job.pair) for job in full.jobs_of(tile.module, "nvcc")]
+        each = " ".join(f"X({arch}, {pair})" for arch, pair in kernels)
+        assert f"-DMXFP4_MOE_FOR_EACH_KERNEL(X)={each}" in op.command
         (link,) = full.jobs_of(tile.module, "link")
         assert {job.output for job in full.jobs_of(tile.module, "nvcc")} < set(link.inputs)
     for name, job in by_name(full).items():
@@ -189,13 +198,18 @@ def test_the_check_knows_where_block_scaled_mmas_read() -> None:
     made = make_plan()
     # On sm_120f (128, 128) has three stages, each of 2 blocks of 64 weights' rows.
     stages = {"stages": 3, "act_bytes": 128 * 128, "weight_bytes": 2 * 4352, "act_scale_bytes": 640}
-    memory = stages | {"block_bytes": 64 * (64 + 4), "block_scale_bytes": 64 * 4}
+    memory = stages | {"block_bytes": 64 * (64 + 4), "block_scale_bytes": 64 * 4, "act_scale_set_bytes": 132 * 4}
     check = expected(made, "tile_m128n128", "check")
-    scaled = {"mxfp4_mxfp8": {"fp4": "B", "shared_memory": memory}}
+    scaled = {"mxfp4_mxfp8": {"pair": "mxfp4_mxfp8", "weights": "B", "shared_memory": memory}}
     assert check["block_scaled"] == {"120f": scaled}, "SM90 has no such MMA"
     full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
-    assert expected(full, "tile_m128n128", "check")["block_scaled"] == {"120f": scaled}, "nor have bf16 operands"
-    assert expected(made, "tile_m8n128_swap", "check")["block_scaled"]["120f"]["mxfp4_mxfp8"]["fp4"] == "A"
+    # Rows of FP4 have half the bytes, and of NVFP4 two words of scales, as weights have.
+    packed = {"stages": 5, "act_bytes": 128 * 64, "weight_bytes": 2 * 4352, "act_scale_bytes": 640}
+    of_nvfp4 = {"weight_bytes": 2 * 4608, "act_scale_bytes": 1152, "block_bytes": 4608, "block_scale_bytes": 512}
+    for pair, parts in (("mxfp4_mxfp4", {}), ("nvfp4_nvfp4", of_nvfp4)):
+        scaled[pair] = {"pair": pair, "weights": "A", "shared_memory": memory | packed | parts}
+    assert expected(full, "tile_m128n128", "check")["block_scaled"] == {"120f": scaled}, "bf16 operands have none"
+    assert expected(made, "tile_m8n128_swap", "check")["block_scaled"]["120f"]["mxfp4_mxfp8"]["weights"] == "A"
     assert "block_scaled" not in expected(made, "moe", "check")
 
 
@@ -204,11 +218,25 @@ def test_the_check_knows_the_main_loop_of_bf16_on_sm12x() -> None:
     full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
     for name, mmas, matrices, words in (("tile_m128n128", 32, 64, 2), ("tile_m64n16", 4, 8, 2)):
         found: dict[str, Any] = expected(full, name, "check")["main_loop"]["120f"]
-        assert found.keys() == {"mxfp4_mxfp8", "mxfp4_bf16"}
+        assert found.keys() == {"mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16"}
         assert found["mxfp4_bf16"] == {
             **{"function": "grouped_gemm_mma_sync", "opcode": "HMMA", "variants": True, "limit": None},
             **{"mma_per_step": mmas, "matrices_per_step": matrices, "words_per_step": words, "words_per_load": words},
         }
+
+
+def test_the_check_knows_the_main_loop_of_fp4() -> None:
+    """A step is K = 64. A warp of (128, 128) has 32 weight rows, as A, and 64 of activations: 2 x 8 MMAs, and of each
+    weight row the words of two steps of 32, two rows' side by side; of (64, 16) 16 rows of both, weights as B."""
+    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
+    for name, mmas, matrices, words, at_once in (("tile_m128n128", 16, 16, 8, 2), ("tile_m64n16", 2, 4, 4, 1)):
+        for pair in ("mxfp4_mxfp4", "nvfp4_nvfp4"):
+            found = expected(full, name, "check")["main_loop"]["120f"][pair]
+            assert found == {
+                **{"function": "grouped_gemm", "opcode": "OMMA.SF", "variants": False, "limit": None},
+                **{"mma_per_step": mmas, "matrices_per_step": matrices},
+                **{"words_per_step": words, "words_per_load": at_once},
+            }
 
 
 def test_a_threshold_of_one_tile_reruns_that_tiles_check_only() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import fake_wheel
 import pytest
 import torch
+from machine_code_cases import code_of
 
 from mxfp4_moe import cli, formats, problems
 from mxfp4_moe._choice import choice, cost_model, tuned
@@ -27,7 +28,7 @@ from mxfp4_moe.formats import weight_layout
 from mxfp4_moe.tiles import load_manifest
 from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.emulation import check_emulated_tile, refuse_emulated
-from wheelbuild.machine_code import Code, parse_sass
+from wheelbuild.machine_code import Code
 from wheelbuild.plan import Plan, plan
 from wheelbuild.release.audit import audit
 from wheelbuild.release.index import read_file
@@ -65,11 +66,6 @@ def make_plan(chosen: Settings) -> Plan:
     return plan(
         chosen, TOOLS, LIMITS, [Path("csrc/moe/route.cu"), Path("csrc/moe/operators.cpp")], Path("build/x/ninja")
     )
-
-
-def code_of(*lines: str, kernel: str) -> Code:
-    listing = "\n".join(f"  /*{16 * place:04x}*/  {line} ;" for place, line in enumerate(lines))
-    return parse_sass(f"arch = sm_90a\n\t\tFunction : {kernel}\n{listing}\n")["90a"]
 
 
 # ---- what is built ---------------------------------------------------------------------------------------------------
@@ -129,8 +125,11 @@ def test_other_builds_know_nothing_of_it() -> None:
 
 # ---- what its machine code must be -----------------------------------------------------------------------------------
 
-KERNEL = "_ZN9mxfp4_moe12grouped_gemmIN7sm_120f4TileEEEvNS_10TensorMapsENS_10GemmParamsE"
-GOOD = ("UTMALDG.2D [UR8], [UR6]", "LDSM.16.M88.4 R4, [R2]", *["CALL.REL.NOINC 0x10"] * 4, "USETMAXREG 0xe8", "EXIT")
+KERNEL = "_ZN9mxfp4_moe12grouped_gemmIN19sm_120f_mxfp4_mxfp84TileEEEvNS_10TensorMapsENS_10GemmParamsE"
+CALL = "CALL.REL.NOINC {9}"  # of the emulated MMA, which ends the kernel; another one divides
+GOOD = ("UTMALDG.2D [UR8], [UR6]", "LDSM.16.M88.4 R4, [R2]", *[CALL] * 4, "USETMAXREG 0xe8", "CALL.REL.NOINC {12}")
+GOOD += ("EXIT", "IADD3 R4, R4, R5, RZ", "SHFL.IDX PT, R4, R5, R6, 0x1f", "RET.REL.NODEC R2 0x0", "MUFU.RCP R4, R4")
+GOOD += ("RET.REL.NODEC R2 0x0",)
 EXPECT = {"mxfp4_mxfp8": {"function": "grouped_gemm", "mma_per_k_tile": 4, "moves_registers": True}}
 
 
@@ -141,7 +140,7 @@ def test_a_good_tile_is_reported() -> None:
 
 
 def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
-    other = KERNEL.replace("12grouped_gemm", "21grouped_gemm_mma_sync")
+    other = KERNEL.replace("12grouped_gemm", "21grouped_gemm_mma_sync").replace("mxfp4_mxfp8", "mxfp4_bf16")
     expect = EXPECT | {
         "mxfp4_bf16": {"function": "grouped_gemm_mma_sync", "mma_per_k_tile": 0, "moves_registers": False}
     }
@@ -151,18 +150,24 @@ def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
     idle = Code(kernels=both.kernels | code_of("EXIT", kernel=other).kernels)
     with pytest.raises(BuildError, match="no HMMA in grouped_gemm_mma_sync, which both archs have"):
         check_emulated_tile("x.so", {"90a": idle}, expect)
-    with pytest.raises(BuildError, match="expected grouped_gemm, grouped_gemm_mma_sync alone, which sm_120f has, got"):
+    with pytest.raises(
+        BuildError, match="expected grouped_gemm of mxfp4_mxfp8, grouped_gemm_mma_sync of mxfp4_bf16 alone"
+    ):
         check_emulated_tile("x.so", {"90a": code_of(*GOOD, kernel=KERNEL)}, expect)
 
 
 @pytest.mark.parametrize(
     ("lines", "kernel", "message"),
     [
-        (GOOD, "_ZN9mxfp4_moe21grouped_gemm_mma_syncI", "expected grouped_gemm alone, which sm_120f has, got _ZN9"),
+        (
+            GOOD,
+            "_ZN9mxfp4_moe21grouped_gemm_mma_syncI",
+            "expected grouped_gemm of mxfp4_mxfp8 alone, which sm_120f has, got _ZN9",
+        ),
         ((*GOOD, "HMMA.16816.F32 R4, R8, R12, R4"), KERNEL, "1 HMMA, but the MMA is emulated and none allowed"),
         ((*GOOD, "QMMA.SF.16832.F32.E4M3.E2M1.E8 R4, R8"), KERNEL, "1 QMMA, but the MMA is emulated"),
         ((*GOOD, "HGMMA.64x8x16.F32.BF16 R24, R4"), KERNEL, "1 HGMMA, but the MMA is emulated"),
-        ((*GOOD, "CALL.REL.NOINC 0x10"), KERNEL, "5 calls of the emulated MMA, expected a multiple of 4"),
+        ((*GOOD, CALL), KERNEL, "5 calls of the emulated MMA, expected a multiple of 4"),
         ([line for line in GOOD if "CALL" not in line], KERNEL, "0 calls of the emulated MMA"),
         (GOOD[1:], KERNEL, "no UTMALDG, which the kernel has on sm_120f"),
         ([line for line in GOOD if "LDSM" not in line], KERNEL, "no LDSM"),
@@ -170,7 +175,7 @@ def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
     ],
 )
 def test_another_tile_is_refused(lines: list[str], kernel: str, message: str) -> None:
-    with pytest.raises(BuildError, match=rf"^x\.so on sm_90a: {message}"):
+    with pytest.raises(BuildError, match=rf"^x\.so on sm_90a(, mxfp4_mxfp8)?: {message}"):
         check_emulated_tile("x.so", {"90a": code_of(*lines, kernel=kernel)}, EXPECT)
 
 

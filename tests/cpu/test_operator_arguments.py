@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from layers import INTER, E, H, K, T, make_call, make_weights
+from nvfp4_cases import random_nvfp4
 from torch import Tensor
 
 from mxfp4_moe import Router
@@ -60,6 +61,13 @@ def of_router(router: Router | None) -> dict[str, Any]:
     }
 
 
+# What a call with MXFP4 weights leaves to the operator.
+NO_NVFP4 = {
+    "weight_format": 0,
+    **{f"{name}_factors": None for name in ("w13", "w2", "w13_input", "w2_input")},
+    **{f"{name}_input_global_scales": None for name in ("w13", "w2")},
+}
+
 OPERATORS = Path(__file__).parents[2] / "csrc" / "moe" / "operators.cpp"
 
 
@@ -76,7 +84,7 @@ class Recorder:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         operator = lambda *args, **named: self.calls.append((args, named))  # noqa: E731
         monkeypatch.setattr(launch, "layer_operator", lambda index, tile, among=None: (operator, tile))
-        monkeypatch.setattr(launch, "tiles_of", lambda activation_format, index: loading.manifest().tiles)
+        monkeypatch.setattr(launch, "tiles_of", lambda activation_format, index, kind: loading.manifest().tiles)
 
     def arguments(self) -> dict[str, Any]:
         """Of the one call, by the schema's names and with its defaults."""
@@ -137,6 +145,7 @@ def test_every_argument_reaches_the_operator_under_its_name(
         **({"alphas": weights.alpha, "betas": weights.beta} if rare else {"alphas": None, "betas": None}),
         "limits": None,
         **{"tile_m": 8, "tile_n": 128, "out": output, "intermediate_rounding": rounding, "activation_format": 0},
+        **NO_NVFP4,
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []
@@ -177,16 +186,18 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
         **each,
         **{"hidden_states_scale": None, "scale_is_swizzled": False, "intermediate_rounding": True},
         "activation_format": 1,
+        **NO_NVFP4,
     }
     assert got.keys() == expected.keys()
     assert [name for name, value in expected.items() if not same(got[name], value)] == []
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize(("name", "number"), [("bf16", 1), ("mxfp4", 2), ("nvfp4", 3)])
 def test_the_activation_format_reaches_the_operator_as_its_number(
-    monkeypatch: pytest.MonkeyPatch, from_logits: bool
+    monkeypatch: pytest.MonkeyPatch, from_logits: bool, name: str, number: int
 ) -> None:
-    """csrc/moe/kernels.h: 0 is MXFP8, the default, and 1 bfloat16."""
+    """csrc/moe/kernels.h: 0 is MXFP8, the default."""
     hidden_states, output = torch.zeros(2, T, H, dtype=torch.bfloat16).unbind()
     recorder = Recorder(monkeypatch)
     launch.run(
@@ -198,11 +209,28 @@ def test_the_activation_format_reaches_the_operator_as_its_number(
         make_weights(),
         output,
         False,
-        activation_format="bf16",
+        activation_format=name,
     )
-    assert recorder.arguments()["activation_format"] == 1
+    assert recorder.arguments()["activation_format"] == number
     source = (OPERATORS.parent / "kernels.h").read_text()
-    assert "enum class ActivationFormat : int { kMxfp8, kBf16 };" in source
+    assert "enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };" in source
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_nvfp4_weights_bring_their_scales(monkeypatch: pytest.MonkeyPatch, inputs: bool) -> None:
+    layer = random_nvfp4(hidden=64, inter=32, inputs=inputs)
+    weights = MoEWeights.from_nvfp4(**layer)
+    hidden_states, output = torch.zeros(2, T, 64, dtype=torch.bfloat16).unbind()
+    recorder = Recorder(monkeypatch)
+    routing = (output, output, None, 0)
+    tile = Tile.from_mn((8, 128))
+    launch.run(tile, hidden_states, None, "linear", routing, weights, output, False, activation_format="nvfp4")
+    got = recorder.arguments()
+    assert (got["weight_format"], got["activation_format"]) == (1, 3)
+    assert got["w13"] is weights.w13
+    for name in NO_NVFP4.keys() - {"weight_format"}:
+        assert (got[name] is not None) == (inputs or "input" not in name), name
+    assert torch.equal(got["w13_factors"], layer["w13_scale_2"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ptx import launch, moe_mutations, router_mutations
+from ptx import fp4_row_mutations, launch, moe_mutations, router_mutations
 from ptx.faults import Fault
 from ptx.moe_mutations import Mutation
 
-MUTATIONS = (*moe_mutations.MUTATIONS, *router_mutations.MUTATIONS)
+MUTATIONS = (*moe_mutations.MUTATIONS, *fp4_row_mutations.MUTATIONS, *router_mutations.MUTATIONS)
 
 
 def noticed(mutation: Mutation) -> str:
@@ -39,7 +39,9 @@ def test_a_mistake_is_noticed_and_nothing_else_is(
     original = launch.ptx_of_moe
     changed = mutation.ptx(tmp_path)
     assert changed != original(mutation.unit)
-    monkeypatch.setattr(launch, "ptx_of_moe", lambda source: changed if source == mutation.unit else original(source))
+    monkeypatch.setattr(
+        launch, "ptx_of_moe", lambda source, *arch: changed if source == mutation.unit else original(source, *arch)
+    )
     found = noticed(mutation)
     print(f"\n{mutation.name}: {found or 'nothing'}")
     assert bool(found) != mutation.harmless

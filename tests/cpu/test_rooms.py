@@ -23,6 +23,7 @@ FLOORS = (
     ("_call",),
     ("routing",),
     ("problems", "flashinfer_api", "engines"),
+    ("pair_problems",),
     ("_health",),
     ("integrations",),
     ("bench",),

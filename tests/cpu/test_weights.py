@@ -126,7 +126,7 @@ class TestRoundTrip:
     ) -> None:
         """CPU plays an SM90: the words are made in its order at once, and are those that `to` would have made."""
         expected = as_halves(MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order))
-        monkeypatch.setattr(layers, "word_order_of", lambda device: formats.WordOrder.PAIRS)
+        monkeypatch.setattr(layers, "word_order_of", lambda device, activation_format: formats.WordOrder.PAIRS)
         weights = MoEWeights.from_mxfp4(**checkpoint, gate_up_order=order)
         assert same(weights, expected)
         for name, tensor in weights.to_mxfp4()._asdict().items():

@@ -28,7 +28,7 @@ class TestMemory:
 
     @pytest.fixture(autouse=True, params=formats.WordOrder, ids=lambda order: order.value)
     def word_order(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(layers, "word_order_of", lambda device: request.param)
+        monkeypatch.setattr(layers, "word_order_of", lambda device, activation_format: request.param)
 
     @staticmethod
     def result_bytes(weights: MoEWeights) -> int:

@@ -18,12 +18,12 @@ import router_cases
 import torch
 from gpu_layers import exact_layer, same
 from gpu_problems import bits, gpu, random_call, random_problem, random_weights
-from quantize_cases import LAYOUTS, rows_of
+from quantize_cases import LAYOUTS, expected_fp4, rows_of
 
 import mxfp4_moe
 from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
-from mxfp4_moe.flashinfer_api import quantizers
+from mxfp4_moe.flashinfer_api import quantize_kernels, quantizers
 from mxfp4_moe.reference import routers as reference_routers
 from mxfp4_moe.tiles import load_manifest
 
@@ -63,10 +63,14 @@ def other_kernels(device: torch.device) -> list[str]:
         for rows in (9, 515):  # a row a lane, and several
             x = rows_of(rows, 160, dtype).to(device)
             for scale_layout in LAYOUTS:
-                found = quantizers._kernel(device.index or 0)(x, 256, scale_layout)
+                found = quantize_kernels.mxfp8(x, 256, scale_layout)
                 wanted = quantizers._mxfp8_torch(x, 256, scale_layout)
                 if not all(torch.equal(a, b.view(torch.uint8)) for a, b in zip(found, wanted, strict=True)):
                     failures.append(f"mxfp8_quantize of {rows} rows of {dtype}, layout {scale_layout}: other bytes")
+                for scale in (None, torch.ones((), device=device)) if dtype.itemsize == 2 else ():
+                    found = quantize_kernels.fp4("fp4_quantize", x, scale, scale_layout)
+                    if not all(map(torch.equal, (one.cpu() for one in found), expected_fp4(x, scale, scale_layout))):
+                        failures.append(f"fp4_quantize of {rows} rows of {dtype}, layout {scale_layout}: other bytes")
     return failures
 
 

@@ -70,6 +70,23 @@ MXFP4_MOE_HOST_DEVICE Alignment align(uint32_t exponent_bits, int scale, uint32_
   }
   return {exponent, scale - 254 - 10 - (exponent - kFractionalBits)};
 }
+// sum * 2^last_bit, cut toward zero, as fp32 bits; a zero is +0.
+MXFP4_MOE_HOST_DEVICE uint32_t cut_to_fp32(int64_t sum, int last_bit) {
+  if (sum == 0) return 0;
+  const uint64_t size = sum < 0 ? -sum : sum;
+  const int top = top_bit(size), exponent = top + last_bit;
+  uint32_t result;
+  if (exponent > 127) {
+    result = kInfinity;
+  } else if (exponent >= -126) {
+    const uint32_t with_one = static_cast<uint32_t>(top > 23 ? size >> (top - 23) : size << (23 - top));
+    result = with_one + (static_cast<uint32_t>(exponent + 126) << 23);
+  } else {  // multiples of 2^-149
+    const int left = last_bit + 149;
+    result = static_cast<uint32_t>(left >= 0 ? size << left : size >> -left);
+  }
+  return result && sum < 0 ? result | 0x80000000u : result;
+}
 // The sum as fp32 bits. products: their sum, each cut where product_shift is below 0.
 MXFP4_MOE_HOST_DEVICE uint32_t finish(int32_t products, uint32_t c, Alignment to) {
   const int field = c >> 23 & 0xFF;
@@ -78,20 +95,7 @@ MXFP4_MOE_HOST_DEVICE uint32_t finish(int32_t products, uint32_t c, Alignment to
   const int64_t magnitude = shift >= 0 ? significand << shift : shift > -63 ? significand >> -shift : 0;
   const int64_t sum =
       int64_t{products} * (1 << (to.product_shift > 0 ? to.product_shift : 0)) + (c >> 31 ? -magnitude : magnitude);
-  if (sum == 0) return 0;
-  const uint64_t size = sum < 0 ? -sum : sum;
-  const int top = top_bit(size), exponent = top + to.exponent - kFractionalBits;
-  uint32_t result;
-  if (exponent > 127) {
-    result = kInfinity;
-  } else if (exponent >= -126) {
-    const uint32_t with_one = static_cast<uint32_t>(top > 23 ? size >> (top - 23) : size << (23 - top));
-    result = with_one + (static_cast<uint32_t>(exponent + 126) << 23);
-  } else {  // multiples of 2^-149
-    const int left = to.exponent - kFractionalBits + 149;
-    result = static_cast<uint32_t>(left >= 0 ? size << left : size >> -left);
-  }
-  return result && sum < 0 ? result | 0x80000000u : result;
+  return cut_to_fp32(sum, to.exponent - kFractionalBits);
 }
 
 struct Sums {

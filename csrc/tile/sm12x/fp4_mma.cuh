@@ -8,6 +8,9 @@
 #pragma once
 
 #include "tile/lane_maps.cuh"
+#ifdef MXFP4_MOE_EMULATES_SM12X
+#include "tile/sm12x/emulated_fp4_mma.cuh"
+#endif
 
 namespace mxfp4_moe {
 
@@ -22,6 +25,14 @@ struct Fp4B {
 template <bool kNvfp4, class Half>
 __device__ __forceinline__ void fp4_mma(float (&d)[4], const Fp4A& a, const Fp4B& b, uint32_t scales_a,
                                         uint32_t scales_b, Half) {
+#ifdef MXFP4_MOE_EMULATES_SM12X
+  const uint4 sums = emulated::fp4_mma<kNvfp4>(
+      make_uint4(__float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]), __float_as_uint(d[3])),
+      make_uint4(a.lo, a.hi, a.lo_far, a.hi_far), make_uint2(b.near, b.far), scales_a, scales_b,
+      kNvfp4 ? 0 : 2 * Half::value);
+  d[0] = __uint_as_float(sums.x), d[1] = __uint_as_float(sums.y);
+  d[2] = __uint_as_float(sums.z), d[3] = __uint_as_float(sums.w);
+#else
 #define MXFP4_MOE_FP4_MMA(KIND, SCALES, BYTE)                                                                \
   asm volatile("mma.sync.aligned.kind::" KIND ".m16n8k64.row.col.f32.e2m1.e2m1.f32." SCALES                  \
                " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {%12,%13}, %11, {%12,%13};"      \
@@ -34,6 +45,7 @@ __device__ __forceinline__ void fp4_mma(float (&d)[4], const Fp4A& a, const Fp4B
     MXFP4_MOE_FP4_MMA("mxf4.block_scale.scale_vec::2X", "ue8m0", 2 * Half::value);
   }
 #undef MXFP4_MOE_FP4_MMA
+#endif
 }
 
 }  // namespace mxfp4_moe

@@ -96,7 +96,7 @@ class TensorScales:
 
     @exact
     def operator_arguments(self) -> dict[str, Tensor]:
-        """What the layer's operator (csrc/moe/operators.cpp) takes of them; nothing of inputs whose rows have their own."""
+        """What the layer's operator (csrc/moe/operators.cpp) takes; nothing of inputs whose rows have their own."""
         w13, w2 = self.factors()
         made = {
             "w13_factors": w13.expand(-1, 2).contiguous(),

@@ -22,7 +22,7 @@ def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[
 
     Args:
         tiles: the ones to choose among, which a table's must be in.
-        pair: of formats. Tables are of MXFP8 activations; SM90 has the same kernels for both.
+        pair: of formats. Tables are of MXFP8 activations; SM90's kernels are alike for all that it has.
     """
     served = served_device(device)
     found = tuned.look_up(device, layer, tokens) if pair == MXFP4_MXFP8 or served.capability[0] == 9 else None
@@ -67,5 +67,6 @@ def loop_instructions(arch: str, pair: str = MXFP4_MXFP8) -> dict[str, float]:
             per_mma = report["tiles"][tile.name]["archs"][arch][pair]["main_loop"]["instructions_per_mma"]
         except (KeyError, TypeError):
             continue
-        known[tile.name] = per_mma * prove(tile, arch, pair).mma_per_step * 4
+        proof = prove(tile, arch, pair)
+        known[tile.name] = per_mma * proof.mma_per_step * proof.steps_per_k_tile
     return known

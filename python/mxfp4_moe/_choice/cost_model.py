@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..tiles import MXFP4_MXFP8, TILE_K, Tile, TileProof, nearest_tile, prove, select_tile
+from ..tiles import FP4_PAIRS, MXFP4_MXFP8, TILE_K, Tile, TileProof, nearest_tile, prove, select_tile
 from .facts import DeviceFacts, Layer
 from .rows import expected_active, expected_m_tiles
 
@@ -28,7 +28,8 @@ _L2_BYTES_PER_CLOCK = 64.0  # of one SM
 _SCHEDULERS = 4
 _ISSUE_EFFICIENCY = 0.8
 _OVERLAP = 4.0
-_WEIGHT_BYTES = 0.5 + 1 / 32
+_WEIGHT_BYTES = {"mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
+_ACT_BYTES = {"mxfp8": 1.0, "bf16": 2.0, "mxfp4": 0.5, "nvfp4": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,15 @@ ARCH_MODELS = {
 # an RTX PRO 6000), of which GeForce has half (209.5 TFLOP/s of an RTX 5090).
 _IN_BF16 = ArchModel(arch="120f", mma_flops_per_clock=1024.0, loop_instructions=(78.1, 52.3, 3.1, 14.1))
 _GEFORCE_BF16_FLOPS = 512.0
+# FP4 with FP4. Dense kind::mxf4 and kind::mxf4nvf4 that accumulate in float32, of the maker's tables, which give
+# GeForce the whole rate: 1676 TFLOP/s of an RTX 5090 (half of the 3352 with sparsity).
+_IN_FP4 = ArchModel(arch="120f", mma_flops_per_clock=4096.0, loop_instructions=(17.9, 1.3, 0.0, 4.6))
 
 
 def _model_of(device: DeviceFacts, proof: TileProof) -> ArchModel:
     model = arch_model(device.capability)
+    if proof.pair in FP4_PAIRS:
+        return _IN_FP4
     if not proof.reads_bf16:
         return model
     return replace(_IN_BF16, mma_flops_per_clock=_GEFORCE_BF16_FLOPS) if "GeForce" in device.name else _IN_BF16
@@ -122,12 +128,13 @@ def gemm_time(
     resident = min(mine, proof.blocks_per_sm)
     clocks = device.ghz * 1e3  # per microsecond
 
-    expert_bytes = n * k * _WEIGHT_BYTES
+    weights, activations = proof.pair.split("_")
+    expert_bytes = n * k * _WEIGHT_BYTES[weights]
     active = expected_active(tokens, layer)
     # The m-tiles of an expert follow each other, so its weights are read once if L2 keeps them that long.
     reads = active if expert_bytes * 2 <= device.l2_bytes else max(m_tiles, active)
     rows = tokens * layer.top_k
-    memory_bytes = reads * expert_bytes + rows * ((2 if proof.reads_bf16 else 1) * k + 2 * n)
+    memory_bytes = reads * expert_bytes + rows * (_ACT_BYTES[activations] * k + 2 * n)
     memory = memory_bytes / (device.gb_per_s * _MEMORY_EFFICIENCY * 1e3)
 
     mma = mine * k_tiles * 2 * tile.m * tile.n * TILE_K / model.mma_flops_per_clock / clocks

@@ -147,5 +147,6 @@ def _refuse_quantization(argument: str, quantization: str) -> None:
     manifest = loading.manifest()
     profile = (wheel.read_report() or {}).get("profile") or manifest.default_profile
     refusal = manifest.refusal(profile, quantization)
-    assert refusal is not None, "what the wheel has is not refused"
+    if refusal is None:  # the wheel has it, and this call has not
+        refusal = f"quantization {quantization!r} is here for CPU tensors alone; fused_moe has it on GPUs too"
     raise NotImplementedError(f"{argument}: {refusal}")

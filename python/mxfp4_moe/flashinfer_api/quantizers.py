@@ -2,7 +2,7 @@
 
 Where they differ from FlashInfer 0.7.2.post1 on purpose:
 
-- A NaN or an infinity makes its block NaN (MXFP8, NVFP4) or is refused (MXFP4); there it becomes the largest code.
+- A NaN or an infinity makes its block NaN; there it becomes the largest code.
 - MXFP8 blocks whose amax is at most 448 * 2^-127 keep their values, under the scale 2^-127. FlashInfer multiplies those
   by 0. Its kernels are also compiled to flush fp32 subnormals, which are numbers here: blocks below 448 * 2^-126 and
   values below 2^-126 in any block are zero there.
@@ -12,16 +12,12 @@ Where they differ from FlashInfer 0.7.2.post1 on purpose:
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .._arguments import describe, require_tensor
-from .._call import gradient, launch
+from .._call import gradient
 from .._call.transforms import in_graph, refuse_transforms
-from .._install import errors, loading
 from .._torch_state import exact
 from ..formats import (
     BLOCK,
@@ -31,7 +27,7 @@ from ..formats import (
     quantize_mxfp4_activations,
     quantize_mxfp8,
 )
-from .modes import TheirNames
+from . import quantize_kernels
 from .nvfp4 import OMITTED, quantized, refuse_4over6
 from .scale_layouts import SfLayout, chosen_layout, load_scales, padded_blocks, padded_rows, sf_layout, store_scales
 
@@ -103,24 +99,8 @@ def _mxfp8_torch(rows: Tensor, padded_k: int, layout: int) -> tuple[Tensor, Tens
 
 
 def _mxfp8_cuda(rows: Tensor, padded_k: int, layout: int) -> tuple[Tensor, Tensor]:
-    rows = rows.contiguous()
-    if rows.data_ptr() % 16:  # the kernel loads vectors
-        rows = rows.clone()
-    try:
-        codes, scales = _kernel(rows.device.index)(rows, padded_k, layout)
-    except RuntimeError as error:
-        errors.explain(f"mxfp8_quantize cannot run on {rows.device}", error)
-        raise
+    codes, scales = quantize_kernels.mxfp8(rows, padded_k, layout)
     return codes.view(torch.float8_e4m3fn), scales
-
-
-@functools.cache
-def _kernel(device_index: int) -> Any:
-    """The operator of csrc/moe/mxfp8_quantize.cu, once this device is known to be supported."""
-    name = f"{torch.cuda.get_device_name(device_index)} (cuda:{device_index})"
-    with TheirNames():
-        launch.check_capability(torch.cuda.get_device_capability(device_index), name)
-    return loading.moe_ops().mxfp8_quantize.default
 
 
 def _mxfp8_fake(rows: Tensor, padded_k: int, layout: int) -> tuple[Tensor, Tensor]:
@@ -178,10 +158,11 @@ def mxfp4_quantize(
 ) -> tuple[Tensor, Tensor]:
     """MXFP4 by FlashInfer's rule: the scale is amax / 6 rounded up to a power of two, so nothing saturates.
 
-    `MoEWeights.from_float` and `formats.quantize_mxfp4` follow OCP MX instead, which rounds down.
+    `MoEWeights.from_float` and `formats.quantize_mxfp4` follow OCP MX instead, which rounds down. On the GPU one
+    kernel, which a CUDA graph captures.
 
     Args:
-        a: bfloat16 or float16 [M, K], K a multiple of 32; finite. Or [..., M, K], whose leading dimensions are more
+        a: bfloat16 or float16 [M, K], K a multiple of 32. Or [..., M, K], whose leading dimensions are more
             rows: in the scales too, as FlashInfer has it. So those of 3-D weights [E, N, K] are those of E experts, one
             after the other, where N is a multiple of 128.
         backend, enable_pdl: taken and not needed; "cuda" or "cute-dsl".
@@ -192,11 +173,11 @@ def mxfp4_quantize(
         swizzled, or [rows, K/32] linear; on the device of a (FlashInfer moves them to the GPU).
 
     Raises:
-        TypeError, ValueError: another type, dtype or shape, a value that is not finite, a layout or a backend that
-            FlashInfer does not have.
+        TypeError, ValueError: another type, dtype or shape, a layout or a backend that FlashInfer does not have.
+        RuntimeError: as `mxfp8_quantize`.
     """
     _check_backend(backend)
-    return _quantize_mxfp4("a", a, sf_layout("sfLayout", sfLayout))
+    return _quantize_mxfp4("a", a, sf_layout("sfLayout", sfLayout), "mxfp4_quantize")
 
 
 @exact
@@ -259,8 +240,9 @@ def fp4_quantize(
 
     def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
         if is_nvfp4:
-            return quantized("input", rows, "global_scale", global_scale, bool(is_global_scale_inversed), layout)
-        return _quantize_mxfp4("input", rows, layout)
+            inverse = bool(is_global_scale_inversed)
+            return quantized("input", rows, "global_scale", global_scale, inverse, layout, "fp4_quantize")
+        return _quantize_mxfp4("input", rows, layout, "fp4_quantize")
 
     if input.stride(-2) != 1:
         return quantize(input)
@@ -308,16 +290,17 @@ def mxfp4_dequantize_host(weight: Tensor, scale: Tensor, group_size: int = 32) -
     return torch.unflatten(values, 1, (-1, group_size)).mul(decode_e8m0(scale).unsqueeze(-1)).flatten(1) + 0.0
 
 
-def _quantize_mxfp4(name: str, a: Tensor, layout: SfLayout) -> tuple[Tensor, Tensor]:
+def _quantize_mxfp4(name: str, a: Tensor, layout: SfLayout, what: str) -> tuple[Tensor, Tensor]:
     require_tensor(name, a, _HALVES)
     if a.dim() < 2 or a.shape[-1] == 0 or a.shape[-1] % BLOCK:
         raise ValueError(f"{name}: expected [..., M, K] with K a multiple of {BLOCK}, got {describe(a)}")
-    if not bool(a.isfinite().all()):
-        raise ValueError(f"{name}: expected finite values, got {describe(a)} with NaN or infinity")
     rows = a.detach().reshape(-1, a.shape[-1])
-    packed, scales = quantize_mxfp4_activations(rows)
-    stored = store_scales(scales, layout).view(-1, padded_blocks(scales.shape[1], layout))
-    return packed.view(*a.shape[:-1], -1), stored
+    if rows.is_cuda and not in_graph(rows):
+        packed, stored = quantize_kernels.fp4(what, rows, None, int(layout))
+    else:
+        packed, scales = quantize_mxfp4_activations(rows)
+        stored = store_scales(scales, layout)
+    return packed.view(*a.shape[:-1], -1), stored.view(-1, padded_blocks(a.shape[-1] // BLOCK, layout))
 
 
 def _packed(name: str, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """In which format weights are, and how each format's bytes are kept.
 
-Both are kept as the kernels read them (`weight_layout`). Matrices whose K is a multiple of NVFP4's 16 but not of 32 have
-no kernels, and are kept plainly: an expert's codes, then its scales. Whoever holds prepared weights asks their format
-for sizes, rows and blocks, so that another layout changes this file alone.
+Both are kept as the kernels read them (`weight_layout`). Matrices whose K is a multiple of NVFP4's 16 but not of 32
+have no kernels, and are kept plainly: an expert's codes, then its scales. Whoever holds prepared weights asks their
+format for sizes, rows and blocks, so that another layout changes this file alone.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ class WordOrder(str, Enum):
     def _missing_(cls, value: object) -> WordOrder:
         if value == "halves":  # what SM90's kernels read once: other bits in tensors of the same sizes
             raise ValueError(
-                "word order: expected 'containers', 'pairs' or 'plain', got 'halves', which SM90's kernels read no longer; "
-                "prepare the weights from their checkpoint again"
+                "word order: expected 'containers', 'pairs' or 'plain', got 'halves', which SM90's kernels read no "
+                "longer; prepare the weights from their checkpoint again"
             )
         raise ValueError(f"word order: expected 'containers', 'pairs' or 'plain', got {value!r}")
 

@@ -14,7 +14,7 @@
 #include "shared/weight_layout.cuh"
 #include "tile/lane_maps.cuh"
 #include "tile/sm12x/bf16_tile_shape.cuh"
-#include "tile/sm12x/emulated_mma.cuh"
+#include "tile/sm12x/emulated_fp4_mma.cuh"
 #include "tile/sm90/tile_shape.cuh"
 
 namespace py = pybind11;
@@ -157,22 +157,41 @@ struct Warp {
   emulated::Sums mma(int lane, int byte) const {
     return emulated::mma_of_lane<kA, kB>(*this, lane, byte, {{at(8, lane), at(9, lane), at(10, lane), at(11, lane)}});
   }
+  template <bool kNvfp4>
+  emulated::Sums fp4_mma(int lane, int byte) const {
+    return emulated::fp4_mma_of_lane<kNvfp4>(*this, lane, byte,
+                                             {{at(8, lane), at(9, lane), at(10, lane), at(11, lane)}});
+  }
 };
 
 // d0 .. d3 of all lanes of many warps' emulated MMAs: uint32 [warps, 12, 32] -> [warps, 4, 32].
-py::array_t<uint32_t> emulated_mma(py::array_t<uint32_t, py::array::c_style> registers, bool fp4_is_a, int byte) {
-  using emulated::Code;
+template <class OfLane>
+py::array_t<uint32_t> of_warps(const py::array_t<uint32_t, py::array::c_style>& registers, const OfLane& of_lane) {
   const py::ssize_t warps = registers.size() / (kWarpRegisters * 32);
   py::array_t<uint32_t> out({warps, py::ssize_t{4}, py::ssize_t{32}});
   for (py::ssize_t warp = 0; warp < warps; ++warp) {
     const uint32_t* word = registers.data() + warp * kWarpRegisters * 32;
     for (int lane = 0; lane < 32; ++lane) {
-      const emulated::Sums d = fp4_is_a ? Warp<Code::kE2m1, Code::kE4m3>{word}.mma(lane, byte)
-                                        : Warp<Code::kE4m3, Code::kE2m1>{word}.mma(lane, byte);
+      const emulated::Sums d = of_lane(word, lane);
       for (int reg = 0; reg < 4; ++reg) out.mutable_at(warp, reg, lane) = d.bits[reg];
     }
   }
   return out;
+}
+
+using Registers = py::array_t<uint32_t, py::array::c_style>;
+using emulated::Code;
+py::array_t<uint32_t> emulated_mma(const Registers& registers, bool fp4_is_a, int byte) {
+  return of_warps(registers, [&](const uint32_t* word, int lane) {
+    return fp4_is_a ? Warp<Code::kE2m1, Code::kE4m3>{word}.mma(lane, byte)
+                    : Warp<Code::kE4m3, Code::kE2m1>{word}.mma(lane, byte);
+  });
+}
+py::array_t<uint32_t> emulated_fp4_mma(const Registers& registers, bool is_nvfp4, int byte) {
+  return of_warps(registers, [&](const uint32_t* word, int lane) {
+    const Warp<Code::kE2m1, Code::kE2m1> warp{word};
+    return is_nvfp4 ? warp.fp4_mma<true>(lane, byte) : warp.fp4_mma<false>(lane, byte);
+  });
 }
 
 }  // namespace
@@ -185,6 +204,7 @@ PYBIND11_MODULE(mxfp4_moe_host, m) {
   m.def("our_tables", &our_tables<32>);
   m.def("our_tables_fp4", &our_tables<64>);
   m.def("emulated_mma", &emulated_mma);
+  m.def("emulated_fp4_mma", &emulated_fp4_mma);
 
   m.def("swizzled_scale_bytes", &swizzled_scale_bytes);
   m.def("swizzled_scale_offsets", [](int64_t n, int64_t k) {

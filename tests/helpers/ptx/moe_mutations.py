@@ -222,7 +222,7 @@ MUTATIONS = (
         name="mxfp8_quantize: rows past the last are left unwritten",
         unit="mxfp8_quantize",
         file="moe/mxfp8_quantize.cu",
-        old="  store_padding(args);\n",
+        old="  store_padding(args.scales, args.layout, args.rows, scale_k_tiles(args.padded_k));\n",
         new="",
         case=_plain_rows,
     ),
@@ -253,7 +253,7 @@ MUTATIONS = (
     Mutation(
         name="mxfp8_quantize: rows of a short tile eight bytes apart",
         unit="mxfp8_quantize",
-        file="moe/mxfp8_quantize.cu",
+        file="moe/plain_rows.cuh",
         old="row % kShortRows * 4;",
         new="row % kShortRows * 8;",
         case=_short_tiles,
@@ -261,7 +261,7 @@ MUTATIONS = (
     Mutation(
         name="mxfp8_quantize: half of a float32 lane",
         unit="mxfp8_quantize",
-        file="moe/mxfp8_quantize.cu",
+        file="moe/plain_rows.cuh",
         old="packed[i] = __ldcg(vectors + i);",
         new="packed[i] = __ldcg(vectors);",
         case=_short_tiles,
@@ -277,7 +277,7 @@ MUTATIONS = (
     Mutation(
         name="activation: bias of the block's first expert",
         unit="activation",
-        file="moe/activation.cu",
+        file="moe/activation.cuh",
         old="expert != expert_of_bias) {",
         new="expert_of_bias < 0) {",
         case=cases.check_activation_of_many_rows,
@@ -285,7 +285,7 @@ MUTATIONS = (
     Mutation(
         name="activation: rounded after the bias",
         unit="activation",
-        file="moe/activation.cu",
+        file="moe/activation.cuh",
         old="sums.for_each([&](float& x, int, int, int) { change(x); });",
         new="",
         case=lambda: cases.check_activation_rounding(torch.bfloat16),
@@ -293,7 +293,7 @@ MUTATIONS = (
     Mutation(
         name="activation: neighbours exchange what they keep",
         unit="activation",
-        file="moe/activation.cu",
+        file="moe/activation.cuh",
         old="__shfl_xor_sync(kAllLanes, odd ? y[0][i] : y[1][i], 1)",
         new="__shfl_xor_sync(kAllLanes, odd ? y[1][i] : y[0][i], 1)",
         case=lambda: cases.check_activation_rounding(torch.bfloat16),
@@ -301,7 +301,7 @@ MUTATIONS = (
     Mutation(
         name="activation: numbers of the first expert",
         unit="activation",
-        file="moe/activation.cu",
+        file="moe/activation.cuh",
         old="of_expert(args.beta, expert)",
         new="of_expert(args.beta, 0)",
         case=_activation("situ", "per expert"),

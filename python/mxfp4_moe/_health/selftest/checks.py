@@ -216,7 +216,9 @@ class Questions:
             if takes_it != tile:
                 raise NotRunError("another tile takes its place in the layer")
         for number, layers in enumerate(self.layers):
-            digests[f"the layers' output{', of rows with their own scales' if number else ''}"] = layers.ask(tile, answers)
+            digests[f"the layers' output{', of rows with their own scales' if number else ''}"] = layers.ask(
+                tile, answers
+            )
         return digests, outs
 
     def compare(self, outs: Mapping[str, Tensor], digests: Mapping[str, str], answers: Answers) -> Arithmetic:
@@ -268,9 +270,7 @@ class Kernel:
     having: Sequence[Tile]
 
 
-def tile_runner(
-    device: torch.device, published: arithmetic.Arithmetic, kernels: Sequence[Kernel] = ()
-) -> RunTile:
+def tile_runner(device: torch.device, published: arithmetic.Arithmetic, kernels: Sequence[Kernel] = ()) -> RunTile:
     """Makes the problems and what must come out of them, once; the function returned asks a tile.
 
     Args:
@@ -291,7 +291,7 @@ def tile_runner(
             raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise NotRunError(words(error)) from error
-        found, said = Arithmetic(), {}
+        found, said = Arithmetic(), dict[str, str]()
         for questions, (digests, outs) in zip(asked, given, strict=True):
             answers.what = questions.what
             one = questions.compare(outs, digests, answers)
