@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -100,6 +101,17 @@ class Code:
 
     def count(self, name: str) -> int:
         return sum(instruction.is_a(name) for instruction in self.instructions())
+
+    def calls_of_functions_with(self, name: str) -> int:
+        """How many calls there are of functions that have this instruction, from their begin to their first return."""
+        found = 0
+        for kernel in self.kernels.values():
+            calls = [instruction for instruction in kernel if instruction.is_a("CALL")]
+            for target in (int(call.operands[0], 16) for call in calls):
+                body = (instruction for instruction in kernel if instruction.address >= target)
+                until = itertools.takewhile(lambda instruction: not instruction.is_a("RET"), body)
+                found += any(instruction.is_a(name) for instruction in until)
+        return found
 
     def waterfalls(self, opcode: str) -> int:
         """How many loops over the lanes of a warp (branches .U.ANY back) have this instruction inside.

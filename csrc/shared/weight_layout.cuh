@@ -55,8 +55,8 @@ MXFP4_MOE_HOST_DEVICE constexpr int64_t weight_block_offset(int64_t row_block, i
   return k_tile * weight_row_blocks(n) * weight_block_bytes(scale_words) + row_block * block_bytes;
 }
 
-// Inside a block: the first scale word of a row. Groups of 8 rows stand 0, 2, 1, 3: the even ones, whose words SM12x reads
-// from even lanes, side by side, and the odd ones.
+// Inside a block: the first scale word of a row. Groups of 8 rows stand 0, 2, 1, 3: the even ones, whose words SM12x
+// reads from even lanes, side by side, and the odd ones.
 MXFP4_MOE_HOST_DEVICE constexpr int weight_scale_position(int group) { return group % 2 * 2 + group / 2; }
 MXFP4_MOE_HOST_DEVICE constexpr int weight_scale_word_in_block(int row) {
   return row / 32 * 128 + row % 8 * 16 + weight_scale_position(row / 8 % 4) * 4;

@@ -15,7 +15,7 @@ MXFP4_MOE_HOST_DEVICE constexpr int b_col(int lane) { return lane / 4; }
 MXFP4_MOE_HOST_DEVICE constexpr int b_k(int lane, int reg, int byte) { return lane % 4 * 4 + byte + 16 * reg; }
 MXFP4_MOE_HOST_DEVICE constexpr int c_row(int lane, int reg) { return lane / 4 + 8 * (reg / 2); }
 MXFP4_MOE_HOST_DEVICE constexpr int c_col(int lane, int reg) { return lane % 4 * 2 + reg % 2; }
-// Of m16n8k64 with 4-bit operands, whose rows and columns are the same; `nibble` is the element's place, low ones first.
+// Of m16n8k64 with 4-bit operands, whose rows and columns are the same; `nibble` is the element's place, lowest first.
 MXFP4_MOE_HOST_DEVICE constexpr int fp4_a_k(int lane, int reg, int nibble) {
   return lane % 4 * 8 + nibble + 32 * (reg / 2);
 }

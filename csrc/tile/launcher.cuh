@@ -164,7 +164,7 @@ const char* resident_blocks(int device, int& blocks, Refusal& refuse) {
   static PerDevice known;
   cudaError_t e = cudaSuccess;
   blocks = known.get(device, [&] {
-    const auto kernel = kernel_of(static_cast<Shape*>(nullptr));
+    const auto kernel = kernel_of<Shape>(static_cast<Shape*>(nullptr));
     int sms = 0, per_sm = 0;
     e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
@@ -210,8 +210,8 @@ const char* launch_tile(const Mxfp4MoeGemmArgs& a) {
   const GemmParams params{a.out, a.m_tiles,           a.num_m_tiles,         a.out_type, a.rows,   a.n,
                           a.k,   a.m_tiles_are_ready, weight_hint<Shape>(a), a.activate, a.factors};
   const auto grid = static_cast<unsigned>(std::min<int64_t>(max_output_tiles<Shape>(a), blocks));
-  if (cudaError_t e = launch(kernel_of(static_cast<Shape*>(nullptr)), dim3(grid), Shape::kThreads, Shape::kSmemBytes,
-                             static_cast<cudaStream_t>(a.stream), maps, params))
+  if (cudaError_t e = launch(kernel_of<Shape>(static_cast<Shape*>(nullptr)), dim3(grid), Shape::kThreads,
+                             Shape::kSmemBytes, static_cast<cudaStream_t>(a.stream), maps, params))
     return refuse("tile (%d, %d): launch failed (%s)", Shape::M, Shape::N, cudaGetErrorString(e));
   return nullptr;
 }

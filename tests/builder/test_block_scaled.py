@@ -8,39 +8,30 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from block_scaled_cases import ARCH, Mma, assembled, defining, read
 
 import mxfp4_moe
 from wheelbuild import ROOT, BuildError
-from wheelbuild.block_scaled import SELECTORS, SharedMemory, check_block_scaled
+from wheelbuild.block_scaled import SharedMemory, check_block_scaled
 from wheelbuild.kernel_ptx import compile_to_ptx
 from wheelbuild.machine_code import Code, parse_sass
-from wheelbuild.plain_paths import PlainPaths, make_links
 from wheelbuild.plan import block_scaled
 from wheelbuild.tile_model import tiles
 from wheelbuild.toolchain import Cuda, package_dirs, resolve_cuda
 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 NATIVE, SWAPPED = MANIFEST.tile("m64n8"), MANIFEST.tile("m8n64_swap")
-ARCH = "120f"
 
 
 @pytest.fixture(scope="module")
 def cuda() -> Cuda:
     return resolve_cuda(os.environ, package_dirs(os.environ), [ARCH])
-
-
-def read(cuda: Cuda, path: Path) -> Code:
-    """The code for ARCH in a library or a cubin; a cubin's listing does not name the arch."""
-    command = [str(cuda.cuobjdump), "-sass", "-arch", f"sm_{ARCH}", str(path)]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return parse_sass(f"arch = sm_{ARCH}\n{listing}")[ARCH]
 
 
 # ---- every tile of the wheel -----------------------------------------------------------------------------------------
@@ -60,56 +51,10 @@ def test_every_tiles_mmas_read_what_they_should(tile: tiles.Tile, cuda: Cuda) ->
 
 # ---- mistakes, assembled ---------------------------------------------------------------------------------------------
 
-MMA = re.compile(
-    r"mma\.sync\S+ \{[^}]*\}, \{([^}]*)\}, \{([^}]*)\}, (\{[^}]*\}), (%r\d+), (\{\d,\d\}), (%r\d+), (\{\d,\d\});"
-)
-
-
-class Mma:
-    """One MMA of a PTX text, by its place among them."""
-
-    def __init__(self, ptx: str, place: int) -> None:
-        self.ptx = ptx
-        self.match = list(MMA.finditer(ptx))[place]
-        a, b, self.c, self.scale_a, self.selector_a, self.scale_b, self.selector_b = self.match.groups()
-        self.a, self.b = a.split(","), b.split(",")
-
-    def having(self, *, before: str = "", after: str = "", **changes: str | list[str]) -> str:
-        """The text with other operands of this MMA, and other statements around it."""
-        a, b = changes.get("a", self.a), changes.get("b", self.b)
-        name = self.match[0].split(" ")[0]
-        statement = f"{name} {self.c}, {{{','.join(a)}}}, {{{','.join(b)}}}, {self.c}, " + ", ".join(
-            str(changes.get(part, getattr(self, part))) for part in ("scale_a", "selector_a", "scale_b", "selector_b")
-        )
-        return self.ptx[: self.match.start()] + before + statement + ";" + after + self.ptx[self.match.end() :]
-
-    def replacing(self, old: str, new: str) -> str:
-        """The text with the last of `old` before this MMA replaced."""
-        head, found, tail = self.ptx[: self.match.start()].rpartition(old)
-        assert found, old
-        return head + new + tail + self.ptx[self.match.start() :]
-
-
-def defining(ptx: str, register: str, name: str) -> str:
-    """The statement `name` that writes a register."""
-    match = re.search(rf"{name}\s+\{{?(%r\d+, )?{register}\b[^;]*;", ptx)
-    assert match, (name, register)
-    return match[0]
-
 
 @cache
 def ptx_of(tile: tiles.Tile) -> str:
     return compile_to_ptx(tile, ARCH)
-
-
-def assembled(ptx: str, cuda: Cuda, folder: Path) -> Code:
-    source, cubin = folder / "tile.ptx", folder / "tile.cubin"
-    source.write_text(ptx, encoding="utf-8")
-    plain = PlainPaths(Path("links"))
-    command = [str(plain(cuda.nvcc)), "-cubin", f"-arch=sm_{ARCH}", source.name, "-objtemp", "-o", cubin.name]
-    make_links(plain.links, folder)
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
-    return read(cuda, cubin)
 
 
 def another_selector(ptx: str) -> str:
@@ -245,9 +190,9 @@ def test_a_mistake_is_refused(
 
 # Two stages of 8 rows of activations (1,024 bytes), a block of weights (4,352) and activation scales (128).
 EXPECT: dict[str, Any] = {
-    "fp4": "B",
+    **{"pair": "mxfp4_mxfp8", "weights": "B"},
     "shared_memory": {"stages": 2, "act_bytes": 1024, "weight_bytes": 4352, "act_scale_bytes": 128}
-    | {"block_bytes": 4352, "block_scale_bytes": 256},
+    | {"block_bytes": 4352, "block_scale_bytes": 256, "act_scale_set_bytes": 48},
 }
 WEIGHTS, ACT_SCALES = 0x800, 0x800 + 2 * 4352
 NAME = "QMMA.SF.16832.F32.E4M3.E2M1.E8"
@@ -260,7 +205,7 @@ def k_step(step: int) -> list[str]:
         "LOP3.LUT R24, R40, 0x3c3c3c3c, RZ, 0xc0, !PT",
         "SHF.R.W.U32 R41, R40.reuse, 0x4, R40",
         "LOP3.LUT R25, R41, 0x3c3c3c3c, RZ, 0xc0, !PT",
-        f"UMOV UR6, 0x{SELECTORS[step]:x}",
+        f"UMOV UR6, 0x{(0x00, 0x09, 0x12, 0x1B)[step]:x}",
         f"{NAME} R12, R16, R24, R12, R31, R33, UR6",
     ]
 
@@ -306,8 +251,8 @@ def test_a_k_tile_passes_and_is_counted() -> None:
     [
         (
             K_TILE,
-            {"fp4": "A"},
-            rf"is {NAME}, expected QMMA\.SF\.16832\.F32\.E2M1\.E4M3\.E8: this tile's FP4 operand is A$",
+            {"weights": "A"},
+            rf"is {NAME}, expected QMMA\.SF\.16832\.F32\.E2M1\.E4M3\.E8: this tile's weights are A$",
         ),
         (
             changed(NAME, f"{NAME} R12, R16, R24, R12, R31, R33"),
@@ -387,9 +332,8 @@ def test_a_k_tile_with_a_mistake_is_refused(lines: list[str], expect: dict[str, 
 
 
 def test_a_step_that_is_missing_is_told() -> None:
-    message = (
-        "of 3 QMMA.SF 1 have 0x00, 1 have 0x09, 0 have 0x12, 1 have 0x1b; expected a quarter each, one step of a K"
-    )
+    counts = "1 have step 0, 1 have step 1, 0 have step 2, 1 have step 3"
+    message = f"of 3 QMMA.SF {counts}; expected as many each, one step of a K tile"
     with pytest.raises(BuildError, match=f"^x.so on sm_120f: {message}"):
         check_block_scaled("x.so", ARCH, kernel(*changed(NAME, "NOP", 2)), EXPECT)
 

@@ -16,6 +16,7 @@ from typing import Any
 import fake_wheel
 import pytest
 import torch
+from machine_code_cases import code_of
 
 from mxfp4_moe import cli, formats, problems
 from mxfp4_moe._choice import choice, cost_model, tuned
@@ -27,7 +28,7 @@ from mxfp4_moe.formats import weight_layout
 from mxfp4_moe.tiles import load_manifest
 from wheelbuild import ROOT, BuildError, emulation
 from wheelbuild.emulation import check_emulated_tile, refuse_emulated
-from wheelbuild.machine_code import Code, parse_sass
+from wheelbuild.machine_code import Code
 from wheelbuild.plan import Plan, plan
 from wheelbuild.release.audit import audit
 from wheelbuild.release.index import read_file
@@ -65,11 +66,6 @@ def make_plan(chosen: Settings) -> Plan:
     return plan(
         chosen, TOOLS, LIMITS, [Path("csrc/moe/route.cu"), Path("csrc/moe/operators.cpp")], Path("build/x/ninja")
     )
-
-
-def code_of(*lines: str, kernel: str) -> Code:
-    listing = "\n".join(f"  /*{16 * place:04x}*/  {line} ;" for place, line in enumerate(lines))
-    return parse_sass(f"arch = sm_90a\n\t\tFunction : {kernel}\n{listing}\n")["90a"]
 
 
 # ---- what is built ---------------------------------------------------------------------------------------------------
@@ -130,7 +126,10 @@ def test_other_builds_know_nothing_of_it() -> None:
 # ---- what its machine code must be -----------------------------------------------------------------------------------
 
 KERNEL = "_ZN9mxfp4_moe12grouped_gemmIN19sm_120f_mxfp4_mxfp84TileEEEvNS_10TensorMapsENS_10GemmParamsE"
-GOOD = ("UTMALDG.2D [UR8], [UR6]", "LDSM.16.M88.4 R4, [R2]", *["CALL.REL.NOINC 0x10"] * 4, "USETMAXREG 0xe8", "EXIT")
+CALL = "CALL.REL.NOINC {9}"  # of the emulated MMA, which ends the kernel; another one divides
+GOOD = ("UTMALDG.2D [UR8], [UR6]", "LDSM.16.M88.4 R4, [R2]", *[CALL] * 4, "USETMAXREG 0xe8", "CALL.REL.NOINC {12}")
+GOOD += ("EXIT", "IADD3 R4, R4, R5, RZ", "SHFL.IDX PT, R4, R5, R6, 0x1f", "RET.REL.NODEC R2 0x0", "MUFU.RCP R4, R4")
+GOOD += ("RET.REL.NODEC R2 0x0",)
 EXPECT = {"mxfp4_mxfp8": {"function": "grouped_gemm", "mma_per_k_tile": 4, "moves_registers": True}}
 
 
@@ -168,7 +167,7 @@ def test_a_kernel_whose_mma_both_archs_have_uses_it() -> None:
         ((*GOOD, "HMMA.16816.F32 R4, R8, R12, R4"), KERNEL, "1 HMMA, but the MMA is emulated and none allowed"),
         ((*GOOD, "QMMA.SF.16832.F32.E4M3.E2M1.E8 R4, R8"), KERNEL, "1 QMMA, but the MMA is emulated"),
         ((*GOOD, "HGMMA.64x8x16.F32.BF16 R24, R4"), KERNEL, "1 HGMMA, but the MMA is emulated"),
-        ((*GOOD, "CALL.REL.NOINC 0x10"), KERNEL, "5 calls of the emulated MMA, expected a multiple of 4"),
+        ((*GOOD, CALL), KERNEL, "5 calls of the emulated MMA, expected a multiple of 4"),
         ([line for line in GOOD if "CALL" not in line], KERNEL, "0 calls of the emulated MMA"),
         (GOOD[1:], KERNEL, "no UTMALDG, which the kernel has on sm_120f"),
         ([line for line in GOOD if "LDSM" not in line], KERNEL, "no LDSM"),

@@ -188,12 +188,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});
 }
 
-template <class Arch, int kWeightFormat, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks,
-          bool kLoadsAhead>
+template <class Shape, class Arch, int kWeightFormat, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters,
+          int kMostBlocks, bool kLoadsAhead>
 constexpr auto kernel_of(
     MmaSyncShape<Arch, kWeightFormat, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>*) {
-  return grouped_gemm_mma_sync<
-      MmaSyncShape<Arch, kWeightFormat, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>>;
+  return grouped_gemm_mma_sync<Shape>;
 }
 
 }  // namespace mxfp4_moe

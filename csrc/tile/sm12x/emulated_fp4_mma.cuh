@@ -1,11 +1,11 @@
 // SM12x's block-scaled MMAs of FP4 by FP4 in integers, as emulated_mma.cuh has that of FP8 by FP4, for the same builds.
 //
-// mma.sync m16n8k64 of kind::mxf4 with scale_vec::2X and ue8m0, and of kind::mxf4nvf4 with scale_vec::4X and ue4m3, with
-// thread selectors 0. The products of 16 neighbouring k, a group, are added exactly; the four groups and the accumulator
-// are aligned to the largest exponent among them, each is cut toward zero at 35 fractional bits, and their sum is cut
-// toward zero to fp32 (arXiv 2511.10909, "RTX Blackwell"). A group's exponent is the sum of its two scales', whatever its
-// products are, and -139 where all products, or one of the scales, are zeros; an accumulator's that is zero is -139 too.
-// arithmetic.py has the same rule, from the same source. Bit 7 of an E4M3 scale is not read.
+// mma.sync m16n8k64 of kind::mxf4 with scale_vec::2X and ue8m0, and of kind::mxf4nvf4 with scale_vec::4X and ue4m3,
+// with thread selectors 0. The products of 16 neighbouring k, a group, are added exactly; the four groups and the
+// accumulator are aligned to the largest exponent among them, each is cut toward zero at 35 fractional bits, and their
+// sum is cut toward zero to fp32 (arXiv 2511.10909, "RTX Blackwell"). A group's exponent is the sum of its two scales',
+// whatever its products are, and -139 where all products, or one of the scales, are zeros; an accumulator's that is
+// zero is -139 too. arithmetic.py has the same rule, from the same source. Bit 7 of an E4M3 scale is not read.
 #pragma once
 
 #include "tile/sm12x/emulated_mma.cuh"
@@ -55,8 +55,8 @@ MXFP4_MOE_HOST_DEVICE Sums fp4_mma_of_lane(const Warp& warp, int lane, int byte,
   int exponents[4][4];
   bool nan[4] = {};
   for (int group = 0; group < 4; ++group) {
-    // k = 32 h + 8 t .. + 7 of a row or column are in its lane t: of A in register 2 h, of rows g + 8 in 2 h + 1; of B in
-    // h. A group has two such words.
+    // k = 32 h + 8 t .. + 7 of a row or column are in its lane t: of A in register 2 h, of rows g + 8 in 2 h + 1; of B
+    // in h. A group has two such words.
     const int h = group / 2, shift = 8 * (kNvfp4 ? group : h);
     int32_t products[4] = {};
     bool some[4] = {};

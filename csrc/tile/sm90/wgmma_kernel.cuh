@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
 }
 
-template <int kWeightFormat, int M, int N>
+template <class Shape, int kWeightFormat, int M, int N>
 constexpr auto kernel_of(WgmmaShape<kWeightFormat, M, N>*) {
-  return grouped_gemm_wgmma<WgmmaShape<kWeightFormat, M, N>>;
+  return grouped_gemm_wgmma<Shape>;
 }
 
 }  // namespace mxfp4_moe

@@ -148,5 +148,5 @@ def _refuse_quantization(argument: str, quantization: str) -> None:
     profile = (wheel.read_report() or {}).get("profile") or manifest.default_profile
     refusal = manifest.refusal(profile, quantization)
     if refusal is None:  # the wheel has it, and this call has not
-        refusal = f"quantization {quantization!r} is here for CPU tensors alone; MoEWeights and fused_moe have it on GPUs"
+        refusal = f"quantization {quantization!r} is here for CPU tensors alone; fused_moe has it on GPUs too"
     raise NotImplementedError(f"{argument}: {refusal}")
