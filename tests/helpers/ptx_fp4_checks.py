@@ -161,7 +161,9 @@ def check_activation(
     numbers = (0.0, 0.0, math.inf, None, None, None)
     number = _ROUNDINGS.index(rounding)
     arguments = (values, row_expert, offsets, weights.w13_bias, weights.activation.code, *numbers, number)
-    done = execute_fp4(["fp4_activation"], "activation", *arguments, row_format(kind), arch=arch, factors=factors, **inputs)
+    done = execute_fp4(
+        ["fp4_activation"], "activation", *arguments, row_format(kind), arch=arch, factors=factors, **inputs
+    )
     made = reference.activate(
         values[:valid], row_expert[:valid], weights.w13_bias, activation, None, None, None, rounding=rounding
     )
