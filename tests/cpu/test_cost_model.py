@@ -11,7 +11,7 @@ from tuned_cases import BY_NAME, GB10, LARGE, LAYER, MIDDLE, RTX_5090, SMALL, TI
 from mxfp4_moe._choice import choice, cost_model, facts, rows
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe._install import wheel
-from mxfp4_moe.tiles import prove, select_tile
+from mxfp4_moe.tiles import FP4_PAIRS, prove, select_tile
 
 BLACKWELL = [device for device in PUBLISHED if device.capability[0] == 12]
 
@@ -136,6 +136,20 @@ def test_sm12x_multiplies_at_the_rate_of_block_scaled_fp8() -> None:
     """Twice RTX 5090's published FP8 rate with float32 accumulation, 419 TFLOP/s."""
     rate = cost_model.ARCH_MODELS[12].mma_flops_per_clock * RTX_5090.sms * RTX_5090.ghz * 1e9
     assert rate == pytest.approx(2 * 419e12, rel=0.01)
+
+
+@pytest.mark.parametrize("pair", FP4_PAIRS)
+def test_fp4_with_fp4_at_twice_that_rate(pair: str) -> None:
+    """RTX 5090's published dense FP4 rate, 1676 TFLOP/s; a row has half the bytes, NVFP4's scales are twice as many."""
+    fp4, mxfp8 = prove(LARGE, "120f", pair), prove(LARGE, "120f")
+    rate = cost_model._model_of(RTX_5090, fp4).mma_flops_per_clock * RTX_5090.sms * RTX_5090.ghz * 1e9
+    assert rate == pytest.approx(1676e12, rel=0.01)
+    times = [cost_model.gemm_time(proof, RTX_5090, LAYER, 16384, 5760, 2880) for proof in (fp4, mxfp8)]
+    assert times[0].mma_us == pytest.approx(times[1].mma_us / 2)
+    assert times[0].us < times[1].us
+    few = [cost_model.gemm_time(proof, RTX_5090, LAYER, 1, 5760, 2880).memory_us for proof in (fp4, mxfp8)]
+    larger = (0.5 + 1 / 16) / (0.5 + 1 / 32) if pair == "nvfp4_nvfp4" else 1.0
+    assert few[0] / few[1] == pytest.approx(larger, rel=2e-3)
 
 
 def test_the_rule_is_kept_where_the_model_sees_no_difference() -> None:

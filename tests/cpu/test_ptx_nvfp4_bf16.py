@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -27,8 +28,8 @@ from ptx.tile_cases import COLUMNS, DTYPES, EXPERTS_ROWS, KINDS, epilogue, seed_
 from torch import Tensor
 
 from mxfp4_moe import formats, reference
-from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem
-from mxfp4_moe.tiles import MXFP4_BF16, NVFP4_BF16, Tile, load_manifest, prove
+from mxfp4_moe.problems import ROWS_OF_NO_EXPERT
+from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP8, NVFP4_BF16, Tile, load_manifest, prove
 
 BF16_ROWS = 2  # csrc/moe/kernels.h, RowFormat
 MANIFEST = load_manifest()
@@ -111,31 +112,71 @@ def test_sums_at_the_ends_of_float32() -> None:
         check(ones, tile, torch.float32, ready=False, seed=5)
 
 
-# ---- SM90's kernels of the warp's MMA --------------------------------------------------------------------------------
+# ---- SM90's kernels --------------------------------------------------------------------------------------------------
 
-SM90_TILES = [tile for tile in MANIFEST.tiles if prove(tile, "90a", NVFP4_BF16).function == "grouped_gemm_mma_sync"]
+SM90_USUAL = ["m8n64_swap nvfp4", "m32n64_swap nvfp4"]
+SM90_TILES = [
+    (tile, pair)
+    for pair, asked in ((NVFP4_BF16, NVFP4_BF16), (MXFP4_BF16, MXFP4_MXFP8))
+    for tile in MANIFEST.tiles
+    if asked in MANIFEST.pairs_of("full", tile)
+]
 
 
-@pytest.mark.parametrize("weights", [pytest.param("mxfp4", marks=pytest.mark.ptx_full), "nvfp4"])
 @pytest.mark.parametrize(
-    "tile",
+    ("tile", "pair"),
     [
-        pytest.param(tile, id=tile.name, marks=() if tile.name == "m8n64_swap" else pytest.mark.ptx_full)
-        for tile in SM90_TILES
+        pytest.param(tile, pair, id=name, marks=() if name in SM90_USUAL else pytest.mark.ptx_full)
+        for tile, pair in SM90_TILES
+        for name in [f"{tile.name} {pair.removesuffix('_bf16')}"]
     ],
 )
-def test_sm90s_tiles_of_few_rows(tile: Tile, weights: str) -> None:
-    """Compiled for sm_90a, and launched as there; their MMA has SM12x's rule. Those of wgmma the executor has not."""
-    place = SM90_TILES.index(tile)
-    k = prove(tile, "90a", f"{weights}_bf16").stages * 128 + (1 + place % 4) * 32
-    if weights == "nvfp4":
-        problem: GemmProblem = any_problem(k, COLUMNS[tile.n], (3, 0, tile.m // 2, tile.m + 1))
-    else:
-        problem = gemm.any_problem(k, COLUMNS[tile.n], (3, 0, tile.m // 2, tile.m + 1), MXFP4_BF16)
-    dtype, seed = DTYPES[place % 3], seed_of(tile.name, weights, "90a")
-    out = Gemm(problem, tile, Machine(seed=seed), "90a").run(dtype, m_tiles_are_ready=place % 2 == 1)
-    mismatch = problem.mismatch(out)
+def test_sm90s_tiles(tile: Tile, pair: str) -> None:
+    """Compiled for sm_90a, and launched as there: the warp's MMA and wgmma, which have SM12x's rule for bf16."""
+    place = SM90_TILES.index((tile, pair))
+    k, rows = prove(tile, "90a", pair).stages * 128 + (1 + place % 4) * 32, (3, 0, tile.m // 2, tile.m + 1)
+    made = (
+        any_problem(k, COLUMNS[tile.n], rows)
+        if pair == NVFP4_BF16
+        else gemm.any_problem(k, COLUMNS[tile.n], rows, pair)
+    )
+    dtype, seed = DTYPES[place % 3], seed_of(tile.name, pair, "90a")
+    out = Gemm(made, tile, Machine(seed=seed), "90a").run(dtype, m_tiles_are_ready=place % 2 == 1)
+    mismatch = made.mismatch(out)
     assert not mismatch, f"{tile.name}, seed {seed}: {mismatch}"
+
+
+def test_sm90s_activation() -> None:
+    tile, kind = MANIFEST.tile("m32n64_swap"), KINDS[4]
+    rows, _ = Gemm(usual(192), tile, Machine(seed=8), "90a").run_activated(epilogue(kind, 192))
+    expected = torch.full_like(rows, 0xAA)
+    expected[: usual(192).valid] = from_stored_sums(kind, 192).view(torch.uint8)
+    assert torch.equal(rows, expected)
+
+
+WGMMA_MISTAKES = {
+    "no wait for the last MMAs": (r"wgmma\.wait_group\.sync\.aligned 0;", ""),
+    "groups not committed": (r"wgmma\.commit_group\.sync\.aligned;", ""),
+    "rows g and g + 8 of A exchanged": (r"(wgmma\.mma_async[^;]*?\}, *\{)(%r\d+), *(%r\d+)", r"\1\3, \2"),
+}
+
+
+@pytest.mark.parametrize("name", WGMMA_MISTAKES)
+def test_a_mistake_of_wgmma_is_noticed(name: str) -> None:
+    """In the code of all widths."""
+    tile, problem = MANIFEST.tile("m32n64_swap"), any_problem(160, 80, (3, 0, 17))
+
+    def change(ptx: str) -> str:
+        changed, count = re.subn(*WGMMA_MISTAKES[name], ptx)
+        assert count > 1
+        return changed
+
+    gemm_of_tile = Gemm(problem, tile, Machine(seed=2), "90a")
+    if "wait" in WGMMA_MISTAKES[name][0] or "commit" in WGMMA_MISTAKES[name][0]:
+        with pytest.raises(Fault, match=r"before wgmma\.wait_group"):
+            gemm_of_tile.run(torch.float32, change=change)
+    else:
+        assert problem.mismatch(gemm_of_tile.run(torch.float32, change=change))
 
 
 # ---- GEMM1's activation ----------------------------------------------------------------------------------------------

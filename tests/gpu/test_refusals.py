@@ -51,7 +51,7 @@ def test_arguments_on_the_wrong_device_are_refused(device: torch.device) -> None
 
 def test_weights_in_another_word_order_are_refused(device: torch.device) -> None:
     x, w, ids = random_call(4, 2, small()).args()
-    (other,) = (order for order in formats.WordOrder if order is not small().word_order)
+    other = next(order for order in formats.WordOrder if order is not small().word_order)
     weights = replace(small(), word_order=other)
     message = rf"weights: expected word order '{small().word_order.value}' on {device}, got '{other.value}' of another"
     with pytest.raises(ValueError, match=message):

@@ -161,8 +161,7 @@ def check_activation(
     numbers = (0.0, 0.0, math.inf, None, None, None)
     number = _ROUNDINGS.index(rounding)
     arguments = (values, row_expert, offsets, weights.w13_bias, weights.activation.code, *numbers, number)
-    unit = "activation" if kind == "mxfp4" else "nvfp4_activation"
-    done = execute_fp4([unit], "activation", *arguments, row_format(kind), arch=arch, factors=factors, **inputs)
+    done = execute_fp4(["fp4_activation"], "activation", *arguments, row_format(kind), arch=arch, factors=factors, **inputs)
     made = reference.activate(
         values[:valid], row_expert[:valid], weights.w13_bias, activation, None, None, None, rounding=rounding
     )
@@ -202,8 +201,7 @@ def _close(sums: Tensor, row_expert: Tensor, experts: int, applied: Epilogue) ->
     arguments += tuple(0.0 if isinstance(n, Tensor) else n for n in numbers)
     arguments += tuple(n if isinstance(n, Tensor) else None for n in numbers)
     arguments += (_ROUNDINGS.index(rounding), row_format(kind))
-    unit = "activation" if kind == "mxfp4" else "nvfp4_activation"
-    done = execute_fp4([unit], "activation", *arguments, arch="120f", factors=None, **inputs)
+    done = execute_fp4(["fp4_activation"], "activation", *arguments, arch="120f", factors=None, **inputs)
     limit = None if isinstance(applied.limit, float) and math.isinf(applied.limit) else applied.limit
     values = reference.activate(
         sums, row_expert, applied.bias, applied.activation, applied.alpha, applied.beta, limit, rounding=rounding

@@ -19,7 +19,7 @@ from mxfp4_moe._choice import cost_model
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe.bench import floors, picture, report
 from mxfp4_moe.bench.shapes import DEFAULT_TOKENS, PRESETS, MoEShape
-from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP8, load_manifest
+from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP4, MXFP4_MXFP8, NVFP4_NVFP4, load_manifest
 from wheelbuild import ROOT
 
 DOCUMENT = Path("docs/performance.md")
@@ -165,6 +165,8 @@ def rendered(page: str, runs: Mapping[str, report.Results]) -> str:
         "floors": floors_block,
         "model": model_block,
         "model_bf16": lambda: model_block(MXFP4_BF16),
+        "model_mxfp4": lambda: model_block(MXFP4_MXFP4),
+        "model_nvfp4": lambda: model_block(NVFP4_NVFP4),
         "rates": rates_block,
         "results": lambda: results_block(runs),
     }

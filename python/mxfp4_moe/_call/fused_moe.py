@@ -39,11 +39,11 @@ def fused_moe(
     """One MoE layer with MXFP4 weights: sum over a token's experts of topk_weight * (w2 . act(w13 . x + b13) + b2).
 
     T tokens, k experts per token, E experts, H hidden size. Activations are quantized to MXFP8 before each of the two
-    GEMMs, or only rounded to bfloat16 (activation_format); CPU tensors may have NVFP4 weights, and FP4 activations. A
-    token's result depends on nothing but that token: the same bits in every batch and with every tile.
-    For inference: a gradient that is asked for is an error of the backward pass. Work is queued on the current CUDA
-    stream, without synchronization; CUDA graphs capture it, and any number of threads and streams may call at once. All
-    tensors are contiguous and on one device.
+    GEMMs, or to FP4, or only rounded to bfloat16 (activation_format); weights may be NVFP4 (`MoEWeights`). A token's
+    result depends on nothing but that token: the same bits in every batch and with every tile. For inference: a
+    gradient that is asked for is an error of the backward pass. Work is queued on the current CUDA stream, without
+    synchronization; CUDA graphs capture it, and any number of threads and streams may call at once. All tensors are
+    contiguous and on one device.
     In a function under torch.compile or torch.export the call is one operator, `mxfp4_moe::moe_layer`, which chooses
     its tile when it runs: tile_mn is checked and auto_tile_select means nothing there.
 
@@ -70,11 +70,11 @@ def fused_moe(
         intermediate_rounding: round GEMM1's values, before their bias, and the activation's to the output dtype, as
             FlashInfer does; there a value beyond float16's range becomes an infinity, which makes its token NaN unless
             the activation clamps it. Without it they stay in float32 until MXFP8, which is closer to the exact layer.
-        activation_format: to what the values that each GEMM reads are brought before: "mxfp8", or "bf16", which is
-            closer to the exact layer, and on SM90 as fast. CPU tensors and SM90 take both, SM12x "bf16" with a wheel
-            that has it and with weights in its word order (`activation_formats`, `MoEWeights.to`); CPU tensors "mxfp4"
-            too, and of NVFP4 weights "nvfp4" and "bf16". None: "mxfp8", of NVFP4 weights "nvfp4". Hidden states that
-            are MXFP8 stay it.
+        activation_format: to what the values that each GEMM reads are brought before: "mxfp8"; "bf16", which is
+            closer to the exact layer, and on SM90 as fast; or "mxfp4", which is farther from it, and of which SM12x
+            multiplies twice as many. Of NVFP4 weights "nvfp4", or "bf16". None: "mxfp8", of NVFP4 weights "nvfp4". CPU
+            tensors take all, SM90 "mxfp8" and "bf16", SM12x others than "mxfp8" with a wheel of profile `full` and
+            weights in their word order (`activation_formats`, `MoEWeights.to`). Hidden states that are MXFP8 stay it.
 
     Returns:
         [T, H] in the output dtype: `output` where it was given.

@@ -58,7 +58,7 @@ _IN_BF16 = ArchModel(arch="120f", mma_flops_per_clock=1024.0, loop_instructions=
 _GEFORCE_BF16_FLOPS = 512.0
 # FP4 with FP4. Dense kind::mxf4 and kind::mxf4nvf4 that accumulate in float32, of the maker's tables, which give
 # GeForce the whole rate: 1676 TFLOP/s of an RTX 5090 (half of the 3352 with sparsity).
-_IN_FP4 = ArchModel(arch="120f", mma_flops_per_clock=4096.0, loop_instructions=(51.5, 8.4, 0.0, 4.4))
+_IN_FP4 = ArchModel(arch="120f", mma_flops_per_clock=4096.0, loop_instructions=(17.9, 1.3, 0.0, 4.6))
 
 
 def _model_of(device: DeviceFacts, proof: TileProof) -> ArchModel:

@@ -23,6 +23,7 @@ from .machine import Machine
 
 PtxChange = Callable[[str], str] | None
 LaunchChange = Callable[[launch.Launch], launch.Launch] | None
+IN_BF16 = (MXFP4_BF16, NVFP4_BF16)  # pairs of bfloat16 rows
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -123,7 +124,7 @@ class Gemm:
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
         experts_weights = zip(problem.packed, problem.scales, strict=True)
-        of_bf16 = dict.fromkeys((MXFP4_BF16, NVFP4_BF16), formats.WordOrder.PAIRS)
+        of_bf16 = dict.fromkeys(IN_BF16, formats.WordOrder.PAIRS)
         orders = of_bf16 | {MXFP4_MXFP8: formats.WordOrder.CONTAINERS}
         in_order, words = orders.get(self.pair, formats.WordOrder.PLAIN), scale_words(self.pair)
         self.operands = {
@@ -218,7 +219,7 @@ class Gemm:
         [R, N/4].
         """
         rows, n = self.problem.expected.shape
-        width = n if self.pair == MXFP4_BF16 else n // 4 if self.pair in FP4_PAIRS else n // 2
+        width = n if self.pair in IN_BF16 else n // 4 if self.pair in FP4_PAIRS else n // 2
         codes = torch.full((rows, width), 0xAA, dtype=torch.uint8)
         scales = torch.full((-(-n // 256) * scale_words(self.pair), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
         args = self.args(m_tiles_are_ready)

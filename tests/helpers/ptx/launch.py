@@ -208,7 +208,8 @@ class Recorder:
         """Makes the layer find one kernel of a tile, compiled for the test, and no other of it."""
         sizes = (tile.m, tile.n, int(tile.swap_ab))
         names = (host_code.launcher(pair), host_code.facts(pair))
-        self._ask("register_kernel", str(host_code.built(tile, pair)[0]), *names, sizes, abi.formats_of(pair))
+        library = host_code.built(tile, pair, host_code.ARCH)[0]  # cached by its arguments as they are written
+        self._ask("register_kernel", str(library), *names, sizes, abi.formats_of(pair))
 
     def layout(self) -> dict[str, tuple[int, int]]:
         return self._ask("layout")

@@ -98,7 +98,7 @@ class Queue:
 
 def force(register: Any) -> U32:
     """A register's lanes, computed now if they were promised."""
-    return register.force() if isinstance(register, Promise) else register
+    return register if isinstance(register, np.ndarray) else register.force()
 
 
 def start(

@@ -42,6 +42,7 @@ _COPY = (
 _TYPES = r"([busf](?:8|16|32|64))"
 _LOAD = re.compile(rf"ld(?:(\.relaxed\.gpu)\.global|\.(global|shared|param)(\.nc|\.cg)?|())(\.v2|\.v4)?\.{_TYPES}")
 _STORE = re.compile(rf"st(?:\.(global|shared)|())(\.v2|\.v4)?\.{_TYPES}")
+_WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16")
 _SHUFFLE = re.compile(r"shfl\.sync\.(idx|bfly|up|down)\.b32")
 
 # Each of these is a unit of its own: the lanes may have to wait. Name -> method of Warp and the types of its operands.
@@ -83,7 +84,7 @@ class Program:
         found: set[str] = set()
         moves = []
         for i in self.instructions:
-            if i.name in _MMAS:
+            if i.name in _MMAS or _WGMMA.fullmatch(i.name):
                 found.update(vector(i.operands[0]))
             elif i.name in ("mov.b32", "mov.f32", "mov.u32"):
                 moves.append((i.operands[0], i.operands[1]))
@@ -341,6 +342,14 @@ class _Writer(Operands):
             self.assign(operands[0], f"w.transpose({self.read(operands[1], 'u32', i)})", "u32", "None", i)
         elif name in _MMAS:
             self._mma(at, i, _MMAS[name])
+        elif found := _WGMMA.fullmatch(name):
+            self._wgmma(at, i, int(found[1]))
+        elif name == "wgmma.fence.sync.aligned":
+            pass  # of registers that threads write before a wgmma reads them: here it reads them as they are
+        elif name == "wgmma.commit_group.sync.aligned":
+            self.lines.append("w.wgmmas.commit()")
+        elif name == "wgmma.wait_group.sync.aligned":
+            self.lines.append(f"w.wgmmas.wait(w, {int(operands[0])})")
         elif name in ("setmaxnreg.dec.sync.aligned.u32", "setmaxnreg.inc.sync.aligned.u32"):
             self.lines.append(f"w.set_registers({'inc' in name}, {int(operands[0])})")
         else:
@@ -377,6 +386,20 @@ class _Writer(Operands):
             f"{tuple(selectors)}, {name}, w.place({at}))"
         )
 
+    def _wgmma(self, at: int, i: Instruction, columns: int) -> None:
+        """A from registers, factors of 1, and B not transposed."""
+        if len(i.operands) != 7 or [x.strip() for x in i.operands[4:]] != ["1", "1", "0"]:
+            raise self.refuse(i, f"operands of {i.text}")
+        d, a, descriptor, adds = i.operands[:4]
+        if (len(vector(d)), len(vector(a))) != (columns // 2, 4):
+            raise self.refuse(i, f"operands of {i.text}")
+        targets = tuple(self.program.numbers[r] for r in vector(d))
+        words = ", ".join(self.read(r, "u32", i) for r in vector(a))
+        self.lines.append(
+            f"w.wgmmas.start(w, {targets}, ({words}), {self.read(descriptor, 'u64', i)}, "
+            f"{self.read(adds, 'pred', i)}, w.place({at}))"
+        )
+
     def _waiting(self, i: Instruction) -> list[str] | None:
         """The lines of an instruction that may have to wait, or None."""
         name, operands = i.name, i.operands
@@ -400,5 +423,5 @@ class _Writer(Operands):
 
 def _is_together(name: str) -> bool:
     return name in ("bar.warp.sync", "elect.sync") or name.startswith(
-        ("shfl.", "redux.", "match.", "vote.", "ldmatrix.", "movmatrix.", "mma.", "setmaxnreg.")
+        ("shfl.", "redux.", "match.", "vote.", "ldmatrix.", "movmatrix.", "mma.", "wgmma.", "setmaxnreg.")
     )

@@ -18,6 +18,7 @@ from .faults import Fault, Kind
 from .memory import SHARED_BASE
 from .tensor_copy import Copy
 from .translate import WAITING
+from .wgmma import Groups
 
 if TYPE_CHECKING:
     from .machine import Block
@@ -60,6 +61,7 @@ class Warp:
         self.waited = np.zeros(32, np.bool_)  # whether a lane has passed griddepcontrol.wait
         self.at = 0
         self.mmas = block.launched.mmas
+        self.wgmmas = Groups()
         self.registers: int | None = None  # what setmaxnreg made of them
 
     # --- control -----------------------------------------------------------------------------------------------
