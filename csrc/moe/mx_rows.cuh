@@ -101,6 +101,12 @@ __device__ __forceinline__ KTile make_k_tile(const float (&x)[kValuesPerLane], R
   return tile;
 }
 
+__device__ __forceinline__ void store_scale_word(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {
+  if (threadIdx.x % kLanesPerWord == 0 && k_tile < scale_k_tiles(to.k)) {
+    *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = tile.scales;
+  }
+}
+
 // Writes a K tile to a row, its scale word included; what lies past the row is not stored.
 __device__ __forceinline__ void store_k_tile(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {
   const int lane = threadIdx.x % kLanesPerWord, part = lane % kLanesPerBlock;
@@ -117,9 +123,7 @@ __device__ __forceinline__ void store_k_tile(const KTile& tile, int64_t row, int
     *reinterpret_cast<uint32_t*>(to.out + first + part * 4) = tile.words.x;
     *reinterpret_cast<uint32_t*>(to.out + first + kScaleBlock / 2 + part * 4) = tile.words.y;
   }
-  if (lane == 0 && k_tile < scale_k_tiles(to.k)) {
-    *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = tile.scales;
-  }
+  store_scale_word(tile, row, k_tile, to);
 }
 
 // The same two of MXFP4.
@@ -136,9 +140,7 @@ __device__ __forceinline__ void store_mxfp4_tile(const KTile& tile, int64_t row,
   if (column < to.k) {
     *reinterpret_cast<uint32_t*>(to.out + (row * to.k + column) / 2) = tile.words.x;
   }
-  if (lane == 0 && k_tile < scale_k_tiles(to.k)) {
-    *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = tile.scales;
-  }
+  store_scale_word(tile, row, k_tile, to);
 }
 
 }  // namespace mxfp4_moe

@@ -9,8 +9,8 @@ constexpr int kThreads = 128;
 constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
 constexpr int kChoicesAtOnce = 4;
 
-// Writes one K tile of kTokens tokens, from `token` on, `stride` apart, to each of their rows. kMxfp4: the rows' format,
-// which is known at compile time, so that the others' kernels are what they are without it.
+// Writes one K tile of kTokens tokens, from `token` on, `stride` apart, to each of their rows. kMxfp4 is the rows'
+// format, which is known at compile time, so that the others' kernels are what they are without it.
 template <bool kMxfp4 = false, int kTokens, typename Args>
 __device__ __forceinline__ void store_to_rows(const KTile (&tiles)[kTokens], int64_t token, int64_t stride, int k_tile,
                                               const Args& args) {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fp4_cases import KINDS
 from ptx import launch
 from ptx.running import EXECUTED
-from ptx_fp4_checks import KINDS, check_activation, check_activation_is_close, check_e2m1, check_quantize_permute
+from ptx_fp4_checks import check_activation, check_activation_is_close, check_e2m1, check_quantize_permute
 
 from mxfp4_moe.activations import Activation
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import ptx_fp4_checks as cases
 import torch
+from fp4_cases import KINDS
 from ptx_quantize_checks import check_fp4_quantize
 
 from .moe_mutations import Mutation
 
-MXFP4, OF_EXPERTS, OF_ROWS = cases.KINDS
+MXFP4, OF_EXPERTS, OF_ROWS = KINDS
 
 
 def _permute(kind: str) -> Callable[[], None]:
