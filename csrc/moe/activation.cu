@@ -3,8 +3,7 @@
 // in   gemm1 fp32; gated: [R, 2I], columns in groups of 16, 8 gates, then the 8 ups of the same outputs; not gated:
 //      [R, I]; bias likewise [E, 2I] or [E, I]
 // out  codes [R, I] E4M3, each block of 32 stored even k first; scales [ceil(I/128), R padded to 4, 4] E8M0
-//      or bf16 [R, I] (shared/bf16_rows.cuh); or of MXFP4 packed E2M1 [R, I / 2], plain k order, and
-//      scales as MXFP8's. NVFP4: nvfp4_activation.cu
+//      or bf16 [R, I] (shared/bf16_rows.cuh). FP4: fp4_activation.cu
 // g += bias, u += bias (not gated: x += bias), then the activation (shared/nonlinearities.cuh). Where `rounding` says
 // so, it rounds what it reads from gemm1, and what it quantizes, to bf16 or fp16 (RNE; beyond fp16's range to
 // infinity): so do pipelines that keep these values in the output dtype. alpha, beta and limit are one number, or one
@@ -65,8 +64,8 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
   if (args.rows == 0) {
     return cudaSuccess;
   }
-  if (args.format == RowFormat::kNvfp4) {
-    return launch_nvfp4_activation(args, stream);
+  if (args.format == RowFormat::kMxfp4 || args.format == RowFormat::kNvfp4) {
+    return launch_fp4_activation(args, stream);
   }
   const Kernel kernel = kernel_of<Kernel>(args.activation, nullptr, [](auto activation) -> Kernel {
     return activation_kernel<decltype(activation)::value>;

@@ -1,5 +1,5 @@
 // What a lane computes of a row between the two GEMMs: bias and activation of eight neighbouring outputs. For the
-// kernels that differ in what they make of them: activation.cu and nvfp4_activation.cu.
+// kernels that differ in what they make of them: activation.cu and fp4_activation.cu.
 #pragma once
 
 #include <type_traits>

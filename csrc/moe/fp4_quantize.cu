@@ -11,6 +11,12 @@
 #include "shared/fp4.cuh"
 
 namespace mxfp4_moe {
+
+// A global scale makes it NVFP4.
+__device__ __forceinline__ int64_t scale_words(const Fp4QuantizeArgs& args) {
+  return args.global_scale != nullptr ? (args.k / 16 + 3) / 4 : scale_k_tiles(args.k);
+}
+
 namespace {
 
 template <bool kNvfp4>
@@ -52,9 +58,9 @@ __device__ __forceinline__ void quantize(const float (&x)[kValues], const Fp4Qua
       args.scales[row * blocks + column / Of::kValuesOf] = static_cast<uint8_t>(scale);
     }
   }
-  const int number = column / (4 * Of::kValuesOf), words = (blocks + 3) / 4;
-  if (args.layout != ScaleLayout::kLinear && lane % Of::kLanesOfWord == 0 && number < words) {
-    store_word(args.scales, args.layout, row, number, words, word);
+  const int number = column / (4 * Of::kValuesOf);
+  if (args.layout != ScaleLayout::kLinear && lane % Of::kLanesOfWord == 0 && number < scale_words(args)) {
+    store_word(args, row, number, word);
   }
 }
 
@@ -65,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) fp4_quantize_kernel(const Fp4Quantiz
   const int64_t stride = gridDim.y;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  store_padding(args.scales, args.layout, args.rows, (args.k / Blocks<kNvfp4>::kValuesOf + 3) / 4);
+  store_padding(args);
   float global = 1.0f;
   if constexpr (kNvfp4) {
     const float given = __ldcg(args.global_scale);

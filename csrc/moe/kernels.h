@@ -175,7 +175,7 @@ struct ActivationArgs {
   GlobalScales global_scales;  // of kNvfp4
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
-cudaError_t launch_nvfp4_activation(const ActivationArgs& args, cudaStream_t stream);  // it calls this one for kNvfp4
+cudaError_t launch_fp4_activation(const ActivationArgs& args, cudaStream_t stream);  // it calls this one for FP4 rows
 
 struct FinalizeArgs {
   const void* gemm2;          // [rows, hidden_size] of row_type(type)

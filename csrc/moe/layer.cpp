@@ -91,8 +91,8 @@ const Mxfp4MoeTileFacts* kernel_of(const Layer& layer, ActivationFormat format) 
   }
   if (facts == nullptr) {  // where the device has no machine code at all the launch says why
     const std::string having = pairs_of(*layer.tile, device);
-    STD_TORCH_CHECK(having.empty(), "activation_format: expected one for whose pair with the weights' tile (",
-                    layer.tile->tile_m, ", ", layer.tile->tile_n, ") has a kernel on this GPU (", having, "), got ",
+    STD_TORCH_CHECK(having.empty(), "activation_format: expected one for which tile (", layer.tile->tile_m, ", ",
+                    layer.tile->tile_n, ") has a kernel with these weights on this GPU (it has ", having, "), got ",
                     weights == MXFP4_MOE_WEIGHT_NVFP4 ? "nvfp4_" : "mxfp4_", name_of(format));
   }
   return facts;

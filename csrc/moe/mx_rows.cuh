@@ -4,8 +4,8 @@
 // A quad of lanes holds one block of 32 values, lane q the values k = 8q .. 8q+7. Lanes of a half-warp hold the four
 // blocks of one K tile of 128 values, so that their scale bytes leave as one 32-bit word.
 // E4M3 codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants.
-// bf16 rows (shared/bf16_rows.cuh) and E2M1 codes have k in order. Used by quantize_permute.cu, permute.cu and
-// activation.cu.
+// bf16 rows (shared/bf16_rows.cuh) and E2M1 codes have k in order. Used by quantize_permute.cu, permute.cu,
+// activation.cu and fp4_activation.cu.
 #pragma once
 
 #include "moe/kernels.h"
@@ -93,18 +93,18 @@ __device__ __forceinline__ KTile make_k_tile(const QuadCodes& quad, bool in_bf16
 
 // The same from values. All 32 lanes call it.
 __device__ __forceinline__ KTile make_k_tile(const float (&x)[kValuesPerLane], RowFormat format) {
-  KTile tile = {};
-  if (format == RowFormat::kMxfp4) {
-    const uint32_t amax = quad_amax(x), scale = mxfp4_scale(amax);
-    tile.words.x = fp4_codes(amax, mxfp4_multiplier(scale), x);
-    tile.scales = scale_word(scale);
-    return tile;
-  }
   if (format != RowFormat::kBf16) {
     return make_k_tile(quantize_quad(x), format == RowFormat::kMxfp8InBf16);
   }
+  KTile tile = {};
   tile.words = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
   return tile;
+}
+
+__device__ __forceinline__ void store_scale_word(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {
+  if (threadIdx.x % kLanesPerWord == 0 && k_tile < scale_k_tiles(to.k)) {
+    *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = tile.scales;
+  }
 }
 
 // Writes a K tile to a row, its scale word included; what lies past the row is not stored.
@@ -113,23 +113,34 @@ __device__ __forceinline__ void store_k_tile(const KTile& tile, int64_t row, int
   const int k_block = k_tile * kBlocksPerWord + lane / kLanesPerBlock;
   const int64_t first = row * to.k + k_block * kScaleBlock;
   const bool is_in_row = k_block < to.k / kScaleBlock;
-  if (to.format == RowFormat::kBf16 || to.format == RowFormat::kMxfp8InBf16) {
+  if (to.format != RowFormat::kMxfp8) {
     if (is_in_row) {
       reinterpret_cast<uint4*>(to.out + first * 2)[part] = tile.words;
     }
     return;
   }
-  if (to.format == RowFormat::kMxfp4) {
-    if (is_in_row) {
-      reinterpret_cast<uint32_t*>(to.out + first / 2)[part] = tile.words.x;
-    }
-  } else if (is_in_row) {
+  if (is_in_row) {
     *reinterpret_cast<uint32_t*>(to.out + first + part * 4) = tile.words.x;
     *reinterpret_cast<uint32_t*>(to.out + first + kScaleBlock / 2 + part * 4) = tile.words.y;
   }
-  if (lane == 0 && k_tile < scale_k_tiles(to.k)) {
-    *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = tile.scales;
+  store_scale_word(tile, row, k_tile, to);
+}
+
+// The same two of MXFP4.
+__device__ __forceinline__ KTile make_mxfp4_tile(const float (&x)[kValuesPerLane]) {
+  KTile tile = {};
+  const uint32_t amax = quad_amax(x), scale = mxfp4_scale(amax);
+  tile.words.x = fp4_codes(amax, mxfp4_multiplier(scale), x);
+  tile.scales = scale_word(scale);
+  return tile;
+}
+__device__ __forceinline__ void store_mxfp4_tile(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {
+  const int lane = threadIdx.x % kLanesPerWord;
+  const int column = (k_tile * kLanesPerWord + lane) * kValuesPerLane;
+  if (column < to.k) {
+    *reinterpret_cast<uint32_t*>(to.out + (row * to.k + column) / 2) = tile.words.x;
   }
+  store_scale_word(tile, row, k_tile, to);
 }
 
 }  // namespace mxfp4_moe

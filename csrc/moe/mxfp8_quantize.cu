@@ -11,6 +11,9 @@
 #include "shared/mxfp8.cuh"
 
 namespace mxfp4_moe {
+
+__device__ __forceinline__ int64_t scale_words(const Mxfp8QuantizeArgs& args) { return scale_k_tiles(args.padded_k); }
+
 namespace {
 
 // One row's part of a lane: its codes and, from one lane of each block or K tile, scales. All 32 lanes call it.
@@ -43,7 +46,7 @@ __device__ __forceinline__ void quantize(const float (&x)[kValues], const Mxfp8Q
     }
   }
   if (args.layout != ScaleLayout::kLinear && lane == 0 && k_tile < scale_k_tiles(args.padded_k)) {
-    store_word(args.scales, args.layout, row, k_tile, scale_k_tiles(args.padded_k), word);
+    store_word(args, row, k_tile, word);
   }
 }
 
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) mxfp8_quantize_kernel(const Mxfp8Qua
   const int64_t stride = gridDim.y;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  store_padding(args.scales, args.layout, args.rows, scale_k_tiles(args.padded_k));
+  store_padding(args);
   for (int64_t first = blockIdx.y; first < args.rows; first += kRows * stride) {
     Values<kInput> loaded[kRows];
 #pragma unroll

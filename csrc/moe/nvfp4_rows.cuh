@@ -4,7 +4,7 @@
 // values is a pair of lanes, and the four blocks of 64 k are eight lanes, whose scale bytes leave as one 32-bit word:
 // two words to a K tile. What a row is multiplied by first is its expert's global scale or its own (kernels.h,
 // GlobalScales).
-// Used by nvfp4_permute.cu and nvfp4_activation.cu.
+// Used by nvfp4_permute.cu and fp4_activation.cu.
 #pragma once
 
 #include "moe/mx_rows.cuh"

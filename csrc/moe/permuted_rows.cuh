@@ -9,8 +9,9 @@ constexpr int kThreads = 128;
 constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
 constexpr int kChoicesAtOnce = 4;
 
-// Writes one K tile of kTokens tokens, from `token` on, `stride` apart, to each of their rows.
-template <int kTokens, typename Args>
+// Writes one K tile of kTokens tokens, from `token` on, `stride` apart, to each of their rows. kMxfp4 is the rows'
+// format, which is known at compile time, so that the others' kernels are what they are without it.
+template <bool kMxfp4 = false, int kTokens, typename Args>
 __device__ __forceinline__ void store_to_rows(const KTile (&tiles)[kTokens], int64_t token, int64_t stride, int k_tile,
                                               const Args& args) {
   const RowsOut to = {args.format, args.rows, args.scales, int64_t{args.tokens} * args.top_k, args.hidden_size};
@@ -30,7 +31,11 @@ __device__ __forceinline__ void store_to_rows(const KTile (&tiles)[kTokens], int
 #pragma unroll
       for (int j = 0; j < kChoicesAtOnce; ++j) {
         if (rows[t][j] >= 0) {  // the same for the whole warp
-          store_k_tile(tiles[t], rows[t][j], k_tile, to);
+          if constexpr (kMxfp4) {
+            store_mxfp4_tile(tiles[t], rows[t][j], k_tile, to);
+          } else {
+            store_k_tile(tiles[t], rows[t][j], k_tile, to);
+          }
         }
       }
     }

@@ -49,32 +49,34 @@ struct Values {
   }
 };
 
-// Byte offset of a row's word of scales, of which each row has `words`, in tiles of either height.
-__device__ __forceinline__ int64_t word_offset(ScaleLayout layout, int64_t row, int64_t word, int64_t words) {
-  if (layout == ScaleLayout::k128x4) {
-    return (row / kTallRows * words + word) * (kTallRows * 4) +
+// Byte offset of a row's word of scales, in tiles of either height. Args say how many words each row has.
+template <typename Args>
+__device__ __forceinline__ int64_t word_offset(const Args& args, int64_t row, int word) {
+  if (args.layout == ScaleLayout::k128x4) {
+    return (row / kTallRows * scale_words(args) + word) * (kTallRows * 4) +
            swizzled_scale_word_offset(static_cast<int>(row % kTallRows));
   }
-  return (row / kShortRows * words + word) * (kShortRows * 4) + row % kShortRows * 4;
+  return (row / kShortRows * scale_words(args) + word) * (kShortRows * 4) + row % kShortRows * 4;
 }
 
-__device__ __forceinline__ void store_word(uint8_t* scales, ScaleLayout layout, int64_t row, int64_t word,
-                                           int64_t words, uint32_t value) {
-  *reinterpret_cast<uint32_t*>(scales + word_offset(layout, row, word, words)) = value;
+template <typename Args>
+__device__ __forceinline__ void store_word(const Args& args, int64_t row, int number, uint32_t word) {
+  *reinterpret_cast<uint32_t*>(args.scales + word_offset(args, row, number)) = word;
 }
 
 // The words of the rows that fill up the last tile, divided among all threads of the grid.
-__device__ __forceinline__ void store_padding(uint8_t* scales, ScaleLayout layout, int64_t rows, int64_t words) {
-  if (layout == ScaleLayout::kLinear) {
+template <typename Args>
+__device__ __forceinline__ void store_padding(const Args& args) {
+  if (args.layout == ScaleLayout::kLinear) {
     return;
   }
-  const int height = layout == ScaleLayout::k128x4 ? kTallRows : kShortRows;
-  const int64_t padding = (height - rows % height) % height;
+  const int height = args.layout == ScaleLayout::k128x4 ? kTallRows : kShortRows;
+  const int64_t padding = (height - args.rows % height) % height;
   const int64_t threads = int64_t{gridDim.x} * gridDim.y * kThreads;
   const int64_t thread = (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
 #pragma unroll 1
-  for (int64_t i = thread; i < padding * words; i += threads) {
-    store_word(scales, layout, rows + i % padding, i / padding, words, 0);
+  for (int64_t i = thread; i < padding * scale_words(args); i += threads) {
+    store_word(args, args.rows + i % padding, static_cast<int>(i / padding), 0);
   }
 }
 

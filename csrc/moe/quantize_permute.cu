@@ -18,7 +18,7 @@ namespace {
 // With more tokens than this, a thread has several at once: then all of them are read and quantized while route runs.
 constexpr int kFewTokens = 512, kTokensAtOnce = 4;
 
-template <HalfType kType, int kTokens>
+template <HalfType kType, int kTokens, bool kMxfp4>
 __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const QuantizePermuteArgs args) {
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
   const int column = k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane;
@@ -41,22 +41,28 @@ __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const Quanti
     for (int t = 0; t < kTokens; ++t) {
       float x[kValuesPerLane];
       widen<kType>(packed[t], x);
-      tiles[t] = make_k_tile(x, args.format);
+      tiles[t] = kMxfp4 ? make_mxfp4_tile(x) : make_k_tile(x, args.format);
     }
     if (token == blockIdx.y) {
       wait_for_previous_kernel();
       let_next_kernel_start();
     }
-    store_to_rows(tiles, token, stride, k_tile, args);
+    store_to_rows<kMxfp4>(tiles, token, stride, k_tile, args);
   }
 }
 
-template <HalfType kType>
+template <HalfType kType, bool kMxfp4>
 cudaError_t launch_quantize(const QuantizePermuteArgs& args, cudaStream_t stream) {
-  return args.tokens <= kFewTokens
-             ? launch(quantize_permute_kernel<kType, 1>, grid_of(args, 1), kThreads, 0, stream, args)
-             : launch(quantize_permute_kernel<kType, kTokensAtOnce>, grid_of(args, kTokensAtOnce), kThreads, 0, stream,
-                      args);
+  const int at_once = args.tokens <= kFewTokens ? 1 : kTokensAtOnce;
+  const auto kernel =
+      at_once == 1 ? quantize_permute_kernel<kType, 1, kMxfp4> : quantize_permute_kernel<kType, kTokensAtOnce, kMxfp4>;
+  return launch(kernel, grid_of(args, at_once), kThreads, 0, stream, args);
+}
+
+template <HalfType kType>
+cudaError_t launch_for(const QuantizePermuteArgs& args, cudaStream_t stream) {
+  return args.format == RowFormat::kMxfp4 ? launch_quantize<kType, true>(args, stream)
+                                          : launch_quantize<kType, false>(args, stream);
 }
 
 }  // namespace
@@ -68,8 +74,8 @@ cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_
   if (args.format == RowFormat::kNvfp4) {
     return launch_nvfp4_permute(args, stream);
   }
-  return args.type == HalfType::kBFloat16 ? launch_quantize<HalfType::kBFloat16>(args, stream)
-                                          : launch_quantize<HalfType::kFloat16>(args, stream);
+  return args.type == HalfType::kBFloat16 ? launch_for<HalfType::kBFloat16>(args, stream)
+                                          : launch_for<HalfType::kFloat16>(args, stream);
 }
 
 }  // namespace mxfp4_moe

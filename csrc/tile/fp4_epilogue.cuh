@@ -5,8 +5,8 @@
 // A block is 32 or 16 outputs, 64 or 32 weight rows: of two or four warps, one, or half of one. Warps that share a
 // block leave the largest magnitude of their part of a row in shared memory and meet once; others need neither.
 // Weights are the MMA's A in every tile that activates FP4, so lane 4g + t has output g of rows 2t and 2t + 1. Codes
-// leave as words of the eight outputs of a group: four groups' codes are 16 bits for each row, an 8x8 transpose brings a
-// row's outputs 2t and 2t + 1 together, and a quad transposes the rest.
+// leave as words of the eight outputs of a group: four groups' codes are 16 bits for each row, an 8x8 transpose brings
+// a row's outputs 2t and 2t + 1 together, and a quad transposes the rest.
 #pragma once
 
 #include "shared/fp4.cuh"

@@ -15,7 +15,7 @@ import pytest
 import mxfp4_moe
 from mxfp4_moe import cli
 from mxfp4_moe._install import wheel
-from mxfp4_moe.tiles import Tile, TileProof, load_manifest, max_smem_per_block, prove
+from mxfp4_moe.tiles import PAIRS, Tile, TileProof, load_manifest, max_smem_per_block, prove
 
 NATIVE, SWAPPED = Tile(m=128, n=128, swap_ab=False), Tile(m=8, n=128, swap_ab=True)
 
@@ -146,6 +146,7 @@ def test_info(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "version": mxfp4_moe.__version__,
         "path": str(package),
         "profile": "mxfp4_minimal",
+        "pairs": ["mxfp4_mxfp8"],
         "archs": list(fake_wheel.ARCHS),
         "tiles": 2,
         "built_with": {"cuda": "13.0.88", "torch": "2.13.0"},
@@ -158,6 +159,7 @@ def test_info(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["profile", "mxfp4_minimal"],
         ["archs", "sm_90a, sm_120f"],
     ]
+    assert out.splitlines()[6].split() == ["computes", "mxfp4_mxfp8"]
     assert out.splitlines()[-1].split() == ["built", "with", "torch", "2.13.0"]
     (package / "build_report.json").unlink()
     status, out = run(capsys, "info")
@@ -216,7 +218,7 @@ def test_a_full_wheel_has_a_row_for_each_kernel(package: Path, capsys: pytest.Ca
     report.write_text(report.read_text().replace("mxfp4_minimal", "full"))
     _, out = run(capsys, "tiles")
     rows = [line.split() for line in out.splitlines()[1:-2]]
-    kernels = [("90a", "mxfp4_bf16"), ("120f", "mxfp4_mxfp8"), ("120f", "mxfp4_bf16")]
+    kernels = [("90a", "mxfp4_bf16"), ("90a", "nvfp4_bf16"), *(("120f", pair) for pair in PAIRS)]
     assert [(row[0], row[2], row[3]) for row in rows] == [
         (name, *kernel) for name in (NATIVE.name, SWAPPED.name) for kernel in kernels
     ]
@@ -224,6 +226,7 @@ def test_a_full_wheel_has_a_row_for_each_kernel(package: Path, capsys: pytest.Ca
     flat = " ".join(out.split())
     assert "m256n64 on sm_120f, mxfp4_bf16: grouped_gemm_mma_sync" in flat
     assert "two pipeline stages need 2 x 69,904 = 139,808 bytes" in flat
+    assert "m256n64 on sm_120f, mxfp4_mxfp4: grouped_gemm" in flat
 
 
 def test_without_a_report_the_table_has_what_can_be_proved(package: Path, capsys: pytest.CaptureFixture[str]) -> None:

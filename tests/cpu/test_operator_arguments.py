@@ -20,6 +20,7 @@ from mxfp4_moe import Router
 from mxfp4_moe._call import fused_moe, launch, operators, selection
 from mxfp4_moe._call.selection import select
 from mxfp4_moe._install import loading
+from mxfp4_moe.formats import WeightFormat
 from mxfp4_moe.tiles import Tile
 from mxfp4_moe.weights import MoEWeights
 
@@ -254,7 +255,7 @@ def test_a_compiled_call_of_a_part_chooses_its_tile_as_an_eager_one(
     tensors = (call[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
     fused_moe._traced(*tensors, part, None, "linear", torch.bfloat16, False, "mxfp8")
     operators._moe_layer_cuda(*operands[0])
-    assert asked == [(T, K, E, H, INTER, None, "mxfp8")] * 2
+    assert asked == [(T, K, E, H, INTER, None, "mxfp8", WeightFormat.MXFP4)] * 2
 
 
 def test_copies_of_weights_gather_their_own_arguments() -> None:

@@ -411,7 +411,10 @@ def test_the_paths_multiply_as_the_kernel_does() -> None:
     assert any(re.fullmatch(r"wgmma\.mma_async\S*\.f32\.bf16\.bf16", one.name) for one in paths["SM90"].instructions)
     scaled = [name for name in multiplying["SM12x"] if "kind::mxf8f6f4.block_scale" in name]
     assert len(scaled) == 2
-    assert [name for name in multiplying["SM12x"] if name not in scaled] == multiplying["SM90"], "of bf16 activations"
+    packed = [name for name in multiplying["SM12x"] if ".m16n8k64." in name]
+    assert sorted(re.findall(r"kind::\w+", " ".join(packed))) == ["kind::mxf4", "kind::mxf4nvf4"]
+    others = [name for name in multiplying["SM12x"] if name not in (*scaled, *packed)]
+    assert others == multiplying["SM90"], "of bf16 activations"
     assert kernel.path_for("sm_90a").name == "SM90"
     assert {kernel.path_for(target).name for target in TARGETS if target != "sm_90a"} == {"SM12x"}
 

@@ -31,7 +31,7 @@ from mxfp4_moe.weights import MoEWeights, WeightFormat
 
 CPU = torch.device("cpu")
 SOURCES = ("route", "route_few", "topk_softmax", "quantize_permute", "nvfp4_permute")
-SOURCES += ("activation", "nvfp4_activation", "finalize")
+SOURCES += ("activation", "fp4_activation", "finalize")
 EXPERTS, HIDDEN, INTER, TOP_K = 6, 160, 96, 2  # K of both GEMMs ends inside of a K tile, N inside of an output tile
 CODES = formats.weight_layout.ACTIVATION_NAMES
 ORDERS = {"bf16": formats.WordOrder.PAIRS} | dict.fromkeys(("mxfp4", "nvfp4"), formats.WordOrder.PLAIN)
@@ -230,7 +230,7 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     gemm1 = grouped(case, rows, weights, "w13", offsets, w13_factors)
     if not case.fuses:
         assert torch.equal(bits(own["gemm1_out"][:valid]), bits(gemm1))
-        run.next("nvfp4_activation" if case.act_format == "nvfp4" else "activation")
+        run.next("activation" if case.act_format == "bf16" else "fp4_activation")
     given = (weights.activation, weights.alpha, weights.beta, weights.limit)
     values = reference.activate(gemm1, row_expert, w13_bias, *given, rounding=None)
     expected = fp4.quantize_rows(values, case.act_format, given_scales(case, weights, 1, row_expert))

@@ -1,9 +1,19 @@
-"""Values that the quantizers to FP4 must get right: of formats on the CPU, and of the kernels."""
+"""Values that the quantizers to FP4 must get right, and what rows of them are: of formats, and of the kernels."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from format_cases import random_float_bits, with_neighbours
+from moe_cases import special_rows
+from torch import Tensor
+
+from mxfp4_moe import formats
+
+KINDS = ("mxfp4", "nvfp4 of experts", "nvfp4 of rows")
+GLOBAL_SCALES = torch.tensor([1.0, 0.37, 448 * 6 / 3.21, 3e-6, 5e7])  # of five experts
 
 
 def hard_values(block: int) -> dict[str, np.ndarray]:
@@ -44,3 +54,46 @@ def hard_rows(width: int, block: int, most: int = 1000) -> np.ndarray:
         flat = np.resize(values, -(-values.size // width) * width)
         made.append(flat.reshape(-1, width)[:most])
     return np.concatenate(made)
+
+
+def hidden_of(width: int, dtype: torch.dtype, tokens: int) -> Tensor:
+    """Special rows of each kind; those with zeros alone among them."""
+    zeros = torch.zeros(2, width)
+    zeros[1] = -0.0
+    hard = torch.from_numpy(hard_rows(width, 16, 2)).to(dtype)
+    x = torch.cat((special_rows(width, dtype), zeros.to(dtype), hard))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(width))
+    return x[order].repeat(-(-tokens // len(x)), 1)[:tokens].contiguous()
+
+
+# ---- what the kernels make of them -----------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """What a kernel must write of some rows: packed codes, scales [rows, K / block], and NVFP4's factors."""
+
+    packed: Tensor
+    scales: Tensor
+    factors: Tensor | None
+
+
+def row_format(kind: str) -> int:
+    """csrc/moe/kernels.h, RowFormat."""
+    return 3 if kind == "mxfp4" else 4
+
+
+def quantized(values: Tensor, kind: str, expert: Tensor, global_scales: Tensor | None = None) -> Rows:
+    """values: [R, K] of any float; expert: of each row; global_scales: of experts, or GLOBAL_SCALES."""
+    if kind == "mxfp4":
+        return Rows(*formats.quantize_mxfp4_activations(values), None)
+    own = kind == "nvfp4 of rows"
+    given = GLOBAL_SCALES if global_scales is None else global_scales
+    scale = formats.nvfp4_row_scales(values) if own else given[expert.long()]
+    return Rows(*formats.quantize_nvfp4(values, scale), scale.reciprocal() if own else None)
+
+
+def in_words(scales: Tensor, valid: int, like: Tensor | None = None) -> Tensor:
+    """The first rows' scale bytes [valid, blocks and padding], of packed scales; of plain ones `like` those."""
+    if like is None:
+        return scales[:, :valid].transpose(0, 1).reshape(valid, -1)
+    return torch.nn.functional.pad(scales[:valid], (0, like.shape[0] * 4 - scales.shape[1]))

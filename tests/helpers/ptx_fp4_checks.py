@@ -11,11 +11,11 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from fp4_cases import hard_rows
-from moe_cases import ids_of, layer_of, special_rows
+from fp4_cases import GLOBAL_SCALES, Rows, hard_rows, hidden_of, in_words, quantized, row_format
+from moe_cases import ids_of, layer_of
 from ptx import launch
 from ptx.fp4_problems import Fp4Problem
 from ptx.gemm import Epilogue
@@ -27,33 +27,8 @@ from mxfp4_moe import formats, reference
 from wheelbuild.kernel_ptx import compile_source_to_ptx
 
 CPU = torch.device("cpu")
-KINDS = ("mxfp4", "nvfp4 of experts", "nvfp4 of rows")
 _EXPERTS = 5
 _ROUNDINGS = (None, torch.bfloat16, torch.float16)
-_GLOBAL_SCALES = torch.tensor([1.0, 0.37, 448 * 6 / 3.21, 3e-6, 5e7])
-
-
-class Rows(NamedTuple):
-    """What a kernel must write of some rows: packed codes, scales [rows, K / block], and NVFP4's factors."""
-
-    packed: Tensor
-    scales: Tensor
-    factors: Tensor | None
-
-
-def row_format(kind: str) -> int:
-    """csrc/moe/kernels.h, RowFormat."""
-    return 3 if kind == "mxfp4" else 4
-
-
-def quantized(values: Tensor, kind: str, expert: Tensor, global_scales: Tensor | None = None) -> Rows:
-    """values: [R, K] of any float; expert: of each row; global_scales: of experts, or _GLOBAL_SCALES."""
-    if kind == "mxfp4":
-        return Rows(*formats.quantize_mxfp4_activations(values), None)
-    own = kind == "nvfp4 of rows"
-    given = _GLOBAL_SCALES if global_scales is None else global_scales
-    scale = formats.nvfp4_row_scales(values) if own else given[expert.long()]
-    return Rows(*formats.quantize_nvfp4(values, scale), scale.reciprocal() if own else None)
 
 
 def execute_fp4(
@@ -83,25 +58,13 @@ def check_rows(done: Run, expected: Rows, valid: int, factors: Tensor | None) ->
     assert torch.equal(rows[:valid], expected.packed)
     assert not done.written(rows)[valid:].any()
     assert done.written(rows)[:valid].all()
-    blocks = expected.scales.shape[1]
-    in_words = torch.nn.functional.pad(expected.scales, (0, scales.shape[0] * 4 - blocks))
-    assert torch.equal(scales[:, :valid].transpose(0, 1).reshape(valid, -1), in_words)
+    assert torch.equal(in_words(scales, valid), in_words(expected.scales, valid, like=scales))
     assert done.written(scales)[:, :valid].all()
     assert not done.written(scales)[:, valid:].any()
     if factors is not None:
         assert expected.factors is not None
         assert torch.equal(factors[:valid].view(torch.int32), expected.factors.view(torch.int32))
         assert not done.written(factors)[valid:].any()
-
-
-def hidden_of(width: int, dtype: torch.dtype, tokens: int) -> Tensor:
-    """Special rows of each kind; those with zeros alone among them."""
-    zeros = torch.zeros(2, width)
-    zeros[1] = -0.0
-    hard = torch.from_numpy(hard_rows(width, 16, 2)).to(dtype)
-    x = torch.cat((special_rows(width, dtype), zeros.to(dtype), hard))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(width))
-    return x[order].repeat(-(-tokens // len(x)), 1)[:tokens].contiguous()
 
 
 def _behind_route(recording: launch.Recording) -> None:
@@ -125,7 +88,7 @@ def check_quantize_permute(
     inputs: dict[str, Tensor] = {"hidden_states": x, "slot_row": slot_row}
     if kind == "nvfp4 of experts":
         padding = torch.full((len(row_slot) - valid,), -1, dtype=torch.int32)
-        inputs |= {"global_scales": _GLOBAL_SCALES, "row_expert": torch.cat((expert, padding))}
+        inputs |= {"global_scales": GLOBAL_SCALES, "row_expert": torch.cat((expert, padding))}
     factors = torch.empty(len(row_slot)) if kind == "nvfp4 of rows" else None
     arguments = (x, slot_row, top_k, row_format(kind))
     unit = "quantize_permute" if kind == "mxfp4" else "nvfp4_permute"
@@ -156,13 +119,14 @@ def check_activation(
     if weights.w13_bias is not None:
         inputs["bias"] = weights.w13_bias
     if kind == "nvfp4 of experts":
-        inputs["global_scales"] = _GLOBAL_SCALES
+        inputs["global_scales"] = GLOBAL_SCALES
     factors = torch.empty(rows) if kind == "nvfp4 of rows" else None
     numbers = (0.0, 0.0, math.inf, None, None, None)
     number = _ROUNDINGS.index(rounding)
     arguments = (values, row_expert, offsets, weights.w13_bias, weights.activation.code, *numbers, number)
-    unit = "activation" if kind == "mxfp4" else "nvfp4_activation"
-    done = execute_fp4([unit], "activation", *arguments, row_format(kind), arch=arch, factors=factors, **inputs)
+    done = execute_fp4(
+        ["fp4_activation"], "activation", *arguments, row_format(kind), arch=arch, factors=factors, **inputs
+    )
     made = reference.activate(
         values[:valid], row_expert[:valid], weights.w13_bias, activation, None, None, None, rounding=rounding
     )
@@ -182,7 +146,7 @@ def check_activation_is_close(activation: str) -> None:
     sums = torch.randn(8, weights.w13_rows, generator=g) * 4
     numbers = {name: getattr(weights, name) for name in ("alpha", "beta")}
     limit = math.inf if weights.limit is None else weights.limit
-    given = {"bias": weights.w13_bias, "global_scales": _GLOBAL_SCALES, "limit": limit, **numbers}
+    given = {"bias": weights.w13_bias, "global_scales": GLOBAL_SCALES, "limit": limit, **numbers}
     row_expert = torch.arange(8, dtype=torch.int32) % _EXPERTS
     _close(sums, row_expert, _EXPERTS, Epilogue(activation=weights.activation, **given))
 
@@ -202,8 +166,7 @@ def _close(sums: Tensor, row_expert: Tensor, experts: int, applied: Epilogue) ->
     arguments += tuple(0.0 if isinstance(n, Tensor) else n for n in numbers)
     arguments += tuple(n if isinstance(n, Tensor) else None for n in numbers)
     arguments += (_ROUNDINGS.index(rounding), row_format(kind))
-    unit = "activation" if kind == "mxfp4" else "nvfp4_activation"
-    done = execute_fp4([unit], "activation", *arguments, arch="120f", factors=None, **inputs)
+    done = execute_fp4(["fp4_activation"], "activation", *arguments, arch="120f", factors=None, **inputs)
     limit = None if isinstance(applied.limit, float) and math.isinf(applied.limit) else applied.limit
     values = reference.activate(
         sums, row_expert, applied.bias, applied.activation, applied.alpha, applied.beta, limit, rounding=rounding

@@ -1,5 +1,5 @@
-// Grouped GEMM of bf16 activations and MXFP4 or NVFP4 weights by the warp's MMA: on SM90 tiles of few activation rows and of few
-// weight rows, on SM12x all. out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
+// Grouped GEMM of bf16 activations and MXFP4 or NVFP4 weights by the warp's MMA: on SM90 tiles of few activation rows
+// and of few weight rows, on SM12x all. out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
 // Shapes: act [rows, k] bf16 (shared/bf16_rows.cuh); weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in
 // shared/weight_layout.cuh, words in order `pairs`; out [rows, n] in fp32, bf16 or fp16, or the activation of it

@@ -108,10 +108,11 @@ __device__ __forceinline__ uint32_t factor_of(uint32_t word, int step, uint32_t 
 
 // --- NVFP4's scales
 //
-// E4M3's byte, which has no sign, is 2^-120 times its value where bf16 has low exponent and high mantissa; subnormal ones
-// are bf16's subnormal ones, which multiplications honour. (0x7F, its NaN, would be 480: weights are not prepared with
-// it.) Two exact multiplications make it 2^119 times the value, which one integer addition would but for zero and the
-// subnormal ones. They are for both 16 k of a block at once: the first's factor is the low half, the second's the high.
+// E4M3's byte, which has no sign, is 2^-120 times its value where bf16 has low exponent and high mantissa; subnormal
+// numbers are bf16's subnormal ones, which multiplications honour. (0x7F, its NaN, would be 480: weights are not
+// prepared with it.) Two exact multiplications make it 2^119 times the value, which one integer addition would but for
+// zero and the subnormal ones. They are for both 16 k of a block at once: the first's factor is the low half, the
+// second's the high.
 __device__ __forceinline__ uint32_t nvfp4_factors(uint32_t word, int step, uint32_t unit) {
   constexpr uint32_t kTo2To7 = (127u + 127u) << 7, kTo2To119 = (127u + 112u) << 7;
   const uint32_t bytes = __byte_perm(word, 0, step % 2 == 0 ? 0x4140 : 0x4342) * unit;

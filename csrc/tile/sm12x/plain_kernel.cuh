@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, ScaledActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, PlainSum<Shape>>{p, smem});
 }
 
-// The function of a shape's kernel, for the launcher; the other kernels say it of theirs. It is an instance of the shape
-// that is asked about, a type of tile.cu that names the arch and the pair, by which builds find a kernel.
+// The function of a shape's kernel, for the launcher; the other kernels say it of theirs. It is an instance of the
+// shape that is asked about, a type of tile.cu that names the arch and the pair, by which builds find a kernel.
 template <class Shape, std::enable_if_t<!Shape::kReadsBf16, int> = 0>
 constexpr auto kernel_of(Shape*) {
   return grouped_gemm<Shape>;

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from .._install import errors
-from ..formats import WordOrder
+from ..formats import WeightFormat, WordOrder
 from ..reference import routers as reference_routers
 from ..routers import Router
 from ..weights import Activation, MoEWeights
@@ -134,7 +134,8 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
     experts, (tokens, top_k) = call.w13.shape[0], call.topk_ids.shape
     check_limits(experts, tokens, top_k)
     sizes = call.hidden_size, call.intermediate_size
-    chosen = select(tokens, top_k, call.num_global_experts or experts, *sizes, device.index, call.activation_format)
+    among = call.num_global_experts or experts
+    chosen = select(tokens, top_k, among, *sizes, device.index, call.activation_format, WeightFormat.MXFP4)
     op, tile = launch.layer_operator_for(call.activation_format, device.index, chosen)
     output = torch.empty_like(hidden_states, dtype=call.output_dtype)
     try:

@@ -31,6 +31,7 @@ def info_data() -> dict[str, Any]:
         "version": __version__,
         "path": str(wheel.PACKAGE),
         "profile": report.get("profile"),
+        "pairs": report.get("pairs"),  # of formats, weights and activations
         "archs": list(wheel.built_archs()),
         "tiles": len(wheel.built_tiles()),
         **({"emulates": report["emulates"]} if "emulates" in report else {}),
@@ -46,6 +47,8 @@ def info_text(data: dict[str, Any]) -> str:
         "archs": ", ".join(f"sm_{arch}" for arch in data["archs"]),
         "tiles": str(data["tiles"]),
     }
+    if data["pairs"]:
+        rows["computes"] = ", ".join(data["pairs"])
     if "emulates" in data:
         rows["emulates"] = wheel.emulation_words(data["archs"], data["emulates"]["on"])
     rows |= {f"built with {name}": str(version) for name, version in (data["built_with"] or {}).items()}

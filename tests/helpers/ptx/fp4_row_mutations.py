@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import ptx_fp4_checks as cases
 import torch
+from fp4_cases import KINDS
 from ptx_quantize_checks import check_fp4_quantize
 
 from .moe_mutations import Mutation
 
-MXFP4, OF_EXPERTS, OF_ROWS = cases.KINDS
+MXFP4, OF_EXPERTS, OF_ROWS = KINDS
 
 
 def _permute(kind: str) -> Callable[[], None]:
@@ -40,7 +41,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="fp4: codes of a poisoned block stay",
-        unit="activation",
+        unit="fp4_activation",
         file="shared/fp4.cuh",
         old="return amax >= kFloatInfBits ? 0 : codes;",
         new="return codes;",
@@ -48,7 +49,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="fp4: pairs of codes exchanged",
-        unit="activation",
+        unit="fp4_activation",
         file="shared/fp4.cuh",
         old="b1, %4, %3;",
         new="b1, %3, %4;",
@@ -58,8 +59,8 @@ MUTATIONS = (
         name="mxfp4: rows as long as MXFP8's",
         unit="quantize_permute",
         file="moe/mx_rows.cuh",
-        old="(to.out + first / 2)[part] = tile.words.x",
-        new="(to.out + first)[part] = tile.words.x",
+        old="(to.out + (row * to.k + column) / 2) = tile.words.x",
+        new="(to.out + row * to.k + column / 2) = tile.words.x",
         case=_permute(MXFP4),
     ),
     Mutation(
@@ -80,7 +81,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="nvfp4: the second word of a K tile is the first of the next",
-        unit="nvfp4_activation",
+        unit="fp4_activation",
         file="moe/nvfp4_rows.cuh",
         old="k_tile * kNvfp4WordsPerTile + lane",
         new="k_tile * kNvfp4WordsPerTile + 1 - lane",
@@ -88,7 +89,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="nvfp4: the scale is applied without its global scale",
-        unit="nvfp4_activation",
+        unit="fp4_activation",
         file="shared/fp4.cuh",
         old="__frcp_rn(__fmul_rn(e4m3_value(scale), inverse))",
         new="__frcp_rn(e4m3_value(scale))",
@@ -96,7 +97,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="nvfp4: zeros lose their signs",
-        unit="nvfp4_activation",
+        unit="fp4_activation",
         file="shared/fp4.cuh",
         old="return amax == 0 ? 0.0f : __frcp_rn",
         new="return amax == 0 ? -0.0f : __frcp_rn",
@@ -136,7 +137,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="nvfp4: no barrier before the row's largest is read",
-        unit="nvfp4_activation",
+        unit="fp4_activation",
         file="moe/nvfp4_rows.cuh",
         old="    of_warps[threadIdx.x / kWarpSize] = x;\n  }\n  __syncthreads();\n",
         new="    of_warps[threadIdx.x / kWarpSize] = x;\n  }\n",
@@ -144,15 +145,15 @@ MUTATIONS = (
     ),
     Mutation(
         name="nvfp4: a row's factor is its scale",
-        unit="nvfp4_activation",
-        file="moe/nvfp4_activation.cu",
+        unit="fp4_activation",
+        file="moe/fp4_activation.cu",
         old="given.row_factors[row] = global.inverse;",
         new="given.row_factors[row] = global.scale;",
         case=_activation(OF_ROWS),
     ),
     Mutation(
         name="nvfp4: a row of zeros has an infinite scale",
-        unit="nvfp4_activation",
+        unit="fp4_activation",
         file="shared/fp4.cuh",
         old="return amax == 0 || amax >= kFloatInfBits ? 1.0f",
         new="return amax >= kFloatInfBits ? 1.0f",
@@ -160,8 +161,8 @@ MUTATIONS = (
     ),
     Mutation(
         name="nvfp4: biases of another column",
-        unit="nvfp4_activation",
-        file="moe/nvfp4_activation.cu",
+        unit="fp4_activation",
+        file="moe/fp4_activation.cu",
         old="outputs.expert_of_bias = -1;",
         new="",
         case=lambda: cases.check_activation(1184, OF_EXPERTS, activation="relu", bias=True, most=1),
@@ -170,8 +171,8 @@ MUTATIONS = (
         name="fp4_quantize: the last word of an odd number of blocks",
         unit="fp4_quantize",
         file="moe/fp4_quantize.cu",
-        old="words = (blocks + 3) / 4;",
-        new="words = blocks / 4;",
+        old="(args.k / 16 + 3) / 4",
+        new="(args.k / 16) / 4",
         case=lambda: check_fp4_quantize(9, 144, torch.bfloat16, 0, 3.5),
     ),
     Mutation(
@@ -183,11 +184,11 @@ MUTATIONS = (
         case=lambda: check_fp4_quantize(9, 144, torch.bfloat16, 0, 3.5),
     ),
     Mutation(
-        name="fp4_quantize: padding rows of NVFP4 have MXFP4's words",
+        name="fp4_quantize: rows past the last are left unwritten",
         unit="fp4_quantize",
         file="moe/fp4_quantize.cu",
-        old="(args.k / Blocks<kNvfp4>::kValuesOf + 3) / 4);",
-        new="(args.k / kScaleBlock + 3) / 4);",
+        old="  store_padding(args);\n",
+        new="",
         case=lambda: check_fp4_quantize(9, 144, torch.bfloat16, 1, 3.5),
     ),
     Mutation(

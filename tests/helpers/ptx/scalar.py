@@ -103,6 +103,13 @@ def count_bits(x: Any) -> Any:
     return np.unpackbits(np.ascontiguousarray(x).view(u1).reshape(-1, 4), axis=1).sum(1).astype(u4)
 
 
+def insert_bits(x: Any, into: Any, position: Any, length: Any) -> Any:
+    """bfi.b32: the lowest `length` bits of x, put into the other at `position`."""
+    at = np.minimum(position & u4(255), u4(32)).astype(u8)
+    mask = ((u8(1) << np.minimum(length & u4(255), u4(32)).astype(u8)) - u8(1)) << at
+    return (into.astype(u8) & ~mask | x.astype(u8) << at & mask).astype(u4)
+
+
 def extract_bits(x: Any, position: Any, length: Any) -> Any:
     """bfe.u32."""
     wide = x.astype(u8) >> np.minimum(position & u4(255), u4(63)).astype(u8)
@@ -111,7 +118,7 @@ def extract_bits(x: Any, position: Any, length: Any) -> Any:
 
 HELPERS: dict[str, Any] = {
     **{f.__name__: f for f in (shift_left, shift_right, divide, remainder, permute_bytes, funnel_right_wrap)},
-    **{f.__name__: f for f in (reverse_bits, leading_zeros, count_bits, extract_bits)},
+    **{f.__name__: f for f in (reverse_bits, leading_zeros, count_bits, extract_bits, insert_bits)},
     **{"np": np, "floats": floats, "u1": u1, "u2": u2, "u4": u4, "u8": u8, "i1": i1, "i2": i2, "i4": i4, "i8": i8},
     "f4": f4,
 }
@@ -164,6 +171,7 @@ _define("shf.r.wrap.b32", "b32", "b32 b32 u32", "funnel_right_wrap({0}, {1}, {2}
 _define("brev.b32", "b32", "b32", "reverse_bits({0})")
 _define("bfind.shiftamt.u32", "u32", "u32", "leading_zeros({0})")
 _define("popc.b32", "u32", "b32", "count_bits({0})")
+_define("bfi.b32", "b32", "b32 b32 u32 u32", "insert_bits({0}, {1}, {2}, {3})")
 _define("bfe.u32", "u32", "u32 u32 u32", "extract_bits({0}, {1}, {2})")
 
 for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):

@@ -1,8 +1,8 @@
-// Bias, activation and NVFP4: what activation.cu does, for GEMM2s that read NVFP4 rows.
+// Bias, activation and FP4: what activation.cu does, for GEMM2s that read MXFP4 or NVFP4 rows.
 //
-// in   as activation.cu, and the global scales of all experts, or none
-// out  packed codes [R, I / 2] E2M1, plain k order; scales [2 ceil(I/128), R padded to 4, 4] E4M3; where no global
-//      scales are given, row_factors [R] fp32
+// in   as activation.cu, and of NVFP4 the global scales of all experts, or none
+// out  packed codes [R, I / 2] E2M1, plain k order; scales: of MXFP4 [ceil(I/128), R padded to 4, 4] E8M0, of NVFP4
+//      [2 ceil(I/128), R padded to 4, 4] E4M3; of NVFP4 without global scales row_factors [R] fp32
 // Without global scales a row is quantized under 2688 / amax of the whole row, so its activation is computed twice from
 // GEMM1's sums: once for amax, then (the sums come from L2) for the codes. Nothing is kept between, so that rows may
 // have any length. Rows past the valid count are not touched.
@@ -17,10 +17,10 @@ constexpr int kThreads = 128;
 constexpr int kTilesPerBlock = kThreads / kLanesPerWord;
 
 template <Activation kActivation>
-__global__ void __launch_bounds__(kThreads) nvfp4_activation_kernel(const ActivationArgs args) {
+__global__ void __launch_bounds__(kThreads) fp4_activation_kernel(const ActivationArgs args) {
   __shared__ uint32_t of_warps[kThreads / kWarpSize];
   const GlobalScales& given = args.global_scales;
-  const bool of_experts = given.of_experts != nullptr;
+  const bool is_nvfp4 = args.format == RowFormat::kNvfp4, of_experts = is_nvfp4 && given.of_experts != nullptr;
   const RowsOut to = {args.format, args.out, args.scales, args.rows, args.intermediate};
   const int k_tiles = static_cast<int>(scale_k_tiles(args.intermediate));
   wait_for_previous_kernel();
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) nvfp4_activation_kernel(const Activa
     }
     uint32_t row_amax = 0;
 #pragma unroll 1
-    for (int pass = of_experts ? 1 : 0; pass < 2; ++pass) {
+    for (int pass = is_nvfp4 && !of_experts ? 0 : 1; pass < 2; ++pass) {
 #pragma unroll 1
       for (int first = 0; first < k_tiles; first += kTilesPerBlock) {
         const int k_tile = first + threadIdx.x / kLanesPerWord;
@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(kThreads) nvfp4_activation_kernel(const Activa
         outputs(args, row, k_tile * kBlocksPerWord * kScaleBlock + threadIdx.x % kLanesPerWord * kValuesPerLane, x);
         if (pass == 0) {
           row_amax = max(row_amax, lane_amax(x));
+        } else if (!is_nvfp4) {
+          store_mxfp4_tile(make_mxfp4_tile(x), row, k_tile, to);
         } else {
           store_nvfp4_tile(make_nvfp4_tile(x, pair_amax(x), global), row, k_tile, to);
         }
@@ -62,9 +64,9 @@ using Kernel = void (*)(ActivationArgs);
 
 }  // namespace
 
-cudaError_t launch_nvfp4_activation(const ActivationArgs& args, cudaStream_t stream) {
+cudaError_t launch_fp4_activation(const ActivationArgs& args, cudaStream_t stream) {
   const Kernel kernel = kernel_of<Kernel>(args.activation, nullptr, [](auto activation) -> Kernel {
-    return nvfp4_activation_kernel<decltype(activation)::value>;
+    return fp4_activation_kernel<decltype(activation)::value>;
   });
   return kernel == nullptr ? cudaErrorInvalidValue : launch(kernel, dim3(args.rows), kThreads, 0, stream, args);
 }
