@@ -181,7 +181,8 @@ def refuse_on(mode: Mode, device: torch.device) -> None:
     if mode is not Mode.BF16 or device.type != "cuda":
         return
     if tiles_of("mxfp8", device.index) and not tiles_of("bf16", device.index):
-        _refuse_quantization("use_w4_group_scaling", "mxfp4_bf16")
+        lacks = loading.manifest().refusal(wheel.profile(), "mxfp4_bf16") or "no tile that was built has bf16 rows"
+        raise NotImplementedError(f"use_w4_group_scaling: {lacks}")
 
 
 def _check_group_scaling(
@@ -209,4 +210,6 @@ def _refuse_quantization(argument: str, quantization: str) -> None:
     manifest = loading.manifest()
     profile = (wheel.read_report() or {}).get("profile") or manifest.default_profile
     refusal = manifest.refusal(profile, quantization)
-    raise NotImplementedError(f"{argument}: {refusal or f'{quantization!r} has no kernel here; CPU tensors take it'}")
+    if refusal is None:  # the wheel has it, and this call has not
+        refusal = f"quantization {quantization!r} is here for CPU tensors alone; fused_moe has it on GPUs too"
+    raise NotImplementedError(f"{argument}: {refusal}")
