@@ -23,7 +23,7 @@ from mxfp4_moe.flashinfer_api import ActivationType, modes, raw_memory, weight_c
 from mxfp4_moe.flashinfer_api.given_weights import GivenWeights
 from mxfp4_moe.weights import Activation
 
-TOLERANCE = 4e-3  # relative norm: half a unit of bfloat16's last place, and few values that are a whole one off
+TOLERANCE = 5e-4  # relative norm; one value in 1500 that is a unit of bfloat16 off is 1e-4
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ class TestResult:
                 assert cases.distance(found, wanted) < TOLERANCE
                 total += found.float()
         whole = cases.expected(call, layer, numbers=OAI, biased=True)
-        assert cases.distance(total, whole) < 2 * TOLERANCE
+        assert cases.distance(total, whole) < 4e-3, "each rank rounds its own output to bfloat16"
 
     @staticmethod
     def part(layer: dict[str, torch.Tensor], ranks: tuple[int, int, int, int]) -> dict[str, torch.Tensor]:

@@ -216,8 +216,8 @@ def test_six_quant_scales(each: bool, dtype: torch.dtype, gated: bool) -> None:
     [
         (
             {"input": torch.zeros(T, H // 2, dtype=torch.uint8)},
-            NotImplementedError,
-            "input: this library quantizes to NV",
+            ValueError,
+            "input_sf: expected the scales of input that is NVFP4 already, got None",
         ),
         (
             {"input_sf": torch.zeros(T, 8, dtype=torch.uint8)},
@@ -257,3 +257,67 @@ def test_refused_layers(change: dict[Any, Any], error: type[Exception], words: s
     call |= {"quant_scales": scales} | {name: value for name, value in change.items() if isinstance(name, str)}
     with pytest.raises(error, match=words):
         fi.cutlass_fused_moe(**call)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("swizzled", [True, False])
+def test_input_that_is_nvfp4_already(swizzled: bool, dtype: torch.dtype) -> None:
+    """Codes under the global scale that the call would take for them: the same bits as of what they were made from."""
+    call, _ = nvfp4_call(dtype=dtype)
+    (expected,) = fi.cutlass_fused_moe(**call)
+    layout = SfLayout.layout_128x4 if swizzled else SfLayout.layout_linear
+    codes, scales = fi.nvfp4_quantize(call["input"], call["quant_scales"][0], layout)
+    given = call | {"input": codes, "input_sf": scales, "swizzled_input_sf": swizzled}
+    output = torch.full((T, H), torch.nan, dtype=dtype)
+    (found,) = fi.cutlass_fused_moe(**given, output=output)
+    assert found is output
+    assert torch.equal(found, expected)
+    for other in ({"input": codes.view(torch.int64)}, {"input_sf": scales.flatten().view(torch.float8_e4m3fn)}):
+        assert torch.equal(fi.cutlass_fused_moe(**given | other)[0], expected)
+    assert not torch.equal(fi.cutlass_fused_moe(**given | {"input": codes.roll(1, 1)})[0], expected)
+    assert not torch.equal(fi.cutlass_fused_moe(**given | {"input_sf": scales.roll(1, 0)})[0], expected)
+    dtypes = {"x_dtype": torch.uint8, "weight_dtype": torch.int64}
+    assert fi.cutlass_fused_moe_workspace_size(T, H, I, E, K, **dtypes, device="cpu") == 0
+    with pytest.raises(NotImplementedError, match="^x_dtype: quantization 'nvfp4_nvfp4'"):
+        fi.cutlass_fused_moe_workspace_size(T, H, I, E, K, **dtypes)
+    fi.forget_weights()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"input": torch.zeros(T, H, dtype=torch.uint8)},
+            ValueError,
+            r"input: expected uint8 \[8, 64\], got uint8 \[8, 1",
+        ),
+        (
+            {"input_sf": torch.zeros(T, 8, dtype=torch.uint8)},
+            ValueError,
+            r"input_sf: expected 128x4-swizzled \[128, 8\] on",
+        ),
+        (
+            {"swizzled_input_sf": False},
+            ValueError,
+            r"input_sf: expected linear \[8, 8\] on cpu, got uint8 \[128, 8\]",
+        ),
+        ({"input_sf": torch.zeros(128, 8)}, TypeError, "input_sf: expected uint8 or float8_e4m3fn"),
+        (
+            {"input_sf": torch.full((128, 8), 200, dtype=torch.uint8)},
+            ValueError,
+            "input_sf: expected E4M3 bytes without a sign, 0..127, got 200",
+        ),
+        ({"output": torch.zeros(T, H)}, TypeError, r"output: expected bfloat16 \[8, 128\], got float32"),
+        ({"quant_scales": [torch.ones(1)] * 4}, ValueError, "quant_scales: expected 6 tensors .*, got 4"),
+        (
+            {"token_selected_experts": torch.zeros(T, 0, dtype=torch.int32), "token_final_scales": None},
+            ValueError,
+            r"token_selected_experts: expected \[8, k\] with k at least 1",
+        ),
+    ],
+)
+def test_refused_codes(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    call, _ = nvfp4_call()
+    codes, scales = fi.nvfp4_quantize(call["input"], call["quant_scales"][0])
+    with pytest.raises(error, match=f"^{words}"):
+        fi.cutlass_fused_moe(**call | {"input": codes, "input_sf": scales} | change)

@@ -15,7 +15,8 @@ from ..activations import Activation
 from ..formats import BLOCK, E8M0_ONE
 from .activation_type import ActivationType, activation_of
 from .given_weights import SWIGLU_NAMES, GivenWeights
-from .modes import Mode, TheirNames, mode_of, refuse_modes, refuse_on
+from .modes import CODES, Mode, TheirNames, mode_of, refuse_modes, refuse_on
+from .nvfp4_input import layer_of_codes
 from .weight_cache import prepared_weights
 from .workspace import check_output_dtype, check_workspace
 
@@ -80,15 +81,16 @@ def cutlass_fused_moe(
     `interleave_moe_scales_for_sm90_mixed_gemm`, FlashInfer's or the ones here; I and H are multiples of 128. Scales
     of 2^-127 count as they are, where FlashInfer's kernel reads 0.
 
-    NVFP4 x NVFP4 is here for CPU tensors alone, with bfloat16 or float16 input and I and H multiples of 128; sums are
-    multiplied by fc1_global and fc2_global as they are but for a few roundings.
+    NVFP4 x NVFP4 is here for CPU tensors alone, with I and H multiples of 128 and input in bfloat16, float16 or NVFP4;
+    sums are multiplied by fc1_global and fc2_global as they are but for a few roundings.
 
     FP8 x MXFP4 is here as MXFP8 x MXFP4 with activation scales of 1: float8 input without input_sf, five quant_scales,
     use_mxfp8_act_scaling=False. Between the GEMMs are MXFP8's own scales, which keep more than one scale for all does.
 
     Args:
         input: float8_e4m3fn [T, H], or bfloat16 or float16 [T, H], which are quantized to MXFP8 on the way. bf16 x
-            MXFP4: bfloat16.
+            MXFP4: bfloat16. NVFP4: bfloat16, float16, or quantized under fc1 act global, uint8 [T, H/2] (low nibble =
+            even k) or its view as int64.
         token_selected_experts: int32 [T, k], ids of the whole layer's experts.
         token_final_scales: float32 [T, k], or None for ones.
         fc1_expert_weights: int64 [E, W, H/16], packed MXFP4; rows [up; gate] for gated activations. bf16 x MXFP4:
@@ -106,6 +108,7 @@ def cutlass_fused_moe(
         fc1_expert_biases: [E, W], rows as fc1_expert_weights.
         fc2_expert_biases: [E, H], added on tp_rank 0 only, before the router scale.
         input_sf: uint8 E8M0 scales of float8 input: 128x4-swizzled, flat; or [T, H/32] with swizzled_input_sf=False.
+            Of NVFP4 input its E4M3 scales, the same with [T, H/16].
         swiglu_alpha, swiglu_beta, swiglu_limit: float32 [E]; missing ones are 1, 0 and no limit.
         situ_beta, situ_linear_beta: of ActivationType.Situ, float32 [E]; missing ones are 4 and 25.
         clamped_relu2_limit: of ActivationType.ClampedRelu2, float32 [1], for all experts; FlashInfer has it for other
@@ -178,7 +181,10 @@ def cutlass_fused_moe(
         shape, device = token_selected_experts.shape, token_selected_experts.device
         token_final_scales = torch.ones(shape, dtype=torch.float32, device=device)
     refuse_on(mode, input.device)
-    input_sf, scale_layout = _input_scales(input, input_sf, mode is Mode.FP8, swizzled_input_sf)
+    is_nvfp4_already = mode is Mode.NVFP4 and input.dtype in CODES
+    scale_layout = "linear"
+    if not is_nvfp4_already:
+        input_sf, scale_layout = _input_scales(input, input_sf, mode is Mode.FP8, swizzled_input_sf)
     scale = functools.partial(mode.scale, scales)
     first, second = (scales[mode.scales.index(name)] for name in ("fc1 scales", "fc2 scales"))
     given = GivenWeights(
@@ -203,6 +209,9 @@ def cutlass_fused_moe(
     own_names = dict(zip(("alpha", "beta", "limit"), number_names, strict=True))
     with TheirNames(fc1_scale=given.names[1], fc2_scale=given.names[3], **own_names):
         weights = prepared_weights(given, raw_weights)
+        if is_nvfp4_already:
+            routing = (token_final_scales, token_selected_experts)
+            return [layer_of_codes(input, input_sf, swizzled_input_sf, *routing, weights, output_dtype, output)]
         with torch.no_grad():
             result = fused_moe(
                 input,

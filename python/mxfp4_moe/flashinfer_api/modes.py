@@ -17,6 +17,7 @@ from .._call.activation_format import tiles_of
 from .._install import loading, wheel
 
 HALVES = (torch.bfloat16, torch.float16)
+CODES = (torch.uint8, torch.int64)  # of input that is NVFP4 already
 _FLOATS = (torch.float32, *HALVES)
 
 
@@ -138,7 +139,7 @@ def mode_of(
 
     Args:
         names: arguments that the dtypes are of, for the message.
-        on_cpu: whether the input is a CPU tensor.
+        on_cpu: whether the input is known to be a CPU tensor.
         num_scales: of quant_scales, where they are known.
 
     Raises:
@@ -160,16 +161,12 @@ def mode_of(
     if weight_dtype is not torch.int64:
         raise TypeError(f"{of_weights}: expected torch.int64, a view of packed MXFP4, got {weight_dtype}")
     of_nvfp4 = len(Mode.NVFP4.scales)
-    if on_cpu and num_scales == of_nvfp4 and not use_mxfp8_act_scaling:
-        if input_dtype in (torch.uint8, torch.int64):
-            raise NotImplementedError(
-                f"{of_input}: this library quantizes to NVFP4 itself and has no input that is NVFP4 already, got "
-                f"{input_dtype}; pass bfloat16 or float16 without input_sf"
-            )
-        if input_dtype in HALVES:
+    if input_dtype in CODES or (num_scales == of_nvfp4 and input_dtype in HALVES):
+        if on_cpu and not use_mxfp8_act_scaling:
             return Mode.NVFP4
-    if input_dtype in (torch.uint8, torch.int64) or num_scales == of_nvfp4:
         _refuse_quantization("quant_scales" if num_scales else of_input, "nvfp4_nvfp4")
+    if num_scales == of_nvfp4:
+        _refuse_quantization("quant_scales", "nvfp4_nvfp4")
     if input_dtype not in (torch.float8_e4m3fn, *HALVES):
         raise TypeError(f"{of_input}: expected torch.float8_e4m3fn, torch.bfloat16 or torch.float16, got {input_dtype}")
     return Mode.FP8 if input_dtype is torch.float8_e4m3fn and not use_mxfp8_act_scaling else Mode.MXFP8
@@ -184,7 +181,8 @@ def refuse_on(mode: Mode, device: torch.device) -> None:
     if mode is not Mode.BF16 or device.type != "cuda":
         return
     if tiles_of("mxfp8", device.index) and not tiles_of("bf16", device.index):
-        _refuse_quantization("use_w4_group_scaling", "mxfp4_bf16")
+        lacks = loading.manifest().refusal(wheel.profile(), "mxfp4_bf16") or "no tile that was built has bf16 rows"
+        raise NotImplementedError(f"use_w4_group_scaling: {lacks}")
 
 
 def _check_group_scaling(

@@ -72,6 +72,7 @@ def cutlass_fused_moe_workspace_size(
         use_w4_group_scaling=use_w4_group_scaling,
         use_mxfp8_act_scaling=use_mxfp8_act_scaling,
         names=("x_dtype", "weight_dtype"),
+        on_cpu=device is not None and torch.device(device).type == "cpu",
     )
     check_output_dtype(output_dtype, mode)
     sizes = {
@@ -88,7 +89,7 @@ def cutlass_fused_moe_workspace_size(
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-        multiple = LAYER_MULTIPLE if mode is Mode.BF16 else BLOCK
+        multiple = LAYER_MULTIPLE if mode in (Mode.BF16, Mode.NVFP4) else BLOCK
         if size % multiple:
             raise ValueError(f"{name}: expected a multiple of {multiple}, got {size}")
     for name, rank, size in (("tp_rank", tp_rank, tp_size), ("ep_rank", ep_rank, ep_size)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._arguments import require_tensor
 from .._torch_state import exact
 from ..arithmetic import SM90_BF16, Arithmetic, gemm, of_arch
-from ..formats import WeightFormat, nvfp4_row_scales, quantize_mxfp4_activations, quantize_nvfp4
+from ..formats import NVFP4_BLOCK, WeightFormat, nvfp4_row_scales, quantize_mxfp4_activations, quantize_nvfp4
 from ..weights import MoEWeights
 from .activation import activate
 from .chain import ROW_DTYPES, finalize, route
@@ -62,10 +62,13 @@ def fused_moe(
     output_dtype: torch.dtype | None = None,
     intermediate_rounding: bool = False,
     arithmetic: Arithmetic | None = None,
+    hidden_states_scale: Tensor | None = None,
 ) -> Tensor:
     """`reference.fused_moe` of NVFP4 weights with "nvfp4" or "bf16" activations, or of MXFP4 weights with "mxfp4".
 
     Args:
+        hidden_states_scale: E4M3 bytes [T, H/16] of hidden states that are NVFP4 already, uint8 [T, H/2], under the
+            global scales that the weights have for their input; with "nvfp4" and an output_dtype.
         arithmetic: of the two GEMMs; None: SM12x's of FP4 x FP4, and SM90's of bfloat16.
     """
     experts, hidden, inter, kind = (
@@ -74,7 +77,12 @@ def fused_moe(
         weights.intermediate_size,
         weights.weight_format,
     )
-    require_tensor("hidden_states", hidden_states, _HALVES, ("T", hidden), weights.device)
+    if hidden_states_scale is None:
+        require_tensor("hidden_states", hidden_states, _HALVES, ("T", hidden), weights.device)
+    else:
+        require_tensor("hidden_states", hidden_states, torch.uint8, ("T", hidden // 2), weights.device)
+        shape = (len(hidden_states), hidden // NVFP4_BLOCK)
+        require_tensor("hidden_states_scale", hidden_states_scale, torch.uint8, shape, weights.device)
     require_tensor("topk_ids", topk_ids, _IDS, (len(hidden_states), "k"), weights.device)
     require_tensor("topk_weights", topk_weights, torch.float32, topk_ids.shape, weights.device)
     pair = f"{kind.value}_{activation_format}"
@@ -100,8 +108,12 @@ def fused_moe(
                 gemm(rule, rows.values[own], scales, *plain, out[own], pair=pair, factor=factor)
         return out
 
-    own = hidden_states[row_slot // max(topk_ids.shape[1], 1)]
-    rows = quantize_rows(own, activation_format, inputs[0])
+    token = row_slot // max(topk_ids.shape[1], 1)
+    if hidden_states_scale is None:
+        rows = quantize_rows(hidden_states[token], activation_format, inputs[0])
+    else:
+        assert inputs[0] is not None, "rows that are NVFP4 have a global scale"
+        rows = Fp4Rows(hidden_states[token], hidden_states_scale[token], inputs[0][1])
     gemm1 = grouped(rows, weights.w13, weights.w13_rows, hidden, w13_factors)
     numbers = (weights.alpha, weights.beta, weights.limit)
     rounding = dtype if intermediate_rounding else None
