@@ -209,24 +209,25 @@ def cutlass_fused_moe(
     own_names = dict(zip(("alpha", "beta", "limit"), number_names, strict=True))
     with TheirNames(fc1_scale=given.names[1], fc2_scale=given.names[3], **own_names):
         weights = prepared_weights(given, raw_weights)
-        if is_nvfp4_already:
-            routing = (token_final_scales, token_selected_experts)
-            return [layer_of_codes(input, input_sf, swizzled_input_sf, *routing, weights, output_dtype, output)]
         with torch.no_grad():
-            result = fused_moe(
-                input,
-                token_final_scales,
-                token_selected_experts,
-                weights,
-                hidden_states_scale=input_sf,
-                scale_layout=scale_layout,
-                output_dtype=output_dtype,
-                tile_mn=tile_mn,
-                auto_tile_select=auto_tile_select,
-                output=output,
-                intermediate_rounding=True,
-                activation_format=mode.activation_format,
-            )
+            if is_nvfp4_already:
+                routing = (token_final_scales, token_selected_experts)
+                result = layer_of_codes(input, input_sf, swizzled_input_sf, *routing, weights, output_dtype, output)
+            else:
+                result = fused_moe(
+                    input,
+                    token_final_scales,
+                    token_selected_experts,
+                    weights,
+                    hidden_states_scale=input_sf,
+                    scale_layout=scale_layout,
+                    output_dtype=output_dtype,
+                    tile_mn=tile_mn,
+                    auto_tile_select=auto_tile_select,
+                    output=output,
+                    intermediate_rounding=True,
+                    activation_format=mode.activation_format,
+                )
     asking = (input, token_final_scales, fc1_expert_biases, fc2_expert_biases, alpha, beta, limit)
     return [refuse_gradient("cutlass_fused_moe", result, *(tensor for tensor in asking if tensor is not None))]
 
