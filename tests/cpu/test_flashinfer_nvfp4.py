@@ -276,6 +276,10 @@ def test_input_that_is_nvfp4_already(swizzled: bool, dtype: torch.dtype) -> None
         assert torch.equal(fi.cutlass_fused_moe(**given | other)[0], expected)
     assert not torch.equal(fi.cutlass_fused_moe(**given | {"input": codes.roll(1, 1)})[0], expected)
     assert not torch.equal(fi.cutlass_fused_moe(**given | {"input_sf": scales.roll(1, 0)})[0], expected)
+    asking = call["token_final_scales"].clone().requires_grad_()
+    (found,) = fi.cutlass_fused_moe(**given | {"token_final_scales": asking})
+    with pytest.raises(RuntimeError, match="^cutlass_fused_moe: no gradient can be computed through it"):
+        found.float().sum().backward()
     dtypes = {"x_dtype": torch.uint8, "weight_dtype": torch.int64}
     assert fi.cutlass_fused_moe_workspace_size(T, H, I, E, K, **dtypes, device="cpu") == 0
     with pytest.raises(NotImplementedError, match="^x_dtype: quantization 'nvfp4_nvfp4'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -185,48 +184,48 @@ def cutlass_fused_moe(
     scale_layout = "linear"
     if not is_nvfp4_already:
         input_sf, scale_layout = _input_scales(input, input_sf, mode is Mode.FP8, swizzled_input_sf)
-    scale = functools.partial(mode.scale, scales)
-    first, second = (scales[mode.scales.index(name)] for name in ("fc1 scales", "fc2 scales"))
     given = GivenWeights(
         fc1_expert_weights,
-        first,
+        scales[mode.fc1],
         fc2_expert_weights,
-        second,
+        scales[mode.fc2],
         fc1_expert_biases,
         fc2_expert_biases,
         alpha,
         beta,
         limit,
-        scale("fc1 global"),
-        scale("fc2 act global"),
-        scale("fc2 global"),
+        mode.scale(scales, "fc1 global"),
+        mode.scale(scales, "fc2 act global"),
+        mode.scale(scales, "fc2 global"),
         activation,
         (ep_rank, ep_size, tp_rank, tp_size),
         number_names,
-        scale("fc1 act global"),
+        mode.scale(scales, "fc1 act global"),
         mode,
     )
     own_names = dict(zip(("alpha", "beta", "limit"), number_names, strict=True))
-    with TheirNames(fc1_scale=given.names[1], fc2_scale=given.names[3], **own_names):
+    of_fc1, of_fc2 = mode.argument("fc1 scales"), mode.argument("fc2 scales")
+    with TheirNames(fc1_scale=of_fc1, fc2_scale=of_fc2, **own_names):
         weights = prepared_weights(given, raw_weights)
-        if is_nvfp4_already:
-            routing = (token_final_scales, token_selected_experts)
-            return [layer_of_codes(input, input_sf, swizzled_input_sf, *routing, weights, output_dtype, output)]
         with torch.no_grad():
-            result = fused_moe(
-                input,
-                token_final_scales,
-                token_selected_experts,
-                weights,
-                hidden_states_scale=input_sf,
-                scale_layout=scale_layout,
-                output_dtype=output_dtype,
-                tile_mn=tile_mn,
-                auto_tile_select=auto_tile_select,
-                output=output,
-                intermediate_rounding=True,
-                activation_format=mode.activation_format,
-            )
+            if is_nvfp4_already:
+                routing = (token_final_scales, token_selected_experts)
+                result = layer_of_codes(input, input_sf, swizzled_input_sf, *routing, weights, output_dtype, output)
+            else:
+                result = fused_moe(
+                    input,
+                    token_final_scales,
+                    token_selected_experts,
+                    weights,
+                    hidden_states_scale=input_sf,
+                    scale_layout=scale_layout,
+                    output_dtype=output_dtype,
+                    tile_mn=tile_mn,
+                    auto_tile_select=auto_tile_select,
+                    output=output,
+                    intermediate_rounding=True,
+                    activation_format=mode.activation_format,
+                )
     asking = (input, token_final_scales, fc1_expert_biases, fc2_expert_biases, alpha, beta, limit)
     return [refuse_gradient("cutlass_fused_moe", result, *(tensor for tensor in asking if tensor is not None))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -67,9 +68,14 @@ class GivenWeights(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """Of the tensors, layer and rest, as a caller knows them."""
-        first, second, *others = map(self.mode.argument, ("fc1 scales", "fc2 scales", *_GLOBALS))
+        first, second, *others = _scale_names(self.mode)
         own = ("fc1_expert_weights", first, "fc2_expert_weights", second)
         return (*own, *self._fields[4:6], *self.number_names, *others)
+
+
+@functools.cache
+def _scale_names(mode: Mode) -> tuple[str, ...]:
+    return tuple(map(mode.argument, ("fc1 scales", "fc2 scales", *_GLOBALS)))
 
 
 def check_types(given: GivenWeights) -> None:

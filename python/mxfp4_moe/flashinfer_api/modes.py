@@ -35,6 +35,8 @@ class Mode(Enum):
     def __init__(self, words: str, scales: tuple[str, ...]) -> None:
         self.words = words
         self.scales = scales
+        self._places = {scale: i for i, scale in enumerate(scales)}
+        self.fc1, self.fc2 = self._places["fc1 scales"], self._places["fc2 scales"]
 
     @property
     def activation_format(self) -> str | None:
@@ -43,11 +45,12 @@ class Mode(Enum):
 
     def argument(self, scale: str) -> str:
         """The place of a scale among a call's arguments, for messages."""
-        return f"quant_scales[{self.scales.index(scale)}]" if scale in self.scales else "quant_scales"
+        return f"quant_scales[{self._places[scale]}]" if scale in self._places else "quant_scales"
 
     def scale(self, quant_scales: Sequence[Tensor], scale: str) -> Tensor | None:
         """One of a call's quant_scales by its name; None where the mode does not have it."""
-        return quant_scales[self.scales.index(scale)] if scale in self.scales else None
+        place = self._places.get(scale)
+        return None if place is None else quant_scales[place]
 
     def check_num_scales(self, num_scales: int) -> None:
         """Raises a ValueError, unless there are as many quant_scales as the mode has."""
