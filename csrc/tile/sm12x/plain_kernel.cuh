@@ -1,15 +1,16 @@
-// SM12x's kernel. Grouped GEMM, MXFP8 activations x MXFP4 weights:
+// SM12x's kernel of MMAs that take scales. Grouped GEMM, MXFP8, MXFP4 or NVFP4 activations x MXFP4 or NVFP4 weights:
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
-// Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k) with scales as in shared/scale_layout.cuh;
-// weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in shared/weight_layout.cuh; out [rows, n] in fp32,
-// bf16 or fp16, or the activation of it (swiglu_epilogue.cuh). Rows come in m-tiles of one expert each
-// (shared/schedule.cuh). Launched by launcher.cuh; one instance per tile and architecture.
+// Shapes: act [rows, k] E4M3 (in each 32-block the even k, then the odd k) or [rows, k / 2] packed E2M1, with scales as
+// in tile_abi.h; weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in shared/weight_layout.cuh; out [rows,
+// n] in fp32, bf16 or fp16, or the activation of it (swiglu_epilogue.cuh). Rows come in m-tiles of one expert each
+// (shared/schedule.cuh). Launched by launcher.cuh; one instance per tile, architecture and pair of formats.
 //
 // Fast because: weights stay packed until they are in registers, which halves the shared memory and its traffic; they
 // come in whole blocks, laid out for the lanes, one 16-byte load for four fragments; their codes are ordered for the
-// instructions that expand them; loads run ahead of the MMAs (pipeline.cuh); and the even/odd order of the activations
-// spares all shuffles: a dot product may visit a block's k in any order as long as both operands agree.
+// instructions that expand them, or for MMAs that need no expansion (fp4_operands.cuh); loads run ahead of the MMAs
+// (pipeline.cuh); and the even/odd order of the activations spares all shuffles: a dot product may visit a block's k in
+// any order as long as both operands agree.
 //
 // Every output element is one chain of MMAs over the K blocks in order, whatever the tile: no split along K, no
 // reduction across threads. That is why all tiles give the same bits.
