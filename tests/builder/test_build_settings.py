@@ -15,12 +15,12 @@ from wheelbuild.versions import load_versions
 
 def test_without_environment_the_release_wheel_is_built() -> None:
     chosen = settings()
-    assert chosen.profile == "mxfp4_minimal"
+    assert chosen.profile == "full"
     assert chosen.tiles == MANIFEST.tiles
     assert chosen.archs == MANIFEST.archs
     assert chosen.max_jobs is None
     assert chosen.local("cu130") == "cu130"
-    assert chosen.build_folder("cu130") == "mxfp4_minimal-cu130"
+    assert chosen.build_folder("cu130") == "full-cu130"
 
 
 def test_filters_choose_in_the_manifests_order() -> None:
@@ -56,12 +56,12 @@ def test_unknown_settings_are_refused_with_the_list(env: dict[str, str], message
 def test_different_builds_share_neither_folder_nor_wheel_name() -> None:
     builds = [
         settings(),
-        settings(MXFP4_MOE_BUILD_PROFILE="full"),
+        settings(MXFP4_MOE_BUILD_PROFILE="mxfp4_minimal"),
         settings(MXFP4_MOE_TILES="m128n128"),
         settings(MXFP4_MOE_TILES="m64n128"),
         settings(MXFP4_MOE_ARCHS="90a"),
         settings(MXFP4_MOE_ARCHS="120f"),
-        settings(MXFP4_MOE_BUILD_PROFILE="full", MXFP4_MOE_TILES="m128n128"),
+        settings(MXFP4_MOE_BUILD_PROFILE="mxfp4_minimal", MXFP4_MOE_TILES="m128n128"),
     ]
     labels = ("cu130", "cu131")
     assert len({build.build_folder(label) for build in builds for label in labels}) == 2 * len(builds)

@@ -37,7 +37,7 @@ from wheelbuild.toolchain import Cuda, Headers, Toolchain, Torch, package_dirs, 
 MANIFEST = tiles.load_manifest(ROOT / "tile_manifest.toml")
 X86_64, AARCH64 = PLATFORMS["linux_x86_64"], PLATFORMS["linux_aarch64"]
 MOE_SOURCES = [Path("csrc/moe/route.cu"), Path("csrc/moe/operators.cpp")]
-THRESHOLDS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes={"mxfp4_minimal": 4_000_000})
+THRESHOLDS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes={"full": 12_000_000})
 EXTENSIONS = Path(mxfp4_moe.__file__).parent / "_ext"
 
 
@@ -77,7 +77,7 @@ def test_without_being_asked_the_build_is_for_the_machine_that_builds(name: str)
     chosen = settings(name)
     assert (chosen.platform, chosen.cross) == (PLATFORMS[name], False)
     assert chosen == settings(name, MXFP4_MOE_PLATFORM=name)
-    assert chosen.build_folder("cu130") == "mxfp4_minimal-cu130"
+    assert chosen.build_folder("cu130") == "full-cu130"
     assert chosen.wheel_options() == {}
 
 

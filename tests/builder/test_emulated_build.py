@@ -54,7 +54,7 @@ TOOLS: Any = SimpleNamespace(
     cxx_version="g++ 12",
     target_python=(),
 )
-LIMITS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes={"mxfp4_minimal": 4_000_000})
+LIMITS = Thresholds(instructions_per_mma={}, peak_mb=2000, wheel_bytes={"full": 12_000_000})
 WORDS = "development build, for tests alone: kernels of sm_120f, whose MMA is emulated on sm_90a"
 
 
@@ -76,7 +76,7 @@ def test_settings() -> None:
     assert chosen.archs == ("120f",)
     assert chosen.compiled_for("120f") == "90a"
     assert chosen.local("cu130") == "cu130.sm12x.emulated"
-    assert chosen.build_folder("cu130") == "mxfp4_minimal-cu130-sm12x.emulated"
+    assert chosen.build_folder("cu130") == "full-cu130-sm12x.emulated"
     some = settings(**EMULATING, MXFP4_MOE_TILES="m8n128_swap")
     assert some.local("cu130").startswith("cu130.dev")
     assert some.local("cu130").endswith(".sm12x.emulated")

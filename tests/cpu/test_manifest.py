@@ -28,7 +28,7 @@ def test_the_wheels_manifest_has_the_tiles_that_are_promised() -> None:
     manifest = tiles.load_manifest()
     assert {(64, 128), (128, 128), (256, 64), (8, 128), (16, 128), (32, 128)} <= {tile.mn for tile in manifest.tiles}
     assert manifest.archs == ARCHS
-    assert manifest.default_profile == "mxfp4_minimal"
+    assert manifest.default_profile == "full"
     assert [profile.name for profile in manifest.profiles] == ["mxfp4_minimal", "full"]
     assert manifest.profile("mxfp4_minimal").out_dtypes == ("bfloat16", "float16")
 

@@ -149,8 +149,8 @@ def test_a_name_with_a_suffix_leaves_the_label_out_of_the_version() -> None:
     plain, named = (read_settings(env, MANIFEST) for env in ({}, {"MXFP4_MOE_NAME_SUFFIX": "cu13"}))
     assert (plain.distribution, plain.local("cu130")) == ("mxfp4-moe", "cu130")
     assert (named.distribution, named.local("cu130")) == ("mxfp4-moe-cu13", "")
-    full = read_settings({"MXFP4_MOE_NAME_SUFFIX": "cu13", "MXFP4_MOE_BUILD_PROFILE": "full"}, MANIFEST)
-    assert full.local("cu130") == "full"
+    small = read_settings({"MXFP4_MOE_NAME_SUFFIX": "cu13", "MXFP4_MOE_BUILD_PROFILE": "mxfp4_minimal"}, MANIFEST)
+    assert small.local("cu130") == "mxfp4minimal"
     with pytest.raises(BuildError, match=r"^MXFP4_MOE_NAME_SUFFIX: expected cu and a CUDA version, .* got '-cu13'"):
         read_settings({"MXFP4_MOE_NAME_SUFFIX": "-cu13"}, MANIFEST)
 

@@ -209,6 +209,17 @@ def _scoreboards(program: Any, first: int, last: int) -> frozenset[str]:
     return frozenset(waited)
 
 
+def _only_reads(opcode: str, operands: str, register: str) -> bool:
+    """Whether the checker takes for written what a PLOP3 reads.
+
+    PLOP3 writes its first two predicates and reads the others (CUDA Binary Utilities: "Predicate Logic Operation"; its
+    lookup table has three inputs). The checker takes every predicate that comes first for written, so that of a uniform
+    one which PLOP3 copies it asks again what was asked of the instruction that made it.
+    """
+    names = [name.strip().lstrip("!") for name in operands.split(",")]
+    return opcode in ("PLOP3", "UPLOP3") and register in names[2:] and register not in names[:2]
+
+
 def examine(program: Any) -> Seen:
     """One kernel, as basalt.disasm gives it."""
     from basalt.verify.hazards import Severity, verify_program
@@ -222,6 +233,8 @@ def examine(program: Any) -> Seen:
         if hazard.severity is Severity.INFO:
             continue
         first, last = (program.instructions[index] for index in (hazard.def_index, hazard.use_index))
+        if _only_reads(first.opcode, first.operands, hazard.register):
+            continue
         found.append(
             Finding(
                 error=hazard.severity is Severity.ERROR,
