@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from build_cases import MANIFEST, MOE_SOURCES, THRESHOLDS, TOOLCHAIN, make_plan, settings
+from build_cases import MANIFEST, MINIMAL, MOE_SOURCES, THRESHOLDS, TOOLCHAIN, make_plan, settings
 
 from wheelbuild import ROOT
 from wheelbuild.graph import graph_text
@@ -50,8 +50,8 @@ def test_the_plan_has_every_tile_for_every_arch() -> None:
 
 def test_full_has_more_kernels_where_a_tile_can() -> None:
     """SM90's kernels serve both pairs of MXFP4 weights. Everything of mxfp4_minimal is compiled as it is there."""
-    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
-    minimal = by_name(make_plan(settings(MXFP4_MOE_BUILD_PROFILE="mxfp4_minimal")))
+    full = make_plan(settings())
+    minimal = by_name(make_plan())
     assert len({job.output for job in full.jobs}) == len(full.jobs), "no two jobs write one file"
     more = {job.name: job for job in full.jobs if job.name not in minimal}
     counts = {"mxfp4_bf16": 21, "mxfp4_mxfp4": 26, "nvfp4_nvfp4": 26, "nvfp4_bf16": 20}
@@ -105,22 +105,22 @@ def test_the_plan_is_a_pure_function_of_its_arguments(monkeypatch: pytest.Monkey
 
 
 def test_the_order_of_sources_does_not_matter() -> None:
-    assert plan(settings(), TOOLCHAIN, THRESHOLDS, MOE_SOURCES[::-1], Path("build/x/ninja")) == make_plan()
+    assert plan(settings(**MINIMAL), TOOLCHAIN, THRESHOLDS, MOE_SOURCES[::-1], Path("build/x/ninja")) == make_plan()
 
 
 def test_a_filter_leaves_the_other_tiles_out_and_these_jobs_alike() -> None:
     everything = by_name(make_plan())
-    filtered = make_plan(settings(MXFP4_MOE_TILES="m128n128"))
+    filtered = make_plan(settings(**MINIMAL, MXFP4_MOE_TILES="m128n128"))
     assert filtered.modules == ("tile_m128n128", "moe")
     for job in filtered.jobs:
         assert job == everything[job.name] or job.kind == "load"
-    one_arch = make_plan(settings(MXFP4_MOE_ARCHS="120f"))
+    one_arch = make_plan(settings(**MINIMAL, MXFP4_MOE_ARCHS="120f"))
     assert not [word for job in one_arch.jobs for word in job.command if "90a" in word]
 
 
 def test_changing_one_tiles_row_changes_that_tiles_commands_and_the_common_load_only() -> None:
     removed, *rest = MANIFEST.tiles
-    fewer = dataclasses.replace(settings(), tiles=tuple(rest))
+    fewer = dataclasses.replace(settings(**MINIMAL), tiles=tuple(rest))
     before = {job.output: job.command for job in make_plan().jobs}
     after = {job.output: job.command for job in make_plan(fewer).jobs}
     differing = {path.name for path in before if before[path] != after.get(path)}
@@ -202,7 +202,7 @@ def test_the_check_knows_where_block_scaled_mmas_read() -> None:
     check = expected(made, "tile_m128n128", "check")
     scaled = {"mxfp4_mxfp8": {"pair": "mxfp4_mxfp8", "weights": "B", "shared_memory": memory}}
     assert check["block_scaled"] == {"120f": scaled}, "SM90 has no such MMA"
-    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
+    full = make_plan(settings())
     # Rows of FP4 have half the bytes, and of NVFP4 two words of scales, as weights have.
     packed = {"stages": 5, "act_bytes": 128 * 64, "weight_bytes": 2 * 4352, "act_scale_bytes": 640}
     of_nvfp4 = {"weight_bytes": 2 * 4608, "act_scale_bytes": 1152, "block_bytes": 4608, "block_scale_bytes": 512}
@@ -215,7 +215,7 @@ def test_the_check_knows_where_block_scaled_mmas_read() -> None:
 
 def test_the_check_knows_the_main_loop_of_bf16_on_sm12x() -> None:
     """A warp of (128, 128) has 16 weight rows, as A, and 128 of activations; of (64, 16) 16 of both, weights as B."""
-    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
+    full = make_plan(settings())
     for name, mmas, matrices, words in (("tile_m128n128", 32, 64, 2), ("tile_m64n16", 4, 8, 2)):
         found: dict[str, Any] = expected(full, name, "check")["main_loop"]["120f"]
         assert found.keys() == {"mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16"}
@@ -228,7 +228,7 @@ def test_the_check_knows_the_main_loop_of_bf16_on_sm12x() -> None:
 def test_the_check_knows_the_main_loop_of_fp4() -> None:
     """A step is K = 64. A warp of (128, 128) has 32 weight rows, as A, and 64 of activations: 2 x 8 MMAs, and of each
     weight row the words of two steps of 32, two rows' side by side; of (64, 16) 16 rows of both, weights as B."""
-    full = make_plan(settings(MXFP4_MOE_BUILD_PROFILE="full"))
+    full = make_plan(settings())
     for name, mmas, matrices, words, at_once in (("tile_m128n128", 16, 16, 8, 2), ("tile_m64n16", 2, 4, 4, 1)):
         for pair in ("mxfp4_mxfp4", "nvfp4_nvfp4"):
             found = expected(full, name, "check")["main_loop"]["120f"][pair]
@@ -242,7 +242,7 @@ def test_the_check_knows_the_main_loop_of_fp4() -> None:
 def test_a_threshold_of_one_tile_reruns_that_tiles_check_only() -> None:
     before = {job.output: job.command for job in make_plan().jobs}
     tighter = dataclasses.replace(THRESHOLDS, instructions_per_mma={"120f": {"mxfp4_mxfp8": {"m128n128": 3.0}}})
-    after = plan(settings(), TOOLCHAIN, tighter, MOE_SOURCES, Path("build/x/ninja"))
+    after = plan(settings(**MINIMAL), TOOLCHAIN, tighter, MOE_SOURCES, Path("build/x/ninja"))
     assert [job.name for job in after.jobs if before[job.output] != job.command] == ["tile_m128n128.check"]
 
 

@@ -107,6 +107,17 @@ def test_the_list_gives_a_reason_for_each() -> None:
         parse_accepted('[[warning]]\nkind = "x"\nproducer = "y"\nconsumers = ["z"]\nreason = "r"\n[unknown]\n')
 
 
+def test_what_plop3_reads_is_not_written_by_it() -> None:
+    """It writes two predicates and reads three."""
+    from wheelbuild.release.hazards import _only_reads
+
+    assert _only_reads("PLOP3", "P3, PT, PT, PT, UP3, 0x80, 0x8", "UP3")
+    assert not _only_reads("PLOP3", "P3, PT, PT, PT, UP3, 0x80, 0x8", "P3")
+    assert not _only_reads("PLOP3", "P3, P1, P3, PT, !UP2, 0x80, 0x8", "P3")
+    assert _only_reads("UPLOP3", "UP1, UPT, UPT, UPT, !UP2, 0x80, 0x8", "UP2")
+    assert not _only_reads("ISETP", "P3, PT, R1, UR3, UP3", "UP3")
+
+
 # ---- that it sees a hazard -------------------------------------------------------------------------------------------
 
 
