@@ -39,6 +39,7 @@ from wheelbuild.thresholds import Thresholds
 from wheelbuild.tile_model import tiles as build_tiles
 
 EMULATING = {emulation.VARIABLE: "1"}
+MINIMAL = {"MXFP4_MOE_BUILD_PROFILE": "mxfp4_minimal"}
 TOOLS: Any = SimpleNamespace(
     cuda=SimpleNamespace(
         version=(13, 0, 88),
