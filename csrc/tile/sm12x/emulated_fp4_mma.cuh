@@ -66,8 +66,7 @@ MXFP4_MOE_HOST_DEVICE Sums fp4_mma_of_lane(const Warp& warp, int lane, int byte,
       const uint32_t of_b[2] = {warp.b(h, col_lane + t), warp.b(h, col_lane + 4 + t)};
       for (int k = 0; k < 8; ++k) {
         for (int x = 0; x < 4; ++x) {
-          const int32_t product =
-              e2m1_halves(of_a[x / 2] >> (4 * k) & 15) * e2m1_halves(of_b[x % 2] >> (4 * k) & 15);
+          const int32_t product = e2m1_halves(of_a[x / 2] >> (4 * k) & 15) * e2m1_halves(of_b[x % 2] >> (4 * k) & 15);
           products[x] += product;
           some[x] |= product != 0;
         }
