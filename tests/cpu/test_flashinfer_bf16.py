@@ -316,6 +316,7 @@ def test_refusals(change: dict[Any, Any], error: type[Exception], words: str) ->
 def test_gpu_without_kernels_is_refused_before_weights_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """An SM12x GPU with a wheel of the minimal profile, which has kernels for MXFP8 alone."""
     monkeypatch.setattr(modes, "tiles_of", lambda name, index: (1,) if name == "mxfp8" else ())
+    monkeypatch.setattr(modes.wheel, "profile", lambda: "mxfp4_minimal")
     gpu = torch.device("cuda", 0)
     with pytest.raises(NotImplementedError, match="^use_w4_group_scaling: .*mxfp4_bf16"):
         modes.refuse_on(modes.Mode.BF16, gpu)

@@ -18,6 +18,7 @@ from storage_meter import StorageMeter
 import mxfp4_moe
 from mxfp4_moe import MoEWeights
 from mxfp4_moe._checkpoints.schemes import BY_NAME
+from mxfp4_moe._install import wheel
 from mxfp4_moe.cli import main
 
 # Block, projections (gate, up, down, or up and down), and what belongs to each.
@@ -160,7 +161,8 @@ def refused(path: Path, words: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
-def test_gpus_are_refused_before_a_weight_is_read(tmp_path: Path, device: str) -> None:
+def test_gpus_are_refused_before_a_weight_is_read(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheel, "profile", lambda: "mxfp4_minimal")
     path = write(tmp_path, "nvfp4-modelopt", [layer_of("nvfp4-modelopt")])
     refused(
         path, "^device: expected the CPU for NVFP4 weights, which this wheel has no kernels for on GPUs", device=device

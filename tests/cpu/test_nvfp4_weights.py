@@ -233,8 +233,9 @@ def test_refusals_of_other_formats() -> None:
         MoEWeights(**nvfp4.__getstate__() | {"tensor_scales": nvfp4.tensor_scales.map(lambda t: t[:2])})  # type: ignore[union-attr]
 
 
-def test_gpus_are_refused_in_one_sentence() -> None:
-    """Before torch is asked for one, so that the sentence is the same where there is none."""
+def test_gpus_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a wheel without kernels, before torch is asked for a GPU: the sentence is the same where there is none."""
+    monkeypatch.setattr(wheel, "profile", lambda: "mxfp4_minimal")
     weights = MoEWeights.from_nvfp4(**random_nvfp4(), activation=Activation.SWIGLU)
     words = "^device: expected the CPU for NVFP4 weights, which this wheel has no kernels for .*_PROFILE=full.*keep"
     for device in ("cuda", "cuda:1", 0):

@@ -128,7 +128,7 @@ def cubin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = Path(mxfp4_moe.__file__).parent / "_ext" / "tile_m64n8.abi3.so"
     command = [str(cuobjdump()), "-xelf", "sm_120", str(library)]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    (path,) = folder.glob("*.cubin")
+    (path,) = (found for found in folder.glob("*.cubin") if b"sm_120f_mxfp4_mxfp8" in found.read_bytes())
     return path
 
 

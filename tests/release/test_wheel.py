@@ -172,10 +172,14 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     entry = report["tiles"][tile.name]
     assert (entry["m"], entry["n"], entry["swap_ab"]) == (tile.m, tile.n, tile.swap_ab)
     assert entry["ops"] == [f"mxfp4_moe::grouped_gemm_{tile.name}"]
-    (data,) = entry["archs"][arch].values()
+    pairs = tiles.kernel_pairs(arch, MANIFEST.pairs_of(report["profile"], tile))
+    assert tuple(entry["archs"][arch]) == pairs
+    for pair, data in entry["archs"][arch].items():
+        check_kernel(data, tiles.prove(tile, arch, pair))
+
+
+def check_kernel(data: dict[str, Any], proof: tiles.TileProof) -> None:
     assert set(data["instructions"]) == {"total", *COUNTED}
-    proof = tiles.prove(tile, arch)
-    assert entry["archs"][arch].keys() == {proof.pair}
     assert data["instructions"]["LDL"] == data["instructions"]["STL"] == data["instructions"]["BRA.U.ANY"] == 0
     assert data["function"] == proof.function
     of_the_arch = {key: value for key, value in proof.facts().items() if key not in ("tile_m", "tile_n", "swap_ab")}
@@ -187,7 +191,7 @@ def test_the_report_of_a_tile_is_complete_and_agrees_with_the_proof(
     assert set(loop) == {"instructions", "nops", "mma", "ldsm", "instructions_per_mma"}
     assert loop["mma"] + loop["ldsm"] + loop["nops"] < loop["instructions"] <= data["instructions"]["total"]
     assert loop["instructions_per_mma"] == round(loop["instructions"] / loop["mma"], 2)
-    limit = THRESHOLDS.limit(arch, proof.pair, tile.name)
+    limit = THRESHOLDS.limit(proof.arch, proof.pair, proof.tile.name)
     assert limit is not None
     assert loop["instructions_per_mma"] <= limit
     assert loop["ldsm"] >= (0 if proof.opcode == "HGMMA" else 2)
@@ -306,15 +310,20 @@ def test_the_checks_pass_what_is_in_the_wheel(made: Plan, cuda: Cuda, report: di
     assert seen["main_loop"] == {
         arch: {pair: kernel["main_loop"] for pair, kernel in entry["archs"][arch].items()} for arch in MANIFEST.archs
     }
-    scaled = entry["archs"]["120f"]["mxfp4_mxfp8"]["block_scaled"]
-    assert seen["block_scaled"] == {"120f": {"mxfp4_mxfp8": scaled}}
+    scaled = {pair: kernel.get("block_scaled") for pair, kernel in entry["archs"]["120f"].items()}
+    assert seen["block_scaled"] == {"120f": {pair: found for pair, found in scaled.items() if found}}
+    assert "mxfp4_mxfp8" in seen["block_scaled"]["120f"]
 
     assert load(made, cuda, tmp_path / "load.json", *map(library, MODULES)) == []
     loaded = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     assert set(loaded) == set(MODULES)
     for tile in MANIFEST.tiles:
         assert loaded[tile.module]["facts"] == {
-            arch: {tiles.kernel_pair(arch, "mxfp4_mxfp8"): tiles.facts(tile, arch)} for arch in MANIFEST.archs
+            arch: {
+                pair: tiles.facts(tile, arch, pair)
+                for pair in tiles.kernel_pairs(arch, MANIFEST.pairs_of(report["profile"], tile))
+            }
+            for arch in MANIFEST.archs
         }
         assert loaded[tile.module]["ops"] == report["tiles"][tile.name]["ops"]
 

@@ -101,7 +101,7 @@ def quantized(
     require_tensor(name, x, HALVES)
     if x.dim() < 2 or x.shape[-1] == 0 or x.shape[-1] % NVFP4_BLOCK:
         raise ValueError(f"{name}: expected [..., M, K] with K a multiple of {NVFP4_BLOCK}, got {describe(x)}")
-    scale = torch.ones((), dtype=torch.float32)
+    scale = torch.ones((), dtype=torch.float32, device=x.device)
     if global_scale is not None:
         require_tensor(of_scale, global_scale, _FLOATS)
         if global_scale.numel() != 1:

@@ -18,6 +18,7 @@ KERNEL = "tile/sm12x/plain_kernel.cuh"
 OPERANDS_OF_STAGE = "tile/sm12x/operands.cuh"
 ACTIVATE = "tile/swiglu_epilogue.cuh"
 IN_TURNS = "tile/in_turns.cuh"
+EXCHANGE = "tile/lane_exchange.cuh"
 FORMULAS = "shared/nonlinearities.cuh"
 PIPELINE = "tile/pipeline.cuh"
 EPILOGUE = "tile/epilogue.cuh"
@@ -302,7 +303,7 @@ ACTIVATION = [
     Mutation(
         "bytes exchanged among the wrong lanes",
         activates=True,
-        source=(ACTIVATE, "part & 1 ? 0x3715 : 0x6240", "part & 1 ? 0x6240 : 0x3715"),
+        source=(EXCHANGE, "part & 1 ? 0x3715 : 0x6240", "part & 1 ? 0x6240 : 0x3715"),
     ),
     Mutation(
         "odd outputs where the even ones belong",
