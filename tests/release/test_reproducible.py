@@ -131,8 +131,8 @@ def test_costs_stay_in_the_build_folder(builds: Builds) -> None:
     (path,) = builds.tree.glob("build/*/build_costs.json")
     costs = json.loads(path.read_text(encoding="utf-8"))
     assert list(costs["tiles"]) == [TILE]
-    kernels = [cost for arch in costs["tiles"][TILE]["archs"].values() for cost in arch.values()]
-    each = [*kernels, costs["tiles"][TILE]["host"], costs["moe"]]
+    of_kernels = [cost for arch in costs["tiles"][TILE]["archs"].values() for cost in arch.values()]
+    each = [*of_kernels, costs["tiles"][TILE]["host"], costs["moe"]]
     assert len(each) == len(kernels(load_manifest().tile(TILE))) + 2
     for cost in each:
         assert set(cost) == {"cpu_seconds", "wall_seconds", "peak_mb"}
