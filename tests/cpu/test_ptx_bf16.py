@@ -8,9 +8,7 @@ An m-tile has few rows, half of the tile's, and more than a tile: a kernel has w
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import ptx_moe_checks
 import pytest
@@ -23,11 +21,9 @@ from ptx.mutants import once
 from ptx.tile_cases import COLUMNS, DTYPES, EXPERTS_ROWS, KINDS, epilogue, seed_of
 from torch import Tensor
 
-from mxfp4_moe import reference
 from mxfp4_moe.problems import GemmProblem
 from mxfp4_moe.tiles import MXFP4_BF16, Tile, load_manifest, prove
 
-BF16_ROWS = 2  # csrc/moe/kernels.h, RowFormat
 MANIFEST = load_manifest()
 TILES = [tile for tile in MANIFEST.tiles if MXFP4_BF16 in MANIFEST.pairs_of("full", tile)]
 # Each way that a kernel is made: weights as B and as A; few rows and whole operands ahead, many and a few at a time;
@@ -101,24 +97,7 @@ def usual(n: int) -> GemmProblem:
 
 @functools.cache
 def from_stored_sums(kind: str, n: int) -> Tensor:
-    """What csrc/moe's activation kernel makes of the reference's sums: bf16 rows. It has the same exp as the tiles."""
-    problem, applied = usual(n), epilogue(kind, n)
-    valid = problem.valid
-    row_expert = torch.repeat_interleave(torch.arange(len(EXPERTS_ROWS)), problem.offsets.diff()).to(torch.int32)
-    rounding = None if applied.rounding is torch.float32 else applied.rounding
-    numbers = {"alpha": applied.alpha, "beta": applied.beta, "limit": applied.limit}
-    weights = SimpleNamespace(
-        num_experts=len(EXPERTS_ROWS), w13_bias=applied.bias, activation=applied.activation, **numbers
-    )
-    sums = problem.expected[:valid].contiguous()
-    made, _ = ptx_moe_checks.activated(sums, row_expert, weights, rounding, valid, BF16_ROWS)
-    if isinstance(applied.limit, float) and math.isinf(applied.limit):
-        numbers["limit"] = None
-    values = reference.activate(sums, row_expert, applied.bias, applied.activation, **numbers, rounding=rounding)
-    off = (made.view(torch.int16).int() - values.bfloat16().view(torch.int16).int()).abs()
-    assert off.max() <= 1, "torch's exp has other last bits"
-    assert (off != 0).float().mean() < 5e-3
-    return made
+    return ptx_moe_checks.bf16_of_stored_sums(usual(n), epilogue(kind, n), len(EXPERTS_ROWS))
 
 
 @pytest.mark.parametrize("tile", some([tile for tile in TILES if prove(tile, "120f", MXFP4_BF16).activates]))

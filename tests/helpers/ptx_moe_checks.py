@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from moe_cases import MXFP8, MXFP8_IN_BF16, NUMBERS, ids_of, layer_of, ordinal, rows_of, same_bf16, special_rows
+from moe_cases import BF16, MXFP8, MXFP8_IN_BF16, NUMBERS, ids_of, layer_of, ordinal, rows_of, same_bf16, special_rows
 from ptx import launch
 from ptx.running import Run, execute
 from ptx.workspace import intermediates
@@ -300,3 +301,26 @@ def check_finalize(tokens: int, top_k: int, width: int, dtype: torch.dtype, with
     expected = reference.finalize(rows, topk_weights, slot_row, row_expert, bias)
     assert torch.equal(bits(done.results), bits(expected))
     assert not bits(done.results[3]).any()
+
+
+def bf16_of_stored_sums(problem: Any, applied: Any, experts: int) -> Tensor:
+    """What csrc/moe's activation kernel makes of a problem's expected sums: bf16 rows. Its exp is the tiles' own.
+
+    Args:
+        problem: a GEMM's, with `valid`, `offsets` and `expected`.
+        applied: the activation as a tile's epilogue is told it (ptx/tile_cases.py).
+    """
+    valid = problem.valid
+    row_expert = torch.repeat_interleave(torch.arange(experts), problem.offsets.diff()).to(torch.int32)
+    rounding = None if applied.rounding is torch.float32 else applied.rounding
+    numbers = {"alpha": applied.alpha, "beta": applied.beta, "limit": applied.limit}
+    weights = SimpleNamespace(num_experts=experts, w13_bias=applied.bias, activation=applied.activation, **numbers)
+    sums = problem.expected[:valid].contiguous()
+    made, _ = activated(sums, row_expert, weights, rounding, valid, BF16)
+    if isinstance(applied.limit, float) and math.isinf(applied.limit):
+        numbers["limit"] = None
+    values = reference.activate(sums, row_expert, applied.bias, applied.activation, **numbers, rounding=rounding)
+    off = (made.view(torch.int16).int() - values.bfloat16().view(torch.int16).int()).abs()
+    assert off.max() <= 1, "torch's exp has other last bits"
+    assert (off != 0).float().mean() < 5e-3
+    return made
