@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MXFP4_MOE_TILE_ABI_VERSION 9
+#define MXFP4_MOE_TILE_ABI_VERSION 10
 
 enum Mxfp4MoeOutType {
   MXFP4_MOE_OUT_FLOAT32 = 0,
@@ -56,7 +56,7 @@ enum Mxfp4MoeFusedActivation {
 };
 
 // What the sums of NVFP4 operands are multiplied by: the product of a weight's factor and, where the rows are NVFP4, of
-// the row's, rounded to fp32. All null where nothing is NVFP4.
+// the row's, rounded to fp32; also of rows whose NVFP4 values are in bf16. All null where nothing is NVFP4.
 typedef struct {
   const float* of_weights;  // [experts, 2]: of columns c with c % 16 < 8 (of w13: gates), and of the others
   const float* of_rows;     // [rows], or null
@@ -119,6 +119,7 @@ typedef struct {
   int32_t activates;              // whether Mxfp4MoeGemmArgs::activate may be set
   int32_t act_format;             // Mxfp4MoeActFormat
   int32_t weight_format;          // Mxfp4MoeWeightFormat
+  int32_t folds;                  // whether bf16 rows may hold quantized values, codes times scales
 } Mxfp4MoeTileFacts;
 
 typedef struct {

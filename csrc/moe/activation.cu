@@ -64,7 +64,7 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
   if (args.rows == 0) {
     return cudaSuccess;
   }
-  if (args.format == RowFormat::kMxfp4 || args.format == RowFormat::kNvfp4) {
+  if (is_mxfp4(args.format) || is_nvfp4(args.format)) {
     return launch_fp4_activation(args, stream);
   }
   const Kernel kernel = kernel_of<Kernel>(args.activation, nullptr, [](auto activation) -> Kernel {

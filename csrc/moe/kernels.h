@@ -116,8 +116,15 @@ enum class RowFormat : int {
   kBf16,         // as they came, rounded to bf16
   kMxfp4,        // E2M1 codes, two to a byte, low nibble = even k, and their E8M0 scales
   kNvfp4,        // the same under E4M3 scales of 16 values, after a global scale (GlobalScales)
+  kMxfp4InBf16,  // the values of these two, codes times scales, as bf16 (shared/folded_fp4.cuh); the global scale is
+  kNvfp4InBf16,  // not among them
 };
-constexpr int kNumRowFormats = 5;
+constexpr int kNumRowFormats = 7;
+constexpr bool is_mxfp4(RowFormat rows) { return rows == RowFormat::kMxfp4 || rows == RowFormat::kMxfp4InBf16; }
+constexpr bool is_nvfp4(RowFormat rows) { return rows == RowFormat::kNvfp4 || rows == RowFormat::kNvfp4InBf16; }
+constexpr bool is_bf16(RowFormat rows) {
+  return rows != RowFormat::kMxfp8 && rows != RowFormat::kMxfp4 && rows != RowFormat::kNvfp4;
+}
 
 // NVFP4's global scales: what a row is multiplied by before it is quantized. Rows of an expert have that of the
 // checkpoint; where it has none, each row its own, 2688 / amax, whose reciprocal its kernel leaves in row_factors.
@@ -137,11 +144,11 @@ struct QuantizePermuteArgs {
   RowFormat format;
   uint8_t* rows;    // [T * top_k, hidden_size]
   uint8_t* scales;  // [ceil(hidden_size / 128), T * top_k padded to 4, 4], of kMxfp8 and kMxfp4; of kNvfp4 twice
-  GlobalScales global_scales;  // of kNvfp4
+  GlobalScales global_scales;  // where is_nvfp4(format)
   bool hidden_is_ready;        // written by a kernel that was complete when the one just before this was running
 };
 cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_t stream);
-cudaError_t launch_nvfp4_permute(const QuantizePermuteArgs& args, cudaStream_t stream);  // it calls this one for kNvfp4
+cudaError_t launch_nvfp4_permute(const QuantizePermuteArgs& args, cudaStream_t stream);  // for is_nvfp4
 
 // Rows that are MXFP8 already: gathered into expert order, k reordered, scales repacked.
 struct PermuteArgs {
@@ -152,7 +159,7 @@ struct PermuteArgs {
   int32_t tokens;
   int32_t top_k;
   int32_t hidden_size;  // multiple of 32
-  RowFormat format;     // not kBf16: these are quantized
+  RowFormat format;     // kMxfp8 or kMxfp8InBf16
   uint8_t* rows;        // [T * top_k, hidden_size]
   uint8_t* scales;      // [ceil(hidden_size / 128), T * top_k padded to 4, 4], of kMxfp8
 };
@@ -172,7 +179,7 @@ struct ActivationArgs {
   RowFormat format;
   uint8_t* out;                // [rows, intermediate]
   uint8_t* scales;             // [ceil(intermediate / 128), rows padded to 4, 4], of kMxfp8 and kMxfp4; of kNvfp4 twice
-  GlobalScales global_scales;  // of kNvfp4
+  GlobalScales global_scales;  // where is_nvfp4(format)
 };
 cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream);
 cudaError_t launch_fp4_activation(const ActivationArgs& args, cudaStream_t stream);  // it calls this one for FP4 rows

@@ -45,9 +45,9 @@ RowFormat rows_of(ActivationFormat format, int32_t act_format) {
     case ActivationFormat::kBf16:
       return RowFormat::kBf16;
     case ActivationFormat::kMxfp4:
-      return RowFormat::kMxfp4;
+      return act_format == MXFP4_MOE_ACT_BF16 ? RowFormat::kMxfp4InBf16 : RowFormat::kMxfp4;
     default:
-      return RowFormat::kNvfp4;
+      return act_format == MXFP4_MOE_ACT_BF16 ? RowFormat::kNvfp4InBf16 : RowFormat::kNvfp4;
   }
 }
 
@@ -57,8 +57,10 @@ int32_t quantized_to(RowFormat rows) {
     case RowFormat::kBf16:
       return MXFP4_MOE_ACT_BF16;
     case RowFormat::kMxfp4:
+    case RowFormat::kMxfp4InBf16:
       return MXFP4_MOE_ACT_MXFP4;
     case RowFormat::kNvfp4:
+    case RowFormat::kNvfp4InBf16:
       return MXFP4_MOE_ACT_NVFP4;
     default:
       return MXFP4_MOE_ACT_MXFP8;
@@ -79,15 +81,21 @@ std::string pairs_of(const Mxfp4MoeTile& tile, int32_t device) {
   return pairs;
 }
 
+// Whether activations of a format, with scales of their own, go with weights of another.
+bool pairs_with(ActivationFormat format, int32_t weights) {
+  return weights == MXFP4_MOE_WEIGHT_NVFP4 ? format == ActivationFormat::kNvfp4
+                                           : format == ActivationFormat::kMxfp8 || format == ActivationFormat::kMxfp4;
+}
+
 // The tile's kernel for the call's formats on the layer's device; null where it has none for any.
 const Mxfp4MoeTileFacts* kernel_of(const Layer& layer, ActivationFormat format) {
   static constexpr int32_t kReads[kNumActivationFormats] = {MXFP4_MOE_ACT_MXFP8, MXFP4_MOE_ACT_BF16,
                                                             MXFP4_MOE_ACT_MXFP4, MXFP4_MOE_ACT_NVFP4};
   const int32_t device = layer.device, weights = layer.weight_format;
   const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(device, weights, kReads[static_cast<int>(format)]);
-  // MXFP8 is folded into bf16 where no kernel reads it as it is.
-  if (facts == nullptr && format == ActivationFormat::kMxfp8 && weights == MXFP4_MOE_WEIGHT_MXFP4) {
-    facts = layer.tile->facts_of(device, weights, MXFP4_MOE_ACT_BF16);
+  if (facts == nullptr && pairs_with(format, weights)) {
+    const Mxfp4MoeTileFacts* bf16 = layer.tile->facts_of(device, weights, MXFP4_MOE_ACT_BF16);
+    facts = bf16 != nullptr && bf16->folds != 0 ? bf16 : nullptr;
   }
   if (facts == nullptr) {  // where the device has no machine code at all the launch says why
     const std::string having = pairs_of(*layer.tile, device);
@@ -171,7 +179,7 @@ Layer check(const LayerArgs& args) {
   const Mxfp4MoeTileFacts* facts = kernel_of(layer, format);
   layer.act_format = facts == nullptr ? MXFP4_MOE_ACT_MXFP8 : facts->act_format;
   layer.rows = rows_of(format, layer.act_format);
-  layer.rows_have_scales = layer.rows == RowFormat::kNvfp4 && layer.global_scales1 == nullptr;
+  layer.rows_have_scales = is_nvfp4(layer.rows) && layer.global_scales1 == nullptr;
   // A row's own scale needs all of the row, of which an output tile has a part.
   layer.gemm1_activates =
       facts != nullptr && facts->activates != 0 && is_fused(layer.activation) && !layer.rows_have_scales;

@@ -11,7 +11,7 @@
 #include "moe/kernels.h"
 #include "moe/warps.cuh"
 #include "shared/bf16_rows.cuh"
-#include "shared/fp4.cuh"
+#include "shared/folded_fp4.cuh"
 #include "shared/launch.cuh"
 #include "shared/scale_layout.cuh"
 
@@ -101,6 +101,14 @@ __device__ __forceinline__ KTile make_k_tile(const float (&x)[kValuesPerLane], R
   return tile;
 }
 
+// A row's part of a K tile in bf16.
+__device__ __forceinline__ void store_bf16_words(const uint4& words, int64_t row, int k_tile, const RowsOut& to) {
+  const int column = (k_tile * kLanesPerWord + threadIdx.x % kLanesPerWord) * kValuesPerLane;
+  if (column < to.k) {
+    *reinterpret_cast<uint4*>(to.out + (row * to.k + column) * 2) = words;
+  }
+}
+
 __device__ __forceinline__ void store_scale_word(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {
   if (threadIdx.x % kLanesPerWord == 0 && k_tile < scale_k_tiles(to.k)) {
     *reinterpret_cast<uint32_t*>(to.scales + act_scale_offset(row, k_tile * kBlocksPerWord, to.rows)) = tile.scales;
@@ -127,14 +135,22 @@ __device__ __forceinline__ void store_k_tile(const KTile& tile, int64_t row, int
 }
 
 // The same two of MXFP4.
-__device__ __forceinline__ KTile make_mxfp4_tile(const float (&x)[kValuesPerLane]) {
+__device__ __forceinline__ KTile make_mxfp4_tile(const float (&x)[kValuesPerLane], RowFormat format) {
   KTile tile = {};
   const uint32_t amax = quad_amax(x), scale = mxfp4_scale(amax);
+  if (format == RowFormat::kMxfp4InBf16) {
+    tile.words = folded8(x, folded_mxfp4(amax));
+    return tile;
+  }
   tile.words.x = fp4_codes(amax, mxfp4_multiplier(scale), x);
   tile.scales = scale_word(scale);
   return tile;
 }
 __device__ __forceinline__ void store_mxfp4_tile(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {
+  if (to.format == RowFormat::kMxfp4InBf16) {
+    store_bf16_words(tile.words, row, k_tile, to);
+    return;
+  }
   const int lane = threadIdx.x % kLanesPerWord;
   const int column = (k_tile * kLanesPerWord + lane) * kValuesPerLane;
   if (column < to.k) {

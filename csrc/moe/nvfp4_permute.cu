@@ -2,8 +2,8 @@
 //
 // in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1; and the global
 //      scales of all experts, or none
-// out  packed codes [R, H / 2] E2M1, plain k order; scales [2 ceil(H/128), R padded to 4, 4] E4M3; where no global
-//      scales are given, row_factors [R] fp32
+// out  packed codes [R, H / 2] E2M1, plain k order; scales [2 ceil(H/128), R padded to 4, 4] E4M3; or bf16 [R, H], both
+//      multiplied (shared/folded_fp4.cuh); where no global scales are given, row_factors [R] fp32
 // Under its expert's global scale each of a token's rows has other codes. Without one all have the same, under 2688 /
 // amax of the whole token, whose reciprocal is the rows' factor. Rows past the valid count are not touched.
 // Called by quantize_permute.cu's launch. One block has a token: it reads it once for amax, while route still runs, and
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) nvfp4_permute_kernel(const QuantizeP
 #pragma unroll
       for (int j = 0; j < kChoicesAtOnce; ++j) {
         if (j == 0 || of_experts) {
-          tile = make_nvfp4_tile(x, amax, of_rows[j]);
+          tile = make_nvfp4_tile(x, amax, of_rows[j], args.format);
         }
         if (rows[j] >= 0) {  // the same for the whole block
           store_nvfp4_tile(tile, rows[j], k_tile, to);

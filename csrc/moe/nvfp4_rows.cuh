@@ -22,7 +22,7 @@ __device__ __forceinline__ GlobalScale with_inverse(float scale) { return {scale
 
 // A half-warp's K tile of a row, as each lane stores its part.
 struct Nvfp4Tile {
-  uint32_t codes;   // of this lane's values
+  uint4 words;      // this lane's values: in x their codes, or 8 bf16
   uint32_t scales;  // of the four blocks of these 64 k
 };
 
@@ -35,20 +35,27 @@ __device__ __forceinline__ uint32_t pair_amax(const float (&x)[kValuesPerLane]) 
 // amax: of pair_amax(x). Lanes whose block lies past the row hold zeros, and their scale byte is the zero that pads the
 // words.
 __device__ __forceinline__ Nvfp4Tile make_nvfp4_tile(const float (&x)[kValuesPerLane], uint32_t amax,
-                                                     const GlobalScale& global) {
+                                                     const GlobalScale& global, RowFormat format) {
+  if (format == RowFormat::kNvfp4InBf16) {
+    return {folded8(x, folded_nvfp4(amax, global.scale, global.inverse)), 0};
+  }
   const uint32_t scale = nvfp4_scale(amax, global.scale);
   uint32_t word = scale << (8 * (threadIdx.x % kLanesPerNvfp4Word / kLanesPerNvfp4Block));
   word |= __shfl_xor_sync(kAllLanes, word, 2);
   word |= __shfl_xor_sync(kAllLanes, word, 4);
-  return {fp4_codes(amax, nvfp4_multiplier(amax, scale, global.inverse), x), word};
+  return {make_uint4(fp4_codes(amax, nvfp4_multiplier(amax, scale, global.inverse), x), 0, 0, 0), word};
 }
 
 // Writes a K tile to a row, its scale words included; what lies past the row is not stored.
 __device__ __forceinline__ void store_nvfp4_tile(const Nvfp4Tile& tile, int64_t row, int k_tile, const RowsOut& to) {
+  if (to.format == RowFormat::kNvfp4InBf16) {
+    store_bf16_words(tile.words, row, k_tile, to);
+    return;
+  }
   const int lane = threadIdx.x % kLanesPerWord;
   const int column = k_tile * kBlocksPerWord * kScaleBlock + lane * kValuesPerLane;
   if (column < to.k) {
-    *reinterpret_cast<uint32_t*>(to.out + (row * to.k + column) / 2) = tile.codes;
+    *reinterpret_cast<uint32_t*>(to.out + (row * to.k + column) / 2) = tile.words.x;
   }
   if (lane % kLanesPerNvfp4Word == 0 && k_tile < scale_k_tiles(to.k)) {
     const int word = k_tile * kNvfp4WordsPerTile + lane / kLanesPerNvfp4Word;

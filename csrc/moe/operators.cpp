@@ -88,10 +88,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
 
 // Rows of the kernels that make them, and their scales, of which bf16 rows have none.
 std::tuple<Tensor, Tensor> empty_rows(RowFormat format, int64_t rows, int64_t k, int32_t device) {
-  const bool is_bf16 = format == RowFormat::kMxfp8InBf16 || format == RowFormat::kBf16;
-  const bool is_fp4 = format == RowFormat::kMxfp4 || format == RowFormat::kNvfp4;
-  const int64_t words = is_bf16 ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;  // of scales, of a row in a K tile
-  return {empty({rows, is_fp4 ? k / 2 : k}, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, device),
+  const bool bf16 = is_bf16(format), packed = !bf16 && format != RowFormat::kMxfp8;
+  const int64_t words = bf16 ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;  // of scales, of a row in a K tile
+  return {empty({rows, packed ? k / 2 : k}, bf16 ? ScalarType::BFloat16 : ScalarType::Byte, device),
           empty({words * scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
 }
 RowFormat check_row_format(int64_t format) {
@@ -103,7 +102,7 @@ RowFormat check_row_format(int64_t format) {
 GlobalScales check_global_scales(RowFormat format, const std::optional<Tensor>& global_scales,
                                  const std::optional<Tensor>& row_expert, const std::optional<Tensor>& row_factors,
                                  int64_t rows, int32_t device) {
-  const bool nvfp4 = format == RowFormat::kNvfp4;
+  const bool nvfp4 = is_nvfp4(format);
   const bool of_experts = nvfp4 && global_scales.has_value();
   GlobalScales scales = {};
   scales.of_experts =

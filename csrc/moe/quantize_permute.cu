@@ -3,7 +3,7 @@
 // in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
 //      or bf16 [R, H], the same values or as they came (shared/bf16_rows.cuh); or of MXFP4 packed E2M1 [R, H / 2],
-//      plain k order, and scales as MXFP8's. NVFP4: nvfp4_permute.cu
+//      plain k order, and scales as MXFP8's, or bf16 again (shared/folded_fp4.cuh). NVFP4: nvfp4_permute.cu
 // Called by layer.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
 // Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) quantize_permute_kernel(const Quanti
     for (int t = 0; t < kTokens; ++t) {
       float x[kValuesPerLane];
       widen<kType>(packed[t], x);
-      tiles[t] = kMxfp4 ? make_mxfp4_tile(x) : make_k_tile(x, args.format);
+      tiles[t] = kMxfp4 ? make_mxfp4_tile(x, args.format) : make_k_tile(x, args.format);
     }
     if (token == blockIdx.y) {
       wait_for_previous_kernel();
@@ -61,8 +61,8 @@ cudaError_t launch_quantize(const QuantizePermuteArgs& args, cudaStream_t stream
 
 template <HalfType kType>
 cudaError_t launch_for(const QuantizePermuteArgs& args, cudaStream_t stream) {
-  return args.format == RowFormat::kMxfp4 ? launch_quantize<kType, true>(args, stream)
-                                          : launch_quantize<kType, false>(args, stream);
+  return is_mxfp4(args.format) ? launch_quantize<kType, true>(args, stream)
+                               : launch_quantize<kType, false>(args, stream);
 }
 
 }  // namespace
@@ -71,7 +71,7 @@ cudaError_t launch_quantize_permute(const QuantizePermuteArgs& args, cudaStream_
   if (args.tokens == 0) {
     return cudaSuccess;
   }
-  if (args.format == RowFormat::kNvfp4) {
+  if (is_nvfp4(args.format)) {
     return launch_nvfp4_permute(args, stream);
   }
   return args.type == HalfType::kBFloat16 ? launch_for<HalfType::kBFloat16>(args, stream)

@@ -2,7 +2,8 @@
 // sm90/arch.cuh).
 //   kSmemPerSm           bytes of shared memory of a multiprocessor; a block may opt in to 1 KB less
 //   kFewWeightBytes      GEMMs that may read more than this load weights at L2's normal priority (launcher.cuh)
-//   kFoldsMxfp8          kernels of bf16 rows serve MXFP8 activations too, whose codes and scales fold into bf16
+//   kFolds               kernels of bf16 rows serve MXFP8, MXFP4 and NVFP4 activations too, whose codes and scales fold
+//                        into bf16
 #pragma once
 
 #include "tile/sm12x/arch.cuh"

@@ -15,7 +15,7 @@ __device__ __forceinline__ void multiply_factors(float (&acc)[Shape::kFragM][Sha
                                                  int tile_n0, int m0, int n0, int lane) {
   const int rows = m_tile.row_end - m_tile.row_begin;
   const float2 of_weights = __ldg(reinterpret_cast<const float2*>(factors.of_weights) + m_tile.expert);
-  constexpr bool kOfRows = Shape::kActFormat == MXFP4_MOE_ACT_NVFP4;  // others have none
+  constexpr bool kOfRows = Shape::kFolds || Shape::kActFormat == MXFP4_MOE_ACT_NVFP4;  // others have none
   const float of_input = !kOfRows || factors.of_inputs == nullptr ? 1.f : __ldg(factors.of_inputs + m_tile.expert);
   // Of an activation row of the tile; those that the tile has not are stored nowhere. Written by the kernel before.
   const auto of_row = [&](int row) {

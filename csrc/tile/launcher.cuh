@@ -29,6 +29,13 @@ class Refusal {
   char text_[512];
 };
 
+// Whether a kernel of bf16 rows serves activations of a format too.
+template <class Shape>
+constexpr bool folds(int32_t act_format) {
+  if (Shape::kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4) return Shape::kFolds && act_format == MXFP4_MOE_ACT_NVFP4;
+  return Shape::kFolds && (act_format == MXFP4_MOE_ACT_MXFP8 || act_format == MXFP4_MOE_ACT_MXFP4);
+}
+
 template <class Shape>
 const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
   const auto aligned = [](const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; };
@@ -53,9 +60,7 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
     if (!a.factors.of_weights || !aligned(a.factors.of_weights, 8))
       return refuse("factors.of_weights: expected an address that is a multiple of 8, got %p", a.factors.of_weights);
   if (a.activate.rows) {
-    constexpr bool kFolds =
-        Shape::kReadsBf16 && Shape::Arch::kFoldsMxfp8 && Shape::kWeightFormat == MXFP4_MOE_WEIGHT_MXFP4;
-    if (a.activate.format != Shape::kActFormat && !(kFolds && a.activate.format == MXFP4_MOE_ACT_MXFP8))
+    if (a.activate.format != Shape::kActFormat && !folds<Shape>(a.activate.format))
       return refuse("format: expected %d, which tile (%d, %d) writes on this GPU, got %d", Shape::kActFormat, Shape::M,
                     Shape::N, a.activate.format);
     if (!Shape::kActivates) return refuse("activate: tile (%d, %d) cannot", Shape::M, Shape::N);

@@ -1,7 +1,7 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
 // memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in
 // shared/scale_layout.cuh; or, where the tile's kernel reads them so, bf16 rows (shared/bf16_rows.cuh), quantized to
-// MXFP8 before or not, if the kernel serves both. FP4 rows: fp4_epilogue.cuh.
+// MXFP8 before or not, if the kernel serves both. FP4 rows: fp4_epilogue.cuh; in bf16: folded_fp4_epilogue.cuh.
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -14,6 +14,7 @@
 #include "shared/mxfp8.cuh"
 #include "shared/nonlinearities.cuh"
 #include "shared/scale_layout.cuh"
+#include "tile/folded_fp4_epilogue.cuh"
 #include "tile/fp4_epilogue.cuh"
 #include "tile/in_turns.cuh"
 #include "tile/lane_exchange.cuh"
@@ -125,7 +126,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   };
   if constexpr (Shape::kReadsBf16) {
     static_assert(kSwap);
-    if (!Shape::kFoldsMxfp8 || a.format == MXFP4_MOE_ACT_BF16) {
+    if (!Shape::kFolds || a.format == MXFP4_MOE_ACT_BF16) {
 #pragma unroll
       for (int f = 0; f < kActFrags; ++f) {
         if (is_empty(f)) continue;
@@ -133,6 +134,13 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
         for (int q = 0; q < kGroups; ++q) store_bf16(f, q, bf16_pair(value(q, f, 0, 0), value(q, f, 1, 0)));
       }
       return;
+    }
+    if constexpr (Shape::kFolds) {
+      if (folds_fp4<Shape>(a)) {
+        const auto output = [&](int q, int f, int row) { return value(q, f, row, 0); };
+        store_folded_fp4<Shape>(output, store_bf16, a, m_tile, m0, n0, lane, amax);
+        return;
+      }
     }
   }
 

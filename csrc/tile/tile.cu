@@ -37,6 +37,7 @@ extern const Mxfp4MoeTileFacts MXFP4_MOE_OF_KERNEL(mxfp4_moe_tile_facts_) = {
     Tile::kActivates,
     Tile::kActFormat,
     Tile::kWeightFormat,
+    Tile::kFolds,
 };
 
 const char* MXFP4_MOE_OF_KERNEL(mxfp4_moe_tile_launch_)(const Mxfp4MoeGemmArgs* args) {

@@ -95,6 +95,12 @@ const Mxfp4MoeTile kTile = {
     MXFP4_MOE_TILE_ABI_VERSION, LOGICAL_TILE_M, LOGICAL_TILE_N, SWAP_AB, &facts_of, &launch,
 };
 
+// Whether bf16 rows may hold NVFP4 values with weights of a format.
+bool holds_nvfp4(int32_t device, int32_t weight_format) {
+  const Kernel* kernel = kernel_of(device, weight_format, MXFP4_MOE_ACT_BF16);
+  return kernel && kernel->facts->folds && weight_format == MXFP4_MOE_WEIGHT_NVFP4;
+}
+
 // A factor of the sums of NVFP4 operands: float32 of a shape, where there is one.
 const float* factor(const char* name, const std::optional<Tensor>& values, std::initializer_list<int64_t> shape,
                     int32_t device) {
@@ -105,7 +111,8 @@ const float* factor(const char* name, const std::optional<Tensor>& values, std::
 
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8
 // and has act_scale, or bfloat16 and has none. Without an act_format rows are MXFP8 or bf16, as the device's tile reads
-// them. NVFP4 weights have weight_factors [experts, 2]; NVFP4 rows row_factors [rows], or input_factors [experts].
+// them. NVFP4 weights have weight_factors [experts, 2]; NVFP4 rows row_factors [rows], or input_factors [experts], also
+// where bf16 rows hold their values.
 void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, const Tensor& weight,
                   const Tensor& m_tiles, const Tensor& num_m_tiles, const Tensor& out, int64_t weight_format,
                   int64_t act_format, const std::optional<Tensor>& weight_factors,
@@ -142,7 +149,9 @@ void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, con
   check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k, scale_words)}, device);
   STD_TORCH_CHECK((weight_format == MXFP4_MOE_WEIGHT_NVFP4) == weight_factors.has_value(),
                   "weight_factors: expected them with NVFP4 weights, and with no others");
-  STD_TORCH_CHECK((row_factors.has_value() != input_factors.has_value()) == (act_format == MXFP4_MOE_ACT_NVFP4),
+  const int given = row_factors.has_value() + input_factors.has_value();
+  const bool wanted = act_format == MXFP4_MOE_ACT_NVFP4;
+  STD_TORCH_CHECK(given == wanted || (given == 1 && is_bf16 && holds_nvfp4(device, weight_format)),
                   "row_factors, input_factors: expected one of them with NVFP4 rows, and none with others");
   const Mxfp4MoeFactors factors = {factor("weight_factors", weight_factors, {experts, 2}, device),
                                    factor("row_factors", row_factors, {rows}, device),

@@ -83,7 +83,7 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
-  static constexpr bool kReadsBf16 = false;
+  static constexpr bool kReadsBf16 = false, kFolds = false;
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import formats, problems
+from ._mma.operands import fp4_to_bf16
 from .arithmetic import Arithmetic, gemm
 from .formats import WeightFormat
 from .formats.weight_layout import ACTIVATION_NAMES
@@ -46,6 +47,11 @@ class PairProblem(GemmProblem):
     def activation_format(self) -> str:
         return self.pair.split("_")[1]
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether the kernels of the problem's device read the values of FP4 rows in bfloat16."""
+        return self.row_scales is not None and problems.arithmetic_here(self.rows.device).operands == "bf16"
+
     @functools.cached_property
     def weight(self) -> Tensor:
         """As `GemmProblem.weight`."""
@@ -59,6 +65,9 @@ class PairProblem(GemmProblem):
         """As `GemmProblem.act`."""
         if self.row_scales is None:
             return self.rows, None
+        if self.is_folded:
+            codes = torch.stack((self.rows & 15, self.rows >> 4), -1).flatten(-2)
+            return fp4_to_bf16(codes, self.row_scales, formats.BLOCK // self.weight_format.scale_words), None
         words = 2 if self.activation_format == "nvfp4" else 1
         whole = torch.nn.functional.pad(self.row_scales, (0, -self.row_scales.shape[1] % (4 * words)))
         return self.rows, formats.pack_row_scales(whole)
@@ -66,7 +75,8 @@ class PairProblem(GemmProblem):
     @property
     def options(self) -> dict[str, Any]:
         """As `GemmProblem.options`."""
-        codes = _WEIGHTS.index(self.weight_format), ACTIVATION_NAMES.index(self.activation_format)
+        read = "bf16" if self.is_folded else self.activation_format
+        codes = _WEIGHTS.index(self.weight_format), ACTIVATION_NAMES.index(read)
         factors = {
             "weight_factors": self.of_weights,
             "row_factors": self.of_rows,

@@ -17,8 +17,8 @@ struct Bf16Tile {
   static constexpr bool kSwap = kSwap_, kReadsBf16 = true, kUnrollsStages = false;
   static constexpr int kActFormat = MXFP4_MOE_ACT_BF16, kWeightFormat = kWeightFormat_;
   static constexpr bool kHasMxfp4 = kWeightFormat == MXFP4_MOE_WEIGHT_MXFP4;
-  static constexpr bool kFoldsMxfp8 = Arch::kFoldsMxfp8 && kHasMxfp4;  // NVFP4 weights never meet MXFP8 activations
-  static constexpr bool kKeepsNothing = true;                          // registers are what limits the blocks per SM
+  static constexpr bool kFolds = Arch::kFolds;
+  static constexpr bool kKeepsNothing = true;  // registers are what limits the blocks per SM
   static constexpr int kMmaWarps = kMmaWarps_, kWarpM = kWarpM_, kWarpN = kWarpN_;
   static constexpr int kWarpsN = (kSwap ? M : N) / kWarpN;
   static constexpr int kFragM = kWarpM / 16, kFragN = kWarpN / 8;
@@ -43,8 +43,9 @@ struct Bf16Tile {
   static constexpr int kActScaleBytes = 0;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
   static constexpr bool kActivates = N >= 64;
-  static constexpr int kAmaxParts = N / kWarpWeightRows;
-  static constexpr int kAmaxBytes = kActivates && kFoldsMxfp8 ? kAmaxParts * M * 4 : 0;  // which quantizing needs
+  // Quantizing needs each warp's largest magnitudes of a row; of NVFP4 the two warps' that share a block, in one place.
+  static constexpr int kAmaxParts = kHasMxfp4 ? N / kWarpWeightRows : kWarpWeightRows < 32 ? N / 32 : 0;
+  static constexpr int kAmaxBytes = kActivates && kFolds ? kAmaxParts * M * 4 : 0;
 
   using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
   static_assert(kHalfBytes % 1024 == 0, "swizzle atoms must not straddle halves");

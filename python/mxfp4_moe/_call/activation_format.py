@@ -12,7 +12,7 @@ from .._checkpoints.options import member
 from .._install import loading, wheel
 from ..formats import WeightFormat
 from ..formats.weight_layout import ACTIVATION_NAMES, ACTIVATIONS_IN_WORDS
-from ..tiles import FP4_PAIRS, Tile, pair_of
+from ..tiles import Tile, pair_of
 from ..weights import MoEWeights
 
 
@@ -26,11 +26,10 @@ def activation_formats(
         weight_format: of the weights, "mxfp4" or "nvfp4".
 
     Returns:
-        Names, `fused_moe`'s default first where it is among them. Of MXFP4 weights ("mxfp8", "bf16") on SM90 GPUs, and
-        ("mxfp8", "bf16", "mxfp4") for CPU tensors; on SM12x GPUs what the wheel was built for: ("mxfp8",), or all three
-        in a wheel of profile `full`, each of which reads weights that were put in its word order (`MoEWeights.to`). Of
-        NVFP4 weights ("nvfp4", "bf16") for CPU tensors and, in a wheel of profile `full`, on SM12x; there ("bf16",) on
-        SM90. () where the wheel has no kernels.
+        Names, `fused_moe`'s default first where it is among them. Of MXFP4 weights ("mxfp8", "bf16", "mxfp4") on SM90
+        GPUs and for CPU tensors; on SM12x GPUs what the wheel was built for: ("mxfp8",), or all three in a wheel of
+        profile `full`, each of which reads weights that were put in its word order (`MoEWeights.to`). Of NVFP4 weights
+        ("nvfp4", "bf16") for CPU tensors and, in a wheel of profile `full`, on both. () where the wheel has no kernels.
 
     Raises:
         TypeError, ValueError: no device, such as a dtype.
@@ -112,8 +111,7 @@ def check_format_on(
     """Refuses a format that the device's kernels do not read.
 
     Raises:
-        ValueError: on a GPU of SM12x, or in a build that emulates one, a format that the wheel has no kernels for; on
-            SM90 'mxfp4' or 'nvfp4', which its MMA does not take.
+        ValueError: on a GPU of SM12x, or in a build that emulates one, a format that the wheel has no kernels for.
     """
     if activation_format == "mxfp8" or device.type == "cpu":
         return
@@ -124,10 +122,6 @@ def check_format_on(
     words += f"read, got {activation_format!r}"
     pair = pair_of(activation_format, weight_format.value)
     lacks = loading.manifest().refusal(wheel.profile(), pair)
-    if pair in FP4_PAIRS:
-        has_mma = wheel.served_as(torch.cuda.get_device_capability(device))[0] == 12
-        remedy = f": {lacks or 'no tile that was built has it'}; " if has_mma else ", whose MMA this GPU has not; "
-        raise ValueError(f"{words}{remedy}SM12x GPUs with a wheel of profile 'full' and CPU tensors take it")
     raise ValueError(
         f"{words}: {lacks or 'no tile that was built has it'}; SM90 GPUs and CPU tensors take it with any wheel"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archs import arch_runs_on, check_arch
-from ..tiles import PAIRS, Tile, has_pair, kernel_pair, kernel_pairs, load_manifest
+from ..tiles import PAIRS, Tile, kernel_pair, kernel_pairs, load_manifest
 from .elf import ElfError, read_elf
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def profile() -> str:
 def tiles_of(pair: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """The manifest's tiles that this wheel has kernels for that compute a pair of formats on such a GPU."""
     arch, manifest = arch_for(capability), load_manifest()
-    if arch is None or pair not in PAIRS or not has_pair(arch, pair):
+    if arch is None or pair not in PAIRS:
         return ()
     built = profile()
     read = kernel_pair(arch, pair)

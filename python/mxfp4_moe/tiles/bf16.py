@@ -35,7 +35,7 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
             mma_warps=n // 16,
             moves_registers=moves_registers,
             most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
-            folds_mxfp8=pair == MXFP4_BF16,
+            folds=True,
         )
     return _prove(
         tile,
@@ -46,7 +46,7 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
         mma_warps=4,
         moves_registers=False,
         most_blocks=6,
-        folds_mxfp8=pair == MXFP4_BF16,
+        folds=True,
     )
 
 
@@ -64,7 +64,7 @@ def prove_sm12x_bf16(tile: Tile, arch: str, pair: str) -> TileProof:
         moves_registers=moves_registers,
         most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
         loads_ahead=not swap or m <= 32,
-        folds_mxfp8=False,
+        folds=False,
     )
 
 
@@ -78,7 +78,7 @@ def _prove(
     mma_warps: int,
     moves_registers: bool,
     most_blocks: int,
-    folds_mxfp8: bool,
+    folds: bool,
     loads_ahead: bool = True,
 ) -> TileProof:
     assert pair in (MXFP4_BF16, NVFP4_BF16)
@@ -100,7 +100,9 @@ def _prove(
     weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * weight_block_bytes(pair)
     stage_bytes = act_bytes + weight_bytes
     activates = n >= 64
-    amax_bytes = n // warp_weight_rows * m * 4 if activates and folds_mxfp8 else 0  # only quantizing needs them
+    # Only quantizing needs them; of NVFP4 the two warps' that share a block, in one place.
+    amax_parts = n // warp_weight_rows if pair == MXFP4_BF16 else n // 32 if warp_weight_rows < 32 else 0
+    amax_bytes = amax_parts * m * 4 if activates and folds else 0
     fits = Occupancy(
         smem_per_sm=smem_per_sm(arch),
         threads=threads,

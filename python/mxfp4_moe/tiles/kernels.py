@@ -13,7 +13,7 @@ def prove(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> TileProof:
     """Stages, shared memory by part, registers and threads of the kernel that computes `pair` on `arch`, legal or not.
 
     Raises:
-        ArchError: the kernel has no code for the arch, or none for the pair there (`has_pair`).
+        ArchError: the kernel has no code for the arch.
         ValueError: there is no such pair.
     """
     if pair not in PAIRS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..archs import ArchError, check_arch
+from ..archs import check_arch
 
 MXFP4_MXFP8 = "mxfp4_mxfp8"
 MXFP4_BF16 = "mxfp4_bf16"
@@ -14,7 +14,7 @@ NVFP4_BF16 = "nvfp4_bf16"
 PAIRS = (MXFP4_MXFP8, MXFP4_BF16, MXFP4_MXFP4, NVFP4_NVFP4, NVFP4_BF16)
 """Weights first. A profile of the manifest names those that it has; a row may name the ones that a tile can have."""
 FP4_PAIRS = (MXFP4_MXFP4, NVFP4_NVFP4)
-"""Those whose MMA takes packed codes of both operands. Only SM12x has it."""
+"""Those whose MMA takes packed codes of both operands, on SM12x; SM90 folds them into bf16."""
 
 
 def scale_words(pair: str) -> int:
@@ -31,30 +31,16 @@ def kernel_pair(arch: str, pair: str) -> str:
     """What the kernel reads that computes `pair` on `arch`.
 
     SM90's MMA takes no scales: weights and activations have theirs multiplied in, in bf16, which holds both exactly, so
-    one kernel serves both kinds of activations.
-
-    Raises:
-        ArchError: the kernel has no code for the arch, or no arch of its family a kernel for the pair.
-    """
-    if not has_pair(arch, pair):
-        raise ArchError(f"arch {arch!r} has no kernel for {pair}: its MMA takes no FP4, expected an arch of SM12x")
-    if check_arch(arch)[0] == 9:
-        return NVFP4_BF16 if pair == NVFP4_BF16 else MXFP4_BF16
-    return pair
-
-
-def has_pair(arch: str, pair: str) -> bool:
-    """Whether an arch has a kernel that computes `pair`.
+    one kernel serves all activations that go with a format of weights.
 
     Raises:
         ArchError: the kernel has no code for the arch.
     """
-    return check_arch(arch)[0] != 9 or pair not in FP4_PAIRS
+    if check_arch(arch)[0] == 9:
+        return NVFP4_BF16 if pair in (NVFP4_NVFP4, NVFP4_BF16) else MXFP4_BF16
+    return pair
 
 
 def kernel_pairs(arch: str, pairs: Iterable[str]) -> tuple[str, ...]:
-    """What the kernels read that compute these pairs on `arch`, each once: a kernel is built for each.
-
-    Nothing for those that the arch has no kernel for.
-    """
-    return tuple(dict.fromkeys(kernel_pair(arch, pair) for pair in pairs if has_pair(arch, pair)))
+    """What the kernels read that compute these pairs on `arch`, each once: a kernel is built for each."""
+    return tuple(dict.fromkeys(kernel_pair(arch, pair) for pair in pairs))

@@ -105,8 +105,8 @@ class Family:
 
     @staticmethod
     def _gives(rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
-        if problem.row_scales is None and rule.operands != "bf16":  # a rule of the family that cannot be this MMA's
-            return False
+        if rule.operands == "mx" and (problem.row_scales is None or isinstance(problem, PairProblem)):
+            return False  # a rule of the family that cannot be this MMA's
         given, rows = problem.sums(rule, columns), slice(problem.valid)
         return torch.equal(bits(given[rows]), bits(out[rows, :columns].contiguous()))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..._install import blocklist, driver, wheel
 from ..._install.troubles import words
-from ...tiles import MXFP4_MXFP8, PAIRS, Tile, has_pair, kernel_pair, load_manifest
+from ...tiles import FP4_PAIRS, MXFP4_MXFP8, PAIRS, Tile, kernel_pair, load_manifest
 from ..child import channel
 from .outcome import NotRunError, Outcome, RunTile
 from .report import Status
@@ -82,9 +82,10 @@ def prepare_gpu(index: int) -> tuple[dict[str, Any], RunTile]:
     arch = wheel.arch_for(capability)
     assert arch is not None  # check_capability has looked
     published = arithmetic.of_arch(arch)
-    # Beside the kernel that computes MXFP8 activations, for which some are folded: those that the wheel has.
+    # Those that the wheel has beside the kernel that computes MXFP8 activations, and quantizing to FP4, which is more
+    # than a kernel.
     own = kernel_pair(arch, MXFP4_MXFP8)
-    pairs = [pair for pair in PAIRS if has_pair(arch, pair) and kernel_pair(arch, pair) != own]
+    pairs = [pair for pair in PAIRS if pair in FP4_PAIRS or kernel_pair(arch, pair) != own]
     kernels = [
         Kernel(pair=pair, published=arithmetic.of_arch(arch, pair), having=having)
         for pair in pairs
