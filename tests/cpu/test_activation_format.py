@@ -51,12 +51,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def test_formats_of_devices(gpus: pytest.MonkeyPatch) -> None:
-    both, quantized = ("mxfp8", "bf16"), ("mxfp8",)
+    every, quantized = ("mxfp8", "bf16", "mxfp4"), ("mxfp8",)
     found = [mxfp4_moe.activation_formats(index) for index in GPUS]
-    assert found == [both, quantized, quantized, ()]
-    assert mxfp4_moe.activation_formats("cuda:0") == both
+    assert found == [every, quantized, quantized, ()]
+    assert mxfp4_moe.activation_formats("cuda:0") == every
     assert mxfp4_moe.activation_formats(torch.device("cuda")) == quantized, "the current one"
-    assert mxfp4_moe.activation_formats("cpu") == (*both, "mxfp4")
+    assert mxfp4_moe.activation_formats("cpu") == every
     assert mxfp4_moe.activation_formats("meta") == ()
     assert mxfp4_moe.activation_formats("cpu", "nvfp4") == ("nvfp4", "bf16")
     assert mxfp4_moe.activation_formats("cuda:0", "nvfp4") == mxfp4_moe.activation_formats("cuda:1", "nvfp4") == ()
@@ -73,17 +73,15 @@ def test_a_build_that_emulates_sm12x_reads_what_sm12x_reads(gpus: pytest.MonkeyP
 def test_a_gpu_that_reads_mxfp8_refuses_bf16_in_one_sentence(gpus: pytest.MonkeyPatch) -> None:
     for index in GPUS:
         check_format_on("mxfp8", torch.device("cuda", index))
-    check_format_on("bf16", torch.device("cuda", 0))
+    for name in ("bf16", "mxfp4"):
+        check_format_on(name, torch.device("cuda", 0))
     check_format_on("bf16", torch.device("cuda", 3))  # whose launch says that there are no kernels at all
     with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', which is what the kernels for cuda:1"):
         check_format_on("bf16", torch.device("cuda", 1))
-    sentence = "read, got 'mxfp4'{}; SM12x GPUs with a wheel of profile 'full' and CPU tensors take it$"
-    with pytest.raises(ValueError, match=sentence.format(", whose MMA this GPU has not")):
-        check_format_on("mxfp4", torch.device("cuda", 0))
-    with pytest.raises(ValueError, match=sentence.format(": .* install a wheel built with MXFP4_.*_PROFILE=full")):
-        check_format_on("mxfp4", torch.device("cuda", 1))
-    with pytest.raises(ValueError, match="install a wheel built with MXFP4_MOE_BUILD_PROFILE=full; SM90 GPUs and CPU"):
-        check_format_on("bf16", torch.device("cuda", 2))
+    for name in ("bf16", "mxfp4"):
+        sentence = f"read, got '{name}': .* install a wheel built with MXFP4_MOE_BUILD_PROFILE=full; SM90 GPUs and CPU"
+        with pytest.raises(ValueError, match=sentence):
+            check_format_on(name, torch.device("cuda", 2))
 
 
 def test_the_names_are_those_that_some_device_has() -> None:
@@ -110,31 +108,22 @@ def full(gpus: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.usefixtures("full")
 def test_a_full_wheel_has_all_on_sm12x_too() -> None:
-    both = ("mxfp8", "bf16")
-    every = (*both, "mxfp4")
-    assert [mxfp4_moe.activation_formats(index) for index in GPUS] == [both, every, every, ()]
-    assert [mxfp4_moe.activation_formats(index, "nvfp4") for index in GPUS] == [
-        ("bf16",),
-        *[("nvfp4", "bf16")] * 2,
-        (),
-    ]
+    every, of_nvfp4 = ("mxfp8", "bf16", "mxfp4"), ("nvfp4", "bf16")
+    assert [mxfp4_moe.activation_formats(index) for index in GPUS] == [every] * 3 + [()]
+    assert [mxfp4_moe.activation_formats(index, "nvfp4") for index in GPUS] == [of_nvfp4] * 3 + [()]
     for index in GPUS:
         check_format_on("bf16", torch.device("cuda", index))
         check_format_on("bf16", torch.device("cuda", index), formats.WeightFormat.NVFP4)
-    for index in (1, 2):
         check_format_on("mxfp4", torch.device("cuda", index))
         check_format_on("nvfp4", torch.device("cuda", index), formats.WeightFormat.NVFP4)
-    with pytest.raises(
-        ValueError, match="expected 'bf16', which .* read, got 'nvfp4', whose MMA this GPU has not; SM12"
-    ):
-        check_format_on("nvfp4", torch.device("cuda", 0), formats.WeightFormat.NVFP4)
     having = {index: activation_format.tiles_of("bf16", index) for index in GPUS}
     assert [len(having[index]) for index in GPUS] == [26, 21, 21, 0]
     assert all(tile.m < 256 for tile in having[1])
     having = {index: activation_format.tiles_of("mxfp4", index) for index in GPUS}
-    assert [len(having[index]) for index in GPUS] == [0, 26, 26, 0]
-    for kind, name, count in (("nvfp4", "nvfp4", 26), ("nvfp4", "bf16", 20)):
-        assert len(activation_format.tiles_of(name, 1, formats.WeightFormat(kind))) == count
+    assert [len(having[index]) for index in GPUS] == [26, 26, 26, 0]
+    for name, sm90, sm12x in (("nvfp4", 26, 26), ("bf16", 26, 20)):  # SM90 has one kernel for both
+        having = {index: activation_format.tiles_of(name, index, formats.WeightFormat.NVFP4) for index in GPUS}
+        assert [len(having[index]) for index in GPUS] == [sm90, sm12x, sm12x, 0]
 
 
 def test_a_build_that_emulates_with_both(full: pytest.MonkeyPatch) -> None:
@@ -148,8 +137,9 @@ def test_a_build_that_emulates_with_both(full: pytest.MonkeyPatch) -> None:
 def test_weights_must_be_in_the_word_order_of_the_activations() -> None:
     containers, pairs, plain = formats.WordOrder
     sm90, sm12x = torch.device("cuda", 0), torch.device("cuda", 1)
-    for name in ("mxfp8", "bf16"):
+    for name in ("mxfp8", "bf16", "mxfp4"):
         check_word_order(pairs, sm90, name)
+    check_word_order(pairs, sm90, "nvfp4", formats.WeightFormat.NVFP4)
     check_word_order(containers, sm12x)
     check_word_order(pairs, sm12x, "bf16")
     check_word_order(plain, sm12x, "mxfp4")
@@ -173,12 +163,11 @@ def test_a_wheel_without_it_says_so_before_it_speaks_of_weights(gpus: pytest.Mon
 
 @pytest.mark.usefixtures("full")
 def test_engines_are_offered_what_the_wheel_has() -> None:
-    both = ("mxfp8", "bf16")
-    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [both, (*both, "mxfp4")]
+    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16", "mxfp4")] * 2
 
 
 def test_engines_are_not_offered_what_the_wheel_lacks(gpus: pytest.MonkeyPatch) -> None:
-    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16"), ("mxfp8",)]
+    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16", "mxfp4"), ("mxfp8",)]
 
 
 @pytest.mark.usefixtures("full")

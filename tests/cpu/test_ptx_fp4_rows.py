@@ -56,6 +56,16 @@ def test_sm90_makes_the_same_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_sm90_reads_the_values_in_bf16(kind: str) -> None:
+    """Codes times scales, signs of zeros, infinities beyond bfloat16 and poison among them."""
+    for width, dtype, tokens in ((32, torch.bfloat16, 40), (96, torch.float16, 40), (160, torch.bfloat16, 40)):
+        check_quantize_permute(width, dtype, tokens, kind, arch="90a", folded=True)
+    check_quantize_permute(2208, torch.bfloat16, 5, kind, arch="90a", folded=True)
+    for width in (32, 96, 160):
+        check_activation(width, kind, arch="90a", folded=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rounding", HALVES)
 def test_activation_is_rounded_before_fp4(rounding: torch.dtype, kind: str) -> None:
     check_activation(96, kind, activation="relu", rounding=rounding, bias=True, most=1)

@@ -167,8 +167,8 @@ def test_what_the_tiles_operator_is_given(pair: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "profile", "asked"),
     [
-        ("90a", "mxfp4_minimal", []),
-        ("90a", "full", ["nvfp4_bf16"]),
+        ("90a", "mxfp4_minimal", ["mxfp4_mxfp4"]),
+        ("90a", "full", OTHERS),
         ("120f", "mxfp4_minimal", []),
         ("120f", "full", ["mxfp4_bf16", *OTHERS]),
     ],

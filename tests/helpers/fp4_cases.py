@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import oracles
 import torch
 from format_cases import random_float_bits, with_neighbours
 from moe_cases import special_rows
@@ -77,9 +79,28 @@ class Rows(NamedTuple):
     factors: Tensor | None
 
 
-def row_format(kind: str) -> int:
-    """csrc/moe/kernels.h, RowFormat."""
-    return 3 if kind == "mxfp4" else 4
+def row_format(kind: str, *, folded: bool = False) -> int:
+    """csrc/moe/kernels.h, RowFormat; `folded`: the values in bfloat16, as SM90's GEMMs read them."""
+    return (3 if kind == "mxfp4" else 4) + (2 if folded else 0)
+
+
+def in_bf16(rows: Rows) -> Tensor:
+    """Codes times scales, worked out in float64: bfloat16 [R, K], NaN in poisoned blocks."""
+    codes = torch.stack((rows.packed & 15, rows.packed >> 4), -1).flatten(1)
+    block = codes.shape[1] // rows.scales.shape[1]
+    values = torch.from_numpy(codes.numpy().view(oracles.E2M1).astype(np.float64))
+    scales = rows.scales.numpy()
+    if block == 32:
+        each = torch.from_numpy(np.where(scales == 255, np.nan, np.exp2(scales.astype(np.float64) - 127)))
+    else:
+        each = torch.from_numpy(scales.view(oracles.E4M3).astype(np.float64))
+    return (values * each.repeat_interleave(block, 1)).float().bfloat16()
+
+
+def same_bf16(made: Tensor, expected: Tensor) -> bool:
+    """Bit by bit, the signs of zeros too; a NaN is any."""
+    bits = torch.equal(made.isnan(), expected.isnan())
+    return bits and torch.equal(*(x.nan_to_num(0.0, math.inf, -math.inf).view(torch.int16) for x in (made, expected)))
 
 
 def quantized(values: Tensor, kind: str, expert: Tensor, global_scales: Tensor | None = None) -> Rows:

@@ -73,8 +73,9 @@ def fused_moe(
         activation_format: to what the values that each GEMM reads are brought before: "mxfp8"; "bf16", which is
             closer to the exact layer, and on SM90 as fast; or "mxfp4", which is farther from it, and of which SM12x
             multiplies twice as many. Of NVFP4 weights "nvfp4", or "bf16". None: "mxfp8", of NVFP4 weights "nvfp4". CPU
-            tensors and SM90 take all, of NVFP4 weights with a wheel of profile `full`; SM12x others than "mxfp8" with one and
-            weights in their word order (`activation_formats`, `MoEWeights.to`). Hidden states that are MXFP8 stay it.
+            tensors and SM90 take all, SM12x others than "mxfp8" with weights in their word order and a wheel of profile
+            `full`, which NVFP4 weights take on every GPU (`activation_formats`, `MoEWeights.to`). Hidden states that
+            are MXFP8 stay it.
 
     Returns:
         [T, H] in the output dtype: `output` where it was given.

@@ -100,9 +100,10 @@ def _prove(
     weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * weight_block_bytes(pair)
     stage_bytes = act_bytes + weight_bytes
     activates = n >= 64
-    # Only quantizing needs them; of NVFP4 the two warps' that share a block, in one place.
-    amax_parts = n // warp_weight_rows if pair == MXFP4_BF16 else n // 32 if warp_weight_rows < 32 else 0
-    amax_bytes = amax_parts * m * 4 if activates and folds else 0
+    amax_bytes = 0  # only quantizing needs them; of NVFP4 the two warps' that share a block, in one place
+    if activates and folds:
+        parts = n // warp_weight_rows if pair == MXFP4_BF16 else n // 32 if warp_weight_rows < 32 else 0
+        amax_bytes = parts * m * 4
     fits = Occupancy(
         smem_per_sm=smem_per_sm(arch),
         threads=threads,
