@@ -1,7 +1,8 @@
-"""Whole layers of SM12x with FP4 activations or NVFP4 weights, from logits or ids to output, as PTX on the CPU.
+"""Whole layers with FP4 activations or NVFP4 weights, from logits or ids to output, as PTX on the CPU: SM12x's, and
+SM90's, whose GEMMs read FP4 rows in bfloat16.
 
 As test_ptx_layer.py for MXFP8: fused_moe's own launches into one workspace, each kernel's output compared with the
-reference's, bit by bit under SM12x's rules. Everything is exact but the two places where an exp stands: what comes
+reference's, bit by bit under the arch's rules. Everything is exact but the two places where an exp stands: what comes
 after them is exact given the kernels' own values.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp4_cases import Rows, in_bf16
 from moe_cases import ids_of
 from nvfp4_cases import random_nvfp4, with_biases
 from ptx import launch
@@ -26,7 +28,7 @@ from torch import Tensor
 from mxfp4_moe import arithmetic, formats, reference
 from mxfp4_moe.problems import bits, random_weights, relative_error
 from mxfp4_moe.reference import fp4
-from mxfp4_moe.tiles import Tile
+from mxfp4_moe.tiles import Tile, kernel_pair, prove
 from mxfp4_moe.weights import MoEWeights, WeightFormat
 
 CPU = torch.device("cpu")
@@ -60,10 +62,24 @@ class Case:
     fuses: bool = True  # GEMM1 and the activation
     static: bool = True  # NVFP4 rows under the checkpoint's scales, else each under its own
     from_ids: bool = False  # of one of several ranks: half of them are elsewhere
+    arch: str = "120f"
 
     @property
     def act_format(self) -> str:
         return self.pair.split("_")[1]
+
+    @property
+    def reads(self) -> str:
+        """The pair of formats that the kernel reads."""
+        return kernel_pair(self.arch, self.pair)
+
+    @property
+    def in_bf16(self) -> bool:
+        return self.reads.endswith("_bf16")
+
+    @property
+    def order(self) -> formats.WordOrder:
+        return ORDERS["bf16" if self.in_bf16 else self.act_format]
 
     def weights(self) -> MoEWeights:
         """In the word order of the calls."""
@@ -74,7 +90,7 @@ class Case:
             made = MoEWeights.from_nvfp4(
                 **with_biases(layer), activation="swiglu_oai", alpha=1.702, beta=1.0, limit=7.0
             )
-        kind, old, new = made.weight_format, made.word_order, ORDERS[self.act_format]
+        kind, old, new = made.weight_format, made.word_order, self.order
 
         def reordered(matrix: Tensor, n: int, k: int) -> Tensor:
             return torch.stack([kind.reorder(one, n, k, old, new) for one in matrix])
@@ -87,10 +103,11 @@ class Case:
 def grouped(
     case: Case, rows: fp4.Fp4Rows, weights: MoEWeights, name: str, offsets: Tensor, columns: Tensor | None
 ) -> Tensor:
-    """A GEMM of the layer by the reference's rule: float32 [R, N]."""
+    """A GEMM of the layer by the reference's rule, of rows as `fp4.quantize_rows` or the kernel made them."""
     n, k = (weights.w13_rows, HIDDEN) if name == "w13" else (HIDDEN, INTER)
     out = torch.zeros(len(rows.values), n)
-    rule = arithmetic.of_arch("120f", case.pair)
+    rule = arithmetic.of_arch(case.arch, case.pair)
+    pair = case.pair if rows.scales is not None else case.reads
     for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if begin == end:
             continue
@@ -102,7 +119,7 @@ def grouped(
         if factor is not None and rows.factor is not None:
             factor = rows.factor[own].unsqueeze(1) * factor
         of_rows = None if rows.scales is None else rows.scales[own]
-        arithmetic.gemm(rule, rows.values[own], of_rows, packed, scales, out[own], pair=case.pair, factor=factor)
+        arithmetic.gemm(rule, rows.values[own], of_rows, packed, scales, out[own], pair=pair, factor=factor)
     return out
 
 
@@ -119,9 +136,12 @@ def given_scales(case: Case, weights: MoEWeights, which: int, row_expert: Tensor
 
 def assert_rows(case: Case, own: dict[str, Tensor], which: int, rows: fp4.Fp4Rows) -> None:
     """Values, scales and factors as the next GEMM reads them."""
-    valid = len(rows.values)
-    assert torch.equal(own[f"rows{which}"][:valid].view(torch.uint8), rows.values.view(torch.uint8))
-    if rows.scales is not None:
+    valid, values = len(rows.values), rows.values
+    if case.in_bf16 and rows.scales is not None:
+        values = in_bf16(Rows(values, rows.scales, None))
+    assert torch.equal(own[f"rows{which}"][:valid].view(torch.uint8), values.view(torch.uint8))
+    if not case.in_bf16:
+        assert rows.scales is not None
         words = 2 if case.act_format == "nvfp4" else 1
         whole = torch.nn.functional.pad(rows.scales, (0, -rows.scales.shape[1] % (4 * words)))
         assert torch.equal(own[f"scales{which}"][:, :valid], formats.pack_row_scales(whole)[:, :valid])
@@ -134,20 +154,21 @@ def kernels_rows(case: Case, own: dict[str, Tensor], weights: MoEWeights, row_ex
     """What the activation wrote."""
     valid = len(row_expert)
     values = own["rows2"][:valid].clone()
-    if case.act_format == "bf16":
-        return fp4.Fp4Rows(values, None, None)
+    given = given_scales(case, weights, 1, row_expert)
+    if case.in_bf16:
+        own_factors = own["row_factors2"][:valid].clone() if "row_factors2" in own else None
+        return fp4.Fp4Rows(values, None, own_factors if given is None else given[1])
     block = 16 if case.act_format == "nvfp4" else 32
     scales = own["scales2"][:, :valid].transpose(0, 1).flatten(1)[:, : INTER // block].contiguous()
     if case.act_format == "mxfp4":
         return fp4.Fp4Rows(values, scales, None)
-    given = given_scales(case, weights, 1, row_expert)
     return fp4.Fp4Rows(values, scales, own["row_factors2"][:valid].clone() if given is None else given[1])
 
 
 def values_of(case: Case, rows: fp4.Fp4Rows) -> Tensor:
     """What a GEMM multiplies with."""
-    if case.act_format == "bf16":
-        return rows.values.double()
+    if rows.scales is None:
+        return rows.values.double() * (1.0 if rows.factor is None else rows.factor.double().unsqueeze(1))
     assert rows.scales is not None
     if case.act_format == "mxfp4":
         return formats.dequantize_mxfp4(rows.values, rows.scales).double()
@@ -156,6 +177,7 @@ def values_of(case: Case, rows: fp4.Fp4Rows) -> Tensor:
 
 
 SMALL, WIDE, NARROW = Tile(m=8, n=64, swap_ab=True), Tile(m=32, n=128, swap_ab=True), Tile(m=64, n=8, swap_ab=False)
+WGMMA = Tile(m=32, n=64, swap_ab=True)
 CASES = {
     "mxfp4_mxfp4": Case(tile=SMALL, pair="mxfp4_mxfp4", tokens=5),
     "mxfp4_mxfp4, activation apart, float16": Case(
@@ -173,6 +195,29 @@ CASES = {
         tile=NARROW, pair="nvfp4_bf16", tokens=20, dtype=torch.float16, fuses=False, static=False, from_ids=True
     ),
 }
+CASES |= {
+    f"SM90, {name}": replace(case, arch="90a")
+    for name, case in {
+        "mxfp4_mxfp4": Case(tile=SMALL, pair="mxfp4_mxfp4", tokens=5),
+        "mxfp4_mxfp4, wgmma, ids of which some are elsewhere": Case(
+            tile=WGMMA, pair="mxfp4_mxfp4", tokens=40, from_ids=True
+        ),
+        "mxfp4_mxfp4, activation apart, float16": Case(
+            tile=NARROW, pair="mxfp4_mxfp4", tokens=20, dtype=torch.float16, fuses=False
+        ),
+        "nvfp4_nvfp4": Case(tile=SMALL, pair="nvfp4_nvfp4", tokens=5),
+        "nvfp4_nvfp4, wgmma": Case(tile=WGMMA, pair="nvfp4_nvfp4", tokens=40),
+        "nvfp4_nvfp4, ids of which some are elsewhere": Case(
+            tile=SMALL, pair="nvfp4_nvfp4", tokens=9, dtype=torch.float16, from_ids=True
+        ),
+        "nvfp4_nvfp4, a scale for each row, ids": Case(
+            tile=WGMMA, pair="nvfp4_nvfp4", tokens=7, fuses=False, static=False, from_ids=True
+        ),
+        "nvfp4_nvfp4, a scale for each row, float16": Case(
+            tile=NARROW, pair="nvfp4_nvfp4", tokens=20, dtype=torch.float16, fuses=False, static=False
+        ),
+    }.items()
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -185,13 +230,14 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     ids = ids_of(tokens, TOP_K, 2 * EXPERTS, torch.int64, CPU) if case.from_ids else None
     topk_weights = torch.rand(tokens, TOP_K, generator=g) if case.from_ids else None
     out = torch.full((tokens, HIDDEN), float("nan"), dtype=dtype)
-    ptx = [*map(launch.ptx_of_moe, SOURCES), launch.ptx_of_tile(tile, pair=case.pair)]
-    recorder.register_kernel(tile, case.pair)
+    ptx = [launch.ptx_of_moe(source, case.arch) for source in SOURCES]
+    ptx.append(launch.ptx_of_tile(tile, case.arch, case.reads))
+    recorder.register_kernel(tile, case.reads, case.arch)
     (w13, w13_bias, w2, w2_bias, *numbers), rare = weights.operator_arguments
     routing = (topk_weights, ids, logits, 0 if logits is None else TOP_K)
     arguments = (hidden_states, *routing, w13, w13_bias, w2, w2_bias, *numbers, tile.m, tile.n, out)
     code = CODES.index(case.act_format)
-    recording = recorder.operator("fused_moe", *arguments, activation_format=code, **rare)
+    recording = recorder.operator("fused_moe", *arguments, arch=case.arch, activation_format=code, **rare)
     assert len(recording.launches) == 6 - case.fuses
     written = {"hidden_states": hidden_states, "logits": logits, "ids": ids, "topk_weights": topk_weights}
     written = {key: tensor for key, tensor in written.items() if tensor is not None}
@@ -202,7 +248,9 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     sizes |= {"tile_m": tile.m, "gemm1_width": 0 if case.fuses else weights.w13_rows, "from_logits": not case.from_ids}
     own_scales = case.act_format == "nvfp4" and not case.static
     row_dtype = reference.ROW_DTYPES[dtype]
-    own = intermediates(run.recording, **sizes, dtype=row_dtype, act_format=case.act_format, row_factors=own_scales)
+    own = intermediates(
+        run.recording, **sizes, dtype=row_dtype, act_format=case.reads.split("_")[1], row_factors=own_scales
+    )
 
     run.next("route")
     if logits is not None:
@@ -221,11 +269,11 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     rows = fp4.quantize_rows(tokens_of_rows, case.act_format, given_scales(case, weights, 0, row_expert))
     assert_rows(case, own, 1, rows)
 
-    kernel = "grouped_gemm_mma_sync" if case.act_format == "bf16" else "grouped_gemm"
-    fetched = ["rows{}"] if case.act_format == "bf16" else ["rows{}", "scales{}"]  # tensor copies fetch whole boxes
+    kernel = prove(tile, case.arch, case.pair).function
+    fetched = ["rows{}"] if case.in_bf16 else ["rows{}", "scales{}"]  # tensor copies fetch whole boxes
     for which in fetched:
         run.allow_unwritten(own[which.format(1)])
-    run.next(kernel, junk(tile, HIDDEN, case.pair))
+    run.next(kernel, junk(tile, HIDDEN, case.reads, case.arch))
     w13_factors, w2_factors = fp4._column_factors(weights)
     gemm1 = grouped(case, rows, weights, "w13", offsets, w13_factors)
     if not case.fuses:
@@ -241,7 +289,7 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
 
     for which in fetched:
         run.allow_unwritten(own[which.format(2)])
-    run.next(kernel, junk(tile, INTER, case.pair))
+    run.next(kernel, junk(tile, INTER, case.reads, case.arch))
     gemm2 = grouped(case, rows2, weights, "w2", offsets, w2_factors).to(row_dtype)
     assert torch.equal(bits(own["gemm2_out"][:valid]), bits(gemm2))
 
@@ -253,7 +301,7 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     # The same from the outside.
     call: dict[str, Any] = {"activation_format": case.act_format, "output_dtype": dtype}
     close = reference.fused_moe(
-        hidden_states, topk_weights, ids, weights, **call, arithmetic=arithmetic.of_arch("120f", case.pair)
+        hidden_states, topk_weights, ids, weights, **call, arithmetic=arithmetic.of_arch(case.arch, case.pair)
     )
     assert relative_error(out, close) <= CLOSE[case.act_format]
     other = {"mxfp4": "bf16", "nvfp4": "bf16", "bf16": "nvfp4"}[case.act_format]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_char_p, c_float, c_int32, c_uint32, c_void_p
 
-VERSION = 9  # MXFP4_MOE_TILE_ABI_VERSION
+VERSION = 10  # MXFP4_MOE_TILE_ABI_VERSION
 
 
 WEIGHT_FORMATS = ("mxfp4", "nvfp4")

@@ -22,7 +22,76 @@ def _activation(kind: str) -> Callable[[], None]:
     return lambda: cases.check_activation(160, kind, most=2)
 
 
+def _in_bf16(kind: str) -> Callable[[], None]:
+    return lambda: cases.check_quantize_permute(160, torch.bfloat16, 33, kind, folded=True)
+
+
 MUTATIONS = (
+    Mutation(
+        name="mxfp4 in bf16: halves between codes away from zero",
+        unit="quantize_permute",
+        file="shared/folded_fp4.cuh",
+        old="(size + 0x001fffffu + (size >> 22 & 1u))",
+        new="(size + 0x00200000u)",
+        case=_in_bf16(MXFP4),
+    ),
+    Mutation(
+        name="mxfp4 in bf16: below 2 as above",
+        unit="quantize_permute",
+        file="shared/folded_fp4.cuh",
+        old="size < kTwo ? __float_as_uint(small)",
+        new="size < 0 ? __float_as_uint(small)",
+        case=_in_bf16(MXFP4),
+    ),
+    Mutation(
+        name="mxfp4 in bf16: poison is a number",
+        unit="quantize_permute",
+        file="shared/folded_fp4.cuh",
+        old="return {mxfp4_multiplier(byte), amax >= kFloatInfBits ? __int_as_float(0x7fffffff) : e8m0_value(byte)};",
+        new="return {mxfp4_multiplier(byte), e8m0_value(min(byte, 254u))};",
+        case=_in_bf16(MXFP4),
+    ),
+    Mutation(
+        name="nvfp4 in bf16: a code of a NaN has a sign",
+        unit="nvfp4_permute",
+        file="shared/folded_fp4.cuh",
+        old="magnitude(x) > kFloatInfBits ? 0u : __float_as_uint(x) & 0x80000000u",
+        new="0x80000000u & __float_as_uint(x)",
+        case=_in_bf16(OF_EXPERTS),
+        harmless=True,  # NaNs that 0 times infinity gives have none
+    ),
+    Mutation(
+        name="nvfp4 in bf16: the sign is lost",
+        unit="nvfp4_permute",
+        file="shared/folded_fp4.cuh",
+        old="__float_as_uint(x) & 0x80000000u",
+        new="0u",
+        case=_in_bf16(OF_EXPERTS),
+    ),
+    Mutation(
+        name="nvfp4 in bf16: the scale is not E4M3's",
+        unit="fp4_activation",
+        file="shared/folded_fp4.cuh",
+        old="e4m3_value(byte)}",
+        new="__fmul_rn(global_scale, sixth(amax))}",
+        case=lambda: cases.check_activation(160, OF_EXPERTS, most=2, folded=True),
+    ),
+    Mutation(
+        name="nvfp4 in bf16: neighbours exchanged",
+        unit="fp4_activation",
+        file="shared/folded_fp4.cuh",
+        old="bf16_pair(folded(x[i], block), folded(x[i + 1], block))",
+        new="bf16_pair(folded(x[i + 1], block), folded(x[i], block))",
+        case=lambda: cases.check_activation(160, OF_ROWS, most=2, folded=True),
+    ),
+    Mutation(
+        name="fp4 in bf16: rows as long as packed ones",
+        unit="nvfp4_permute",
+        file="moe/mx_rows.cuh",
+        old="(to.out + (row * to.k + column) * 2) = words",
+        new="(to.out + row * to.k / 2 + column * 2) = words",
+        case=_in_bf16(OF_ROWS),
+    ),
     Mutation(
         name="mxfp4: the scale of MXFP8",
         unit="quantize_permute",

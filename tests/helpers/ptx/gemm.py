@@ -96,6 +96,7 @@ class Epilogue:
     beta: float | Tensor = 1.0
     limit: float | Tensor = 7.0
     global_scales: Tensor | None = None  # float32 [E], of NVFP4
+    folded: str | None = None  # the format whose values bfloat16 rows are to hold
 
 
 def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> list[range]:
@@ -226,6 +227,8 @@ class Gemm:
         to = args.activate
         to.rows, to.scales = self.output("codes", codes), self.output("scales", scales)
         to.bias, to.format = self.constant("bias", epilogue.bias), args.act_format
+        if epilogue.folded is not None:
+            to.format = abi.ACT_FORMATS.index(epilogue.folded)
         to.global_scales = self.constant("global_scales", epilogue.global_scales)
         to.activation, to.rounding = epilogue.activation.code, OUT_TYPES[epilogue.rounding]
         for name in ("alpha", "beta", "limit"):

@@ -60,6 +60,6 @@ def launcher(pair: str, arch: str = ARCH) -> str:
     return f"mxfp4_moe_tile_launch_{arch}_{pair}"
 
 
-def facts(pair: str) -> str:
+def facts(pair: str, arch: str = ARCH) -> str:
     """The name of the kernel's facts in the library."""
-    return f"mxfp4_moe_tile_facts_{ARCH}_{pair}"
+    return f"mxfp4_moe_tile_facts_{arch}_{pair}"

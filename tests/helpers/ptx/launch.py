@@ -204,11 +204,11 @@ class Recorder:
     def register_tile(self, tile: tiles.Tile) -> None:
         self._ask("register_tile", tile.module)
 
-    def register_kernel(self, tile: tiles.Tile, pair: str) -> None:
+    def register_kernel(self, tile: tiles.Tile, pair: str, arch: str = host_code.ARCH) -> None:
         """Makes the layer find one kernel of a tile, compiled for the test, and no other of it."""
         sizes = (tile.m, tile.n, int(tile.swap_ab))
-        names = (host_code.launcher(pair), host_code.facts(pair))
-        library = host_code.built(tile, pair, host_code.ARCH)[0]  # cached by its arguments as they are written
+        names = (host_code.launcher(pair, arch), host_code.facts(pair, arch))
+        library = host_code.built(tile, pair, arch)[0]  # cached by its arguments as they are written
         self._ask("register_kernel", str(library), *names, sizes, abi.formats_of(pair))
 
     def layout(self) -> dict[str, tuple[int, int]]:

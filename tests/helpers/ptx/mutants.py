@@ -85,7 +85,7 @@ def tile_of(name: str) -> Tile:
     return load_manifest().tile(name)
 
 
-def compiled(tile: Tile, source: tuple[str, str, str], pair: str = MXFP4_MXFP8) -> str:
+def compiled(tile: Tile, source: tuple[str, str, str], pair: str = MXFP4_MXFP8, arch: str = "120f") -> str:
     """The tile's PTX after an edit of its sources; the old text must be there once."""
     file, old, new = source
     text = (ROOT / "csrc" / file).read_text(encoding="utf-8")
@@ -94,9 +94,9 @@ def compiled(tile: Tile, source: tuple[str, str, str], pair: str = MXFP4_MXFP8) 
         root = Path(folder)
         shutil.copytree(ROOT / "csrc", root / "csrc")
         (root / "csrc" / file).write_text(text.replace(old, new), encoding="utf-8")
-        defines = kernel_defines(tile, "120f", pair)
+        defines = kernel_defines(tile, arch, pair)
         source_of_tile = Path("csrc/tile/tile.cu")
-        return compile_source_to_ptx(source_of_tile, "120f", defines, f"mutant of {file}", root=Path(folder))
+        return compile_source_to_ptx(source_of_tile, arch, defines, f"mutant of {file}", root=Path(folder))
 
 
 @functools.cache
