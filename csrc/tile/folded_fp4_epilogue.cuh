@@ -1,7 +1,8 @@
 // The end of GEMM1's epilogue (swiglu_epilogue.cuh) where activations are quantized to MXFP4 or NVFP4 and GEMM2 reads
 // their values in bf16 (shared/folded_fp4.cuh): SM90's. NVFP4 rows are under their expert's global scale.
 //
-// Weights are the MMA's A, so lane 4g + t has output g of rows 2t and 2t + 1 of each group of 8 outputs, 16 weight rows.
+// Weights are the MMA's A, so lane 4g + t has output g of rows 2t and 2t + 1 of each group of 8 outputs, which are 16
+// weight rows.
 // A block is 32 outputs or, of NVFP4, 16: it lies in four or two warps of one group, in two of two, or in one. Warps
 // that share a block leave the largest magnitude of their part of a row in shared memory; NVFP4's two do so in turns,
 // in one place, because a table of all would cost the largest tile a pipeline stage.

@@ -200,13 +200,13 @@ CASES |= {
     for name, case in {
         "mxfp4_mxfp4": Case(tile=SMALL, pair="mxfp4_mxfp4", tokens=5),
         "mxfp4_mxfp4, wgmma, ids of which some are elsewhere": Case(
-            tile=WGMMA, pair="mxfp4_mxfp4", tokens=40, from_ids=True
+            tile=WGMMA, pair="mxfp4_mxfp4", tokens=12, from_ids=True
         ),
         "mxfp4_mxfp4, activation apart, float16": Case(
             tile=NARROW, pair="mxfp4_mxfp4", tokens=20, dtype=torch.float16, fuses=False
         ),
         "nvfp4_nvfp4": Case(tile=SMALL, pair="nvfp4_nvfp4", tokens=5),
-        "nvfp4_nvfp4, wgmma": Case(tile=WGMMA, pair="nvfp4_nvfp4", tokens=40),
+        "nvfp4_nvfp4, wgmma": Case(tile=WGMMA, pair="nvfp4_nvfp4", tokens=12),
         "nvfp4_nvfp4, ids of which some are elsewhere": Case(
             tile=SMALL, pair="nvfp4_nvfp4", tokens=9, dtype=torch.float16, from_ids=True
         ),
