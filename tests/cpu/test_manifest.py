@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tile_cases import ARCHS, CANDIDATES, ROOT
 
-from mxfp4_moe import archs, tiles
+from mxfp4_moe import tiles
 from mxfp4_moe.tiles import ManifestError, Tile
 
 MANIFEST_TEXT = (ROOT / "tile_manifest.toml").read_text(encoding="utf-8")

@@ -2,8 +2,8 @@
 bfloat16, and GEMM1's epilogue that writes such rows. The rows' kernels: test_ptx_fp4_rows.py; layers:
 test_ptx_fp4_layer.py.
 
-Expected rows are the packed codes and scales that csrc/moe's activation kernel makes of the reference's sums, multiplied
-in float64.
+Expected rows are the packed codes and scales that csrc/moe's activation kernel makes of the reference's sums,
+multiplied in float64.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ MISTAKES = {  # name -> tile, pair, source, old text, new text
         *("m8n64_swap", MXFP4_MXFP4, SOURCE),
         *("for (int i = 1; i < kPlaces; ++i)", "for (int i = 1; i < 1; ++i)"),
     ),
-    "the second of two warps alone": ("m8n64_swap", NVFP4_NVFP4, SOURCE, "adds ? max(there, largest)", "adds ? largest"),
+    "the second of two warps alone": ("m8n64_swap", NVFP4_NVFP4, SOURCE, "max(there, largest)", "largest"),
     "two warps at once": (
         *("m32n64_swap", NVFP4_NVFP4, SOURCE),
         *("      sync();\n      if (part % 2 == 1)", "      if (part % 2 == 1)"),
@@ -172,8 +172,14 @@ MISTAKES = {  # name -> tile, pair, source, old text, new text
         *("m8n64_swap", MXFP4_MXFP4, SOURCE),
         *("    sync();  // all have read the table of the output tile before\n", ""),
     ),
-    "blocks of a warp mixed": ("m8n256_swap", NVFP4_NVFP4, SOURCE, "largest_of_block(f, r, first)", "largest_of_block(f, r, 0)"),
-    "both rows under one block's scale": ("m8n128_swap", MXFP4_MXFP4, SOURCE, "folded(value(q, f, 1), block[1])", "folded(value(q, f, 1), block[0])"),
+    "blocks of a warp mixed": (
+        *("m8n256_swap", NVFP4_NVFP4, SOURCE),
+        *("largest_of_block(f, r, first)", "largest_of_block(f, r, 0)"),
+    ),
+    "both rows under one block's scale": (
+        *("m8n128_swap", MXFP4_MXFP4, SOURCE),
+        *("folded(value(q, f, 1), block[1])", "folded(value(q, f, 1), block[0])"),
+    ),
     "another expert's global scale": (
         *("m8n64_swap", NVFP4_NVFP4, SOURCE),
         *("global_scales + m_tile.expert", "global_scales"),
@@ -184,7 +190,7 @@ MISTAKES = {  # name -> tile, pair, source, old text, new text
         *("m8n128_swap", MXFP4_MXFP4, "shared/folded_fp4.cuh"),
         *("__int_as_float(0x7fffffff) : e8m0_value(byte)", "0.f : e8m0_value(byte)"),
     ),
-}  # fmt: skip
+}
 
 
 def mistakes() -> list[object]:

@@ -47,13 +47,16 @@ def test_proof_of_sm90_against_numbers_worked_out_by_hand(name: str) -> None:
 
 
 def test_proof_with_nvfp4_weights_against_numbers_worked_out_by_hand() -> None:
-    """256 bytes more for each 64 weight rows, and a row's largest magnitude in each 32 of them, which are two warps'."""
+    """256 bytes more for each 64 weight rows; a row's largest magnitude in each 32 of them that two warps share."""
     # 2,048 + 4,608; 2 x 8 x 4 once; five blocks, as above, have (45,670 - 64) // 6,672 = 6 stages.
     by_hand = {"m8n64_swap": (6_656, 64, 4, 160, 5, 6, 40_096)}
     # Warps of 32 rows have whole blocks: 2,048 + 9,216; four blocks have (233,472 / 4 - 1,024) // 11,280 = 5 stages.
     by_hand |= {"m8n128_swap": (11_264, 0, 8, 160, 4, 5, 56_400)}
     # 32,768 + 9,216: (232,448 - 2,048) // 42,000 = 5; 32,768 + 18,432: (232,448 - 4,096) // 51,216 = 4
-    by_hand |= {"m128n128": (41_984, 2_048, 64, 288, 1, 5, 212_048), "m128n256": (51_200, 4_096, 64, 640, 1, 4, 208_960)}
+    by_hand |= {
+        "m128n128": (41_984, 2_048, 64, 288, 1, 5, 212_048),
+        "m128n256": (51_200, 4_096, 64, 640, 1, 4, 208_960),
+    }
     # 65,536 + 9,216: (232,448 - 4,096) // 74,768 = 3, which a place for each warp would not leave
     by_hand |= {"m256n128": (74_752, 4_096, 128, 384, 1, 3, 228_400)}
     for name, numbers in by_hand.items():

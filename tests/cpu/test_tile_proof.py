@@ -130,8 +130,8 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str,
     # A weight block has 64 rows, of which a warp holds all, or two or four share them with whole groups of 16.
     assert proof.activates == (tile.n >= 64 and (proof.reads_bf16 or proof.accumulator_registers <= 64))
     rows_of_warps = proof.warps_m if proof.weights_are_a else proof.warps_n
-    # SM12x's kernels of bf16 write values as they come. SM90's of NVFP4 weights have a block of 32 weight rows in a warp,
-    # or in two, which share a place.
+    # SM12x's kernels of bf16 write values as they come. SM90's of NVFP4 weights have a block of 32 weight rows in a
+    # warp, or in two, which share a place.
     places = rows_of_warps if arch == "120f" or pair == "mxfp4_mxfp8" else (tile.n // 32 if proof.warp_m < 32 else 0)
     quantizes = arch == "90a" or not proof.reads_bf16
     assert proof.amax_bytes == (places * tile.m * 4 if proof.activates and quantizes else 0)

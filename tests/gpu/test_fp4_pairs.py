@@ -1,6 +1,6 @@
-"""SM12x's kernels of FP4 activations: on an SM12x GPU with a wheel of profile `full`, or in its emulated build.
+"""Layers and GEMMs of FP4 activations and of NVFP4 weights: SM90's, which read FP4 rows in bfloat16, and SM12x's.
 
-On any other there is nothing to ask, and each test says so.
+A wheel of profile `full` has them, or SM12x's emulated build; where there is nothing to ask, each test says so.
 """
 
 from __future__ import annotations
