@@ -2,8 +2,8 @@
 // have them (shared/bf16_rows.cuh). Codes and scales are those of shared/fp4.cuh.
 //
 // E2M1 has two significant bits and E4M3 four, so bf16 holds NVFP4's products exactly; NVFP4's global scale is in the
-// GEMM's factors. MXFP4's are exact from its smallest, 2^-128, to bf16's largest number; 4 under a scale of 2^126, which
-// values from 7/8 of 2^128 on get, becomes infinity. A poisoned block is NaN. In torch: fp4_to_bf16 of
+// GEMM's factors. MXFP4's are exact from its smallest, 2^-128, to bf16's largest number; 4 under a scale of 2^126,
+// which values from 7/8 of 2^128 on get, becomes infinity. A poisoned block is NaN. In torch: fp4_to_bf16 of
 // python/mxfp4_moe/_mma/operands.py.
 #pragma once
 
