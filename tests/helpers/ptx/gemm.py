@@ -110,7 +110,7 @@ def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> lis
     first = scales + k % 128 // 32 * 1024  # of a block of scales and four steps of 1024 bytes
     blocks = proof.stages * proof.weight_bytes // block
     found = [range(weights + b * block + first, weights + (b + 1) * block) for b in range(blocks) if first > scales]
-    return [range(weights), *found] if proof.reads_bf16 and tile.m > 16 else found
+    return [range(weights), *found] if proof.reads_halves and tile.m > 16 else found
 
 
 class Gemm:

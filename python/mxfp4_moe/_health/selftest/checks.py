@@ -66,8 +66,11 @@ class RandomSums:
     @classmethod
     def make(cls, problem: GemmProblem, published: arithmetic.Arithmetic) -> RandomSums:
         rules = accuracy.coarsest(published)
-        pair = problem.pair if isinstance(problem, PairProblem) else MXFP4_MXFP8
-        both = [accuracy.sums_and_bound(*problem.operands, arithmetic=rule, pair=pair) for rule in rules]
+        pair, given = MXFP4_MXFP8, None
+        if isinstance(problem, PairProblem):
+            pair, given = problem.pair, problem.column_factors()
+        options: dict[str, Any] = {"pair": pair, "weight_factors": given}
+        both = [accuracy.sums_and_bound(*problem.operands, arithmetic=rule, **options) for rule in rules]
         sums, bound = both[0][0], torch.stack([bound for _, bound in both]).amax(0)
         factors = problem.factors() if isinstance(problem, PairProblem) else None
         if factors is not None:  # one more rounding of the product with the sum
@@ -103,10 +106,9 @@ class Family:
             self.known[key] = tuple(rule.words() for rule in rules)
         return self.known[key]
 
-    @staticmethod
-    def _gives(rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
-        if problem.row_scales is None and rule.operands != "bf16":  # a rule of the family that cannot be this MMA's
-            return False
+    def _gives(self, rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
+        if problem.row_scales is None and rule.operands != self.published.operands:
+            return False  # a rule of the family that cannot be this MMA's
         given, rows = problem.sums(rule, columns), slice(problem.valid)
         return torch.equal(bits(given[rows]), bits(out[rows, :columns].contiguous()))
 
