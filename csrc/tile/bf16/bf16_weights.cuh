@@ -48,7 +48,7 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16> {
 
   template <bool kLarge>
   static __device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, uint32_t scales, int step,
-                                                       const Kept& kept, int /*eighth*/) {
+                                                       const Kept& kept) {
     expand_bf16(pair, w);
     if constexpr (!kLarge) {
       const uint32_t factor = factor_of(scales, step, kept.unit);
@@ -89,7 +89,7 @@ struct Scaling<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_BF16> {
 
   template <bool kLarge>
   static __device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, uint32_t scales, int step,
-                                                       const Kept& kept, int /*eighth*/) {
+                                                       const Kept& kept) {
     static_assert(!kLarge);
     expand_bf16(pair, w);
     const uint32_t factors = factors_of(scales, step, kept.unit);

@@ -3,14 +3,14 @@
 // A code where a half has sign, low exponent and high mantissa is its value times 2^-14, the subnormal one included. One
 // multiplication by a scale's half makes it an operand.
 //
-// MXFP4: fp16 has far fewer exponents than E8M0, so scales count from B, the largest byte of the blocks whose sums share
-// a factor, 2^(B - 128) (tile_abi.h). A block of byte b has the half 2^(x - 15), x = 30 + b - B, and zero where that is
+// MXFP4: fp16 has far fewer exponents than E8M0, so scales count from B, the largest byte of the expert's matrix, which
+// its factor, 2^(B - 128), names (tile_abi.h). A block of byte b has the half 2^(x - 15), x = 30 + b - B, and zero where that is
 // not above zero: an operand is code * 2^(1 + b - B), exact while B - b is at most 24, rounded to a multiple of 2^-24
 // below, and zero from 29 on. Bytes above B are those of blocks of zeros; held to x = 30, they stay zeros.
 //
 // NVFP4: E4M3's byte, which has no sign, is 2^-8 times its value where a half has low exponent and high mantissa,
 // subnormal numbers included; 2^15 times that times a code's 2^-14 is the weight times 2^-7, exactly: 21 at most, and
-// 2^-17 its last bit.
+// 2^-17 its last bit. Factors are 2^7 times the weights' own.
 #pragma once
 
 #include "tile/bf16/weights.cuh"
@@ -46,18 +46,12 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_FP16> {
   static constexpr bool kHasLarge = false;
   static constexpr int kMostX = 30;  // a half's largest exponent
 
-  // kMostX - B in both halves: of the first eight weight rows of an output tile, and of the next, and so on.
   struct Origin {
-    uint32_t above[2];
-    // first_eighth: of the tile's first rows, among all. A factor's exponent field is B - 1.
-    static __device__ __forceinline__ Origin of(const Mxfp4MoeFactors& factors, int expert, int first_eighth) {
-      const float2 of_weights = __ldg(reinterpret_cast<const float2*>(factors.of_weights) + expert);
-      const auto above = [](float factor) {
-        const uint32_t x = (kMostX - 1) - (__float_as_uint(factor) >> 23);
-        return __byte_perm(x, 0, 0x1010);
-      };
-      const uint32_t even = above(of_weights.x), odd = above(of_weights.y);
-      return first_eighth % 2 == 0 ? Origin{{even, odd}} : Origin{{odd, even}};
+    uint32_t above;  // kMostX - B, in both halves
+    // Of both an expert's factors, which are the same. Their exponent field is B - 1.
+    static __device__ __forceinline__ Origin of(const Mxfp4MoeFactors& factors, int expert) {
+      const float factor = __ldg(factors.of_weights + 2 * expert);
+      return {__byte_perm(kMostX - 1 - (__float_as_uint(factor) >> 23), 0, 0x1010)};
     }
   };
   struct Kept {
@@ -68,17 +62,17 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_FP16> {
 
   // The halves of the scale word's bytes `step` and its neighbour: of the even one the low half. The same in both steps,
   // so that it is computed once.
-  static __device__ __forceinline__ uint32_t factors_of(uint32_t word, int step, const Kept& kept, int eighth) {
+  static __device__ __forceinline__ uint32_t factors_of(uint32_t word, int step, const Kept& kept) {
     const uint32_t bytes = __byte_perm(word, 0, step < 2 ? 0x4140 : 0x4342);
-    return __viaddmin_s16x2_relu(bytes, kept.origin.above[eighth % 2], kMostX << 16 | kMostX) * kept.unit;
+    return __viaddmin_s16x2_relu(bytes, kept.origin.above, kMostX << 16 | kMostX) * kept.unit;
   }
 
   template <bool kLarge>
   static __device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, uint32_t scales, int step,
-                                                       const Kept& kept, int eighth) {
+                                                       const Kept& kept) {
     static_assert(!kLarge);
     expand_fp16(pair, w);
-    const uint32_t factors = factors_of(scales, step, kept, eighth);
+    const uint32_t factors = factors_of(scales, step, kept);
 #pragma unroll
     for (int i = 0; i < 4; ++i) pair[i] = multiply_fp16(pair[i], step % 2 == 0 ? twice<0>(factors) : twice<1>(factors));
   }
@@ -86,7 +80,7 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_FP16> {
 
 template <>
 struct Scaling<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_FP16> {
-  static constexpr float kUnit = 128.f;
+  static constexpr float kUnit = 1.f;  // the factors are 2^7 times the weights' own
   static constexpr int kSetSteps = 2, kScaleShift = 7;
   static constexpr bool kHasLarge = false;
   using Origin = CommonOrigin;
@@ -104,7 +98,7 @@ struct Scaling<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_FP16> {
 
   template <bool kLarge>
   static __device__ __forceinline__ void expand_scaled(uint32_t (&pair)[4], uint32_t w, uint32_t scales, int step,
-                                                       const Kept& kept, int /*eighth*/) {
+                                                       const Kept& kept) {
     static_assert(!kLarge);
     expand_fp16(pair, w);
     const uint32_t factors = factors_of(scales, step, kept.unit);

@@ -98,7 +98,7 @@ struct BlockOperands {
 #pragma unroll
       for (int j = 0; j < Shape::kFragN; ++j) {
         uint32_t b[4];
-        Scales::template expand_scaled<kLarge>(b, words[j], scales[j], step, kept, j);
+        Scales::template expand_scaled<kLarge>(b, words[j], scales[j], step, kept);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -185,8 +185,7 @@ struct MmaSyncSum {
     const int act_row = Shape::kSwap ? 0 : warp_id() * Shape::kWarpM;
     const Places at = places<Shape>(first_row<Shape>(weight_row + lane_id() / 4));
     const uint32_t act_at = act_chunk(act_row + lane_id() % 8, lane_id() / 8);  // what this lane names for ldmatrix
-    const auto origin =
-        ScalingOf<Shape>::Origin::of(p.factors, rows.expert, Shape::kSwap ? 0 : coord.n * (Shape::N / 8));
+    const auto origin = ScalingOf<Shape>::Origin::of(p.factors, rows.expert);
     sum_rows<Shape, kActGroups>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at, act_at, origin);
   }
 };

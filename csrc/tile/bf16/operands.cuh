@@ -58,7 +58,7 @@ __device__ __forceinline__ void expand_rows(uint32_t (&a)[8], const uint32_t* wo
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t pair[4];
-    Scales::template expand_scaled<kLarge>(pair, words[r], scales[r], step, kept, r);
+    Scales::template expand_scaled<kLarge>(pair, words[r], scales[r], step, kept);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i * 2 + r] = pair[i];
   }

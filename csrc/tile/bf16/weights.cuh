@@ -13,7 +13,7 @@ namespace mxfp4_moe {
 //   kSetSteps       K blocks whose scales a scale word holds
 //   kHasLarge       whether scales may take more than the usual expansion (has_large)
 //   kScaleShift     from a scale's byte to where it stands in the 16-bit float
-//   Origin          from where an output tile's scales count, where they do not all from the same
+//   Origin          from where an expert's scales count, where they do not all from the same
 //   Kept, keep      what a thread holds while it expands
 //   expand_scaled   eight codes of a row's K block as operands, scales multiplied in
 template <int kWeightFormat, int kActFormat>
@@ -23,7 +23,7 @@ using ScalingOf = Scaling<Shape::kWeightFormat, Shape::kActFormat>;
 
 // The same for all weights.
 struct CommonOrigin {
-  static __device__ __forceinline__ CommonOrigin of(const Mxfp4MoeFactors&, int, int) { return {}; }
+  static __device__ __forceinline__ CommonOrigin of(const Mxfp4MoeFactors&, int) { return {}; }
 };
 
 // 2^kShift, unknown to the compiler, because ptxas turns a multiplication by a number that it knows into a shift, which

@@ -201,7 +201,7 @@ struct WgmmaSum {
                                              const TileCoord& coord) const {
     const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
     const Places at = places<Shape>(first_row<Shape>(warp_id() * Shape::kWarpM + lane_id() / 4));
-    const auto origin = ScalingOf<Shape>::Origin::of(p.factors, rows.expert, 0);
+    const auto origin = ScalingOf<Shape>::Origin::of(p.factors, rows.expert);
     sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at, origin);
   }
 };
