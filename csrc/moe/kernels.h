@@ -106,8 +106,8 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
 // To what a layer's activations are brought before each GEMM; formats/weight_layout.py has the names in this order.
-enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };
-constexpr int kNumActivationFormats = 4;
+enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4, kFp16 };
+constexpr int kNumActivationFormats = 5;
 
 // What the rows that a GEMM reads are.
 enum class RowFormat : int {
@@ -116,8 +116,9 @@ enum class RowFormat : int {
   kBf16,         // as they came, rounded to bf16
   kMxfp4,        // E2M1 codes, two to a byte, low nibble = even k, and their E8M0 scales
   kNvfp4,        // the same under E4M3 scales of 16 values, after a global scale (GlobalScales)
+  kFp16,         // as they came, rounded to fp16
 };
-constexpr int kNumRowFormats = 5;
+constexpr int kNumRowFormats = 6;
 
 // NVFP4's global scales: what a row is multiplied by before it is quantized. Rows of an expert have that of the
 // checkpoint; where it has none, each row its own, 2688 / amax, whose reciprocal its kernel leaves in row_factors.

@@ -86,12 +86,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
   return {expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles};
 }
 
-// Rows of the kernels that make them, and their scales, of which bf16 rows have none.
+// Rows of the kernels that make them, and their scales, of which bf16 and fp16 rows have none.
 std::tuple<Tensor, Tensor> empty_rows(RowFormat format, int64_t rows, int64_t k, int32_t device) {
   const bool is_bf16 = format == RowFormat::kMxfp8InBf16 || format == RowFormat::kBf16;
+  const bool is_fp16 = format == RowFormat::kFp16;
   const bool is_fp4 = format == RowFormat::kMxfp4 || format == RowFormat::kNvfp4;
-  const int64_t words = is_bf16 ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;  // of scales, of a row in a K tile
-  return {empty({rows, is_fp4 ? k / 2 : k}, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, device),
+  const ScalarType type = is_bf16 ? ScalarType::BFloat16 : is_fp16 ? ScalarType::Half : ScalarType::Byte;
+  // Of scales, of a row in a K tile.
+  const int64_t words = is_bf16 || is_fp16 ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;
+  return {empty({rows, is_fp4 ? k / 2 : k}, type, device),
           empty({words * scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
 }
 RowFormat check_row_format(int64_t format) {
