@@ -105,7 +105,8 @@ const float* factor(const char* name, const std::optional<Tensor>& values, std::
 
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8
 // and has act_scale, or bfloat16 or float16 and has none. Without an act_format rows are MXFP8 or bf16, as the device's
-// tile reads them. NVFP4 weights, and MXFP4 ones with float16, have weight_factors [experts, 2]; NVFP4 rows row_factors [rows], or input_factors [experts].
+// tile reads them. NVFP4 weights, and MXFP4 ones with float16, have weight_factors [experts, 2]; NVFP4 rows row_factors
+// [rows], or input_factors [experts].
 void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, const Tensor& weight,
                   const Tensor& m_tiles, const Tensor& num_m_tiles, const Tensor& out, int64_t weight_format,
                   int64_t act_format, const std::optional<Tensor>& weight_factors,

@@ -1,12 +1,13 @@
 // Packed weights as fp16, from the words and scale bytes that bf16's kernels read.
 //
-// A code where a half has sign, low exponent and high mantissa is its value times 2^-14, the subnormal one included. One
-// multiplication by a scale's half makes it an operand.
+// A code where a half has sign, low exponent and high mantissa is its value times 2^-14, the subnormal one included.
+// One multiplication by a scale's half makes it an operand.
 //
 // MXFP4: fp16 has far fewer exponents than E8M0, so scales count from B, the largest byte of the expert's matrix, which
-// its factor, 2^(B - 128), names (tile_abi.h). A block of byte b has the half 2^(x - 15), x = 30 + b - B, and zero where that is
-// not above zero: an operand is code * 2^(1 + b - B), exact while B - b is at most 24, rounded to a multiple of 2^-24
-// below, and zero from 29 on. Bytes above B are those of blocks of zeros; held to x = 30, they stay zeros.
+// its factor, 2^(B - 128), names (tile_abi.h). A block of byte b has the half 2^(x - 15), x = 30 + b - B, and zero
+// where that is not above zero: an operand is code * 2^(1 + b - B), exact while B - b is at most 24, rounded to a
+// multiple of 2^-24 below, and zero from 29 on. Bytes above B are those of blocks of zeros; held to x = 30, they stay
+// zeros.
 //
 // NVFP4: E4M3's byte, which has no sign, is 2^-8 times its value where a half has low exponent and high mantissa,
 // subnormal numbers included; 2^15 times that times a code's 2^-14 is the weight times 2^-7, exactly: 21 at most, and
@@ -30,7 +31,12 @@ __device__ __forceinline__ void expand_fp16(uint32_t (&pair)[4], uint32_t w) {
   constexpr uint32_t kMask = 0x8E008E00u, kHigh = 0x8C008C00u, kLow = 0x02000200u;
   constexpr uint32_t kSigns03 = 0x80028002u, kSigns1 = 0x08000800u, kSigns2 = 0x00200020u;
   const uint32_t codes = __funnelshift_l(w, w, 3);
-  const auto with_signs = [&](uint32_t signs) { return (w & signs) | (codes & ~signs); };
+  // The compiler, if it knew, would have masks of its own for each pair instead of a word for two.
+  const auto with_signs = [&](uint32_t signs) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(signs), "r"(w), "r"(codes));  // signs ? w : codes
+    return d;
+  };
   const uint32_t both03 = with_signs(kSigns03);
   pair[0] = both03 & kMask;
   pair[1] = (with_signs(kSigns1) << 4) & kMask;
@@ -60,8 +66,8 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_FP16> {
   };
   static __device__ __forceinline__ Kept keep(const Origin& origin) { return {scale_unit<kScaleShift>(), origin}; }
 
-  // The halves of the scale word's bytes `step` and its neighbour: of the even one the low half. The same in both steps,
-  // so that it is computed once.
+  // The halves of the scale word's bytes `step` and its neighbour: of the even one the low half. The same in both
+  // steps, so that it is computed once.
   static __device__ __forceinline__ uint32_t factors_of(uint32_t word, int step, const Kept& kept) {
     const uint32_t bytes = __byte_perm(word, 0, step < 2 ? 0x4140 : 0x4342);
     return __viaddmin_s16x2_relu(bytes, kept.origin.above, kMostX << 16 | kMostX) * kept.unit;

@@ -1,9 +1,9 @@
-// Grouped GEMM of bf16 or fp16 activations and MXFP4 or NVFP4 weights by the warp's MMA: on SM90 tiles of few activation
-// rows and of few weight rows, on SM12x all. out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
+// Grouped GEMM of bf16 or fp16 activations and MXFP4 or NVFP4 weights by the warp's MMA: on SM90 tiles of few
+// activation rows and of few weight rows, on SM12x all. out[r, :] = act[r, :] . weight[expert(r), :, :]^T.
 //
-// Shapes: act [rows, k] bf16 or fp16 (shared/bf16_rows.cuh); weight [experts, weight_bytes(n, k)] packed E2M1 and scales as in
-// shared/weight_layout.cuh, words in order `pairs`; out [rows, n] in fp32, bf16 or fp16, or the activation of it
-// (swiglu_epilogue.cuh). Rows come in m-tiles of one expert each (shared/schedule.cuh). Arithmetic: operands.cuh.
+// Shapes: act [rows, k] bf16 or fp16 (shared/bf16_rows.cuh); weight [experts, weight_bytes(n, k)] packed E2M1 and
+// scales as in shared/weight_layout.cuh, words in order `pairs`; out [rows, n] in fp32, bf16 or fp16, or the activation
+// of it (swiglu_epilogue.cuh). Rows come in m-tiles of one expert each (shared/schedule.cuh). Arithmetic: operands.cuh.
 //
 // Fast because: a lane's weights of 32 rows and a K block come in one 16-byte load and are operands after few
 // instructions, scales included; one ldmatrix has the activations of 8 rows and a K block; the operands of a K block

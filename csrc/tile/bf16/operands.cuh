@@ -2,8 +2,8 @@
 // where a lane finds the weights that it makes operands of (bf16_weights.cuh, fp16_weights.cuh).
 //
 // Arithmetic (arithmetic.SM90_BF16, SM90_FP16): the operands are bf16 or fp16, weights with their scale multiplied in;
-// the sum over all of K stays in the tensor core's fp32 accumulator, MMA by MMA of 16 consecutive k. So every tile gives
-// the same bits, whichever instruction it has.
+// the sum over all of K stays in the tensor core's fp32 accumulator, MMA by MMA of 16 consecutive k. So every tile
+// gives the same bits, whichever instruction it has.
 #pragma once
 
 #include "tile/bf16/bf16_weights.cuh"

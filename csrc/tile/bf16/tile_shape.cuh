@@ -1,14 +1,14 @@
-// What a logical tile (M, N) becomes where its MMA takes bf16 or fp16, on any arch: warps, fragments, pipeline stages, shared
-// memory. The names are those of tile/tile_shape.cuh, so that the pipeline, the schedule and the epilogues are the same
-// code. tiles/bf16.py mirrors this file, statement by statement.
+// What a logical tile (M, N) becomes where its MMA takes bf16 or fp16, on any arch: warps, fragments, pipeline stages,
+// shared memory. The names are those of tile/tile_shape.cuh, so that the pipeline, the schedule and the epilogues are
+// the same code. tiles/bf16.py mirrors this file, statement by statement.
 #pragma once
 
 #include "tile/tile_shape.cuh"
 
 namespace mxfp4_moe {
 
-// A tile of M activation rows by N weight rows of a pair of formats (HalfPair); of all, what is common. kWarpM and kWarpN
-// are a warp's part.
+// A tile of M activation rows by N weight rows of a pair of formats (HalfPair); of all, what is common. kWarpM and
+// kWarpN are a warp's part.
 template <class Arch_, class Pair, int M_, int N_, bool kSwap_, int kWarpM_, int kWarpN_, int kMmaWarps_,
           bool kMovesRegisters_>
 struct Bf16Tile {
@@ -35,8 +35,8 @@ struct Bf16Tile {
   static constexpr int kMmaRegisters = kMmaWarps > 8 ? 112 : 240, kProducerRegisters = 24;
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
-  // Activations are 16-bit floats, two halves of a K tile of 128 bytes a row each (TMA's swizzle, and wgmma's); they come in
-  // boxes of few rows, so that a tile with few loads few.
+  // Activations are 16-bit floats, two halves of a K tile of 128 bytes a row each (TMA's swizzle, and wgmma's); they
+  // come in boxes of few rows, so that a tile with few loads few.
   static constexpr int kHalfBytes = M * 128;
   static constexpr int kActBytes = 2 * kHalfBytes;
   static constexpr int kBoxRows = M == 8 ? 8 : 16;

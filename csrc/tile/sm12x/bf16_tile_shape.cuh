@@ -1,5 +1,5 @@
-// What one logical tile (M, N) becomes on SM12x with bf16 or fp16 activations. tiles/bf16.py mirrors this file, statement by
-// statement.
+// What one logical tile (M, N) becomes on SM12x with bf16 or fp16 activations. tiles/bf16.py mirrors this file,
+// statement by statement.
 //
 // Weights are the MMA's A, whatever the tile's mode, as soon as four warps have 16 rows of them each: a weight is then
 // expanded by one warp only. Eight warps share the largest tiles, because accumulators and operands of more rows do not

@@ -1,5 +1,5 @@
-// Grouped GEMM of bf16 or fp16 activations and MXFP4 or NVFP4 weights for SM90, by Hopper's asynchronous MMA: shapes, layouts
-// and bits are those of bf16/mma_sync_kernel.cuh.
+// Grouped GEMM of bf16 or fp16 activations and MXFP4 or NVFP4 weights for SM90, by Hopper's asynchronous MMA: shapes,
+// layouts and bits are those of bf16/mma_sync_kernel.cuh.
 //
 // Fast because: wgmma takes the weights from registers, so that they are expanded once for all activation rows and
 // never stored; the next operands are expanded while MMAs run, by as many warps as there are rows for; sums stay in the

@@ -1,4 +1,4 @@
-"""Grouped GEMMs of float16 rows by MXFP4 or NVFP4 weights in plain order, with what SM12x's tensor cores make of them."""
+"""Grouped GEMMs of float16 rows by MXFP4 or NVFP4 weights in plain order, with SM12x's sums as expectation."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ class Epilogue:
 def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> list[range]:
     """Shared memory that a kernel reads although nobody wrote it, whatever is there.
 
-    Packed weights that a last K tile of less than 128 lacks: any bits, times zeros. Rows of bf16 and fp16 activations that an
-    m-tile does not have, which come in boxes: they meet the weights in sums that are stored nowhere.
+    Packed weights that a last K tile of less than 128 lacks: any bits, times zeros. Rows of bf16 and fp16
+    activations that an m-tile does not have, which come in boxes: they meet weights in sums that are stored nowhere.
     """
     proof = prove(tile, arch, pair)
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
@@ -222,8 +222,8 @@ class Gemm:
     ) -> tuple[Tensor, Tensor]:
         """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written.
 
-        Of bf16 and fp16 rows, values as they come: uint8 [R, N], and scales that nobody writes. Of FP4 rows packed codes, uint8
-        [R, N/4].
+        Of bf16 and fp16 rows, values as they come: uint8 [R, N], and scales that nobody writes. Of FP4 rows packed
+        codes, uint8 [R, N/4].
         """
         rows, n = self.problem.expected.shape
         width = n if self.pair in HALF_PAIRS else n // 4 if self.pair in FP4_PAIRS else n // 2

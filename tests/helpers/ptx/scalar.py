@@ -93,6 +93,15 @@ def funnel_left_wrap(low: Any, high: Any, by: Any) -> Any:
     return (both << (by & u4(31)).astype(u8) >> u8(32)).astype(u4)
 
 
+def logic(a: Any, b: Any, c: Any, table: Any) -> Any:
+    """lop3.b32: bit 4a + 2b + c of the table, for each bit of the operands."""
+    result = np.zeros_like(a)
+    for row in range(8):
+        x, y, z = (of if row & bit else ~of for of, bit in ((a, 4), (b, 2), (c, 1)))
+        result |= np.where(table >> u4(row) & u4(1), x & y & z, u4(0))
+    return result
+
+
 def halves(x: Any) -> Any:
     """The two signed halves of each word, as .s16x2 reads it."""
     return np.ascontiguousarray(x).view(i2).reshape(-1, 2)
@@ -134,7 +143,7 @@ def extract_bits(x: Any, position: Any, length: Any) -> Any:
 
 HELPERS: dict[str, Any] = {
     **{f.__name__: f for f in (shift_left, shift_right, divide, remainder, permute_bytes, funnel_right_wrap)},
-    **{f.__name__: f for f in (funnel_left_wrap, halves, words)},
+    **{f.__name__: f for f in (funnel_left_wrap, halves, words, logic)},
     **{f.__name__: f for f in (reverse_bits, leading_zeros, count_bits, extract_bits, insert_bits)},
     **{"np": np, "floats": floats, "u1": u1, "u2": u2, "u4": u4, "u8": u8, "i1": i1, "i2": i2, "i4": i4, "i8": i8},
     "f4": f4,
@@ -188,6 +197,7 @@ _define("shf.r.wrap.b32", "b32", "b32 b32 u32", "funnel_right_wrap({0}, {1}, {2}
 _define("shf.l.wrap.b32", "b32", "b32 b32 u32", "funnel_left_wrap({0}, {1}, {2})")
 _define("add.s16x2", "b32", "b32 b32", "words(halves({0}) + halves({1}))")
 _define("min.s16x2.relu", "b32", "b32 b32", "words(np.maximum(np.minimum(halves({0}), halves({1})), i2(0)))")
+_define("lop3.b32", "b32", "b32 b32 b32 u32", "logic({0}, {1}, {2}, {3})")
 _define("brev.b32", "b32", "b32", "reverse_bits({0})")
 _define("bfind.shiftamt.u32", "u32", "u32", "leading_zeros({0})")
 _define("popc.b32", "u32", "b32", "count_bits({0})")

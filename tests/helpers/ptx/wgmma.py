@@ -1,4 +1,4 @@
-"""wgmma.mma_async m64nNk16 of bf16 and f16 with A in registers: a warp's 16 rows of it, as m16n8k16 of mma.py side by side.
+"""wgmma.mma_async m64nNk16 of bf16 and f16 with A in registers: a warp's 16 rows, as m16n8k16 of mma.py side by side.
 
 PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". With A in registers a warp needs nothing of the other three
 but their presence. It is as late as it may be: shared memory is read, and sums are made, when wgmma.wait_group says so;
