@@ -372,7 +372,7 @@ def gemm(
     Under a rule that takes bfloat16 the kernels hold half of each MXFP4 weight, so that the largest ones fit, and
     2^-7 of each NVFP4 weight, so that what makes it fits, and double the sums in the end, or multiply them by 2^7. That
     is the same but at the ends of float32's range: a sum that leaves it for a while may come back, and the last bits of
-    subnormal ones are cut one bit earlier, or seven. Under a rule of float16 the whole of it is in `factor`.
+    subnormal ones are cut one bit earlier, or seven. Under a rule of float16 all of that is in `factor`.
 
     Args:
         rows: uint8 [M, K] E4M3, plain k order; bfloat16 or float16 [M, K], for a rule that takes it; or uint8 [M, K/2]

@@ -155,9 +155,7 @@ class _Draw:
             return (127 + exponents).to(torch.uint8)
         return formats.encode_e4m3(exponents.float().exp2())
 
-    def factors(
-        self, some: Callable[..., Tensor], each_row: bool, packed: Tensor, scales: Tensor
-    ) -> dict[str, Tensor]:
+    def factors(self, some: Callable[..., Tensor], each_row: bool, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Those that the pair has, of a function (shape) -> float32, and of the weights in float16."""
         if self.block == 32:
             if self.acts != "fp16":
@@ -271,6 +269,9 @@ def random_problem(
     else:
         held = draw.bytes(0, 255, rows, k // 2), row_scales
     packed = draw.bytes(0, 255, experts, n, k // 2)
+    if pair == "mxfp4_fp16":  # zeros under larger scales than any weight has
+        packed[:, 3:5, :16] &= 0x88
+        scales[:, 3, 0], scales[:, 4, 0] = scales.amax() + 1, 253
 
     def some(*shape: int) -> Tensor:
         return 0.01 * (0.5 + torch.rand(shape, generator=draw.g, dtype=torch.float32, device=device))

@@ -76,14 +76,15 @@ def test_the_wheels_pairs() -> None:
             having = [arch for arch in manifest.archs if tiles.has_pair(arch, pair)]
             legal = all(tiles.prove(tile, arch, pair).legal for arch in having)
             assert (pair in manifest.pairs_of("full", tile)) == legal
-            few = (tile.m < 256 and (tile.mn != (128, 256) or pair == "mxfp4_bf16")) or "bf16" not in pair
+            halves = pair in tiles.HALF_PAIRS
+            few = not halves or (tile.m < 256 and (tile.mn != (128, 256) or pair.startswith("mxfp4")))
             assert legal == few, (tile, pair)
 
 
 def test_what_kernels_read() -> None:
-    """SM90's MMA takes no scales: one kernel, of bf16 operands, for each format of weights."""
+    """SM90's MMA takes no scales: one kernel, of bf16 operands, for each format of weights, and those of fp16."""
     assert tiles.kernel_pairs("90a", ["mxfp4_mxfp8"]) == ("mxfp4_bf16",)
-    assert tiles.kernel_pairs("90a", tiles.PAIRS) == ("mxfp4_bf16", "nvfp4_bf16")
+    assert tiles.kernel_pairs("90a", tiles.PAIRS) == ("mxfp4_bf16", "nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16")
     assert tiles.kernel_pairs("120f", tiles.PAIRS) == tiles.PAIRS
     for pair in ("mxfp4_mxfp4", "nvfp4_nvfp4"):
         with pytest.raises(archs.ArchError, match=f"arch '90a' has no kernel for {pair}: its MMA takes no FP4"):

@@ -131,7 +131,8 @@ def check_format_on(
         remedy = f": {lacks or 'no tile that was built has it'}; " if has_mma else ", whose MMA this GPU has not; "
         raise ValueError(f"{words}{remedy}SM12x GPUs with a wheel of profile 'full' and CPU tensors take it")
     if activation_format == "fp16":
-        other = "activation_format 'bf16' takes float16 hidden_states too" if "bf16" in formats else "CPU tensors take it"
+        other = "activation_format 'bf16' takes float16 hidden_states too"
+        other = other if "bf16" in formats else "CPU tensors take it"
         raise ValueError(f"{words}: {lacks or 'no tile that was built has it'}; {other}")
     raise ValueError(
         f"{words}: {lacks or 'no tile that was built has it'}; SM90 GPUs and CPU tensors take it with any wheel"

@@ -1,7 +1,8 @@
-"""What weights need to be multiplied in float16: a factor for each expert's matrix, made when it is first asked for.
+"""What weights need to be multiplied in float16: factors for each matrix, made when they are first asked for.
 
 `formats.fp16_weights` has the rule. Nothing of the prepared weights changes: kernels read the same bytes for bfloat16
-and for float16 activations, and find in the factor what an expert's scales are relative to.
+and for float16 activations, and find in the factor what an expert's scales are relative to. NVFP4's factors are its
+own, times what its weights are divided by.
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..formats import FP16_EXACT_BINADES, FP16_NVFP4_UNIT, WeightFormat, WordOrder
-from ..formats import count_rounded_in_fp16, fp16_factor, scale_ends
+from ..formats import (
+    FP16_EXACT_BINADES,
+    FP16_NVFP4_UNIT,
+    WeightFormat,
+    WordOrder,
+    count_rounded_in_fp16,
+    fp16_factor,
+    scale_ends,
+)
 from .prepare import pieces_of
 
 Factors = tuple[Tensor, Tensor]
@@ -27,12 +35,12 @@ class InFloat16:
     _fp16: tuple[Factors, tuple[int, ...]] | None = None
 
     def fp16_factors(self) -> Factors:
-        """What the sums of the two GEMMs are multiplied by where weights and activations are float16.
+        """What the sums of the two GEMMs are multiplied by for the weights where activations are float16.
 
+        Of MXFP4 `formats.fp16_factor` of each expert's matrix; one warning says how many weights are rounded, if any.
         They are made in the first call, and again after a write to w13 or w2 that torch counts; a write that it does
         not count (by another library's kernel, or to a tensor of inference mode) takes `engines.update_fp16_factors`.
-        The tensors stay the same, so that a CUDA graph reads what is new. Of MXFP4, `formats.fp16_factor` of each
-        expert's matrix, and one warning where weights had to be rounded. Of NVFP4, its own factors times 2^7.
+        The tensors stay the same, so that a CUDA graph reads what is new.
 
         Returns:
             float32 [E, 2] twice: of columns c with c % 16 < 8, and of the others. Of MXFP4 both are the same, because
@@ -52,8 +60,8 @@ class InFloat16:
         weights: Any = self
         if weights.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "weights: expected ones that are ready for activation_format 'fp16' while a CUDA graph is captured, got "
-                "some that were never called with it, or written since; call once before, or take "
+                "weights: expected ones that are ready for activation_format 'fp16' while a CUDA graph is captured, "
+                "got some that were never called with it, or written since; call once before, or take "
                 f"weights.to('{weights.device}', activation_format='fp16')"
             )
         with torch.no_grad():
@@ -81,7 +89,7 @@ def _nvfp4(weights: Any) -> Factors:
     if not all(bool(factors.isfinite().all()) for factors in made):
         raise ValueError(
             "weights: expected NVFP4 scales per tensor below 2^121 for activation_format 'fp16', whose sums are "
-            "multiplied by them times 2^7, got a larger one; activation_format 'bf16' takes it"
+            "multiplied by 2^7 times them, got a larger one; activation_format 'bf16' takes it"
         )
     return made
 

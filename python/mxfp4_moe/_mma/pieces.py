@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..formats import BLOCK, NVFP4_BLOCK, largest_scale, mxfp4_in_fp16, mxfp8_to_bf16, nvfp4_in_fp16
+from ..formats import (
+    BLOCK,
+    NVFP4_BLOCK,
+    largest_scale,
+    mxfp4_in_fp16,
+    mxfp8_to_bf16,
+    nvfp4_in_fp16,
+)
 from .groups import Groups, GroupSteps, ScaleFormat, groups
 from .operands import WEIGHT_UNITS, Format, Operand, float_operand, fp4_to_bf16, operand, unit_weights
 from .steps import Steps

@@ -4,7 +4,7 @@ float16 has 30 binades of normal numbers, and E8M0 254. So an expert's matrix of
 largest byte among its blocks that have a nonzero code: a weight is code * 2^(1 + b - B), and its sums are multiplied by
 2^(B - 128) in the end. Blocks down to 24 binades below the largest are exact so; below that a weight is a multiple of
 2^-24, rounded, and from 29 binades on it is 0. B counts as 2 at least, so that the factor is a normal float32. NVFP4's
-scales are E4M3, whose products with codes float16 holds exactly, divided by 2^7.
+scales are E4M3, whose products with codes float16 holds exactly, divided by 2^7, and its factors have that beside them.
 
 The kernel makes a weight by one multiplication of halves, the code's three bits as a half (code * 2^-14) times the half
 whose bits are x << 10, x = 30 + b - B and at least 0 (a zero); here it is the formula.
@@ -21,7 +21,7 @@ from .numbers import BLOCK, E2M1_VALUES, decode_e4m3
 from .nvfp4 import NVFP4_BLOCK
 
 FP16_EXACT_BINADES = 24  # below the largest scale, down to which MXFP4 weights are exact
-FP16_NVFP4_UNIT = 128.0  # NVFP4 weights are divided by it
+FP16_NVFP4_UNIT = 128.0  # NVFP4 weights are divided by it, and their factors multiplied
 _SMALLEST_LARGEST = 2
 _MAGNITUDES = 0x77  # of two codes, without their signs
 
@@ -50,7 +50,7 @@ def scale_ends(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 @exact
 def fp16_factor(largest: Tensor) -> Tensor:
     """What the sums of a matrix are multiplied by, 2^(B - 128): int32 [...] to float32, normal numbers."""
-    return ((largest - 1) << 23).view(torch.float32)
+    return ((largest.int() - 1) << 23).view(torch.float32)
 
 
 def largest_of_factor(factor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def mxfp4_in_fp16(nibbles: Tensor, scales: Tensor, largest: Tensor) -> Tensor:
         float16 [N, K].
     """
     codes = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=nibbles.device)[nibbles.long()]
-    below = (largest.unsqueeze(-1) if largest.dim() else largest) - scales.int()
+    below = (largest.unsqueeze(-1) if largest.dim() else largest).int() - scales.int()
     # Exact in float32, so that there is one rounding.
     power = ((1 - below.clamp(min=0, max=40) + 127) << 23).view(torch.float32).masked_fill_(below >= 30, 0.0)
     return (torch.unflatten(codes, -1, (-1, BLOCK)) * power.unsqueeze(-1)).flatten(-2).to(torch.float16)

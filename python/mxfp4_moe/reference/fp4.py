@@ -146,7 +146,7 @@ def _input_scales(
 def _column_factors(weights: MoEWeights, unit: float) -> tuple[Tensor | None, Tensor | None]:
     """What the sums of w13's rows and of w2's are multiplied by for the weights: float32 [E, W] and [E, 1]; or None.
 
-    `unit` is what weights are divided by.
+    `unit` is what the weights are divided by that the sums are of.
     """
     if weights.weight_format is not WeightFormat.NVFP4:
         return None, None

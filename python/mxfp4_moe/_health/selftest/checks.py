@@ -138,7 +138,8 @@ class Layers:
         cls, device: torch.device, rule: arithmetic.Arithmetic, activation_format: str, weights: MoEWeights
     ) -> Layers:
         options: dict[str, Any] = {} if activation_format == "mxfp8" else {"activation_format": activation_format}
-        calls = [problems.random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
+        dtype = torch.float16 if activation_format == "fp16" else torch.bfloat16
+        calls = [problems.random_call(tokens, top_k, weights, dtype=dtype) for tokens, top_k in LAYERS]
         calls[1].topk_ids[::5, 1] = -1  # slots of no expert
         expected = [reference.fused_moe(*call.args(), weights, arithmetic=rule, **options) for call in calls]
         return cls(
