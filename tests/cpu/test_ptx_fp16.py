@@ -218,9 +218,9 @@ def test_an_activation_beyond_fp16_is_infinite() -> None:
 
 MMA = r"mma\.sync[^;]*?"
 MXFP4_MISTAKES = {
-    "codes without their highest bit": once(r", -1912696320;", ", -2046916096;"),
+    "codes without their highest bit": once(r", -1912566272;", ", -2046784000;"),
     "the fourth pair without its lowest bit": once(r", 33554944;", ", 33554432;"),
-    "codes rotated by two": once(r"(shf\.l\.wrap\.b32 %r\d+, %r\d+, %r\d+, )3;", r"\g<1>2;"),
+    "codes shifted, not rotated": once(r"(shf\.l\.wrap\.b32 %r\d+, )%r\d+, ", r"\g<1>0, "),
     "signs of the codes' word": once(r"(lop3\.b32 %r\d+, %r\d+, )(%r\d+), (%r\d+), 0xCA;", r"\1\3, \3, 0xCA;"),
     "a weight times itself": once(r"(mul\.rn\.f16x2 %r\d+, )(%r\d+), %r\d+;", r"\1\2, \2;"),
     "the scale of the K block after it": once(
