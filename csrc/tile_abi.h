@@ -24,6 +24,7 @@ enum Mxfp4MoeActFormat {
   MXFP4_MOE_ACT_BF16 = 1,   // bf16, for MMAs that do not (shared/bf16_rows.cuh)
   MXFP4_MOE_ACT_MXFP4 = 2,  // packed E2M1 codes and E8M0 scales
   MXFP4_MOE_ACT_NVFP4 = 3,  // packed E2M1 codes and E4M3 scales, under fp32 factors
+  MXFP4_MOE_ACT_FP16 = 4,   // fp16, for the same MMAs as bf16
 };
 
 // Of the weights that it reads.
@@ -55,8 +56,11 @@ enum Mxfp4MoeFusedActivation {
   MXFP4_MOE_SITU = 5,  // the numbers between are of activations that it does not apply
 };
 
-// What the sums of NVFP4 operands are multiplied by: the product of a weight's factor and, where the rows are NVFP4, of
-// the row's, rounded to fp32; also of rows whose NVFP4 values are in bf16. All null where nothing is NVFP4.
+// What the sums of NVFP4 operands, and those of MXFP4 weights by fp16 rows, are multiplied by: the product of a
+// weight's factor and, where the rows are NVFP4, in codes or in bf16, of the row's, rounded to fp32. All null where there
+// are none. Both factors of MXFP4 weights by fp16 rows are 2^(B - 128), where B is the largest E8M0 byte, at least 2, of
+// the expert's blocks that have a code other than zero: the kernel reads B from there, and makes operands that count from
+// it. Factors of NVFP4 weights by fp16 rows are 2^7 times their own, because operands are 2^-7 of the weights.
 typedef struct {
   const float* of_weights;  // [experts, 2]: of columns c with c % 16 < 8 (of w13: gates), and of the others
   const float* of_rows;     // [rows], or null
@@ -69,8 +73,8 @@ typedef struct {
   uint8_t* rows;       // [rows, n / 2] as the kernel reads `act`; null: no activation
   uint8_t* scales;     // as `act_scale`, of n / 2 values
   const float* bias;   // [experts, n] or null
-  int32_t format;      // Mxfp4MoeActFormat: what values are quantized to; of bf16 rows, which hold any, the rows' own
-                       // stands for not at all
+  int32_t format;      // Mxfp4MoeActFormat: what values are quantized to; of bf16 and fp16 rows, which hold any, the
+                       // rows' own stands for not at all
   int32_t activation;  // Mxfp4MoeFusedActivation
   int32_t rounding;    // Mxfp4MoeOutType: to which the sums, before their bias, and the activation are rounded
   Mxfp4MoePerExpert alpha, beta, limit;  // of all but MXFP4_MOE_SWIGLU
@@ -79,11 +83,11 @@ typedef struct {
 
 // out[r, :] = act[r, :] . weight[e, :, :]^T for every row r of every m-tile; rows in no m-tile stay untouched.
 typedef struct {
-  // E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; bf16 [rows, k]; or E2M1 [rows, k / 2],
-  // low nibble = even k.
+  // E4M3 [rows, k], each 32-block stored as its 16 even k, then its 16 odd k; bf16 or fp16 [rows, k]; or E2M1
+  // [rows, k / 2], low nibble = even k.
   const void* act;
   // uint8 E8M0 [ceil(k/128), rows padded to 4, 4] of MXFP8 and MXFP4 rows; E4M3 [2 ceil(k/128), rows padded to 4, 4] of
-  // NVFP4 rows; of bf16 rows none.
+  // NVFP4 rows; of bf16 and fp16 rows none.
   const void* act_scale;
   const void* weight;  // [experts, weight_bytes(n, k)] as in shared/weight_layout.cuh
   void* out;           // [rows, n] of out_type

@@ -26,7 +26,7 @@ def _proved_in(arch: str, pair: str) -> tuple[str, str]:
     """The source and the proof that must agree about a tile's kernel."""
     if arch.startswith("9"):
         return "csrc/tile/sm90/tile_shape.cuh", "tiles/bf16.py"
-    if pair.endswith("_bf16"):
+    if pair.endswith(("_bf16", "_fp16")):
         return "csrc/tile/sm12x/bf16_tile_shape.cuh", "tiles/bf16.py"
     return "csrc/tile/tile_shape.cuh", "tiles/proof.py"
 

@@ -138,10 +138,10 @@ def _main_loop(tile: Tile, arch: str, pair: str, thresholds: Thresholds) -> dict
         "function": proof.function,
         "opcode": proof.opcode,
         "mma_per_step": proof.mma_per_step,
-        "matrices_per_step": 0 if wgmma else act // 8 * (4 if proof.reads_bf16 else 2),
+        "matrices_per_step": 0 if wgmma else act // 8 * (4 if proof.reads_halves else 2),
         "words_per_step": weight // 8 * (2 if fp4 else 1),
         "words_per_load": (2 if proof.weights_are_a else 1) if fp4 else min(weight // 8, 4),
-        "variants": proof.reads_bf16,
+        "variants": proof.reads_halves,
         "limit": thresholds.limit(arch, pair, tile.name),
     }
 

@@ -3,7 +3,7 @@
 // in   gemm1 fp32; gated: [R, 2I], columns in groups of 16, 8 gates, then the 8 ups of the same outputs; not gated:
 //      [R, I]; bias likewise [E, 2I] or [E, I]
 // out  codes [R, I] E4M3, each block of 32 stored even k first; scales [ceil(I/128), R padded to 4, 4] E8M0
-//      or bf16 [R, I] (shared/bf16_rows.cuh). FP4: fp4_activation.cu
+//      or bf16 or fp16 [R, I] (shared/bf16_rows.cuh). FP4: fp4_activation.cu
 // g += bias, u += bias (not gated: x += bias), then the activation (shared/nonlinearities.cuh). Where `rounding` says
 // so, it rounds what it reads from gemm1, and what it quantizes, to bf16 or fp16 (RNE; beyond fp16's range to
 // infinity): so do pipelines that keep these values in the output dtype. alpha, beta and limit are one number, or one
@@ -35,7 +35,8 @@ constexpr int blocks_of_sm(Activation activation) {
   }
 }
 
-template <Activation kActivation>
+// kFp16: a kernel of its own, so that the others' is what it is without.
+template <Activation kActivation, bool kFp16>
 __global__ void __launch_bounds__(kThreads, blocks_of_sm(kActivation))
     activation_kernel(const ActivationArgs args, int rows_of_block) {
   const int k_tile = blockIdx.x * kTilesPerBlock + threadIdx.x / kLanesPerWord;
@@ -51,7 +52,11 @@ __global__ void __launch_bounds__(kThreads, blocks_of_sm(kActivation))
     for (int64_t row = begin; row < end; ++row) {
       float x[kValuesPerLane];
       outputs(args, row, column, x);
-      store_k_tile(make_k_tile(x, args.format), row, k_tile, to);
+      if constexpr (kFp16) {
+        store_k_tile(make_fp16_tile(x), row, k_tile, to);
+      } else {
+        store_k_tile(make_k_tile(x, args.format), row, k_tile, to);
+      }
     }
   }
 }
@@ -67,8 +72,10 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
   if (is_mxfp4(args.format) || is_nvfp4(args.format)) {
     return launch_fp4_activation(args, stream);
   }
-  const Kernel kernel = kernel_of<Kernel>(args.activation, nullptr, [](auto activation) -> Kernel {
-    return activation_kernel<decltype(activation)::value>;
+  const Kernel kernel = kernel_of<Kernel>(args.activation, nullptr, [&](auto activation) -> Kernel {
+    constexpr Activation kActivation = decltype(activation)::value;
+    return args.format == RowFormat::kFp16 ? activation_kernel<kActivation, true>
+                                           : activation_kernel<kActivation, false>;
   });
   if (kernel == nullptr) {
     return cudaErrorInvalidValue;

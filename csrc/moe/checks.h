@@ -88,7 +88,7 @@ inline ActivationFormat check_activation_format(int64_t format) {
 }
 
 inline const char* name_of(ActivationFormat format) {
-  constexpr const char* kNames[kNumActivationFormats] = {"mxfp8", "bf16", "mxfp4", "nvfp4"};
+  constexpr const char* kNames[kNumActivationFormats] = {"mxfp8", "bf16", "mxfp4", "nvfp4", "fp16"};
   return kNames[static_cast<int>(format)];
 }
 

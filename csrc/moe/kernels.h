@@ -106,8 +106,8 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 
 // To what a layer's activations are brought before each GEMM; formats/weight_layout.py has the names in this order.
-enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };
-constexpr int kNumActivationFormats = 4;
+enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4, kFp16 };
+constexpr int kNumActivationFormats = 5;
 
 // What the rows that a GEMM reads are.
 enum class RowFormat : int {
@@ -118,13 +118,13 @@ enum class RowFormat : int {
   kNvfp4,        // the same under E4M3 scales of 16 values, after a global scale (GlobalScales)
   kMxfp4InBf16,  // the values of these two, codes times scales, as bf16 (shared/folded_fp4.cuh); the global scale is
   kNvfp4InBf16,  // not among them
+  kFp16,         // as they came, rounded to fp16
 };
-constexpr int kNumRowFormats = 7;
+constexpr int kNumRowFormats = 8;
 constexpr bool is_mxfp4(RowFormat rows) { return rows == RowFormat::kMxfp4 || rows == RowFormat::kMxfp4InBf16; }
 constexpr bool is_nvfp4(RowFormat rows) { return rows == RowFormat::kNvfp4 || rows == RowFormat::kNvfp4InBf16; }
-constexpr bool is_bf16(RowFormat rows) {
-  return rows != RowFormat::kMxfp8 && rows != RowFormat::kMxfp4 && rows != RowFormat::kNvfp4;
-}
+constexpr bool is_packed(RowFormat rows) { return rows == RowFormat::kMxfp4 || rows == RowFormat::kNvfp4; }
+constexpr bool has_codes(RowFormat rows) { return rows == RowFormat::kMxfp8 || is_packed(rows); }
 
 // NVFP4's global scales: what a row is multiplied by before it is quantized. Rows of an expert have that of the
 // checkpoint; where it has none, each row its own, 2688 / amax, whose reciprocal its kernel leaves in row_factors.

@@ -46,6 +46,8 @@ RowFormat rows_of(ActivationFormat format, int32_t act_format) {
       return RowFormat::kBf16;
     case ActivationFormat::kMxfp4:
       return act_format == MXFP4_MOE_ACT_BF16 ? RowFormat::kMxfp4InBf16 : RowFormat::kMxfp4;
+    case ActivationFormat::kFp16:
+      return RowFormat::kFp16;
     default:
       return act_format == MXFP4_MOE_ACT_BF16 ? RowFormat::kNvfp4InBf16 : RowFormat::kNvfp4;
   }
@@ -56,6 +58,8 @@ int32_t quantized_to(RowFormat rows) {
   switch (rows) {
     case RowFormat::kBf16:
       return MXFP4_MOE_ACT_BF16;
+    case RowFormat::kFp16:
+      return MXFP4_MOE_ACT_FP16;
     case RowFormat::kMxfp4:
     case RowFormat::kMxfp4InBf16:
       return MXFP4_MOE_ACT_MXFP4;
@@ -71,7 +75,7 @@ int32_t quantized_to(RowFormat rows) {
 std::string pairs_of(const Mxfp4MoeTile& tile, int32_t device) {
   std::string pairs;
   for (int32_t weights = MXFP4_MOE_WEIGHT_MXFP4; weights <= MXFP4_MOE_WEIGHT_NVFP4; ++weights) {
-    for (int32_t act = MXFP4_MOE_ACT_MXFP8; act <= MXFP4_MOE_ACT_NVFP4; ++act) {
+    for (int32_t act = MXFP4_MOE_ACT_MXFP8; act <= MXFP4_MOE_ACT_FP16; ++act) {
       const Mxfp4MoeTileFacts* facts = tile.facts_of(device, weights, act);
       if (facts != nullptr) {
         pairs += (pairs.empty() ? "" : ", ") + std::string(facts->pair);
@@ -89,8 +93,8 @@ bool pairs_with(ActivationFormat format, int32_t weights) {
 
 // The tile's kernel for the call's formats on the layer's device; null where it has none for any.
 const Mxfp4MoeTileFacts* kernel_of(const Layer& layer, ActivationFormat format) {
-  static constexpr int32_t kReads[kNumActivationFormats] = {MXFP4_MOE_ACT_MXFP8, MXFP4_MOE_ACT_BF16,
-                                                            MXFP4_MOE_ACT_MXFP4, MXFP4_MOE_ACT_NVFP4};
+  static constexpr int32_t kReads[kNumActivationFormats] = {
+      MXFP4_MOE_ACT_MXFP8, MXFP4_MOE_ACT_BF16, MXFP4_MOE_ACT_MXFP4, MXFP4_MOE_ACT_NVFP4, MXFP4_MOE_ACT_FP16};
   const int32_t device = layer.device, weights = layer.weight_format;
   const Mxfp4MoeTileFacts* facts = layer.tile->facts_of(device, weights, kReads[static_cast<int>(format)]);
   if (facts == nullptr && pairs_with(format, weights)) {
@@ -106,12 +110,13 @@ const Mxfp4MoeTileFacts* kernel_of(const Layer& layer, ActivationFormat format) 
   return facts;
 }
 
-// The float32 scales of NVFP4: what the GEMMs' sums are multiplied by, and rows before they are quantized.
+// The float32 scales of NVFP4, and of MXFP4 weights in fp16: what the GEMMs' sums are multiplied by, and rows before
+// they are quantized.
 void check_tensor_scales(const LayerArgs& args, ActivationFormat format, Layer& layer) {
   const int64_t experts = layer.experts;
-  const bool nvfp4 = layer.weight_format == MXFP4_MOE_WEIGHT_NVFP4;
+  const bool wanted = layer.weight_format == MXFP4_MOE_WEIGHT_NVFP4 || format == ActivationFormat::kFp16;
   const auto of_weights = [&](const char* name, const std::optional<Tensor>& factors) {
-    return check_scales(name, factors, nvfp4, {experts, 2}, layer.device, 2 * sizeof(float));
+    return check_scales(name, factors, wanted, {experts, 2}, layer.device, 2 * sizeof(float));
   };
   layer.factors1.of_weights = of_weights("w13_factors", args.w13_factors);
   layer.factors2.of_weights = of_weights("w2_factors", args.w2_factors);

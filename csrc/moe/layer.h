@@ -31,7 +31,8 @@ struct LayerArgs {
   const Tensor& w2;  // [E, weight_bytes(H, I)]
   const MaybeTensor& w2_bias;
   int64_t intermediate_size;
-  // Of NVFP4 weights, float32 [E, 2]: what the sums of gates and of ups are multiplied by; of w2 twice the same.
+  // Of NVFP4 weights, and of MXFP4 weights with fp16 rows, float32 [E, 2]: what the sums of gates and of ups are
+  // multiplied by (tile_abi.h); of w2 twice the same.
   const MaybeTensor& w13_factors;
   const MaybeTensor& w2_factors;
   // Of NVFP4 rows whose scales the checkpoint has, float32 [E]: the same for the rows, and what they are multiplied by

@@ -1,10 +1,10 @@
-// Rows for the GEMMs, written by warps, and where their bytes go: MXFP8 (the arithmetic: shared/mxfp8.cuh), bf16 or
-// MXFP4 (shared/fp4.cuh). NVFP4: nvfp4_rows.cuh.
+// Rows for the GEMMs, written by warps, and where their bytes go: MXFP8 (the arithmetic: shared/mxfp8.cuh), bf16, fp16
+// or MXFP4 (shared/fp4.cuh). NVFP4: nvfp4_rows.cuh.
 //
 // A quad of lanes holds one block of 32 values, lane q the values k = 8q .. 8q+7. Lanes of a half-warp hold the four
 // blocks of one K tile of 128 values, so that their scale bytes leave as one 32-bit word.
 // E4M3 codes are stored even k first (16 even, then 16 odd of each block): the order the tile kernel's ldmatrix wants.
-// bf16 rows (shared/bf16_rows.cuh) and E2M1 codes have k in order. Used by quantize_permute.cu, permute.cu,
+// bf16 and fp16 rows (shared/bf16_rows.cuh) and E2M1 codes have k in order. Used by quantize_permute.cu, permute.cu,
 // activation.cu and fp4_activation.cu.
 #pragma once
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ QuadCodes quantize_quad(const float (&x)[kValuesPerLa
   return QuadCodes{mx_codes(amax, scale, x[0], x[2], x[4], x[6]), mx_codes(amax, scale, x[1], x[3], x[5], x[7]), scale};
 }
 
-// Where rows go: codes or bf16 [rows, k], or packed codes [rows, k / 2]; and the codes' scales.
+// Where rows go: codes, bf16 or fp16 [rows, k], or packed codes [rows, k / 2]; and the codes' scales.
 struct RowsOut {
   RowFormat format;
   uint8_t* out;
@@ -63,7 +63,7 @@ struct RowsOut {
 
 // A half-warp's K tile of a row, as each lane stores its part: made once, stored in as many rows as want it.
 struct KTile {
-  uint4 words;      // 8 bf16 values; or in x and y 4 even-k and 4 odd-k codes; or in x 8 E2M1 codes
+  uint4 words;      // 8 bf16 or fp16 values; or in x and y 4 even-k and 4 odd-k codes; or in x 8 E2M1 codes
   uint32_t scales;  // of the four blocks, of kMxfp8 and kMxfp4
 };
 
@@ -107,6 +107,13 @@ __device__ __forceinline__ void store_bf16_words(const uint4& words, int64_t row
   if (column < to.k) {
     *reinterpret_cast<uint4*>(to.out + (row * to.k + column) * 2) = words;
   }
+}
+
+// The same of fp16.
+__device__ __forceinline__ KTile make_fp16_tile(const float (&x)[kValuesPerLane]) {
+  KTile tile = {};
+  tile.words = make_uint4(fp16_pair(x[0], x[1]), fp16_pair(x[2], x[3]), fp16_pair(x[4], x[5]), fp16_pair(x[6], x[7]));
+  return tile;
 }
 
 __device__ __forceinline__ void store_scale_word(const KTile& tile, int64_t row, int k_tile, const RowsOut& to) {

@@ -86,11 +86,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& t
   return {expert_offsets, row_slot, slot_row, row_expert, m_tiles, num_m_tiles};
 }
 
-// Rows of the kernels that make them, and their scales, of which bf16 rows have none.
+// Rows of the kernels that make them, and their scales, of which bf16 and fp16 rows have none.
 std::tuple<Tensor, Tensor> empty_rows(RowFormat format, int64_t rows, int64_t k, int32_t device) {
-  const bool bf16 = is_bf16(format), packed = !bf16 && format != RowFormat::kMxfp8;
-  const int64_t words = bf16 ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;  // of scales, of a row in a K tile
-  return {empty({rows, packed ? k / 2 : k}, bf16 ? ScalarType::BFloat16 : ScalarType::Byte, device),
+  const ScalarType halves = format == RowFormat::kFp16 ? ScalarType::Half : ScalarType::BFloat16;
+  const ScalarType type = has_codes(format) ? ScalarType::Byte : halves;
+  // Of scales, of a row in a K tile.
+  const int64_t words = !has_codes(format) ? 0 : format == RowFormat::kNvfp4 ? 2 : 1;
+  return {empty({rows, is_packed(format) ? k / 2 : k}, type, device),
           empty({words * scale_k_tiles(k), act_scale_rows(rows), 4}, ScalarType::Byte, device)};
 }
 RowFormat check_row_format(int64_t format) {

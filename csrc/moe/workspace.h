@@ -6,11 +6,11 @@
 //       + 4 R N1, only where GEMM1 does not activate             GEMM1's output, fp32
 //       + 8 R, only where the layer starts from logits           topk_ids and topk_weights
 //       + 8 R, only where each row has a scale of its own        row_factors1 and row_factors2
-// Rows of K values are R K + 4 ceil(K/128) R4 bytes as MXFP8, 2 R K as bf16, R K / 2 + 4 ceil(K/128) R4 as MXFP4 and
-// R K / 2 + 8 ceil(K/128) R4 as NVFP4. B is 2, or 4 where the layer's output is fp16 (kernels.h, row_type). R4 is R
-// padded to 4; N1 is GEMM1's width, 2I when the activation is gated and I when it is not; each term is rounded up to
-// 256 (slot_row and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2 writes, so the two
-// share their bytes.
+// Rows of K values are R K + 4 ceil(K/128) R4 bytes as MXFP8, 2 R K as bf16 or fp16, R K / 2 + 4 ceil(K/128) R4 as
+// MXFP4 and R K / 2 + 8 ceil(K/128) R4 as NVFP4. B is 2, or 4 where the layer's output is fp16 (kernels.h, row_type).
+// R4 is R padded to 4; N1 is GEMM1's width, 2I when the activation is gated and I when it is not; each term is rounded
+// up to 256 (slot_row and so on are terms of their own). The rows that GEMM1 reads are dead when GEMM2 writes, so the
+// two share their bytes.
 #pragma once
 
 #include <stdint.h>
@@ -30,15 +30,24 @@ inline int64_t row_bytes(int32_t act_format, int64_t rows, int64_t k) {
     case MXFP4_MOE_ACT_MXFP8:
       return rows * k;
     case MXFP4_MOE_ACT_BF16:
+    case MXFP4_MOE_ACT_FP16:
       return rows * k * 2;
     default:
       return rows * k / 2;
   }
 }
 
-// Scale words of a row in a K tile: of blocks of 32, of NVFP4 of 16; bf16 has none.
+// Scale words of a row in a K tile: of blocks of 32, of NVFP4 of 16; bf16 and fp16 have none.
 inline int64_t row_scale_words(int32_t act_format) {
-  return act_format == MXFP4_MOE_ACT_BF16 ? 0 : act_format == MXFP4_MOE_ACT_NVFP4 ? 2 : 1;
+  switch (act_format) {
+    case MXFP4_MOE_ACT_BF16:
+    case MXFP4_MOE_ACT_FP16:
+      return 0;
+    case MXFP4_MOE_ACT_NVFP4:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 struct Workspace {

@@ -1,8 +1,10 @@
-// Activations as SM90's kernels read them: bf16 rows [rows, k], plain k order, for MMAs that take no scales.
+// Activations as SM90's kernels read them: bf16 rows [rows, k], plain k order, for MMAs that take no scales. Rows of
+// fp16 are alike, values as they came, rounded to fp16: what is beyond its range becomes infinity.
 //
-// They are either MXFP8 codes times their scales, or values as they came, rounded to bf16. E4M3 has four significant
-// bits and a scale is a power of two, so bf16 holds their product exactly from 2^-133 to its largest number, 2^128 -
-// 2^120; what lies below is rounded to a multiple of 2^-133, zero among them, and what lies above becomes infinity.
+// bf16 rows are either MXFP8 codes times their scales, or values as they came, rounded to bf16. E4M3 has four
+// significant bits and a scale is a power of two, so bf16 holds their product exactly from 2^-133 to its largest
+// number, 2^128 - 2^120; what lies below is rounded to a multiple of 2^-133, zero among them, and what lies above
+// becomes infinity.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +18,12 @@ namespace mxfp4_moe {
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t fp16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 

@@ -107,7 +107,7 @@ struct OutputTiles {
 
   __device__ __forceinline__ void operator()(int warp, int lane) const {
     const int kept_n_tiles = ceil_div(p.n, Shape::N);
-    const auto num_n_tiles = [&] { return Shape::kReadsBf16 ? ceil_div(p.n, Shape::N) : kept_n_tiles; };
+    const auto num_n_tiles = [&] { return Shape::kReadsHalves ? ceil_div(p.n, Shape::N) : kept_n_tiles; };
     const int num_tiles = Shape::kKeepsNothing ? 0 : uniform(load_num_m_tiles(p)) * num_n_tiles();
     const auto is_tile = [&](int tile) {
       return tile < (Shape::kKeepsNothing ? uniform(load_num_m_tiles(p)) * ceil_div(p.n, Shape::N) : num_tiles);
@@ -121,7 +121,7 @@ struct OutputTiles {
       const TileCoord done = tile_coord(computed_anew(tile), num_n_tiles());
       const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + done.m);
       const int same_warp = uniform(warp_id());
-      if constexpr (Shape::kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4)
+      if constexpr (Shape::kHasFactors)
         multiply_factors<Shape>(acc, p.factors, m_tile, done.n * Shape::N, warp_m0<Shape>(same_warp),
                                 warp_n0<Shape>(same_warp), lane_id());
       store_tile<Shape>(acc, p, m_tile, done.n, warp_m0<Shape>(same_warp), warp_n0<Shape>(same_warp), lane_id,

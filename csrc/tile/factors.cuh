@@ -1,6 +1,6 @@
-// What the sums of NVFP4 operands are multiplied by before anything else is done with them (tile_abi.h,
-// Mxfp4MoeFactors): one factor for each output, the product of the weight's and the row's, rounded to fp32 once, and
-// the product with the sum once more. reference/fp4.py has the same.
+// What sums that have factors (NVFP4's, and MXFP4's by fp16 rows) are multiplied by before anything else is done with
+// them (tile_abi.h, Mxfp4MoeFactors): one factor for each output, the product of the weight's and the row's, rounded to
+// fp32 once, and the product with the sum once more. reference/fp4.py has the same.
 #pragma once
 
 #include "tile/lane_maps.cuh"

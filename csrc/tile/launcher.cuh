@@ -53,10 +53,10 @@ const char* check_arguments(const Mxfp4MoeGemmArgs& a, Refusal& refuse) {
         "act_format, weight_format: expected %d and %d, what this kernel of tile (%d, %d) reads, got %d and %d",
         Shape::kActFormat, Shape::kWeightFormat, Shape::M, Shape::N, a.act_format, a.weight_format);
   if (!aligned(a.act, 16)) return refuse("act: expected an address that is a multiple of 16, got %p", a.act);
-  if (!Shape::kReadsBf16 && !aligned(a.act_scale, 16))
+  if (!Shape::kReadsHalves && !aligned(a.act_scale, 16))
     return refuse("act_scale: expected an address that is a multiple of 16, got %p", a.act_scale);
   if (!aligned(a.weight, 16)) return refuse("weight: expected an address that is a multiple of 16, got %p", a.weight);
-  if constexpr (Shape::kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4)
+  if constexpr (Shape::kHasFactors)
     if (!a.factors.of_weights || !aligned(a.factors.of_weights, 8))
       return refuse("factors.of_weights: expected an address that is a multiple of 8, got %p", a.factors.of_weights);
   if (a.activate.rows) {
@@ -126,8 +126,8 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
                     {k},
                     {kTileK, Shape::M},
                     CU_TENSOR_MAP_SWIZZLE_128B};
-  if constexpr (Shape::kReadsBf16) {
-    act.type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if constexpr (Shape::kReadsHalves) {
+    act.type = Shape::kHasFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     act.strides[0] = 2 * k;
     act.box[0] = kTileK / 2;
     act.box[1] = Shape::kBoxRows;
@@ -144,7 +144,7 @@ const char* describe(TensorMaps& maps, const Mxfp4MoeGemmArgs& a, Refusal& refus
                        {kWeightUnit / 4, Shape::kWeightBytes / kWeightUnit},
                        CU_TENSOR_MAP_SWIZZLE_NONE};
   if (const char* why = encode(maps.act, act, refuse)) return why;
-  if constexpr (!Shape::kReadsBf16) {
+  if constexpr (!Shape::kReadsHalves) {
     // Pairs of words, because a box has at most 256 elements a side and the largest tile wants 260 rows.
     const cuuint64_t sets = u64(scale_k_tiles(a.k) * Shape::kScaleWords), scale_rows = u64(act_scale_rows(a.rows));
     const TmaOperand<2> act_scale{"act_scale",

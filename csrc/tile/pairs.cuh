@@ -16,8 +16,14 @@ struct Pair_mxfp4_mxfp8 : ScaledPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP8
 struct Pair_mxfp4_mxfp4 : ScaledPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_MXFP4> {};
 struct Pair_nvfp4_nvfp4 : ScaledPair<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_NVFP4> {};
 
-// Weights expanded to bf16, their scale multiplied in.
-struct Pair_mxfp4_bf16 {};
-struct Pair_nvfp4_bf16 {};
+// Weights expanded to the rows' 16-bit floats, their scale multiplied in.
+template <int kWeights, int kActivations>
+struct HalfPair {
+  static constexpr int kWeightFormat = kWeights, kActFormat = kActivations;
+};
+using Pair_mxfp4_bf16 = HalfPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16>;
+using Pair_nvfp4_bf16 = HalfPair<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_BF16>;
+using Pair_mxfp4_fp16 = HalfPair<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_FP16>;
+using Pair_nvfp4_fp16 = HalfPair<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_FP16>;
 
 }  // namespace mxfp4_moe

@@ -1,7 +1,8 @@
 // GEMM1's epilogue: bias, SwiGLU and MXFP8 from the accumulators, so that the [rows, 2 * intermediate] sums never reach
 // memory. Writes what GEMM2 reads: codes [rows, intermediate] E4M3, even k first, and scales as in
 // shared/scale_layout.cuh; or, where the tile's kernel reads them so, bf16 rows (shared/bf16_rows.cuh), quantized to
-// MXFP8 before or not, if the kernel serves both. FP4 rows: fp4_epilogue.cuh; in bf16: folded_fp4_epilogue.cuh.
+// MXFP8 before or not, if the kernel serves both, or fp16 rows. FP4 rows: fp4_epilogue.cuh; in bf16:
+// folded_fp4_epilogue.cuh.
 //
 // Weight rows come in groups of 16, 8 gates and the 8 ups of the same outputs, so that one thread holds both of an
 // output. A block of 32 outputs, 64 weight rows, lies in two or four warps: each reduces its own part of a row by
@@ -44,7 +45,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
   const int col0 = tile_n0 + weight_row0;
   const int valid = m_tile.row_end - m_tile.row_begin;
   // Fragments without a row are skipped where tiles are wide; elsewhere asking costs more than it saves.
-  const auto is_empty = [&](int f) { return Shape::kReadsBf16 && f * 8 >= valid; };
+  const auto is_empty = [&](int f) { return Shape::kReadsHalves && f * 8 >= valid; };
   const auto round_all = [&] {
 #pragma unroll
     for (int i = 0; i < Shape::kFragM; ++i) {
@@ -116,29 +117,32 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
 
   const int intermediate = n / 2;
   // Rows 2t and 2t + 1 of output g to outputs 2t and 2t + 1 of row g, which stand side by side. All lanes call it.
-  const auto store_bf16 = [&](int f, int q, uint32_t pair) {
+  const auto store_halves = [&](int f, int q, uint32_t pair) {
     const uint32_t outs = transpose_8x8(pair);
     const int row = act_row0 + f * 8 + g;
     if (row < valid && in_range)
-      *reinterpret_cast<uint32_t*>(reinterpret_cast<__nv_bfloat16*>(a.rows) +
+      *reinterpret_cast<uint32_t*>(reinterpret_cast<uint16_t*>(a.rows) +
                                    static_cast<int64_t>(m_tile.row_begin + row) * intermediate + col0 / 2 + q * 8 +
                                    2 * t) = outs;
   };
-  if constexpr (Shape::kReadsBf16) {
+  if constexpr (Shape::kReadsHalves) {
     static_assert(kSwap);
-    if (!Shape::kFolds || a.format == MXFP4_MOE_ACT_BF16) {
+    if (!Shape::kFolds || a.format == Shape::kActFormat) {
 #pragma unroll
       for (int f = 0; f < kActFrags; ++f) {
         if (is_empty(f)) continue;
 #pragma unroll
-        for (int q = 0; q < kGroups; ++q) store_bf16(f, q, bf16_pair(value(q, f, 0, 0), value(q, f, 1, 0)));
+        for (int q = 0; q < kGroups; ++q) {
+          const float low = value(q, f, 0, 0), high = value(q, f, 1, 0);
+          store_halves(f, q, Shape::kHasFp16 ? fp16_pair(low, high) : bf16_pair(low, high));
+        }
       }
       return;
     }
     if constexpr (Shape::kFolds) {
       if (folds_fp4<Shape>(a)) {
         const auto output = [&](int q, int f, int row) { return value(q, f, row, 0); };
-        store_folded_fp4<Shape>(output, store_bf16, a, m_tile, m0, n0, lane, amax);
+        store_folded_fp4<Shape>(output, store_halves, a, m_tile, m0, n0, lane, amax);
         return;
       }
     }
@@ -179,7 +183,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
       for (int i = 0; i < kPartsPerBlock; ++i)
         largest[r] = max(largest[r], amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
       scale[r] = mx_scale(largest[r]);
-      if (!Shape::kReadsBf16 && part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
+      if (!Shape::kReadsHalves && part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
         const int64_t at = act_scale_offset(m_tile.row_begin + row, block, rows);
         a.scales[at] = static_cast<uint8_t>(scale[r]);
         if (block == intermediate / 32 - 1)  // the word's bytes past K are zero
@@ -191,7 +195,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
         *reinterpret_cast<uint32_t*>(a.rows + static_cast<int64_t>(m_tile.row_begin + row) * intermediate + block * 32 +
                                      parity * 16 + (out_in_block + out) / 2) = word;
     };
-    if constexpr (Shape::kReadsBf16) {
+    if constexpr (Shape::kReadsHalves) {
       const float unit[2] = {e8m0_value(scale[0]), e8m0_value(scale[1])};
 #pragma unroll
       for (int q = 0; q < kGroups; ++q) {
@@ -199,7 +203,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
 #pragma unroll
         for (int r = 0; r < 2; ++r)
           codes |= (mx_codes(largest[r], scale[r], value(q, f, r, 0), 0.f, 0.f, 0.f) & 0xff) << (8 * r);
-        store_bf16(f, q, bf16_pair_of_codes(codes, unit[0], unit[1]));
+        store_halves(f, q, bf16_pair_of_codes(codes, unit[0], unit[1]));
       }
     } else if constexpr (kSwap) {
       // Two groups at a time; a lane's bytes: row 0 of both, row 1 of both. Four lanes g = 2 * number + parity

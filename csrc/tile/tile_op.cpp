@@ -101,7 +101,7 @@ bool holds_nvfp4(int32_t device, int32_t weight_format) {
   return kernel && kernel->facts->folds && weight_format == MXFP4_MOE_WEIGHT_NVFP4;
 }
 
-// A factor of the sums of NVFP4 operands: float32 of a shape, where there is one.
+// A factor of sums: float32 of a shape, where there is one.
 const float* factor(const char* name, const std::optional<Tensor>& values, std::initializer_list<int64_t> shape,
                     int32_t device) {
   if (!values.has_value()) return nullptr;
@@ -110,21 +110,21 @@ const float* factor(const char* name, const std::optional<Tensor>& values, std::
 }
 
 // out[r, :] = act[r, :] . weight[expert(r), :, :]^T for the rows of the m-tiles; layouts in tile_abi.h. act is uint8
-// and has act_scale, or bfloat16 and has none. Without an act_format rows are MXFP8 or bf16, as the device's tile reads
-// them. NVFP4 weights have weight_factors [experts, 2]; NVFP4 rows row_factors [rows], or input_factors [experts], also
-// where bf16 rows hold their values.
+// and has act_scale, or bfloat16 or float16 and has none. Without an act_format rows are MXFP8 or bf16, as the device's
+// tile reads them. NVFP4 weights, and MXFP4 ones with float16, have weight_factors [experts, 2]; NVFP4 rows row_factors
+// [rows], or input_factors [experts], also where bf16 rows hold their values.
 void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, const Tensor& weight,
                   const Tensor& m_tiles, const Tensor& num_m_tiles, const Tensor& out, int64_t weight_format,
                   int64_t act_format, const std::optional<Tensor>& weight_factors,
                   const std::optional<Tensor>& row_factors, const std::optional<Tensor>& input_factors) {
   const int32_t device = device_of("act", act);
-  STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8 or bfloat16 [rows, k], got ", describe(act));
+  STD_TORCH_CHECK(act.dim() == 2, "act: expected uint8, bfloat16 or float16 [rows, k], got ", describe(act));
   STD_TORCH_CHECK(out.dim() == 2, "out: expected [rows, n], got ", describe(out));
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected uint8 [experts, bytes], got ", describe(weight));
   STD_TORCH_CHECK(m_tiles.dim() == 2, "m_tiles: expected int32 [max_m_tiles, 4], got ", describe(m_tiles));
   STD_TORCH_CHECK(weight_format == MXFP4_MOE_WEIGHT_MXFP4 || weight_format == MXFP4_MOE_WEIGHT_NVFP4,
                   "weight_format: expected 0 or 1, got ", weight_format);
-  STD_TORCH_CHECK(act_format >= -1 && act_format <= MXFP4_MOE_ACT_NVFP4, "act_format: expected -1 to 3, got ",
+  STD_TORCH_CHECK(act_format >= -1 && act_format <= MXFP4_MOE_ACT_FP16, "act_format: expected -1 to 4, got ",
                   act_format);
   const bool is_fp4 = act_format == MXFP4_MOE_ACT_MXFP4 || act_format == MXFP4_MOE_ACT_NVFP4;
   const int64_t rows = act.size(0), width = act.size(1), experts = weight.size(0), n = out.size(1);
@@ -138,17 +138,22 @@ void grouped_gemm(const Tensor& act, const std::optional<Tensor>& act_scale, con
   const bool has_bf16 = kernel_of(device, weight_format, MXFP4_MOE_ACT_BF16);
   const bool looks_bf16 = has_bf16 && (!has_mxfp8 || act.scalar_type() == ScalarType::BFloat16);
   const bool is_bf16 = act_format < 0 ? looks_bf16 : act_format == MXFP4_MOE_ACT_BF16;
-  check_tensor("act", act, is_bf16 ? ScalarType::BFloat16 : ScalarType::Byte, {rows, width}, device);
-  STD_TORCH_CHECK(is_bf16 != act_scale.has_value(), "act_scale: expected ", is_bf16 ? "none" : "uint8",
-                  " for the rows that this GPU's kernel reads, got ", is_bf16 ? "one" : "none");
+  const bool is_fp16 = act_format == MXFP4_MOE_ACT_FP16, is_plain = is_bf16 || is_fp16;
+  check_tensor("act", act,
+               is_bf16   ? ScalarType::BFloat16
+               : is_fp16 ? ScalarType::Half
+                         : ScalarType::Byte,
+               {rows, width}, device);
+  STD_TORCH_CHECK(is_plain != act_scale.has_value(), "act_scale: expected ", is_plain ? "none" : "uint8",
+                  " for the rows that this GPU's kernel reads, got ", is_plain ? "one" : "none");
   const int64_t act_words = act_format == MXFP4_MOE_ACT_NVFP4 ? 2 : 1;
   if (act_scale.has_value())
     check_tensor("act_scale", *act_scale, ScalarType::Byte, {act_words * scale_k_tiles(k), act_scale_rows(rows), 4},
                  device);
   const int scale_words = weight_format == MXFP4_MOE_WEIGHT_NVFP4 ? kNvfp4ScaleWords : kMxfp4ScaleWords;
   check_tensor("weight", weight, ScalarType::Byte, {experts, weight_bytes(n, k, scale_words)}, device);
-  STD_TORCH_CHECK((weight_format == MXFP4_MOE_WEIGHT_NVFP4) == weight_factors.has_value(),
-                  "weight_factors: expected them with NVFP4 weights, and with no others");
+  STD_TORCH_CHECK((weight_format == MXFP4_MOE_WEIGHT_NVFP4 || is_fp16) == weight_factors.has_value(),
+                  "weight_factors: expected them with NVFP4 weights or float16 rows, and with no others");
   const int given = row_factors.has_value() + input_factors.has_value();
   const bool wanted = act_format == MXFP4_MOE_ACT_NVFP4;
   STD_TORCH_CHECK(given == wanted || (given == 1 && is_bf16 && holds_nvfp4(device, weight_format)),

@@ -1,6 +1,7 @@
 // What one logical tile (M, N, SWAP_AB) becomes on SM12x: warps, fragments, pipeline stages, shared memory; and what
-// all shapes have in common; with bf16 activations: sm12x/bf16_tile_shape.cuh. SM90's are in sm90/tile_shape.cuh.
-// A pair says what operands a tile of these rows reads: E4M3 or packed E2M1 activations, one or two scale words a row.
+// all shapes have in common; with bf16 or fp16 activations: sm12x/bf16_tile_shape.cuh. SM90's are in
+// sm90/tile_shape.cuh. A pair says what operands a tile of these rows reads: E4M3 or packed E2M1 activations, one or
+// two scale words a row.
 //
 // M counts activation rows (tokens of one expert), N weight rows (output features). Native tiles feed activations to
 // the MMA's A operand and weights to B; swapped tiles exchange them, so that the small side M becomes the MMA's
@@ -83,7 +84,8 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   // GEMM1's activation needs the largest magnitude of a block of 32 gates and ups, which lie in several warps: each
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
-  static constexpr bool kReadsBf16 = false, kFolds = false;
+  static constexpr bool kReadsHalves = false, kHasFactors = kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4;
+  static constexpr bool kFolds = false;
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;

@@ -20,6 +20,7 @@ from ._mma.pieces import accumulator_unit, pieces
 from ._mma.steps import Steps
 from ._torch_state import exact
 from .arithmetic import Arithmetic, family
+from .formats import largest_of_factor
 
 _FLOAT64_ULP = 2.0**-52  # the exact sums are float64 sums of exact steps
 
@@ -34,6 +35,7 @@ def sums_and_bound(
     *,
     arithmetic: Arithmetic,
     pair: str = "mxfp4_mxfp8",
+    weight_factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums of `reference.grouped_gemm` in float64, and how far from them a result under the rule can be.
 
@@ -43,7 +45,8 @@ def sums_and_bound(
     Args:
         rows, row_scales, packed, scales, expert_offsets: as for `reference.grouped_gemm`.
         arithmetic: the rule.
-        pair: as for `arithmetic.gemm`; rows without scales are bfloat16. Its factor is left out.
+        pair: as for `arithmetic.gemm`; rows without scales are bfloat16 or float16. Its factor is left out.
+        weight_factors: float32 [E, N], of MXFP4 in float16, for what weights are relative to.
 
     Returns:
         float64 [R, N] twice; rows of no expert are zero.
@@ -51,12 +54,13 @@ def sums_and_bound(
     sums = torch.zeros(len(rows), packed.shape[1], dtype=torch.float64, device=rows.device)
     bound = torch.zeros_like(sums)
     if row_scales is None:
-        pair = pair.partition("_")[0] + "_bf16"
+        pair = f"{pair.partition('_')[0]}_{'fp16' if rows.dtype is torch.float16 else 'bf16'}"
     unit = accumulator_unit(arithmetic, pair)
     for e, (begin, end) in enumerate(pairwise(expert_offsets.tolist())):
         own = slice(begin, end)
         own_scales = None if row_scales is None else row_scales[own]
-        for place, steps in pieces(arithmetic, pair, rows[own], own_scales, packed[e], scales[e]):
+        largest = None if weight_factors is None else largest_of_factor(weight_factors[e])
+        for place, steps in pieces(arithmetic, pair, rows[own], own_scales, packed[e], scales[e], largest):
             total, worst = torch.zeros_like(sums[own][place]), torch.zeros_like(sums[own][place])
             for step in steps:
                 total, worst = _after(step, total, worst)

@@ -27,7 +27,7 @@ from ._mma.pieces import accumulator_unit, pieces
 from ._mma.steps import Steps, outside
 from ._torch_state import exact
 from .archs import check_arch
-from .formats import BLOCK, decode_e8m0
+from .formats import BLOCK, FP16_NVFP4_UNIT, decode_e8m0, fp16_factor, largest_of_factor, largest_scale
 
 __all__ = [
     "SM12X_BF16",
@@ -36,6 +36,7 @@ __all__ = [
     "SM12X_MXF8F6F4",
     "SM12X_NVF4",
     "SM90_BF16",
+    "SM90_FP16",
     "Arithmetic",
     "block_scaled_mma",
     "family",
@@ -128,6 +129,12 @@ SM12X_FP16 = replace(
     operands="fp16",
     source="arXiv 2511.10909 and mmasim 2.1.1, 'RTX Blackwell' mma m16n8k16 with f16 and an f32 accumulator",
 )
+SM90_FP16 = replace(
+    SM90_BF16,
+    name="SM90 fp16",
+    operands="fp16",
+    source="arXiv 2511.10909 and mmasim 2.1.1, 'Hopper' mma m16n8k16 and wgmma k16 with f16 and an f32 accumulator",
+)
 SM12X_MXF4 = Arithmetic(
     name="SM12x mxf4",
     products=64,
@@ -154,6 +161,8 @@ _OF_PAIR = {  # SM12x's rule, by what the kernels' MMA reads
     "nvfp4_nvfp4": SM12X_NVF4,
     "mxfp4_bf16": SM12X_BF16,
     "nvfp4_bf16": SM12X_BF16,
+    "mxfp4_fp16": SM12X_FP16,
+    "nvfp4_fp16": SM12X_FP16,
 }
 
 
@@ -162,15 +171,17 @@ def of_arch(arch: str, pair: str = "mxfp4_mxfp8") -> Arithmetic:
 
     Args:
         arch: the arch.
-        pair: formats of weights and activations: mxfp4_mxfp8, mxfp4_bf16, mxfp4_mxfp4, nvfp4_nvfp4 or nvfp4_bf16. SM90
-            multiplies all of them in bfloat16.
+        pair: formats of weights and activations: mxfp4_mxfp8, mxfp4_bf16, mxfp4_mxfp4, nvfp4_nvfp4, nvfp4_bf16,
+            mxfp4_fp16 or nvfp4_fp16. SM90 multiplies those of fp16 in float16, and all others in bfloat16.
 
     Raises:
         ArchError: the kernels have no code for the arch.
         ValueError: another pair.
     """
     rule = _OF_PAIR[_known(pair)]
-    return rule if check_arch(arch)[0] == 12 else SM90_BF16
+    if check_arch(arch)[0] == 12:
+        return rule
+    return SM90_FP16 if rule is SM12X_FP16 else SM90_BF16
 
 
 def _known(pair: str) -> str:
@@ -361,26 +372,34 @@ def gemm(
     Under a rule that takes bfloat16 the kernels hold half of each MXFP4 weight, so that the largest ones fit, and
     2^-7 of each NVFP4 weight, so that what makes it fits, and double the sums in the end, or multiply them by 2^7. That
     is the same but at the ends of float32's range: a sum that leaves it for a while may come back, and the last bits of
-    subnormal ones are cut one bit earlier, or seven.
+    subnormal ones are cut one bit earlier, or seven. Under a rule of float16 all of that is in `factor`.
 
     Args:
-        rows: uint8 [M, K] E4M3, plain k order; bfloat16 [M, K], for a rule that takes it; or uint8 [M, K/2] E2M1, low
-            nibble = even k, of pairs with MXFP4 or NVFP4 activations.
-        row_scales: uint8 [M, K/32] E8M0, or [M, K/16] E4M3 of NVFP4; None of bfloat16 rows.
+        rows: uint8 [M, K] E4M3, plain k order; bfloat16 or float16 [M, K], for a rule that takes it; or uint8 [M, K/2]
+            E2M1, low nibble = even k, of pairs with MXFP4 or NVFP4 activations.
+        row_scales: uint8 [M, K/32] E8M0, or [M, K/16] E4M3 of NVFP4; None of bfloat16 and float16 rows.
         packed: uint8 [N, K/2] E2M1, low nibble = even k.
         scales: uint8 [N, K/32] E8M0, or [N, K/16] E4M3 of NVFP4.
         out: float32 [M, N], written.
-        pair: as for `of_arch`. By default the one that the rule is for, mxfp4_mxfp8 or mxfp4_bf16.
+        pair: as for `of_arch`. By default the one that the rule is for, mxfp4_mxfp8 or mxfp4_bf16, or mxfp4_fp16.
         factor: float32, of a shape that broadcasts to [M, N]: what scales per tensor, expert or row come to. Finished
-            sums are multiplied by it, with one rounding to nearest.
+            sums are multiplied by it, with one rounding to nearest. Of MXFP4 under a rule of float16 it is
+            `formats.fp16_factor` of what each weight row is relative to, by default of these weights' own; of NVFP4
+            there `formats.FP16_NVFP4_UNIT` times the weights' factor, by default 1.
     """
     if pair is None:
-        own = {"mxfp4": "mxfp4_mxfp4", "nvfp4": "nvfp4_nvfp4"}
+        own = {"mxfp4": "mxfp4_mxfp4", "nvfp4": "nvfp4_nvfp4", "fp16": "mxfp4_fp16"}
         pair = own.get(arithmetic.operands, "mxfp4_bf16" if row_scales is None else "mxfp4_mxfp8")
-    if arithmetic.operands != _OF_PAIR[_known(pair)].operands and arithmetic.operands != "bf16":
+    operands = _OF_PAIR[_known(pair)].operands
+    if arithmetic.operands != operands and (arithmetic.operands != "bf16" or operands == "fp16"):
         raise ValueError(f"pair: expected one that the arithmetic {arithmetic.name!r} takes, got {pair!r}")
-    unit = accumulator_unit(arithmetic, pair)
-    for place, steps in pieces(arithmetic, pair, rows, row_scales, packed, scales):
+    unit, largest = accumulator_unit(arithmetic, pair), None
+    if pair == "mxfp4_fp16":
+        factor = fp16_factor(largest_scale(packed, scales)) if factor is None else factor
+        largest = largest_of_factor(factor.expand(max(len(rows), 1), len(packed))[0])
+    elif pair == "nvfp4_fp16" and factor is None:
+        factor = out.new_tensor(FP16_NVFP4_UNIT)
+    for place, steps in pieces(arithmetic, pair, rows, row_scales, packed, scales, largest):
         acc = torch.zeros_like(out[place]).unsqueeze(0)
         for step in steps:
             acc = step.add(acc)

@@ -20,7 +20,14 @@ from .activations import Activation
 from .formats import BLOCK, weight_bytes, word_order_of
 from .weights import GateUpOrder, MoEWeights
 
-__all__ = ["linear_first_expert", "local_ids", "prepare_layer", "prepare_matrix", "wrap_layer"]
+__all__ = [
+    "linear_first_expert",
+    "local_ids",
+    "prepare_layer",
+    "prepare_matrix",
+    "update_fp16_factors",
+    "wrap_layer",
+]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu)
@@ -138,7 +145,7 @@ def prepare_layer(
         gate_up_order=order,
         first_expert=first_expert,
         num_global_experts=num_global_experts,
-    )
+    ).ready_for(activation_format)
 
 
 def wrap_layer(
@@ -146,7 +153,8 @@ def wrap_layer(
 ) -> MoEWeights:
     """The same layer over an engine's own tensors, which hold prepared weights: nothing is copied.
 
-    What an engine later writes into them (another expert's bytes, for instance: row e is expert e, whole) counts.
+    What an engine later writes into them (another expert's bytes, for instance: row e is expert e, whole) counts; calls
+    with activation_format "fp16" may need `update_fp16_factors` for it.
 
     Args:
         weights: the layer, for everything but its tensors.
@@ -155,6 +163,18 @@ def wrap_layer(
     """
     fields = {name: getattr(weights, name) for name in _OTHER_FIELDS}
     return MoEWeights(w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias, **fields)
+
+
+def update_fp16_factors(weights: MoEWeights) -> None:
+    """Makes `MoEWeights.fp16_factors` anew after something was written into w13 or w2; waits for the GPU.
+
+    A call finds by itself what torch counted as a write. This is for others, such as those of a communication library,
+    and for CUDA graphs: they read the same tensors, with what is in them then.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured.
+    """
+    weights.update_fp16_factors()
 
 
 _OTHER_FIELDS = (

@@ -1,4 +1,4 @@
-"""Grouped-GEMM problems and layers of the pairs of formats with FP4 rows or NVFP4 weights, with what each must give.
+"""Grouped-GEMM problems and layers of the pairs with FP4 or fp16 rows or NVFP4 weights, with what each must give.
 
 For the self-test, as `problems` for MXFP4 weights with MXFP8 and bf16 rows.
 """
@@ -28,10 +28,11 @@ _E4M3_LARGEST = 0x7E  # as a byte; the next is NaN
 
 @dataclass(frozen=True, kw_only=True)
 class PairProblem(GemmProblem):
-    """Rows as the pair's activations: bfloat16 [R, K], or packed E2M1 [R, K/2] with scales [R, K/32] or [R, K/16].
+    """Rows as the pair's activations: 16-bit floats [R, K], or packed E2M1 [R, K/2] with scales [R, K/32] or [R, K/16].
 
     Scales of NVFP4 weights are [E, N, K/16]. Sums of NVFP4 weights are multiplied by a factor of the weight row, times
-    one of the row where that is NVFP4 too: its own, or its expert's.
+    one of the row where that is NVFP4 too: its own, or its expert's. Under float16 rows all weights have such a factor,
+    in which what they are divided by is (`formats.fp16_factor`, `formats.FP16_NVFP4_UNIT`).
     """
 
     pair: str
@@ -88,13 +89,19 @@ class PairProblem(GemmProblem):
         """What the sums [R, N] are multiplied by, float32 as the kernels have it; 1 for rows of no expert."""
         if self.of_weights is None:
             return None
-        column = torch.arange(self.packed.shape[1], device=self.rows.device) % 16 // 8
-        made = torch.ones(len(self.rows), len(column), dtype=torch.float32, device=self.rows.device)
+        made = torch.ones(len(self.rows), self.packed.shape[1], dtype=torch.float32, device=self.rows.device)
+        of_columns = self.column_factors()
+        assert of_columns is not None
         for e, (begin, end) in enumerate(pairwise(self.offsets.tolist())):
             of_rows = 1.0 if self.of_rows is None else self.of_rows[begin:end, None]
             of_input = 1.0 if self.of_inputs is None else self.of_inputs[e]
-            made[begin:end] = self.of_weights[e, column] * of_rows * of_input
+            made[begin:end] = of_columns[e] * of_rows * of_input
         return made
+
+    def column_factors(self) -> Tensor | None:
+        """The weights' part of them, float32 [E, N]."""
+        column = torch.arange(self.packed.shape[1], device=self.rows.device) % 16 // 8
+        return None if self.of_weights is None else self.of_weights[:, column]
 
     def sums(self, rule: Arithmetic, columns: int | None = None) -> Tensor:
         """As `GemmProblem.sums`."""
@@ -141,6 +148,11 @@ class _Draw:
     def acts(self) -> str:
         return self.pair.split("_")[1]
 
+    @property
+    def float_rows(self) -> torch.dtype | None:
+        """Of rows that are not quantized."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.acts)
+
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high + 1, shape, generator=self.g, device=self.device)
 
@@ -153,11 +165,14 @@ class _Draw:
             return (127 + exponents).to(torch.uint8)
         return formats.encode_e4m3(exponents.float().exp2())
 
-    def factors(self, some: Callable[..., Tensor], each_row: bool) -> dict[str, Tensor]:
-        """Those that the pair has, of a function (shape) -> float32."""
+    def factors(self, some: Callable[..., Tensor], each_row: bool, packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """Those that the pair has, of a function (shape) -> float32, and of the weights in float16."""
         if self.block == 32:
-            return {}
-        made = {"of_weights": some(self.experts, 2)}
+            if self.acts != "fp16":
+                return {}
+            largest = [formats.largest_scale(*expert) for expert in zip(packed, scales, strict=True)]
+            return {"of_weights": formats.fp16_factor(torch.stack(largest)).unsqueeze(1).expand(-1, 2).contiguous()}
+        made = {"of_weights": some(self.experts, 2) * (formats.FP16_NVFP4_UNIT if self.acts == "fp16" else 1.0)}
         if self.acts == "nvfp4":
             made |= {"of_rows": some(self.rows)} if each_row else {"of_inputs": some(self.experts)}
         return made
@@ -188,8 +203,8 @@ def exact_problem(pair: str, what: str, k: int, n: int, device: torch.device) ->
         values.scatter_(1, hot, 1.0 - 2.0 * draw.integers(0, 1, rows, 5).double())
         of_rows, of_weights = draw.integers(0, 1, rows, blocks), draw.integers(0, 1, experts, n, blocks)
     else:
-        assert k * 6 * 6 * 4 < 2**20 or draw.acts == "bf16"
-        if draw.acts == "bf16":
+        assert k * 6 * 6 * 4 < 2**20 or draw.float_rows
+        if draw.float_rows:
             values = draw.integers(-15, 15, rows, k).double()
         else:
             values = _e2m1(draw.bytes(0, 15, rows, k), device)
@@ -198,8 +213,8 @@ def exact_problem(pair: str, what: str, k: int, n: int, device: torch.device) ->
     packed = draw.bytes(0, 255, experts, n, k // 2)
     a = values * of_rows.double().exp2().repeat_interleave(draw.block, 1)
     b = formats.decode_e2m1(packed).double() * of_weights.double().exp2().repeat_interleave(draw.block, 2)
-    if draw.acts == "bf16":
-        held: tuple[Tensor, Tensor | None] = a.to(torch.bfloat16), None
+    if draw.float_rows:
+        held: tuple[Tensor, Tensor | None] = a.to(draw.float_rows), None
     else:
         held = formats.encode_e2m1(values.float()), draw.scale_of(of_rows).contiguous()
 
@@ -207,17 +222,22 @@ def exact_problem(pair: str, what: str, k: int, n: int, device: torch.device) ->
         return draw.integers(-3, 3, *shape).float().exp2()
 
     expected = torch.zeros(rows, n, dtype=torch.float32, device=device)
+    scales = draw.scale_of(of_weights).contiguous()
     problem = PairProblem(
         pair=pair,
         rows=held[0],
         row_scales=held[1],
         packed=packed,
-        scales=draw.scale_of(of_weights).contiguous(),
+        scales=scales,
         offsets=draw.offsets,
         expected=expected,
-        **draw.factors(power, what != "sparse"),
+        **draw.factors(power, what != "sparse", packed, scales),
     )
     factors = problem.factors()
+    if pair == "mxfp4_fp16":  # nothing but what undoes that weights are relative to a scale
+        factors = None
+    elif pair == "nvfp4_fp16" and factors is not None:
+        factors = factors / formats.FP16_NVFP4_UNIT
     for expert, (begin, end) in enumerate(pairwise(draw.offsets.tolist())):
         sums = a[begin:end] @ b[expert].T
         expected[begin:end] = (sums if factors is None else sums * factors[begin:end]).float() + 0.0
@@ -234,7 +254,9 @@ def random_problem(
     """Random bits in every operand, and what must come out under a rule.
 
     E8M0 scales cover 61 binades; with `wide_scales` E8M0's range, as in `problems.random_problem`. E4M3 scales are any
-    that weights may have. bfloat16 rows are normals of many magnitudes.
+    that weights may have. bfloat16 rows are normals of many magnitudes, and so are float16 rows, within its range; with
+    them, and without `wide_scales`, E8M0 scales cover 31 binades, so that of weights some are exact, some rounded, and
+    a few 0.
     """
     draw = _Draw.make(pair, k, n, device)
     rows, experts, blocks = draw.rows, draw.experts, k // draw.block
@@ -245,14 +267,21 @@ def random_problem(
         center = draw.integers(20, 234, blocks)
         row_scales = (center + draw.integers(-10, 10, rows, blocks)).to(torch.uint8)
         scales = (254 - center + draw.integers(-10, 10, experts, n, blocks)).to(torch.uint8)
+    elif draw.acts == "fp16":
+        row_scales, scales = draw.bytes(0, 0, rows, blocks), draw.bytes(112, 142, experts, n, blocks)
     else:
         row_scales, scales = draw.bytes(97, 157, rows, blocks), draw.bytes(97, 157, experts, n, blocks)
-    if draw.acts == "bf16":
-        magnitude = draw.integers(-20, 20, rows, k // 32, 1).float().exp2()
+    if draw.float_rows:
+        ends = (-20, 20) if draw.acts == "bf16" else (-18, 12)  # 2^12 times 8, which no normal number is, is in range
+        magnitude = draw.integers(*ends, rows, k // 32, 1).float().exp2()
         values = torch.randn(rows, k // 32, 32, generator=draw.g, dtype=torch.float32, device=device) * magnitude
-        held: tuple[Tensor, Tensor | None] = values.flatten(1).to(torch.bfloat16), None
+        held: tuple[Tensor, Tensor | None] = values.flatten(1).to(draw.float_rows), None
     else:
         held = draw.bytes(0, 255, rows, k // 2), row_scales
+    packed = draw.bytes(0, 255, experts, n, k // 2)
+    if pair == "mxfp4_fp16":  # zeros under larger scales than any weight has
+        packed[:, 3:5, :16] &= 0x88
+        scales[:, 3, 0], scales[:, 4, 0] = scales.amax() + 1, 253
 
     def some(*shape: int) -> Tensor:
         return 0.01 * (0.5 + torch.rand(shape, generator=draw.g, dtype=torch.float32, device=device))
@@ -261,11 +290,11 @@ def random_problem(
         pair=pair,
         rows=held[0],
         row_scales=held[1],
-        packed=draw.bytes(0, 255, experts, n, k // 2),
+        packed=packed,
         scales=scales,
         offsets=draw.offsets,
         expected=torch.zeros(rows, n, dtype=torch.float32, device=device),
-        **draw.factors(some, k % 128 == 0),
+        **draw.factors(some, k % 128 == 0, packed, scales),
     )
     return replace(problem, expected=problem.sums(rule))
 

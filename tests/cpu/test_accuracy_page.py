@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+from mxfp4_moe.tiles import PAIRS
 from wheelbuild import ROOT
 
 
@@ -28,7 +29,8 @@ def test_the_table_of_pairs_has_every_pair_of_the_cpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = {pair: float(percent) for pair, percent in re.findall(r"^normal: (\w+_\w+) ([\d.]+)%$", done.stdout, re.M)}
-    assert set(errors) == {"mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16"}
-    for weights in ("mxfp4", "nvfp4"):  # bits of mantissa: eight, four and two, each a factor of four at least
+    assert set(errors) == set(PAIRS)
+    for weights in ("mxfp4", "nvfp4"):  # bits of mantissa: eleven, eight, four and two, each a factor of four at least
+        assert 0 < 4 * errors[f"{weights}_fp16"] < errors[f"{weights}_bf16"]
         assert 0.05 < errors[f"{weights}_bf16"] < 0.6
         assert 8 * errors[f"{weights}_bf16"] < errors["mxfp4_mxfp8"] < errors[f"{weights}_{weights}"] / 2 < 20

@@ -56,9 +56,9 @@ def test_formats_of_devices(gpus: pytest.MonkeyPatch) -> None:
     assert found == [every, quantized, quantized, ()]
     assert mxfp4_moe.activation_formats("cuda:0") == every
     assert mxfp4_moe.activation_formats(torch.device("cuda")) == quantized, "the current one"
-    assert mxfp4_moe.activation_formats("cpu") == every
+    assert mxfp4_moe.activation_formats("cpu") == (*every, "fp16")
     assert mxfp4_moe.activation_formats("meta") == ()
-    assert mxfp4_moe.activation_formats("cpu", "nvfp4") == ("nvfp4", "bf16")
+    assert mxfp4_moe.activation_formats("cpu", "nvfp4") == ("nvfp4", "bf16", "fp16")
     assert mxfp4_moe.activation_formats("cuda:0", "nvfp4") == mxfp4_moe.activation_formats("cuda:1", "nvfp4") == ()
     with pytest.raises(ValueError, match="weight_format: expected one of 'mxfp4', 'nvfp4', got 'int4'"):
         mxfp4_moe.activation_formats("cpu", "int4")
@@ -93,7 +93,7 @@ def test_the_names_are_those_that_some_device_has() -> None:
     assert [activation_format.code_of(name) for name in names] == list(range(len(weight_layout.ACTIVATION_NAMES)))
     for name in weight_layout.ACTIVATION_NAMES:
         assert formats.word_order_of(torch.device("cpu"), name) is formats.WordOrder.CONTAINERS
-    with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', .* or 'nvfp4', got 'bf61'$"):
+    with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', .* or 'fp16', got 'bf61'$"):
         formats.word_order_of(torch.device("cpu"), "bf61")
 
 
@@ -203,9 +203,8 @@ CALLS = {
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("fp16", "expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; pass 'bf16', which takes"),
-        ("fp8", "expected 'mxfp8', 'bf16', 'mxfp4' or 'nvfp4', got 'fp8'$"),
-        ("nvfp4", "expected 'mxfp8' or 'bf16' or 'mxfp4' with mxfp4 weights, got 'nvfp4'; without one a call takes"),
+        ("fp8", "expected 'mxfp8', 'bf16', 'mxfp4', 'nvfp4' or 'fp16', got 'fp8'$"),
+        ("nvfp4", "expected 'mxfp8' or 'bf16' or 'mxfp4' or 'fp16' with mxfp4 weights, got 'nvfp4'; without one a"),
     ],
 )
 def test_other_formats_are_refused(name: str, given: Any, words: str) -> None:
@@ -223,9 +222,9 @@ def test_mxfp8_hidden_states_stay_mxfp8() -> None:
     with pytest.raises(ValueError, match=f"^{given}, got 'bf16'"):
         reference.fused_moe(**call, activation_format="bf16")
     with pytest.raises(
-        ValueError, match="^activation_format: expected 'mxfp8' or 'bf16' or 'mxfp4' with mxfp4 weights"
+        ValueError, match="^activation_format: expected 'mxfp8' or 'bf16' or 'mxfp4' or 'fp16' with mxfp4 weights"
     ):
-        reference.fused_moe(**make_call(), activation_format="fp16")
+        reference.fused_moe(**make_call(), activation_format="nvfp4")
 
 
 # ---- what is computed ------------------------------------------------------------------------------------------------
@@ -346,8 +345,8 @@ def test_graphs_see_the_format_and_its_refusals() -> None:
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in call]
         assert operators.moe_layer(*fake).shape == (T, H)
-        fake[-1] = "fp16"
-        with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8' or 'bf16', got 'fp16'"):
+        fake[operators.LayerCall._fields.index("activation_format")] = "fp8"
+        with pytest.raises(ValueError, match="^activation_format: expected 'mxfp8', .*, got 'fp8'"):
             operators.moe_layer(*fake)
     tensors = [x for x in call if isinstance(x, torch.Tensor)]
 

@@ -41,9 +41,15 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Exception]
     ),
     (
         "activation format of no kernel",
-        lambda c: {"activation_format": "fp16"},
+        lambda c: {"activation_format": "fp8"},
         ValueError,
-        r"activation_format: expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; .*",
+        r"activation_format: expected 'mxfp8', 'bf16', 'mxfp4', 'nvfp4' or 'fp16', got 'fp8'",
+    ),
+    (
+        "activation format of other hidden states",
+        lambda c: {"activation_format": "fp16"},
+        TypeError,
+        r"hidden_states: expected float16 for activation_format 'fp16', got bfloat16, .*; pass .*='bf16', or .*",
     ),
     (
         "activation format of MXFP8 rows",

@@ -75,14 +75,15 @@ def test_the_wheels_pairs() -> None:
         for pair in tiles.PAIRS:
             legal = all(tiles.prove(tile, arch, pair).legal for arch in manifest.archs)
             assert (pair in manifest.pairs_of("full", tile)) == legal
-            few = (tile.m < 256 and (tile.mn != (128, 256) or pair == "mxfp4_bf16")) or "bf16" not in pair
+            halves = pair in tiles.HALF_PAIRS
+            few = not halves or (tile.m < 256 and (tile.mn != (128, 256) or pair.startswith("mxfp4")))
             assert legal == few, (tile, pair)
 
 
 def test_what_kernels_read() -> None:
-    """SM90's MMA takes no scales: one kernel, of bf16 operands, for each format of weights."""
+    """SM90's MMA takes no scales: one kernel, of bf16 operands, for each format of weights, and those of fp16."""
     assert tiles.kernel_pairs("90a", ["mxfp4_mxfp8"]) == ("mxfp4_bf16",)
-    assert tiles.kernel_pairs("90a", tiles.PAIRS) == ("mxfp4_bf16", "nvfp4_bf16")
+    assert tiles.kernel_pairs("90a", tiles.PAIRS) == ("mxfp4_bf16", "nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16")
     assert tiles.kernel_pairs("120f", tiles.PAIRS) == tiles.PAIRS
     for pair in tiles.PAIRS:
         assert tiles.kernel_pair("90a", pair) == ("nvfp4_bf16" if pair.startswith("nvfp4") else "mxfp4_bf16")

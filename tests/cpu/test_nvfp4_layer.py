@@ -226,10 +226,13 @@ def test_formats_that_do_not_go_together() -> None:
     nvfp4, call = MoEWeights.from_nvfp4(**random_nvfp4()), inputs()
     for given in ("mxfp8", "mxfp4"):
         with pytest.raises(
-            ValueError, match=f"activation_format: expected 'nvfp4' or 'bf16' with nvfp4 weights, got '{given}'"
+            ValueError,
+            match=f"activation_format: expected 'nvfp4' or 'bf16' or 'fp16' with nvfp4 weights, got '{given}'",
         ):
             mxfp4_moe.fused_moe(**call, weights=nvfp4, activation_format=given)
-        with pytest.raises(ValueError, match="activation_format: expected 'nvfp4' or 'bf16' with nvfp4 weights"):
+        with pytest.raises(
+            ValueError, match="activation_format: expected 'nvfp4' or 'bf16' or 'fp16' with nvfp4 weights"
+        ):
             reference.fused_moe(**call, weights=nvfp4, activation_format=given)
     codes = {**call, "hidden_states": torch.zeros(T, H, dtype=torch.uint8)}
     scales = torch.zeros(T, H // 32, dtype=torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fp4_draws import BYTE, NAMES, assert_same, bits, is_nvfp4, mmasim_models, simulated, values
@@ -13,7 +14,7 @@ from mxfp4_moe import accuracy, archs, arithmetic, formats
 from mxfp4_moe._mma import pieces
 from mxfp4_moe.arithmetic import SM12X_MXF4, SM12X_NVF4
 
-PAIRS = ("mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16")
+PAIRS = ("mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,9 @@ def problem(pair: str, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
         return torch.randint(0, 256, (rows, k // 2), generator=g).to(BYTE), scales
 
     weights, activations = pair.split("_")
-    if activations == "bf16":
-        rows, row_scales = (torch.randn(9, k, generator=g) * torch.randn(9, k, generator=g).exp2()).bfloat16(), None
+    if activations in ("bf16", "fp16"):
+        dtype = torch.bfloat16 if activations == "bf16" else torch.float16
+        rows, row_scales = (torch.randn(9, k, generator=g) * torch.randn(9, k, generator=g).exp2()).to(dtype), None
     elif activations == "mxfp8":
         rows, row_scales = formats.quantize_mxfp8(torch.randn(9, k, generator=g))
     else:
@@ -102,6 +104,35 @@ def test_a_gemm_in_bf16_is_its_mmas(arch: str, pair: str, simulator: Any) -> Non
     assert_same(out, halved * expected)
 
 
+@pytest.mark.parametrize("arch", ["90a", "120f"])
+@pytest.mark.parametrize("pair", ["mxfp4_fp16", "nvfp4_fp16"])
+def test_a_gemm_in_fp16_is_its_mmas(arch: str, pair: str, simulator: Any) -> None:
+    """Weights rounded by numpy, from what they are over a power of two: of MXFP4, what the given factor says."""
+    rule = arithmetic.of_arch(arch, pair)
+    rows, _, packed, given_scales = problem(pair, 96)
+    scales = given_scales
+    model = simulator.MMA("Hopper" if arch == "90a" else "RTX Blackwell", "m16n8k16.f32.f16.f16.f32")
+    nvfp4 = pair.startswith("nvfp4")
+    for largest, low in ((139, 115), (139, 0), (150, 0)):
+        scales = given_scales.clamp(min=low)
+        exact = values(SM12X_NVF4 if nvfp4 else SM12X_MXF4, unpacked(packed), scales)
+        unit = 2.0**7 if nvfp4 else 2.0 ** (largest - 128)
+        w = torch.from_numpy((exact / unit).numpy().astype(np.float16))
+        assert torch.equal(w.double() * unit, exact) == (nvfp4 or low > 0), "what is further below is rounded"
+        expected = torch.zeros(9, 48)
+        for at in range(0, 96, 16):
+            expected = model(rows[:, at : at + 16], w[:, at : at + 16].T, expected)
+        out = torch.full((9, 48), float("nan"))
+        factor = None if nvfp4 else torch.tensor(unit)
+        arithmetic.gemm(rule, rows, None, packed, scales, out, pair=pair, factor=factor)
+        assert_same(out, (unit * expected.double()).float())
+    if not nvfp4:  # by default relative to the largest, and the pair that the rule is for
+        own, given = torch.empty(9, 48), torch.tensor(2.0 ** (int(scales.max()) - 128))
+        arithmetic.gemm(rule, rows, None, packed, scales, own)
+        arithmetic.gemm(rule, rows, None, packed, scales, out, pair=pair, factor=given)
+        assert_same(own, out)
+
+
 def test_a_factor_multiplies_finished_sums() -> None:
     rows, row_scales, packed, scales = problem("nvfp4_nvfp4", 64)
     plain, out = torch.empty(9, 48), torch.empty(9, 48)
@@ -152,6 +183,9 @@ def test_sums_are_within_their_bound(pair: str, arch: str) -> None:
     offsets = torch.tensor([0, 9], dtype=torch.int32)
     given = (rows, row_scales, packed[None], scales[None], offsets)
     sums, bound = accuracy.sums_and_bound(*given, arithmetic=rule, pair=pair)
+    if pair.endswith("fp16"):  # the factor, a power of two, is left out
+        factor = formats.FP16_NVFP4_UNIT if pair.startswith("nvfp4") else 2.0 ** (int(scales.max()) - 128)
+        sums, bound = sums * factor, bound * factor
     error = (out.double() - sums).abs()
     assert (error <= bound).all()
     assert (error > 0).any()
@@ -159,10 +193,14 @@ def test_sums_are_within_their_bound(pair: str, arch: str) -> None:
 
 
 def test_every_arch_has_a_rule_for_every_pair() -> None:
-    own = dict(zip(PAIRS, ("SM12x mxf8f6f4", "SM12x bf16", "SM12x mxf4", "SM12x mxf4nvf4", "SM12x bf16"), strict=True))
+    operands = ("mxf8f6f4", "bf16", "mxf4", "mxf4nvf4", "bf16", "fp16", "fp16")
     for arch in archs.ARCHS:
-        for pair in PAIRS:
-            assert arithmetic.of_arch(arch, pair).name == ("SM90 bf16" if arch == "90a" else own[pair])
+        for pair, own in zip(PAIRS, operands, strict=True):
+            on_sm90 = "SM90 fp16" if own == "fp16" else "SM90 bf16"
+            assert arithmetic.of_arch(arch, pair).name == (on_sm90 if arch == "90a" else f"SM12x {own}")
+    for rule in (arithmetic.SM90_BF16, arithmetic.SM12X_MXF8F6F4):
+        with pytest.raises(ValueError, match="pair: expected one that the arithmetic 'SM.*' takes, got 'nvfp4_fp16'"):
+            arithmetic.gemm(rule, *problem("nvfp4_fp16", 64), torch.empty(9, 48), pair="nvfp4_fp16")
     with pytest.raises(ValueError, match="pair: expected one of mxfp4_mxfp8, .*, got 'mxfp4_fp6'"):
         arithmetic.of_arch("120f", "mxfp4_fp6")
     with pytest.raises(ValueError, match="pair: expected one that the arithmetic 'SM12x mxf4' takes"):

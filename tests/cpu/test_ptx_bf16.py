@@ -97,7 +97,7 @@ def usual(n: int) -> GemmProblem:
 
 @functools.cache
 def from_stored_sums(kind: str, n: int) -> Tensor:
-    return ptx_moe_checks.bf16_of_stored_sums(usual(n), epilogue(kind, n), len(EXPERTS_ROWS))
+    return ptx_moe_checks.halves_of_stored_sums(usual(n), epilogue(kind, n), len(EXPERTS_ROWS))
 
 
 @pytest.mark.parametrize("tile", some([tile for tile in TILES if prove(tile, "120f", MXFP4_BF16).activates]))

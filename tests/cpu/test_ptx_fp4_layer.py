@@ -1,5 +1,5 @@
-"""Whole layers with FP4 activations or NVFP4 weights, from logits or ids to output, as PTX on the CPU: SM12x's, and
-SM90's, whose GEMMs read FP4 rows in bfloat16.
+"""Whole layers with FP4 or fp16 activations or NVFP4 weights, from logits or ids to output, as PTX on the CPU: SM12x's,
+and SM90's with FP4, whose GEMMs read the rows in bfloat16.
 
 As test_ptx_layer.py for MXFP8: fused_moe's own launches into one workspace, each kernel's output compared with the
 reference's, bit by bit under the arch's rules. Everything is exact but the two places where an exp stands: what comes
@@ -36,8 +36,14 @@ SOURCES = ("route", "route_few", "topk_softmax", "quantize_permute", "nvfp4_perm
 SOURCES += ("activation", "fp4_activation", "finalize")
 EXPERTS, HIDDEN, INTER, TOP_K = 6, 160, 96, 2  # K of both GEMMs ends inside of a K tile, N inside of an output tile
 CODES = formats.weight_layout.ACTIVATION_NAMES
-ORDERS = {"bf16": formats.WordOrder.PAIRS} | dict.fromkeys(("mxfp4", "nvfp4"), formats.WordOrder.PLAIN)
-CLOSE = {"mxfp4": 5e-2, "nvfp4": 5e-2, "bf16": 5e-3}  # to the reference's own exp: a code of FP4 is far from the next
+HALVES = ("bf16", "fp16")
+ORDERS = dict.fromkeys(HALVES, formats.WordOrder.PAIRS) | dict.fromkeys(("mxfp4", "nvfp4"), formats.WordOrder.PLAIN)
+CLOSE = {
+    "mxfp4": 5e-2,
+    "nvfp4": 5e-2,
+    "bf16": 5e-3,
+    "fp16": 1e-3,
+}  # to the reference's own exp: a code of FP4 is far from the next
 
 
 @pytest.fixture
@@ -74,12 +80,12 @@ class Case:
         return kernel_pair(self.arch, self.pair)
 
     @property
-    def in_bf16(self) -> bool:
-        return self.reads.endswith("_bf16")
+    def in_halves(self) -> bool:
+        return self.reads.split("_")[1] in HALVES
 
     @property
     def order(self) -> formats.WordOrder:
-        return ORDERS["bf16" if self.in_bf16 else self.act_format]
+        return ORDERS["bf16" if self.in_halves else self.act_format]
 
     def weights(self) -> MoEWeights:
         """In the word order of the calls."""
@@ -137,10 +143,10 @@ def given_scales(case: Case, weights: MoEWeights, which: int, row_expert: Tensor
 def assert_rows(case: Case, own: dict[str, Tensor], which: int, rows: fp4.Fp4Rows) -> None:
     """Values, scales and factors as the next GEMM reads them."""
     valid, values = len(rows.values), rows.values
-    if case.in_bf16 and rows.scales is not None:
+    if case.in_halves and rows.scales is not None:
         values = in_bf16(Rows(values, rows.scales, None))
     assert torch.equal(own[f"rows{which}"][:valid].view(torch.uint8), values.view(torch.uint8))
-    if not case.in_bf16:
+    if not case.in_halves:
         assert rows.scales is not None
         words = 2 if case.act_format == "nvfp4" else 1
         whole = torch.nn.functional.pad(rows.scales, (0, -rows.scales.shape[1] % (4 * words)))
@@ -155,7 +161,7 @@ def kernels_rows(case: Case, own: dict[str, Tensor], weights: MoEWeights, row_ex
     valid = len(row_expert)
     values = own["rows2"][:valid].clone()
     given = given_scales(case, weights, 1, row_expert)
-    if case.in_bf16:
+    if case.in_halves:
         own_factors = own["row_factors2"][:valid].clone() if "row_factors2" in own else None
         return fp4.Fp4Rows(values, None, own_factors if given is None else given[1])
     block = 16 if case.act_format == "nvfp4" else 32
@@ -176,6 +182,17 @@ def values_of(case: Case, rows: fp4.Fp4Rows) -> Tensor:
     return formats.nvfp4_products(rows.values, rows.scales).double() * rows.factor.double().unsqueeze(1)
 
 
+def column_factors(case: Case, weights: MoEWeights) -> tuple[Tensor | None, Tensor | None]:
+    """What the weights' part of the sums' factors is: [E, W] or [E, 1], and [E, 1]."""
+    if case.pair == "mxfp4_fp16":  # of codes and scales, and not of what the operator is given
+        made = []
+        for weight, n, k in ((weights.w13, weights.w13_rows, HIDDEN), (weights.w2, HIDDEN, INTER)):
+            plain = [weights.weight_format.read_rows(one, n, k, slice(0, n), weights.word_order) for one in weight]
+            made.append(torch.stack([formats.fp16_factor(formats.largest_scale(*one)) for one in plain]).unsqueeze(1))
+        return made[0], made[1]
+    return fp4._column_factors(weights, 128.0 if case.act_format == "fp16" else 1.0)
+
+
 SMALL, WIDE, NARROW = Tile(m=8, n=64, swap_ab=True), Tile(m=32, n=128, swap_ab=True), Tile(m=64, n=8, swap_ab=False)
 WGMMA = Tile(m=32, n=64, swap_ab=True)
 CASES = {
@@ -193,6 +210,14 @@ CASES = {
     "nvfp4_bf16": Case(tile=SMALL, pair="nvfp4_bf16", tokens=5),
     "nvfp4_bf16, ids, activation apart, float16": Case(
         tile=NARROW, pair="nvfp4_bf16", tokens=20, dtype=torch.float16, fuses=False, static=False, from_ids=True
+    ),
+    "mxfp4_fp16": Case(tile=SMALL, pair="mxfp4_fp16", tokens=5, dtype=torch.float16),
+    "mxfp4_fp16, ids, activation apart": Case(
+        tile=NARROW, pair="mxfp4_fp16", tokens=20, dtype=torch.float16, fuses=False, from_ids=True
+    ),
+    "nvfp4_fp16": Case(tile=SMALL, pair="nvfp4_fp16", tokens=5, dtype=torch.float16),
+    "nvfp4_fp16, ids, activation apart": Case(
+        tile=NARROW, pair="nvfp4_fp16", tokens=20, dtype=torch.float16, fuses=False, static=False, from_ids=True
     ),
 }
 CASES |= {
@@ -234,6 +259,8 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     ptx.append(launch.ptx_of_tile(tile, case.arch, case.reads))
     recorder.register_kernel(tile, case.reads, case.arch)
     (w13, w13_bias, w2, w2_bias, *numbers), rare = weights.operator_arguments
+    if case.act_format == "fp16":
+        rare = rare | dict(zip(("w13_factors", "w2_factors"), weights.fp16_factors(), strict=True))
     routing = (topk_weights, ids, logits, 0 if logits is None else TOP_K)
     arguments = (hidden_states, *routing, w13, w13_bias, w2, w2_bias, *numbers, tile.m, tile.n, out)
     code = CODES.index(case.act_format)
@@ -270,15 +297,15 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
     assert_rows(case, own, 1, rows)
 
     kernel = prove(tile, case.arch, case.pair).function
-    fetched = ["rows{}"] if case.in_bf16 else ["rows{}", "scales{}"]  # tensor copies fetch whole boxes
+    fetched = ["rows{}"] if case.in_halves else ["rows{}", "scales{}"]  # tensor copies fetch whole boxes
     for which in fetched:
         run.allow_unwritten(own[which.format(1)])
     run.next(kernel, junk(tile, HIDDEN, case.reads, case.arch))
-    w13_factors, w2_factors = fp4._column_factors(weights)
+    w13_factors, w2_factors = column_factors(case, weights)
     gemm1 = grouped(case, rows, weights, "w13", offsets, w13_factors)
     if not case.fuses:
         assert torch.equal(bits(own["gemm1_out"][:valid]), bits(gemm1))
-        run.next("activation" if case.act_format == "bf16" else "fp4_activation")
+        run.next("activation" if case.act_format in HALVES else "fp4_activation")
     given = (weights.activation, weights.alpha, weights.beta, weights.limit)
     values = reference.activate(gemm1, row_expert, w13_bias, *given, rounding=None)
     expected = fp4.quantize_rows(values, case.act_format, given_scales(case, weights, 1, row_expert))
@@ -304,15 +331,16 @@ def test_layer(name: str, recorder: launch.Recorder) -> None:
         hidden_states, topk_weights, ids, weights, **call, arithmetic=arithmetic.of_arch(case.arch, case.pair)
     )
     assert relative_error(out, close) <= CLOSE[case.act_format]
-    other = {"mxfp4": "bf16", "nvfp4": "bf16", "bf16": "nvfp4"}[case.act_format]
+    other = "bf16" if case.act_format not in HALVES else weights.weight_format.value
     unlike = reference.fused_moe(hidden_states, topk_weights, ids, weights, output_dtype=dtype, activation_format=other)
     assert relative_error(out, unlike) > 5e-2, "other activations are another result"
 
 
 def test_kinds() -> None:
     """The cases are what their names say: each pair, both kinds of scales, both ways of routing."""
-    assert {case.pair for case in CASES.values()} == {"mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16"}
-    for pair in ("mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16"):
+    pairs = {"mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16"}
+    assert {case.pair for case in CASES.values()} == pairs
+    for pair in pairs:
         assert {case.from_ids for case in CASES.values() if case.pair == pair} == {True, False}
     assert {case.static for case in CASES.values() if case.pair == "nvfp4_nvfp4"} == {True, False}
     assert CASES["nvfp4_nvfp4"].weights().weight_format is WeightFormat.NVFP4

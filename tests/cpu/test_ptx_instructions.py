@@ -78,6 +78,13 @@ def test_conversions() -> None:
         ("prmt.b32", (0x33221100, 0x77665544, 0x3715), 0x33771155),
         ("prmt.b32", (0x80, 0, 0x8888), 0xFFFFFFFF),
         ("shf.r.wrap.b32", (0x76543210, 0x76543210, 4), 0x07654321),
+        ("shf.l.wrap.b32", (0x76543210, 0x76543210, 4), 0x65432107),
+        *[
+            ("lop3.b32", (0x0F0F0F0F, 0x33333333, 0x55555555, table), value)
+            for table, value in ((0xCA, 0x53535353), (0x80, 0x01010101), (0x1E, 0x78787878))
+        ],
+        ("add.s16x2", (0x00FE0003, 0xFF02FF90), 0x0000FF93),
+        *[("min.s16x2.relu", (0x0000FF93, 0x001E001E), 0), ("min.s16x2.relu", (0x00200005, 0x001E001E), 0x1E0005)],
         ("bfind.shiftamt.u32", (1,), 31),
         ("bfind.shiftamt.u32", (0,), -1),
         ("brev.b32", (1,), 0x80000000),

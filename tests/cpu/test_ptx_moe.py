@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_cases import BF16, MXFP8_IN_BF16, ids_of
+from moe_cases import BF16, FP16, MXFP8_IN_BF16, ids_of
 from ptx import launch
 from ptx.faults import Fault, Kind
 from ptx.running import EXECUTED, execute
@@ -23,7 +23,7 @@ from ptx_moe_checks import (
     TILE,
     TOPK_TOLERANCE,
     check_activation,
-    check_activation_in_bf16,
+    check_activation_in_halves,
     check_activation_of_many_rows,
     check_activation_rounding,
     check_finalize,
@@ -136,12 +136,12 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, tokens: int) 
     check_quantize_permute(width, dtype, tokens)
 
 
-@pytest.mark.parametrize("row_format", [MXFP8_IN_BF16, BF16])
+@pytest.mark.parametrize("row_format", [MXFP8_IN_BF16, BF16, FP16])
 @pytest.mark.parametrize(
     ("width", "dtype", "tokens"), [(160, torch.bfloat16, 9), (96, torch.float16, 9), (64, torch.bfloat16, 514)]
 )
-def test_quantize_permute_to_bf16_is_exact(width: int, dtype: torch.dtype, tokens: int, row_format: int) -> None:
-    """As SM90's tiles read rows; the PTX is SM12x's, of the same source."""
+def test_quantize_permute_to_halves_is_exact(width: int, dtype: torch.dtype, tokens: int, row_format: int) -> None:
+    """As SM90's tiles read rows, and all of fp16; the PTX is SM12x's, of the same source."""
     check_quantize_permute(width, dtype, tokens, row_format)
 
 
@@ -231,10 +231,10 @@ def test_activation_rounds_exactly(rounding: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rounding", [None, *HALVES], ids=str)
-@pytest.mark.parametrize("row_format", [MXFP8_IN_BF16, BF16])
-def test_activation_to_bf16_is_exact(row_format: int, rounding: torch.dtype | None) -> None:
+@pytest.mark.parametrize("row_format", [MXFP8_IN_BF16, BF16, FP16])
+def test_activation_to_halves_is_exact(row_format: int, rounding: torch.dtype | None) -> None:
     """Magnitudes from bfloat16's denormals to its largest, ties, NaN, infinities."""
-    check_activation_in_bf16(row_format, rounding)
+    check_activation_in_halves(row_format, rounding)
 
 
 # ---- finalize --------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ class TestGroupedGemm:
             gemm(codes.float(), row_scales, packed, weight_scales, offsets)
         with pytest.raises(ValueError, match=r"rows: expected K a multiple of 32, got uint8 \[4, 48\]"):
             gemm(codes[:, :48], row_scales, packed, weight_scales, offsets)
-        with pytest.raises(TypeError, match=r"rows: expected bfloat16 \[R, K\], got uint8 \[4, 64\]"):
+        with pytest.raises(TypeError, match=r"rows: expected bfloat16 or float16 \[R, K\], got uint8 \[4, 64\]"):
             gemm(codes, None, packed, weight_scales, offsets)
         with pytest.raises(ValueError, match="rows: expected MXFP8 for the arithmetic 'SM12x mxf8f6f4', got bfloat16"):
             gemm(codes.bfloat16(), None, packed, weight_scales, offsets, arithmetic=SM12X_MXF8F6F4)

@@ -43,7 +43,7 @@ def test_proof_of_sm90_against_numbers_worked_out_by_hand(name: str) -> None:
         *(proof.stage_bytes, proof.amax_bytes, proof.accumulator_registers, proof.threads),
         *(proof.blocks_per_sm, proof.stages, proof.smem_bytes),
     )
-    assert (proof.legal, proof.reads_bf16, proof.act_scale_bytes) == (True, True, 0)
+    assert (proof.legal, proof.reads_halves, proof.act_scale_bytes) == (True, True, 0)
 
 
 def test_proof_with_nvfp4_weights_against_numbers_worked_out_by_hand() -> None:

@@ -81,7 +81,7 @@ def test_proof_of_sm12x_against_numbers_worked_out_by_hand(name: str) -> None:
         *(proof.blocks_per_sm, proof.stages, proof.smem_bytes),
     )
     assert proof.legal
-    assert (proof.function, proof.reads_bf16) == ("grouped_gemm", False)
+    assert (proof.function, proof.reads_halves) == ("grouped_gemm", False)
 
 
 LEGAL_IN_BF16 = [tile for tile in LEGAL if tile.m < 256]  # two stages of 256 rows of bf16 are 139,776 bytes
@@ -111,7 +111,7 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str,
     assert proof.stages == 8 or proof.blocks_per_sm * (proof.smem_bytes + stage + 1024) > smem
     moves_registers = proof.threads // 32 - proof.warps_m * proof.warps_n == 4
     wanted = registers_wanted(proof)
-    for blocks in range(2, 1 if proof.reads_bf16 and moves_registers else most_blocks + 1):
+    for blocks in range(2, 1 if proof.reads_halves and moves_registers else most_blocks + 1):
         enough_memory = blocks * (3 * stage + proof.amax_bytes + 1024) <= smem
         enough_registers = registers_per_thread(blocks, proof.threads) >= wanted
         if blocks == proof.blocks_per_sm:
@@ -128,12 +128,12 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str,
     assert (proof.physical_m, proof.physical_n) == (tile.mn[::-1] if proof.weights_are_a else tile.mn)
     assert proof.weights_are_a or not tile.swap_ab
     # A weight block has 64 rows, of which a warp holds all, or two or four share them with whole groups of 16.
-    assert proof.activates == (tile.n >= 64 and (proof.reads_bf16 or proof.accumulator_registers <= 64))
+    assert proof.activates == (tile.n >= 64 and (proof.reads_halves or proof.accumulator_registers <= 64))
     rows_of_warps = proof.warps_m if proof.weights_are_a else proof.warps_n
-    # SM12x's kernels of bf16 write values as they come. SM90's of NVFP4 weights have a block of 32 weight rows in a
-    # warp, or in two, which share a place.
+    # SM12x's kernels of bf16 write values as they come, and so do all of fp16. SM90's of NVFP4 weights have a block of
+    # 32 weight rows in a warp, or in two, which share a place.
     places = rows_of_warps if arch == "120f" or pair == "mxfp4_mxfp8" else (tile.n // 32 if proof.warp_m < 32 else 0)
-    quantizes = arch == "90a" or not proof.reads_bf16
+    quantizes = (arch == "90a" and "fp16" not in pair) or not proof.reads_halves
     assert proof.amax_bytes == (places * tile.m * 4 if proof.activates and quantizes else 0)
     assert not proof.activates or (proof.warp_m if proof.weights_are_a else proof.warp_n) in (16, 32, 64)
 
@@ -141,7 +141,7 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str,
 def registers_wanted(proof: tiles.TileProof) -> int:
     """Per thread, of a block that shares its multiprocessor."""
     accumulators = proof.accumulator_registers
-    if not proof.reads_bf16:
+    if not proof.reads_halves:
         return {4: 96, 8: 96, 16: 112, 32: 168}.get(accumulators, 176)
     if proof.function == "grouped_gemm_wgmma":
         return accumulators + 48
@@ -191,7 +191,7 @@ MEMBERS = {
     "smem_bytes": "kSmemBytes",
     "blocks_per_sm": "kBlocksPerSm",
     "accumulator_registers": "kAccumulators",
-    "reads_bf16": "kReadsBf16",
+    "reads_halves": "kReadsBf16",
     "activates": "kActivates",
     "weights_are_a": "kSwap",
     "warp_m": "kWarpM",

@@ -15,7 +15,7 @@ import torch
 from gpu_cases import HALVES, TILES, TOP_K, ops, run
 from gpu_layers import exact_layer, kernel_activation, kernel_activation_in_bf16, poison_memory, same
 from gpu_problems import Call, GemmProblem, bits, random_call, random_weights, relative_error
-from moe_cases import BF16, MXFP8_IN_BF16, ids_of, layer_of, rows_of, same_bf16, special_rows
+from moe_cases import BF16, MXFP8_IN_BF16, ids_of, layer_of, rows_of, same_halves, special_rows
 from torch import Tensor
 
 import mxfp4_moe
@@ -152,7 +152,7 @@ def test_quantize_permute_to_bf16_is_exact(width: int, dtype: torch.dtype, row_f
         rows, scales = ops().quantize_permute(x.to(device), slot_row, top_k, row_format)
         expected, _ = rows_of(x, row_format)
         assert scales.numel() == 0
-        assert same_bf16(rows[:valid].cpu(), expected[row_slot[:valid].cpu() // top_k])
+        assert same_halves(rows[:valid].cpu(), expected[row_slot[:valid].cpu() // top_k])
 
 
 @pytest.mark.parametrize("swizzled", [False, True])
@@ -169,7 +169,7 @@ def test_permute_to_bf16_is_exact(width: int, swizzled: bool) -> None:
     expected = formats.mxfp8_to_bf16(*reference.mxfp8_rows(codes, given, "swizzled" if swizzled else "linear"))
     assert none.numel() == 0
     assert expected.isinf().any()
-    assert same_bf16(rows[:valid], expected[row_slot[:valid] // top_k])
+    assert same_halves(rows[:valid], expected[row_slot[:valid] // top_k])
     with pytest.raises(RuntimeError, match="rows: expected 0 or 1, these are quantized, got 2"):
         ops().permute(codes, given, swizzled, slot_row, top_k, BF16)
 
@@ -186,12 +186,12 @@ def test_activation_to_bf16_is_its_mxfp8_and_its_values(activation: str, roundin
     gemm1[4, 8], gemm1[5, 0] = torch.nan, torch.inf
     row_expert = torch.arange(rows, device=device, dtype=torch.int32) % 5
     quantized, _ = kernel_activation_in_bf16(gemm1, row_expert, weights, rounding, MXFP8_IN_BF16)
-    assert same_bf16(quantized, formats.mxfp8_to_bf16(*kernel_activation(gemm1, row_expert, weights, rounding)))
+    assert same_halves(quantized, formats.mxfp8_to_bf16(*kernel_activation(gemm1, row_expert, weights, rounding)))
     out, _ = kernel_activation_in_bf16(gemm1, row_expert, weights, rounding, BF16)
     numbers = (weights.alpha, weights.beta, weights.limit)
     values = reference.activate(gemm1, row_expert, weights.w13_bias, activation, *numbers, rounding=rounding)
     if activation in ("relu", "relu2", "identity"):
-        assert same_bf16(out, values.bfloat16())
+        assert same_halves(out, values.bfloat16())
     else:
         finite = values.isfinite()
         torch.testing.assert_close(out.float()[finite], values[finite], rtol=2.0**-7, atol=1e-30)

@@ -43,17 +43,18 @@ def ordinal(codes: Tensor) -> Tensor:
 
 
 MXFP8, MXFP8_IN_BF16, BF16 = ROW_FORMATS = range(3)  # csrc/moe/kernels.h, RowFormat
+FP16 = 5
 
 
 def rows_of(values: Tensor, row_format: int) -> tuple[Tensor, Tensor | None]:
-    """What the rows that GEMMs read are made of: codes and scales in plain order, or bfloat16 alone."""
-    if row_format == BF16:
-        return values.to(torch.bfloat16), None
+    """What the rows that GEMMs read are made of: codes and scales in plain order, or 16-bit floats alone."""
+    if row_format in (BF16, FP16):
+        return values.to(torch.bfloat16 if row_format == BF16 else torch.float16), None
     codes, scales = formats.quantize_mxfp8(values)
     return (codes, scales) if row_format == MXFP8 else (formats.mxfp8_to_bf16(codes, scales), None)
 
 
-def same_bf16(actual: Tensor, expected: Tensor) -> bool:
+def same_halves(actual: Tensor, expected: Tensor) -> bool:
     """Equal bits; a NaN equals any other, for conversions make their own."""
     nan = actual.isnan() & expected.isnan()
     return bool(((actual.view(torch.int16) == expected.view(torch.int16)) | nan).all())

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from moe_cases import BF16, MXFP8, MXFP8_IN_BF16, NUMBERS, ids_of, layer_of, ordinal, rows_of, same_bf16, special_rows
+from moe_cases import BF16, MXFP8, MXFP8_IN_BF16, NUMBERS, ids_of, layer_of, ordinal, rows_of, same_halves, special_rows
 from ptx import launch
 from ptx.running import Run, execute
 from ptx.workspace import intermediates
@@ -143,7 +143,7 @@ def check_rows(done: Run, expected: Tensor, expected_scales: Tensor | None, toke
     assert not done.written(rows)[valid:].any()
     if expected_scales is None:
         assert scales.numel() == 0
-        assert same_bf16(rows[:valid], expected[token])
+        assert same_halves(rows[:valid], expected[token])
         return
     assert torch.equal(rows[:valid], formats.interleave_k(expected[token]))
     assert torch.equal(scales[:, :valid], formats.pack_row_scales(expected_scales[token])[:, :valid])
@@ -178,7 +178,7 @@ def activated(
     valid: int,
     row_format: int = MXFP8,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's codes in plain order and its scales, of the valid rows; or its bfloat16 rows and nothing."""
+    """The kernel's codes in plain order and its scales, of the valid rows; or its rows of 16-bit floats and nothing."""
     rows = len(gemm1)
     offsets = torch.full((weights.num_experts + 1,), valid, dtype=torch.int32)
     numbers = (weights.alpha, weights.beta, weights.limit)
@@ -202,7 +202,7 @@ def activated(
     return formats.deinterleave_k(made[:valid]), formats.unpack_row_scales(scales, rows, inter)[:valid]
 
 
-def check_activation_in_bf16(row_format: int, rounding: torch.dtype | None) -> None:
+def check_activation_in_halves(row_format: int, rounding: torch.dtype | None) -> None:
     """Without an exp every bit is known: magnitudes from bfloat16's denormals to its largest, ties, NaN, infinities."""
     rows, inter = 7, 160
     g = torch.Generator().manual_seed(11)
@@ -217,12 +217,15 @@ def check_activation_in_bf16(row_format: int, rounding: torch.dtype | None) -> N
     gemm1[0] = 1 + torch.arange(inter) * 2.0**-8  # every second one is a tie
     gemm1[1] = torch.arange(inter) * 2.0**-134
     gemm1[2, :4] = torch.tensor([torch.nan, torch.inf, torch.finfo(torch.float32).max, -0.0])
+    gemm1[3] = 1 + torch.arange(inter) * 2.0**-11  # the same of float16
+    gemm1[4] = torch.arange(inter) * 2.0**-25  # its denormals
+    gemm1[5] = -65504.0 - torch.arange(inter) * 0.25  # beyond its largest from 65520 on
     weights = layer_of(5, inter, "identity", "one for all", bias=False, device=CPU)
     row_expert = torch.arange(rows, dtype=torch.int32) % 5
     made, _ = activated(gemm1, row_expert, weights, rounding, rows, row_format)
     values = gemm1 if rounding is None else gemm1.to(rounding).float()
     expected, _ = rows_of(values, row_format)
-    assert same_bf16(made, expected)
+    assert same_halves(made, expected)
 
 
 def check_activation(
@@ -303,12 +306,13 @@ def check_finalize(tokens: int, top_k: int, width: int, dtype: torch.dtype, with
     assert not bits(done.results[3]).any()
 
 
-def bf16_of_stored_sums(problem: Any, applied: Any, experts: int) -> Tensor:
-    """What csrc/moe's activation kernel makes of a problem's expected sums: bf16 rows. Its exp is the tiles' own.
+def halves_of_stored_sums(problem: Any, applied: Any, experts: int, row_format: int = BF16) -> Tensor:
+    """What csrc/moe's activation kernel makes of a problem's expected sums, bf16 or fp16 rows. Its exp is the tiles'.
 
     Args:
         problem: a GEMM's, with `valid`, `offsets` and `expected`.
         applied: the activation as a tile's epilogue is told it (ptx/tile_cases.py).
+        row_format: BF16 or FP16 of moe_cases.py.
     """
     valid = problem.valid
     row_expert = torch.repeat_interleave(torch.arange(experts), problem.offsets.diff()).to(torch.int32)
@@ -316,11 +320,11 @@ def bf16_of_stored_sums(problem: Any, applied: Any, experts: int) -> Tensor:
     numbers = {"alpha": applied.alpha, "beta": applied.beta, "limit": applied.limit}
     weights = SimpleNamespace(num_experts=experts, w13_bias=applied.bias, activation=applied.activation, **numbers)
     sums = problem.expected[:valid].contiguous()
-    made, _ = activated(sums, row_expert, weights, rounding, valid, BF16)
+    made, _ = activated(sums, row_expert, weights, rounding, valid, row_format)
     if isinstance(applied.limit, float) and math.isinf(applied.limit):
         numbers["limit"] = None
     values = reference.activate(sums, row_expert, applied.bias, applied.activation, **numbers, rounding=rounding)
-    off = (made.view(torch.int16).int() - values.bfloat16().view(torch.int16).int()).abs()
+    off = (made.view(torch.int16).int() - values.to(made.dtype).view(torch.int16).int()).abs()
     assert off.max() <= 1, "torch's exp has other last bits"
     assert (off != 0).float().mean() < 5e-3
     return made

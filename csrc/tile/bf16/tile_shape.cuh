@@ -1,23 +1,26 @@
-// What a logical tile (M, N) becomes where its MMA takes bf16, on any arch: warps, fragments, pipeline stages, shared
-// memory. The names are those of tile/tile_shape.cuh, so that the pipeline, the schedule and the epilogues are the same
-// code. tiles/bf16.py mirrors this file, statement by statement.
+// What a logical tile (M, N) becomes where its MMA takes bf16 or fp16, on any arch: warps, fragments, pipeline stages,
+// shared memory. The names are those of tile/tile_shape.cuh, so that the pipeline, the schedule and the epilogues are
+// the same code. tiles/bf16.py mirrors this file, statement by statement.
 #pragma once
 
 #include "tile/tile_shape.cuh"
 
 namespace mxfp4_moe {
 
-// A tile of M activation rows by N weight rows of a format (Mxfp4MoeWeightFormat); of both, what is common. kWarpM and
+// A tile of M activation rows by N weight rows of a pair of formats (HalfPair); of all, what is common. kWarpM and
 // kWarpN are a warp's part.
-template <class Arch_, int kWeightFormat_, int M_, int N_, bool kSwap_, int kWarpM_, int kWarpN_, int kMmaWarps_,
+template <class Arch_, class Pair, int M_, int N_, bool kSwap_, int kWarpM_, int kWarpN_, int kMmaWarps_,
           bool kMovesRegisters_>
 struct Bf16Tile {
   using Arch = Arch_;
   static constexpr int M = M_, N = N_;
-  static constexpr bool kSwap = kSwap_, kReadsBf16 = true, kUnrollsStages = false;
-  static constexpr int kActFormat = MXFP4_MOE_ACT_BF16, kWeightFormat = kWeightFormat_;
+  static constexpr bool kSwap = kSwap_, kReadsHalves = true, kUnrollsStages = false;
+  static constexpr int kActFormat = Pair::kActFormat, kWeightFormat = Pair::kWeightFormat;
   static constexpr bool kHasMxfp4 = kWeightFormat == MXFP4_MOE_WEIGHT_MXFP4;
-  static constexpr bool kFolds = Arch::kFolds;
+  static constexpr bool kHasFp16 = kActFormat == MXFP4_MOE_ACT_FP16;
+  static constexpr bool kFolds = Arch::kFolds && !kHasFp16;
+  // Sums are multiplied by factors; of MXFP4 weights because fp16 has too few exponents for their scales.
+  static constexpr bool kHasFactors = !kHasMxfp4 || kHasFp16;
   static constexpr bool kKeepsNothing = true;  // registers are what limits the blocks per SM
   static constexpr int kMmaWarps = kMmaWarps_, kWarpM = kWarpM_, kWarpN = kWarpN_;
   static constexpr int kWarpsN = (kSwap ? M : N) / kWarpN;
@@ -31,8 +34,8 @@ struct Bf16Tile {
   static constexpr int kMmaRegisters = kMmaWarps > 8 ? 112 : 240, kProducerRegisters = 24;
   static constexpr int kThreads = (kMmaWarps + (kMovesRegisters ? 4 : 1)) * 32;
 
-  // Activations are bf16, two halves of a K tile of 128 bytes a row each (TMA's swizzle, and wgmma's); they come in
-  // boxes of few rows, so that a tile with few loads few.
+  // Activations are 16-bit floats, two halves of a K tile of 128 bytes a row each (TMA's swizzle, and wgmma's); they
+  // come in boxes of few rows, so that a tile with few loads few.
   static constexpr int kHalfBytes = M * 128;
   static constexpr int kActBytes = 2 * kHalfBytes;
   static constexpr int kBoxRows = M == 8 ? 8 : 16;
@@ -71,12 +74,12 @@ struct Bf16Layout : Tile {
 // mma.sync: kMmaWarps and one that produces. Swapped, each has its part of the weight rows, which share what it loads
 // of the activations; native, its part of the activation rows. kLoadsAhead: the activations of two K blocks are in
 // registers, one's while the other's are multiplied; else those of a few rows at a time.
-template <class Arch, int kWeightFormat, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks,
+template <class Arch, class Pair, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks,
           bool kLoadsAhead_>
-struct MmaSyncTile : Bf16Tile<Arch, kWeightFormat, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps,
-                              kMovesRegisters> {
-  using Tile = Bf16Tile<Arch, kWeightFormat, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps,
-                        kMovesRegisters>;
+struct MmaSyncTile
+    : Bf16Tile<Arch, Pair, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps, kMovesRegisters> {
+  using Tile =
+      Bf16Tile<Arch, Pair, M, N, kSwap, (kSwap ? N : M) / kMmaWarps, kSwap ? M : N, kMmaWarps, kMovesRegisters>;
   static constexpr bool kLoadsAhead = kLoadsAhead_;
   // Accumulators; operands of two K blocks, or of one and of 32 activation rows; an expanded row, sums, addresses.
   static constexpr int kActRegisters = kSwap ? 4 * Tile::kFragN : 8 * Tile::kFragM;
@@ -86,10 +89,9 @@ struct MmaSyncTile : Bf16Tile<Arch, kWeightFormat, M, N, kSwap, (kSwap ? N : M) 
   static constexpr int kBlocksPerSm = kMovesRegisters ? 1 : Tile::Fits::blocks_that_fit(kMostBlocks, kRegistersWanted);
 };
 
-template <class Arch, int kWeightFormat, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks,
+template <class Arch, class Pair, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters, int kMostBlocks,
           bool kLoadsAhead>
 struct MmaSyncShape
-    : Bf16Layout<MmaSyncTile<Arch, kWeightFormat, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>> {
-};
+    : Bf16Layout<MmaSyncTile<Arch, Pair, M, N, kSwap, kMmaWarps, kMovesRegisters, kMostBlocks, kLoadsAhead>> {};
 
 }  // namespace mxfp4_moe

@@ -1,5 +1,5 @@
-// What one logical tile (M, N) becomes on SM12x with bf16 activations. tiles/bf16.py mirrors this file, statement by
-// statement.
+// What one logical tile (M, N) becomes on SM12x with bf16 or fp16 activations. tiles/bf16.py mirrors this file,
+// statement by statement.
 //
 // Weights are the MMA's A, whatever the tile's mode, as soon as four warps have 16 rows of them each: a weight is then
 // expanded by one warp only. Eight warps share the largest tiles, because accumulators and operands of more rows do not
@@ -13,23 +13,18 @@
 
 namespace mxfp4_moe {
 
-template <int kWeightFormat, int M, int N>
+template <class Pair, int M, int N>
 struct Sm12xBf16 {
   static constexpr bool kSwap = N >= 64;
   static constexpr int kMmaWarps = kSwap && M * N >= 16384 ? 8 : 4;
   static constexpr bool kMovesRegisters = M * N >= 128 * 256;
   static constexpr bool kLoadsAhead = !kSwap || M <= 32;
-  using Shape =
-      MmaSyncShape<Sm12x, kWeightFormat, M, N, kSwap, kMmaWarps, kMovesRegisters, kMaxBlocksPerSm, kLoadsAhead>;
+  using Shape = MmaSyncShape<Sm12x, Pair, M, N, kSwap, kMmaWarps, kMovesRegisters, kMaxBlocksPerSm, kLoadsAhead>;
 };
 
-template <int M, int N, bool kSwap>
-struct ShapeOf<M, N, kSwap, Sm12x, Pair_mxfp4_bf16> : PossibleTile<M, N, kSwap> {
-  using Type = typename Sm12xBf16<MXFP4_MOE_WEIGHT_MXFP4, M, N>::Shape;
-};
-template <int M, int N, bool kSwap>
-struct ShapeOf<M, N, kSwap, Sm12x, Pair_nvfp4_bf16> : PossibleTile<M, N, kSwap> {
-  using Type = typename Sm12xBf16<MXFP4_MOE_WEIGHT_NVFP4, M, N>::Shape;
+template <int M, int N, bool kSwap, int kWeights, int kActivations>
+struct ShapeOf<M, N, kSwap, Sm12x, HalfPair<kWeights, kActivations>> : PossibleTile<M, N, kSwap> {
+  using Type = typename Sm12xBf16<HalfPair<kWeights, kActivations>, M, N>::Shape;
 };
 
 }  // namespace mxfp4_moe

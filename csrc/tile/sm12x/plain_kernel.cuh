@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 
 // The function of a shape's kernel, for the launcher; the other kernels say it of theirs. It is an instance of the
 // shape that is asked about, a type of tile.cu that names the arch and the pair, by which builds find a kernel.
-template <class Shape, std::enable_if_t<!Shape::kReadsBf16, int> = 0>
+template <class Shape, std::enable_if_t<!Shape::kReadsHalves, int> = 0>
 constexpr auto kernel_of(Shape*) {
   return grouped_gemm<Shape>;
 }

@@ -1,5 +1,5 @@
 // What one logical tile (M, N) becomes on SM90, with either kernel (bf16/mma_sync_kernel.cuh, wgmma_kernel.cuh); with
-// MXFP4 weights each serves MXFP8 activations and bf16 ones. tiles/bf16.py mirrors this file, statement by statement.
+// MXFP4 weights and bf16 each serves MXFP8 activations too. tiles/bf16.py mirrors this file, statement by statement.
 #pragma once
 
 #include <type_traits>
@@ -14,36 +14,31 @@ namespace mxfp4_moe {
 constexpr bool has_wgmma(int m, int n) { return m >= 32 && n >= 64; }
 
 // mma.sync: four warps.
-template <int kWeightFormat, int M, int N, bool kSwap>
-using Sm90MmaSyncShape = MmaSyncShape<Sm90, kWeightFormat, M, N, kSwap, 4, false, 6, true>;
+template <class Pair, int M, int N, bool kSwap>
+using Sm90MmaSyncShape = MmaSyncShape<Sm90, Pair, M, N, kSwap, 4, false, 6, true>;
 
 // wgmma: weight rows are the MMA's M, 64 to a warpgroup, and activation rows its N, whatever the tile's mode. One
 // warpgroup for each 64 rows, and not two sets of them to one, because expanding takes latency that other warps hide.
 constexpr bool wgmma_moves_registers(int m, int n) { return m * n >= 128 * 256; }
 
-template <int kWeightFormat, int M, int N>
-struct WgmmaTile : Bf16Tile<Sm90, kWeightFormat, M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)> {
-  using Tile = Bf16Tile<Sm90, kWeightFormat, M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)>;
+template <class Pair, int M, int N>
+struct WgmmaTile : Bf16Tile<Sm90, Pair, M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)> {
+  using Tile = Bf16Tile<Sm90, Pair, M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)>;
   // Beside the accumulators: two units of operands, scales, addresses.
   static constexpr int kRegistersWanted = Tile::kAccumulators + 48;
   static constexpr int kBlocksPerSm =
       Tile::kMovesRegisters ? 1 : Tile::Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
 };
 
-template <int kWeightFormat, int M, int N>
-struct WgmmaShape : Bf16Layout<WgmmaTile<kWeightFormat, M, N>> {};
+template <class Pair, int M, int N>
+struct WgmmaShape : Bf16Layout<WgmmaTile<Pair, M, N>> {};
 
-template <int kWeightFormat, int M, int N, bool kSwap>
-using Sm90Shape =
-    std::conditional_t<has_wgmma(M, N), WgmmaShape<kWeightFormat, M, N>, Sm90MmaSyncShape<kWeightFormat, M, N, kSwap>>;
+template <class Pair, int M, int N, bool kSwap>
+using Sm90Shape = std::conditional_t<has_wgmma(M, N), WgmmaShape<Pair, M, N>, Sm90MmaSyncShape<Pair, M, N, kSwap>>;
 
-template <int M, int N, bool kSwap>
-struct ShapeOf<M, N, kSwap, Sm90, Pair_mxfp4_bf16> : PossibleTile<M, N, kSwap> {
-  using Type = Sm90Shape<MXFP4_MOE_WEIGHT_MXFP4, M, N, kSwap>;
-};
-template <int M, int N, bool kSwap>
-struct ShapeOf<M, N, kSwap, Sm90, Pair_nvfp4_bf16> : PossibleTile<M, N, kSwap> {
-  using Type = Sm90Shape<MXFP4_MOE_WEIGHT_NVFP4, M, N, kSwap>;
+template <int M, int N, bool kSwap, int kWeights, int kActivations>
+struct ShapeOf<M, N, kSwap, Sm90, HalfPair<kWeights, kActivations>> : PossibleTile<M, N, kSwap> {
+  using Type = Sm90Shape<HalfPair<kWeights, kActivations>, M, N, kSwap>;
 };
 
 }  // namespace mxfp4_moe

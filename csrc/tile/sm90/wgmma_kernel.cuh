@@ -1,5 +1,5 @@
-// Grouped GEMM of bf16 activations and MXFP4 or NVFP4 weights for SM90, by Hopper's asynchronous MMA: shapes, layouts
-// and bits are those of bf16/mma_sync_kernel.cuh.
+// Grouped GEMM of bf16 or fp16 activations and MXFP4 or NVFP4 weights for SM90, by Hopper's asynchronous MMA: shapes,
+// layouts and bits are those of bf16/mma_sync_kernel.cuh.
 //
 // Fast because: wgmma takes the weights from registers, so that they are expanded once for all activation rows and
 // never stored; the next operands are expanded while MMAs run, by as many warps as there are rows for; sums stay in the
@@ -16,14 +16,17 @@ namespace mxfp4_moe {
 
 // --- one MMA ----------------------------------------------------------------------------------------------------
 
-template <int kCols>
+template <int kActFormat, int kCols>
 struct WgmmaOf;
-#define MXFP4_MOE_WGMMA(COLS)                                                                                        \
-  template <>                                                                                                        \
-  struct WgmmaOf<COLS> {                                                                                             \
-    using Type =                                                                                                     \
-        cute::SM90::GMMA::MMA_64x##COLS##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+#define MXFP4_MOE_WGMMA_OF(FORMAT, TYPES, COLS)                                                                       \
+  template <>                                                                                                         \
+  struct WgmmaOf<FORMAT, COLS> {                                                                                      \
+    using Type =                                                                                                      \
+        cute::SM90::GMMA::MMA_64x##COLS##x16_F32##TYPES##_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
   };
+#define MXFP4_MOE_WGMMA(COLS)                            \
+  MXFP4_MOE_WGMMA_OF(MXFP4_MOE_ACT_BF16, BF16BF16, COLS) \
+  MXFP4_MOE_WGMMA_OF(MXFP4_MOE_ACT_FP16, F16F16, COLS)
 MXFP4_MOE_WGMMA(16)
 MXFP4_MOE_WGMMA(32)
 MXFP4_MOE_WGMMA(48)
@@ -37,6 +40,7 @@ MXFP4_MOE_WGMMA(192)
 MXFP4_MOE_WGMMA(224)
 MXFP4_MOE_WGMMA(256)
 #undef MXFP4_MOE_WGMMA
+#undef MXFP4_MOE_WGMMA_OF
 
 // The next narrower width that is worth its code, for a tile of m rows; 0: none. Below 32 columns expanding the weights
 // takes longer than the MMAs.
@@ -69,9 +73,9 @@ __device__ __forceinline__ uint64_t rows_descriptor(const uint8_t* from) {
 
 // Starts the two MMAs of a K block. act: the first row's half K tile, of which the block is the first or the second 64
 // bytes.
-template <int kCols>
+template <int kActFormat, int kCols>
 __device__ __forceinline__ void start_block(float* sums, const uint32_t (&a)[8], const uint8_t* act, int block) {
-  using Mma = typename WgmmaOf<kCols>::Type;
+  using Mma = typename WgmmaOf<kActFormat, kCols>::Type;
   const uint64_t b = rows_descriptor(act) + block * 4;  // units of 16 bytes
   cute::warpgroup_arrive();
   wgmma<Mma>(sums, a, b, std::make_index_sequence<kCols / 2>());
@@ -88,12 +92,13 @@ __device__ __forceinline__ void start_block(float* sums, const uint32_t (&a)[8],
 // one K tile into the next: where they did, ptxas gave every width operands of its own, and had none left.
 template <class Shape, int kCols>
 __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], int k, const SharedStorage<Shape>& smem,
-                                           Ring<Shape::kStages>& ring, const Places& at) {
+                                           Ring<Shape::kStages>& ring, const Places& at,
+                                           const typename ScalingOf<Shape>::Origin& origin) {
   // Where sums leave few registers, words are not loaded ahead.
   constexpr int kAhead = Shape::kMmaWarps > 8 && Shape::M > 64 ? 0 : 1;
   uint32_t a[2][8], words[1 + kAhead][2], scales[2];
-  using Scales = Scaling<Shape::kWeightFormat>;
-  const uint32_t unit = scale_unit<Shape::kWeightFormat>();
+  using Scales = ScalingOf<Shape>;
+  const typename Scales::Kept kept = Scales::keep(origin);
   // Of any of the warpgroup's 64 rows, a block of weights: its warps must not part.
   const uint32_t block_scales = at.block + lane_id() * 8;
   bool large = false;
@@ -107,10 +112,11 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
   };
   const auto expand_block = [&](auto block) {
     constexpr int kBlock = decltype(block)::value;
-    expand_rows<Shape::kWeightFormat, false>(a[kBlock % 2], words[kBlock % (1 + kAhead)], scales, kBlock, unit);
+    expand_rows<Scales, false>(a[kBlock % 2], words[kBlock % (1 + kAhead)], scales, kBlock, kept);
   };
   const auto start = [&](int stage, int block, const uint32_t (&operand)[8]) {
-    start_block<kCols>(&acc[0][0][0], operand, smem.act(stage) + block / 2 * Shape::kHalfBytes, block % 2);
+    start_block<Shape::kActFormat, kCols>(&acc[0][0][0], operand, smem.act(stage) + block / 2 * Shape::kHalfBytes,
+                                          block % 2);
   };
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
@@ -145,7 +151,7 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
     for (int block = 0; block < blocks; ++block) {
       uint32_t at_once[2];
       load_words<2>(at_once, smem.weight(stage) + at.words + block * kWeightStepBytes);
-      expand_rows<Shape::kWeightFormat, Scales::kHasLarge>(a[0], at_once, scales, block, unit);
+      expand_rows<Scales, Scales::kHasLarge>(a[0], at_once, scales, block, kept);
       start(stage, block, a[0]);
       cute::warpgroup_wait<0>();
     }
@@ -173,18 +179,18 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
 // As narrow as the rows allow.
 template <class Shape, int kCols>
 __device__ __forceinline__ void sum_rows(int rows, float (&acc)[1][Shape::kFragN][4], int k,
-                                         const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
-                                         const Places& at) {
+                                         const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring, const Places& at,
+                                         const typename ScalingOf<Shape>::Origin& origin) {
   constexpr int kNarrower = narrower(Shape::M, kCols);
   if constexpr (kNarrower > 0) {
-    if (rows <= kNarrower) return sum_rows<Shape, kNarrower>(rows, acc, k, smem, ring, at);
+    if (rows <= kNarrower) return sum_rows<Shape, kNarrower>(rows, acc, k, smem, ring, at, origin);
   }
-  sum_over_k<Shape, kCols>(acc, k, smem, ring, at);
+  sum_over_k<Shape, kCols>(acc, k, smem, ring, at, origin);
 }
 
 template <class Shape>
 struct WgmmaSum {
-  static constexpr float kUnit = Scaling<Shape::kWeightFormat>::kUnit;
+  static constexpr float kUnit = ScalingOf<Shape>::kUnit;
   const GemmParams& p;
   const SharedStorage<Shape>& smem;
 
@@ -195,7 +201,8 @@ struct WgmmaSum {
                                              const TileCoord& coord) const {
     const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
     const Places at = places<Shape>(first_row<Shape>(warp_id() * Shape::kWarpM + lane_id() / 4));
-    sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at);
+    const auto origin = ScalingOf<Shape>::Origin::of(p.factors, rows.expert);
+    sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at, origin);
   }
 };
 
@@ -207,8 +214,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
 }
 
-template <class Shape, int kWeightFormat, int M, int N>
-constexpr auto kernel_of(WgmmaShape<kWeightFormat, M, N>*) {
+template <class Shape, class Pair, int M, int N>
+constexpr auto kernel_of(WgmmaShape<Pair, M, N>*) {
   return grouped_gemm_wgmma<Shape>;
 }
 

@@ -26,10 +26,11 @@ def activation_formats(
         weight_format: of the weights, "mxfp4" or "nvfp4".
 
     Returns:
-        Names, `fused_moe`'s default first where it is among them. Of MXFP4 weights ("mxfp8", "bf16", "mxfp4") on SM90
-        GPUs and for CPU tensors; on SM12x GPUs what the wheel was built for: ("mxfp8",), or all three in a wheel of
-        profile `full`, each of which reads weights that were put in its word order (`MoEWeights.to`). Of NVFP4 weights
-        ("nvfp4", "bf16") for CPU tensors and, in a wheel of profile `full`, on both. () where the wheel has no kernels.
+        Names, `fused_moe`'s default first where it is among them. CPU tensors have all: of MXFP4 weights ("mxfp8",
+        "bf16", "mxfp4", "fp16"), of NVFP4 weights ("nvfp4", "bf16", "fp16"). GPUs have what the wheel was built for: of
+        MXFP4 weights any wheel ("mxfp8",) on SM12x and ("mxfp8", "bf16", "mxfp4") on SM90; one of profile `full` all on
+        both, on SM12x each of weights that were put in its word order (`MoEWeights.to`). () where the wheel has no
+        kernels.
 
     Raises:
         TypeError, ValueError: no device, such as a dtype.
@@ -79,29 +80,31 @@ def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
     return activation_format
 
 
-def check_activation_format(activation_format: str, is_mxfp8: bool) -> None:
+def check_activation_format(activation_format: str, is_mxfp8: bool, dtype: torch.dtype | None = None) -> None:
     """The part of the check that needs neither device nor weights; also while a graph is traced.
 
     Args:
         activation_format: the argument.
         is_mxfp8: whether the hidden states are MXFP8 already.
+        dtype: theirs.
 
     Raises:
+        TypeError: 'fp16' with bfloat16 hidden states, many of which float16 has not the range for.
         ValueError: not a format, or one that MXFP8 hidden states cannot be brought to.
     """
     if activation_format == "mxfp8":
         return
-    if activation_format == "fp16":
-        raise ValueError(
-            "activation_format: expected 'mxfp8' or 'bf16', got 'fp16', for which there is no kernel yet; pass 'bf16', "
-            "which takes float16 hidden_states too, or 'mxfp8'"
-        )
     if activation_format not in ACTIVATION_NAMES:
         raise ValueError(f"activation_format: expected {ACTIVATIONS_IN_WORDS}, got {activation_format!r}")
     if is_mxfp8:
         raise ValueError(
             f"activation_format: expected 'mxfp8' for hidden_states that are MXFP8 already, got {activation_format!r}; "
             "pass bfloat16 or float16 hidden_states without hidden_states_scale"
+        )
+    if activation_format == "fp16" and dtype is torch.bfloat16:
+        raise TypeError(
+            "hidden_states: expected float16 for activation_format 'fp16', got bfloat16, whose range float16 has not; "
+            "pass activation_format='bf16', or hidden_states.half() where its values are known to be below 65520"
         )
 
 
@@ -122,6 +125,10 @@ def check_format_on(
     words += f"read, got {activation_format!r}"
     pair = pair_of(activation_format, weight_format.value)
     lacks = loading.manifest().refusal(wheel.profile(), pair)
+    if activation_format == "fp16":
+        other = "activation_format 'bf16' takes float16 hidden_states too"
+        other = other if "bf16" in formats else "CPU tensors take it"
+        raise ValueError(f"{words}: {lacks or 'no tile that was built has it'}; {other}")
     raise ValueError(
         f"{words}: {lacks or 'no tile that was built has it'}; SM90 GPUs and CPU tensors take it with any wheel"
     )

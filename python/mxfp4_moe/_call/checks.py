@@ -174,7 +174,7 @@ def check_hidden_states(
         if scale_layout == "swizzled":
             shape = (-(-tokens // 128) * -(-hidden_size // 128) * 512,)
         _check("hidden_states_scale", hidden_states_scale, _UINT8, shape, shape, device)
-    check_activation_format(activation_format, hidden_states_scale is not None)
+    check_activation_format(activation_format, hidden_states_scale is not None, hidden_states.dtype)
     if output_dtype is None:
         return hidden_states.dtype if hidden_states_scale is None else torch.bfloat16
     if output_dtype not in _HALVES:

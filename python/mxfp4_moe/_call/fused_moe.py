@@ -39,7 +39,7 @@ def fused_moe(
     """One MoE layer with MXFP4 weights: sum over a token's experts of topk_weight * (w2 . act(w13 . x + b13) + b2).
 
     T tokens, k experts per token, E experts, H hidden size. Activations are quantized to MXFP8 before each of the two
-    GEMMs, or to FP4, or only rounded to bfloat16 (activation_format); weights may be NVFP4 (`MoEWeights`). A token's
+    GEMMs, or to FP4, or taken as 16-bit floats (activation_format); weights may be NVFP4 (`MoEWeights`). A token's
     result depends on nothing but that token: the same bits in every batch and with every tile. For inference: a
     gradient that is asked for is an error of the backward pass. Work is queued on the current CUDA stream, without
     synchronization; CUDA graphs capture it, and any number of threads and streams may call at once. All tensors are
@@ -71,17 +71,19 @@ def fused_moe(
             FlashInfer does; there a value beyond float16's range becomes an infinity, which makes its token NaN unless
             the activation clamps it. Without it they stay in float32 until MXFP8, which is closer to the exact layer.
         activation_format: to what the values that each GEMM reads are brought before: "mxfp8"; "bf16", which is
-            closer to the exact layer, and on SM90 as fast; or "mxfp4", which is farther from it, and of which SM12x
-            multiplies twice as many. Of NVFP4 weights "nvfp4", or "bf16". None: "mxfp8", of NVFP4 weights "nvfp4". CPU
-            tensors and SM90 take all, SM12x others than "mxfp8" with weights in their word order and a wheel of profile
-            `full`, which NVFP4 weights take on every GPU (`activation_formats`, `MoEWeights.to`). Hidden states that
-            are MXFP8 stay it.
+            closer to the exact layer, and on SM90 as fast; "fp16", of float16 hidden states, which is closer yet where
+            values are in float16's range: what the activation gives beyond it is infinite, and MXFP4 weights more than
+            24 binades below the largest scale of their expert's matrix are rounded, with a warning (`formats.
+            mxfp4_in_fp16`); or "mxfp4", which is farther from it, and of which SM12x multiplies twice as many. Of NVFP4
+            weights "nvfp4", "bf16" or "fp16". None: "mxfp8", of NVFP4 weights "nvfp4". What devices take:
+            `activation_formats`; on SM12x weights in its word order (`MoEWeights.to`). Hidden states that are MXFP8
+            stay it.
 
     Returns:
         [T, H] in the output dtype: `output` where it was given.
 
     Raises:
-        TypeError: an argument of another type or dtype.
+        TypeError: an argument of another type or dtype, such as bfloat16 hidden_states with "fp16".
         ValueError: an argument of another shape, device or stride; a tile that is not in the manifest; weights on
             another device, or in another's word order; more experts or slots than the limits; an activation_format
             that is none, or that the device has no kernels for.
@@ -126,6 +128,7 @@ def fused_moe(
     tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights, device, activation_format)
 
     if hidden_states.is_cpu:
+        weights.ready_for(activation_format)
         with torch.no_grad():
             result = reference.fused_moe(
                 hidden_states,
@@ -174,6 +177,14 @@ def _traced(
             "weights: expected MXFP4 under torch.compile and torch.export, got NVFP4, which graphs do not have yet; "
             "call fused_moe outside of the graph (torch.compiler.disable)"
         )
+    w13_factors, w2_factors = None, None
+    if activation_format == "fp16":
+        if weights._fp16 is None:  # making them reads values, which a trace has not
+            raise ValueError(
+                "weights: expected ones that are ready for activation_format 'fp16' under torch.compile and "
+                f"torch.export; take weights.to('{weights.device}', activation_format='fp16') outside of the graph"
+            )
+        w13_factors, w2_factors = (as_fake(factors, hidden_states) for factors in weights._fp16[0])
     alpha, alphas = split_number(weights.alpha, 0.0)
     beta, betas = split_number(weights.beta, 0.0)
     limit, limits = split_number(weights.limit, None)
@@ -201,5 +212,7 @@ def _traced(
         intermediate_rounding,
         weights.num_global_experts,
         activation_format,
+        w13_factors,
+        w2_factors,
     )
     return result

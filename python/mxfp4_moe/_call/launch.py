@@ -43,6 +43,9 @@ def run(
         rare = {**rare, "intermediate_rounding": True}
     if activation_format != "mxfp8":
         rare = {**rare, "activation_format": code_of(activation_format)}
+        if activation_format == "fp16":
+            w13_factors, w2_factors = weights.fp16_factors()
+            rare |= {"w13_factors": w13_factors, "w2_factors": w2_factors}
     if router is not None and router.operator_arguments:
         rare = {**rare, **router.operator_arguments}
     try:

@@ -60,6 +60,8 @@ class LayerCall(NamedTuple):
     intermediate_rounding: bool = False
     num_global_experts: int = 0  # of the layer of which w13 is a part, for the choice of a tile; 0: those of w13
     activation_format: str = "mxfp8"
+    w13_factors: Tensor | None = None  # `MoEWeights.fp16_factors`, of the format "fp16"
+    w2_factors: Tensor | None = None
 
     def check(self, device: torch.device) -> None:
         """Checks the tensors that come with each call; also fake ones."""
@@ -137,6 +139,7 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
     among = call.num_global_experts or experts
     chosen = select(tokens, top_k, among, *sizes, device.index, call.activation_format, WeightFormat.MXFP4)
     op, tile = launch.layer_operator_for(call.activation_format, device.index, chosen)
+    factors = {"w13_factors": call.w13_factors, "w2_factors": call.w2_factors} if call.w13_factors is not None else {}
     output = torch.empty_like(hidden_states, dtype=call.output_dtype)
     try:
         op(
@@ -166,6 +169,7 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
             call.scale_layout == "swizzled",
             call.intermediate_rounding,
             code_of(call.activation_format),
+            **factors,
         )
     except RuntimeError as error:
         errors.explain(f"mxfp4_moe::moe_layer cannot run on {device}", error)

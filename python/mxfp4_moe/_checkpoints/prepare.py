@@ -27,7 +27,7 @@ def empty(experts: int, n: int, k: int, device: torch.device, kind: WeightFormat
 def prepare(source: Rows, rows: Tensor, k: int, order: WordOrder, weight: Tensor, kind: WeightFormat = _MXFP4) -> None:
     """Writes one expert: prepared row i is the source's row rows[i]."""
     n = len(rows)
-    for piece in _pieces(n):
+    for piece in pieces_of(n):
         # Where an expert has few blocks, quantizing takes smaller steps yet.
         parts = [source(rows[some]) for some in _spans(piece.start, piece.stop, ceil_div(n, _PIECES))]
         packed, scales = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
@@ -43,7 +43,7 @@ def restore(
     packed = torch.empty((experts, n, k // 2), dtype=torch.uint8, device=weight.device)
     scales = torch.empty((experts, n, k // kind.block), dtype=torch.uint8, device=weight.device)
     for e in range(experts):
-        for piece in _pieces(n):
+        for piece in pieces_of(n):
             packed[e, rows[piece]], scales[e, rows[piece]] = kind.read_rows(weight[e], n, k, piece, order)
     return packed, scales
 
@@ -78,7 +78,7 @@ def move(
     return result
 
 
-def _pieces(n: int) -> Iterator[slice]:
+def pieces_of(n: int) -> Iterator[slice]:
     """Rows [0, n) in about _PIECES pieces of whole blocks."""
     step = ceil_div(ceil_div(n, _PIECES), WEIGHT_BLOCK_ROWS) * WEIGHT_BLOCK_ROWS
     return _spans(0, n, step)

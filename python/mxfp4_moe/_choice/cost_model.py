@@ -29,7 +29,7 @@ _SCHEDULERS = 4
 _ISSUE_EFFICIENCY = 0.8
 _OVERLAP = 4.0
 _WEIGHT_BYTES = {"mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
-_ACT_BYTES = {"mxfp8": 1.0, "bf16": 2.0, "mxfp4": 0.5, "nvfp4": 0.5}
+_ACT_BYTES = {"mxfp8": 1.0, "bf16": 2.0, "fp16": 2.0, "mxfp4": 0.5, "nvfp4": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,9 @@ class ArchModel:
 ARCH_MODELS = {
     12: ArchModel(arch="120f", mma_flops_per_clock=2048.0, loop_instructions=(51.5, 8.4, 0.0, 8.8)),
 }
-# With bf16 activations. Dense bf16 MMAs that accumulate in float32, of the maker's tables: 1024 flops (503.8 TFLOP/s of
-# an RTX PRO 6000), of which GeForce has half (209.5 TFLOP/s of an RTX 5090).
+# With bf16 or fp16 activations. Dense bf16 MMAs that accumulate in float32, of the maker's tables: 1024 flops (503.8
+# TFLOP/s of an RTX PRO 6000), of which GeForce has half (209.5 TFLOP/s of an RTX 5090). The tables have the same of
+# fp16 MMAs that accumulate in float32; the line of instructions is of bf16's kernels, whose expansion fp16's share.
 _IN_BF16 = ArchModel(arch="120f", mma_flops_per_clock=1024.0, loop_instructions=(78.1, 52.3, 3.1, 14.1))
 _GEFORCE_BF16_FLOPS = 512.0
 # FP4 with FP4. Dense kind::mxf4 and kind::mxf4nvf4 that accumulate in float32, of the maker's tables, which give
@@ -65,7 +66,7 @@ def _model_of(device: DeviceFacts, proof: TileProof) -> ArchModel:
     model = arch_model(device.capability)
     if proof.pair in FP4_PAIRS:
         return _IN_FP4
-    if not proof.reads_bf16:
+    if not proof.reads_halves:
         return model
     return replace(_IN_BF16, mma_flops_per_clock=_GEFORCE_BF16_FLOPS) if "GeForce" in device.name else _IN_BF16
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..formats import BLOCK, NVFP4_BLOCK, mxfp8_to_bf16
+from ..formats import (
+    BLOCK,
+    NVFP4_BLOCK,
+    largest_scale,
+    mxfp4_in_fp16,
+    mxfp8_to_bf16,
+    nvfp4_in_fp16,
+)
 from .groups import Groups, GroupSteps, ScaleFormat, groups
 from .operands import WEIGHT_UNITS, Format, Operand, float_operand, fp4_to_bf16, operand, unit_weights
 from .steps import Steps
@@ -25,12 +32,25 @@ def accumulator_unit(arithmetic: Arithmetic, pair: str) -> float:
 
 
 def pieces(
-    arithmetic: Arithmetic, pair: str, rows: Tensor, row_scales: Tensor | None, packed: Tensor, scales: Tensor
+    arithmetic: Arithmetic,
+    pair: str,
+    rows: Tensor,
+    row_scales: Tensor | None,
+    packed: Tensor,
+    scales: Tensor,
+    largest: Tensor | None = None,
 ) -> Iterator[tuple[tuple[slice, slice], Iterator[Steps | GroupSteps]]]:
     """A GEMM's output in pieces, each with its steps in k order, one at a time. Arguments as those of `gemm`.
 
-    The steps of a rule that takes bfloat16 have a part of each weight (`unit_weights`): see `accumulator_unit`.
+    The steps of a rule that takes bfloat16 have a part of each weight (`unit_weights`): see `accumulator_unit`. Those
+    of a rule of float16 have `formats.mxfp4_in_fp16` or `formats.nvfp4_in_fp16`.
+
+    Args:
+        largest: int32 [N], of MXFP4 weights in float16 to which of the scales each row is relative; None: to the
+            largest of these weights.
     """
+    if largest is None and arithmetic.operands == "fp16" and pair.startswith("mxfp4"):
+        largest = largest_scale(packed, scales).expand(len(packed))
     (n, m), k = (len(packed), len(rows)), 2 * packed.shape[1]
     weight_bytes, step_bytes = (512 << 20, 64 << 20) if rows.is_cuda else (128 << 20, _STEP_BYTES_CPU)
     columns = max(1, min(n, max(64, weight_bytes // (40 * max(k, 1)))))
@@ -40,7 +60,7 @@ def pieces(
     a = _rows(arithmetic, pair, rows, row_scales)
     for c in range(0, n, columns):
         some = slice(c, c + columns)
-        b = _weights(arithmetic, pair, packed[some], scales[some])
+        b = _weights(arithmetic, pair, packed[some], scales[some], None if largest is None else largest[some])
         for r in range(0, m, count):
             place = slice(r, r + count), some
             starts = range(0, -(-k // arithmetic.products), many)
@@ -58,7 +78,7 @@ def _steps(arithmetic: Arithmetic, a: Operand | Groups, b: Operand | Groups) -> 
 
 def _rows(arithmetic: Arithmetic, pair: str, rows: Tensor, row_scales: Tensor | None) -> Operand | Groups:
     activations = pair.partition("_")[2]
-    if activations == "bf16":
+    if activations in ("bf16", "fp16"):
         return _floats(arithmetic, rows)
     assert row_scales is not None
     if arithmetic.operands == "bf16":
@@ -71,8 +91,15 @@ def _rows(arithmetic: Arithmetic, pair: str, rows: Tensor, row_scales: Tensor | 
     return groups(arithmetic, _nibbles(rows), row_scales, _scale_format(activations))
 
 
-def _weights(arithmetic: Arithmetic, pair: str, packed: Tensor, scales: Tensor) -> Operand | Groups:
+def _weights(
+    arithmetic: Arithmetic, pair: str, packed: Tensor, scales: Tensor, largest: Tensor | None
+) -> Operand | Groups:
     weights, nibbles = pair.partition("_")[0], _nibbles(packed)
+    if arithmetic.operands == "fp16":
+        if weights == "nvfp4":
+            return _floats(arithmetic, nvfp4_in_fp16(nibbles, scales))
+        assert largest is not None
+        return _floats(arithmetic, mxfp4_in_fp16(nibbles, scales, largest))
     if arithmetic.operands == "bf16":
         return _floats(arithmetic, unit_weights(nibbles, scales, weights))
     if arithmetic.group == 1:

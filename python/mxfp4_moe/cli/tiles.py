@@ -183,8 +183,8 @@ def explain_text(tile: Tile) -> str:
 def _proof_text(proof: TileProof, archs: str) -> str:
     tile = proof.tile
     roles = "A = weights, B = activations" if proof.weights_are_a else "A = activations, B = weights"
-    if proof.reads_bf16:
-        roles += ", both bf16"
+    if proof.reads_halves:
+        roles += f", both {proof.pair.partition('_')[2]}"
     rows = [
         ("activations", proof.act_bytes),
         ("weights and scales", proof.weight_bytes),

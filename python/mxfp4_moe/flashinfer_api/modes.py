@@ -206,7 +206,9 @@ def _check_group_scaling(
     if mxfp8:
         raise ValueError(f"use_mxfp8_act_scaling: expected False for {mode}, got True")
     if input_dtype is not torch.bfloat16:
-        raise TypeError(f"{of_input}: expected torch.bfloat16 for {mode}, as FlashInfer, got {input_dtype}")
+        # FlashInfer 0.7.2.post1, flashinfer_cutlass_fused_moe_binding.cu: its weights' layout does not go with float16.
+        more = "; activation_format='fp16' of mxfp4_moe's own call takes it" if input_dtype is torch.float16 else ""
+        raise TypeError(f"{of_input}: expected torch.bfloat16 for {mode}, as FlashInfer, got {input_dtype}{more}")
 
 
 def _refuse_quantization(argument: str, quantization: str) -> None:

@@ -18,7 +18,7 @@ from .numbers import BLOCK
 
 # What the two GEMMs of a call read, in the order of csrc/moe/kernels.h, ActivationFormat; which of them a device has is
 # `activation_formats`'s to say.
-ACTIVATION_NAMES = ("mxfp8", "bf16", "mxfp4", "nvfp4")
+ACTIVATION_NAMES = ("mxfp8", "bf16", "mxfp4", "nvfp4", "fp16")
 ACTIVATIONS_IN_WORDS = f"{', '.join(map(repr, ACTIVATION_NAMES[:-1]))} or {ACTIVATION_NAMES[-1]!r}"
 
 WEIGHT_BLOCK_ROWS = 64  # rows of a block of prepared weights; csrc/shared/weight_layout.cuh
@@ -34,7 +34,7 @@ class WordOrder(str, Enum):
     """
 
     CONTAINERS = "containers"  # SM12x's MMA of MXFP8, and devices without kernels: k = 8t .. 8t+7, rotated left by 2
-    PAIRS = "pairs"  # MMAs of bf16 (SM90's all, SM12x's of bf16 activations): four pairs of neighbours, one a half
+    PAIRS = "pairs"  # MMAs of bf16 and fp16 (SM90's, SM12x's of such activations): four pairs of neighbours, one a half
     PLAIN = "plain"  # SM12x's MMAs of FP4 alone, which take codes as they come: k = 8t .. 8t+7
 
     @classmethod
@@ -52,6 +52,7 @@ _ORDERS_OF_SM12X = {
     "bf16": WordOrder.PAIRS,
     "mxfp4": WordOrder.PLAIN,
     "nvfp4": WordOrder.PLAIN,
+    "fp16": WordOrder.PAIRS,
 }
 
 
@@ -61,7 +62,7 @@ def word_order_of(device: torch.device, activation_format: str = "mxfp8") -> Wor
     Args:
         device: with its index, as tensors have it.
         activation_format: of the calls (`fused_moe`): on SM12x "mxfp8", "bf16" and FP4 have kernels of their own, which
-            read their own orders, of MXFP4 and NVFP4 weights alike; SM90's read one order.
+            read their own orders, of MXFP4 and NVFP4 weights alike; "fp16" has that of "bf16". SM90's read one order.
 
     Raises:
         TypeError, ValueError: no name of a format.

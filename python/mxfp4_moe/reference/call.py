@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import require_tensor
 from ..arithmetic import Arithmetic
 from ..formats import WeightFormat
 from ..weights import MoEWeights
@@ -12,8 +13,8 @@ from . import chain, fp4
 
 # What CPU tensors can have, by the format of the weights; the default first.
 CPU_ACTIVATION_FORMATS = {
-    WeightFormat.MXFP4: (*chain.ACTIVATION_FORMATS, "mxfp4"),
-    WeightFormat.NVFP4: ("nvfp4", "bf16"),
+    WeightFormat.MXFP4: ("mxfp8", "bf16", "mxfp4", "fp16"),
+    WeightFormat.NVFP4: ("nvfp4", "bf16", "fp16"),
 }
 
 
@@ -33,19 +34,20 @@ def fused_moe(
     """One MoE layer: the sum over each token's experts of topk_weight * (w2 . act(w13 . x + bias) + bias).
 
     Activations are quantized to MXFP8 (`quantize_mxfp8`), MXFP4 (`quantize_mxfp4_activations`) or NVFP4
-    (`quantize_nvfp4`), or rounded to bfloat16, before each GEMM. The second GEMM's rows are rounded to bfloat16 before
+    (`quantize_nvfp4`), or rounded to bfloat16 or float16, before each GEMM. The second GEMM's rows are bfloat16 before
     the weighted sum; for a float16 output they are not, and the sum alone is rounded to it.
 
     Args:
-        hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn.
+        hidden_states: bfloat16 or float16 [T, H]; T may be 0. With hidden_states_scale: uint8 or float8_e4m3fn. With
+            activation_format "fp16": float16.
         topk_weights: float32 [T, k], the router weights.
         topk_ids: int32 or int64 [T, k]; ids < 0 or >= E contribute nothing; an expert may repeat within a token.
         weights: prepared weights on the same device.
         hidden_states_scale, scale_layout: as for `mxfp8_rows`.
         output_dtype: bfloat16 or float16; None: the dtype of hidden_states, bfloat16 where that is MXFP8.
         intermediate_rounding: `activate` with the output dtype as its rounding.
-        activation_format: of MXFP4 weights "mxfp8", the default, or "bf16" and "mxfp4", neither of hidden states that
-            are MXFP8; of NVFP4 weights "nvfp4", the default, or "bf16".
+        activation_format: of MXFP4 weights "mxfp8", the default, or "bf16", "mxfp4" and "fp16", none of hidden states
+            that are MXFP8; of NVFP4 weights "nvfp4", the default, "bf16" or "fp16".
         arithmetic: of the two GEMMs; None: as for `grouped_gemm`, and SM12x's of FP4 x FP4.
 
     Returns:
@@ -66,6 +68,8 @@ def fused_moe(
             f"activation_format: expected {expected} with {weights.weight_format.value} weights, got "
             f"{activation_format!r}"
         )
+    if activation_format == "fp16" and hidden_states_scale is None:
+        require_tensor("hidden_states", hidden_states, torch.float16)
     if weights.weight_format is WeightFormat.NVFP4 or activation_format == "mxfp4":
         if hidden_states_scale is not None:
             raise ValueError(

@@ -25,7 +25,7 @@ from .gemm import Rows, _grouped_gemm
 
 _IDS = (torch.int32, torch.int64)
 _HALVES = (torch.bfloat16, torch.float16)
-ACTIVATION_FORMATS = ("mxfp8", "bf16")  # of this chain; `fp4` has those of FP4
+ACTIVATION_FORMATS = ("mxfp8", "bf16", "fp16")  # of this chain; `fp4` has those of FP4
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_LAYOUTS = ("linear", "swizzled")
 # Of the second GEMM's rows, by output dtype: a row beyond float16 may have a weight with which the sum is not.
@@ -164,7 +164,7 @@ def fused_moe(
     activation_format: str = "mxfp8",
     arithmetic: Arithmetic | None = None,
 ) -> Tensor:
-    """`reference.fused_moe` of MXFP4 weights with "mxfp8" or "bf16" activations; arguments as there."""
+    """`reference.fused_moe` of MXFP4 weights with "mxfp8", "bf16" or "fp16" activations; arguments as there."""
     if output_dtype is None:
         output_dtype = default_output_dtype(hidden_states, hidden_states_scale)
     rounding = output_dtype if intermediate_rounding else None
@@ -190,10 +190,12 @@ def fused_moe(
 
 @exact
 def as_rows(values: Tensor, activation_format: str) -> Rows:
-    """Floats [R, K] as a GEMM reads them: `quantize_mxfp8`, or bfloat16 alone."""
+    """Floats [R, K] as a GEMM reads them: `quantize_mxfp8`, or bfloat16 or float16 alone, beyond which is infinity."""
     if activation_format not in ACTIVATION_FORMATS:
-        raise ValueError(f"activation_format: expected 'mxfp8' or 'bf16', got {activation_format!r}")
-    return (values.to(torch.bfloat16), None) if activation_format == "bf16" else quantize_mxfp8(values)
+        raise ValueError(f"activation_format: expected 'mxfp8', 'bf16' or 'fp16', got {activation_format!r}")
+    if activation_format == "mxfp8":
+        return quantize_mxfp8(values)
+    return values.to(torch.float16 if activation_format == "fp16" else torch.bfloat16), None
 
 
 @exact
@@ -214,7 +216,7 @@ def layer(
 
     Args:
         between: (GEMM1's output float32 [R, 2I] or [R, I], row_expert int64 [R]) -> MXFP8 codes uint8 [R, I] in plain
-            k order and scales uint8 [R, I/32], or bfloat16 [R, I] and None. R counts the valid rows.
+            k order and scales uint8 [R, I/32], or bfloat16 or float16 [R, I] and None. R counts the valid rows.
     """
     tokens, hidden = hidden_states.shape[0], weights.hidden_size
     shape = ("T", hidden)

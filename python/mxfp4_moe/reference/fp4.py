@@ -16,13 +16,21 @@ from torch import Tensor
 
 from .._arguments import require_tensor
 from .._torch_state import exact
-from ..arithmetic import SM90_BF16, Arithmetic, gemm, of_arch
-from ..formats import NVFP4_BLOCK, WeightFormat, nvfp4_row_scales, quantize_mxfp4_activations, quantize_nvfp4
+from ..arithmetic import SM90_BF16, SM90_FP16, Arithmetic, gemm, of_arch
+from ..formats import (
+    FP16_NVFP4_UNIT,
+    NVFP4_BLOCK,
+    WeightFormat,
+    nvfp4_row_scales,
+    quantize_mxfp4_activations,
+    quantize_nvfp4,
+)
 from ..weights import MoEWeights
 from .activation import activate
 from .chain import ROW_DTYPES, finalize, route
 
 _HALVES = (torch.bfloat16, torch.float16)
+_RULES = {"bf16": SM90_BF16, "fp16": SM90_FP16}  # of activations that are not quantized
 _IDS = (torch.int32, torch.int64)
 
 
@@ -30,7 +38,7 @@ _IDS = (torch.int32, torch.int64)
 class Fp4Rows:
     """What a GEMM reads, sorted by expert."""
 
-    values: Tensor  # uint8 [R, K/2] E2M1, or bfloat16 [R, K]
+    values: Tensor  # uint8 [R, K/2] E2M1, or bfloat16 or float16 [R, K]
     scales: Tensor | None  # uint8 [R, K/16] E4M3 of NVFP4, [R, K/32] E8M0 of MXFP4
     factor: Tensor | None  # float32 [R], what undoes NVFP4's global scale
 
@@ -41,8 +49,8 @@ def quantize_rows(values: Tensor, activation_format: str, given: tuple[Tensor, T
     Args:
         given: of NVFP4, the global scale of each row and its reciprocal, float32 [R]; None: from each row's amax.
     """
-    if activation_format == "bf16":
-        return Fp4Rows(values.to(torch.bfloat16), None, None)
+    if activation_format in _RULES:
+        return Fp4Rows(values.to(torch.float16 if activation_format == "fp16" else torch.bfloat16), None, None)
     if activation_format == "mxfp4":
         return Fp4Rows(*quantize_mxfp4_activations(values), None)
     if given is None:
@@ -64,12 +72,12 @@ def fused_moe(
     arithmetic: Arithmetic | None = None,
     hidden_states_scale: Tensor | None = None,
 ) -> Tensor:
-    """`reference.fused_moe` of NVFP4 weights with "nvfp4" or "bf16" activations, or of MXFP4 weights with "mxfp4".
+    """`reference.fused_moe` of NVFP4 weights with "nvfp4", "bf16" or "fp16" activations, or of MXFP4 with "mxfp4".
 
     Args:
         hidden_states_scale: E4M3 bytes [T, H/16] of hidden states that are NVFP4 already, uint8 [T, H/2], under the
             global scales that the weights have for their input; with "nvfp4" and an output_dtype.
-        arithmetic: of the two GEMMs; None: SM12x's of FP4 x FP4, and SM90's of bfloat16.
+        arithmetic: of the two GEMMs; None: SM12x's of FP4 x FP4, and SM90's of bfloat16 and float16.
     """
     experts, hidden, inter, kind = (
         weights.num_experts,
@@ -86,14 +94,14 @@ def fused_moe(
     require_tensor("topk_ids", topk_ids, _IDS, (len(hidden_states), "k"), weights.device)
     require_tensor("topk_weights", topk_weights, torch.float32, topk_ids.shape, weights.device)
     pair = f"{kind.value}_{activation_format}"
-    rule = arithmetic or (SM90_BF16 if activation_format == "bf16" else of_arch("120f", pair))
+    rule = arithmetic or _RULES.get(activation_format) or of_arch("120f", pair)
     dtype = hidden_states.dtype if output_dtype is None else output_dtype
 
     offsets, row_slot, slot_row = route(topk_ids - weights.first_expert, experts)
     row_slot = row_slot[: int(offsets[-1])]
     row_expert = torch.repeat_interleave(torch.arange(experts, device=offsets.device), offsets.diff())
     inputs = _input_scales(weights, row_expert) if activation_format == "nvfp4" else (None, None)
-    w13_factors, w2_factors = _column_factors(weights)
+    w13_factors, w2_factors = _column_factors(weights, FP16_NVFP4_UNIT if activation_format == "fp16" else 1.0)
 
     def grouped(rows: Fp4Rows, weight: Tensor, n: int, k: int, factors: Tensor | None) -> Tensor:
         out = torch.zeros(len(rows.values), n, dtype=torch.float32, device=rows.values.device)
@@ -135,12 +143,15 @@ def _input_scales(
     return w13, w2
 
 
-def _column_factors(weights: MoEWeights) -> tuple[Tensor | None, Tensor | None]:
-    """What the sums of w13's rows and of w2's are multiplied by for the weights: float32 [E, W] and [E, 1]; or None."""
+def _column_factors(weights: MoEWeights, unit: float) -> tuple[Tensor | None, Tensor | None]:
+    """What the sums of w13's rows and of w2's are multiplied by for the weights: float32 [E, W] and [E, 1]; or None.
+
+    `unit` is what the weights are divided by that the sums are of.
+    """
     if weights.weight_format is not WeightFormat.NVFP4:
         return None, None
     assert weights.tensor_scales is not None
-    w13, w2 = weights.tensor_scales.factors()
+    w13, w2 = (factors * unit for factors in weights.tensor_scales.factors())
     row = torch.arange(weights.w13_rows, device=weights.device)
     part = row % 16 // 8 if weights.activation.is_gated else torch.zeros_like(row)
     return w13[:, part], w2.unsqueeze(1)

@@ -1,6 +1,6 @@
-"""What the kernels of bf16 MMAs make of a tile: SM90's two, and SM12x's for activations that are not quantized.
+"""What the kernels of bf16 and fp16 MMAs make of a tile: SM90's two, and SM12x's for activations not quantized.
 
-Weights are MXFP4 or NVFP4, whose blocks are larger.
+Weights are MXFP4 or NVFP4, whose blocks are larger; bf16 and fp16 differ in nothing here.
 
 Mirrors csrc/tile/bf16/tile_shape.cuh, csrc/tile/sm90/tile_shape.cuh and csrc/tile/sm12x/bf16_tile_shape.cuh, statement
 by statement; the build compares them after every compile.
@@ -8,7 +8,7 @@ by statement; the build compares them after every compile.
 
 from __future__ import annotations
 
-from .pairs import MXFP4_BF16, NVFP4_BF16
+from .pairs import HALF_PAIRS, MXFP4_BF16, NVFP4_BF16
 from .proof import WEIGHT_BLOCK_ROWS, TileProof, shape_refusals, stage_refusals, weight_block_bytes
 from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, smem_per_sm
 from .tile import Tile
@@ -35,7 +35,7 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
             mma_warps=n // 16,
             moves_registers=moves_registers,
             most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
-            folds=True,
+            folds=pair in (MXFP4_BF16, NVFP4_BF16),
         )
     return _prove(
         tile,
@@ -46,12 +46,12 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
         mma_warps=4,
         moves_registers=False,
         most_blocks=6,
-        folds=True,
+        folds=pair in (MXFP4_BF16, NVFP4_BF16),
     )
 
 
 def prove_sm12x_bf16(tile: Tile, arch: str, pair: str) -> TileProof:
-    """`prove` on SM12x for bf16 activations: Sm12xBf16."""
+    """`prove` on SM12x for bf16 and fp16 activations: Sm12xBf16."""
     m, n = max(tile.m, 1), max(tile.n, 1)
     swap, moves_registers = n >= 64, m * n >= 128 * 256
     return _prove(
@@ -81,7 +81,7 @@ def _prove(
     folds: bool,
     loads_ahead: bool = True,
 ) -> TileProof:
-    assert pair in (MXFP4_BF16, NVFP4_BF16)
+    assert pair in HALF_PAIRS
     refusals = shape_refusals(tile)
     m, n = max(tile.m, 1), max(tile.n, 1)  # the sizes of a senseless tile are senseless too, but never by zero
     wgmma = function == "grouped_gemm_wgmma"
@@ -96,7 +96,7 @@ def _prove(
     accumulators = fragments_m * fragments_n * 4
     mma_registers = 112 if mma_warps > 8 else 240
     threads = (mma_warps + (4 if moves_registers else 1)) * 32
-    act_bytes = 2 * m * 128  # bf16, as two halves of a K tile
+    act_bytes = 2 * m * 128  # 16 bits each, as two halves of a K tile
     weight_bytes = ceil_div(n, WEIGHT_BLOCK_ROWS) * weight_block_bytes(pair)
     stage_bytes = act_bytes + weight_bytes
     activates = n >= 64
@@ -144,7 +144,7 @@ def _prove(
         pair=pair,
         function=function,
         opcode="HGMMA" if wgmma else "HMMA",
-        reads_bf16=True,
+        reads_halves=True,
         activates=activates,
         weights_are_a=swap,
         physical_m=physical_m,

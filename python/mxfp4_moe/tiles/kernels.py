@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..archs import check_arch
 from .bf16 import prove_sm12x_bf16, prove_sm90
-from .pairs import MXFP4_BF16, MXFP4_MXFP8, NVFP4_BF16, PAIRS, kernel_pair
+from .pairs import HALF_PAIRS, MXFP4_MXFP8, PAIRS, kernel_pair
 from .proof import TileProof, prove_sm12x
 from .tile import Tile
 
@@ -21,7 +21,7 @@ def prove(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> TileProof:
     reads = kernel_pair(arch, pair)
     if check_arch(arch)[0] == 9:
         return prove_sm90(tile, arch, reads)
-    return prove_sm12x_bf16(tile, arch, reads) if reads in (MXFP4_BF16, NVFP4_BF16) else prove_sm12x(tile, arch, reads)
+    return prove_sm12x_bf16(tile, arch, reads) if reads in HALF_PAIRS else prove_sm12x(tile, arch, reads)
 
 
 def facts(tile: Tile, arch: str, pair: str = MXFP4_MXFP8) -> dict[str, int]:

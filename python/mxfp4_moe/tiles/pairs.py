@@ -11,10 +11,14 @@ MXFP4_BF16 = "mxfp4_bf16"
 MXFP4_MXFP4 = "mxfp4_mxfp4"
 NVFP4_NVFP4 = "nvfp4_nvfp4"
 NVFP4_BF16 = "nvfp4_bf16"
-PAIRS = (MXFP4_MXFP8, MXFP4_BF16, MXFP4_MXFP4, NVFP4_NVFP4, NVFP4_BF16)
+MXFP4_FP16 = "mxfp4_fp16"
+NVFP4_FP16 = "nvfp4_fp16"
+PAIRS = (MXFP4_MXFP8, MXFP4_BF16, MXFP4_MXFP4, NVFP4_NVFP4, NVFP4_BF16, MXFP4_FP16, NVFP4_FP16)
 """Weights first. A profile of the manifest names those that it has; a row may name the ones that a tile can have."""
 FP4_PAIRS = (MXFP4_MXFP4, NVFP4_NVFP4)
 """Those whose MMA takes packed codes of both operands, on SM12x; SM90 folds them into bf16."""
+HALF_PAIRS = (MXFP4_BF16, NVFP4_BF16, MXFP4_FP16, NVFP4_FP16)
+"""Those whose MMA takes 16-bit floats, to which weights are expanded."""
 
 
 def scale_words(pair: str) -> int:
@@ -31,13 +35,15 @@ def kernel_pair(arch: str, pair: str) -> str:
     """What the kernel reads that computes `pair` on `arch`.
 
     SM90's MMA takes no scales: weights and activations have theirs multiplied in, in bf16, which holds both exactly, so
-    one kernel serves all activations that go with a format of weights.
+    one kernel serves all activations that go with a format of weights, but fp16.
 
     Raises:
         ArchError: the kernel has no code for the arch.
     """
     if check_arch(arch)[0] == 9:
-        return NVFP4_BF16 if pair in (NVFP4_NVFP4, NVFP4_BF16) else MXFP4_BF16
+        if pair in HALF_PAIRS:
+            return pair
+        return NVFP4_BF16 if pair == NVFP4_NVFP4 else MXFP4_BF16
     return pair
 
 

@@ -36,7 +36,7 @@ class TileProof:
     pair: str  # of formats that the kernel reads, weights first
     function: str  # its name in csrc/tile
     opcode: str  # of its MMA in machine code
-    reads_bf16: bool  # activations, and writes them so; else codes with scales
+    reads_halves: bool  # bf16 or fp16 activations, and writes them so; else codes with scales
     activates: bool  # its epilogue can apply GEMM1's activation
     weights_are_a: bool  # of the MMA's operands; else activations
     physical_m: int
@@ -201,7 +201,7 @@ def prove_sm12x(tile: Tile, arch: str, pair: str) -> TileProof:
         pair=pair,
         function="grouped_gemm",
         opcode=FP4_OPCODE if fp4 else MXFP8_OPCODE,
-        reads_bf16=False,
+        reads_halves=False,
         activates=activates,
         weights_are_a=swap,
         physical_m=physical_m,

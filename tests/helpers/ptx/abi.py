@@ -10,7 +10,7 @@ VERSION = 10  # MXFP4_MOE_TILE_ABI_VERSION
 
 WEIGHT_FORMATS = ("mxfp4", "nvfp4")
 """Mxfp4MoeWeightFormat."""
-ACT_FORMATS = ("mxfp8", "bf16", "mxfp4", "nvfp4")
+ACT_FORMATS = ("mxfp8", "bf16", "mxfp4", "nvfp4", "fp16")
 """Mxfp4MoeActFormat."""
 
 
@@ -44,7 +44,7 @@ class Activate(ctypes.Structure):
 
 
 class Factors(ctypes.Structure):
-    """Mxfp4MoeFactors: of NVFP4 operands; else all null."""
+    """Mxfp4MoeFactors: of NVFP4 operands, and of MXFP4 weights by fp16 rows; else all null."""
 
     _fields_ = [("of_weights", c_void_p), ("of_rows", c_void_p), ("of_inputs", c_void_p)]
 

@@ -15,7 +15,16 @@ from mxfp4_moe import formats, reference
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.arithmetic import of_arch
 from mxfp4_moe.problems import ROWS_OF_NO_EXPERT, GemmProblem, offsets_of, random_problem
-from mxfp4_moe.tiles import FP4_PAIRS, MXFP4_BF16, MXFP4_MXFP8, NVFP4_BF16, Tile, prove, scale_words, weight_block_bytes
+from mxfp4_moe.tiles import (
+    FP4_PAIRS,
+    HALF_PAIRS,
+    MXFP4_BF16,
+    MXFP4_MXFP8,
+    Tile,
+    prove,
+    scale_words,
+    weight_block_bytes,
+)
 
 from . import abi, fp4_problems, launch
 from .fp4_problems import Fp4Problem
@@ -23,7 +32,6 @@ from .machine import Machine
 
 PtxChange = Callable[[str], str] | None
 LaunchChange = Callable[[launch.Launch], launch.Launch] | None
-IN_BF16 = (MXFP4_BF16, NVFP4_BF16)  # pairs of bfloat16 rows
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -102,8 +110,8 @@ class Epilogue:
 def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> list[range]:
     """Shared memory that a kernel reads although nobody wrote it, whatever is there.
 
-    Packed weights that a last K tile of less than 128 lacks: any bits, times zeros. Rows of bf16 activations that an
-    m-tile does not have, which come in boxes: they meet the weights in sums that are stored nowhere.
+    Packed weights that a last K tile of less than 128 lacks: any bits, times zeros. Rows of bf16 and fp16
+    activations that an m-tile does not have, which come in boxes: they meet weights in sums that are stored nowhere.
     """
     proof = prove(tile, arch, pair)
     weights = proof.stages * proof.act_bytes  # they lie behind the stages' activations
@@ -111,7 +119,7 @@ def junk(tile: Tile, k: int, pair: str = MXFP4_MXFP8, arch: str = "120f") -> lis
     first = scales + k % 128 // 32 * 1024  # of a block of scales and four steps of 1024 bytes
     blocks = proof.stages * proof.weight_bytes // block
     found = [range(weights + b * block + first, weights + (b + 1) * block) for b in range(blocks) if first > scales]
-    return [range(weights), *found] if proof.reads_bf16 and tile.m > 16 else found
+    return [range(weights), *found] if proof.reads_halves and tile.m > 16 else found
 
 
 class Gemm:
@@ -125,8 +133,7 @@ class Gemm:
         self.bound = (rows + min(rows, experts) * (tile.m - 1)) // tile.m
         junk = torch.tensor([[0, int(problem.offsets[-1]), rows, 0]], dtype=torch.int32)
         experts_weights = zip(problem.packed, problem.scales, strict=True)
-        of_bf16 = dict.fromkeys(IN_BF16, formats.WordOrder.PAIRS)
-        orders = of_bf16 | {MXFP4_MXFP8: formats.WordOrder.CONTAINERS}
+        orders = dict.fromkeys(HALF_PAIRS, formats.WordOrder.PAIRS) | {MXFP4_MXFP8: formats.WordOrder.CONTAINERS}
         in_order, words = orders.get(self.pair, formats.WordOrder.PLAIN), scale_words(self.pair)
         self.operands = {
             "weight": torch.stack([formats.arrange_weights(p, s, in_order, words) for p, s in experts_weights]),
@@ -216,11 +223,11 @@ class Gemm:
     ) -> tuple[Tensor, Tensor]:
         """Codes [R, N/2], even k first, and packed scales as GEMM2 reads them; 0xAA where nothing was written.
 
-        Of bf16 rows, values as they come: uint8 [R, N], and scales that nobody writes. Of FP4 rows packed codes, uint8
-        [R, N/4].
+        Of bf16 and fp16 rows, values as they come: uint8 [R, N], and scales that nobody writes. Of FP4 rows packed
+        codes, uint8 [R, N/4].
         """
         rows, n = self.problem.expected.shape
-        width = n if self.pair in IN_BF16 else n // 4 if self.pair in FP4_PAIRS else n // 2
+        width = n if self.pair in HALF_PAIRS else n // 4 if self.pair in FP4_PAIRS else n // 2
         codes = torch.full((rows, width), 0xAA, dtype=torch.uint8)
         scales = torch.full((-(-n // 256) * scale_words(self.pair), -(-rows // 4) * 4, 4), 0xAA, dtype=torch.uint8)
         args = self.args(m_tiles_are_ready)

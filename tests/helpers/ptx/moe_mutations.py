@@ -216,7 +216,7 @@ MUTATIONS = (
         file="moe/mx_rows.cuh",
         old="(to.out + first * 2)[part] = tile.words",
         new="(to.out + first * 2)[part ^ 1] = tile.words",
-        case=lambda: cases.check_activation_in_bf16(BF16, None),
+        case=lambda: cases.check_activation_in_halves(BF16, None),
     ),
     Mutation(
         name="mxfp8_quantize: rows past the last are left unwritten",

@@ -87,6 +87,31 @@ def funnel_right_wrap(low: Any, high: Any, by: Any) -> Any:
     return (both >> (by & u4(31)).astype(u8)).astype(u4)
 
 
+def funnel_left_wrap(low: Any, high: Any, by: Any) -> Any:
+    """shf.l.wrap.b32: the high word of high:low << (by mod 32)."""
+    both = high.astype(u8) << u8(32) | low.astype(u8)
+    return (both << (by & u4(31)).astype(u8) >> u8(32)).astype(u4)
+
+
+def logic(a: Any, b: Any, c: Any, table: Any) -> Any:
+    """lop3.b32: bit 4a + 2b + c of the table, for each bit of the operands."""
+    result = np.zeros_like(a)
+    for row in range(8):
+        x, y, z = (of if row & bit else ~of for of, bit in ((a, 4), (b, 2), (c, 1)))
+        result |= np.where(table >> u4(row) & u4(1), x & y & z, u4(0))
+    return result
+
+
+def halves(x: Any) -> Any:
+    """The two signed halves of each word, as .s16x2 reads it."""
+    return np.ascontiguousarray(x).view(i2).reshape(-1, 2)
+
+
+def words(x: Any) -> Any:
+    """The inverse of `halves`."""
+    return np.ascontiguousarray(x, i2).view(u4)[:, 0]
+
+
 def reverse_bits(x: Any) -> Any:
     for by, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
         x = (x >> u4(by) & u4(mask)) | (x & u4(mask)) << u4(by)
@@ -118,6 +143,7 @@ def extract_bits(x: Any, position: Any, length: Any) -> Any:
 
 HELPERS: dict[str, Any] = {
     **{f.__name__: f for f in (shift_left, shift_right, divide, remainder, permute_bytes, funnel_right_wrap)},
+    **{f.__name__: f for f in (funnel_left_wrap, halves, words, logic)},
     **{f.__name__: f for f in (reverse_bits, leading_zeros, count_bits, extract_bits, insert_bits)},
     **{"np": np, "floats": floats, "u1": u1, "u2": u2, "u4": u4, "u8": u8, "i1": i1, "i2": i2, "i4": i4, "i8": i8},
     "f4": f4,
@@ -168,6 +194,10 @@ for to in ("u16", "u32", "u64", "s16", "s32", "s64", "s8", "u8"):
 
 _define("prmt.b32", "b32", "b32 b32 b32", "permute_bytes({0}, {1}, {2})")
 _define("shf.r.wrap.b32", "b32", "b32 b32 u32", "funnel_right_wrap({0}, {1}, {2})")
+_define("shf.l.wrap.b32", "b32", "b32 b32 u32", "funnel_left_wrap({0}, {1}, {2})")
+_define("add.s16x2", "b32", "b32 b32", "words(halves({0}) + halves({1}))")
+_define("min.s16x2.relu", "b32", "b32 b32", "words(np.maximum(np.minimum(halves({0}), halves({1})), i2(0)))")
+_define("lop3.b32", "b32", "b32 b32 b32 u32", "logic({0}, {1}, {2}, {3})")
 _define("brev.b32", "b32", "b32", "reverse_bits({0})")
 _define("bfind.shiftamt.u32", "u32", "u32", "leading_zeros({0})")
 _define("popc.b32", "u32", "b32", "count_bits({0})")

@@ -42,7 +42,7 @@ _COPY = (
 _TYPES = r"([busf](?:8|16|32|64))"
 _LOAD = re.compile(rf"ld(?:(\.relaxed\.gpu)\.global|\.(global|shared|param)(\.nc|\.cg)?|())(\.v2|\.v4)?\.{_TYPES}")
 _STORE = re.compile(rf"st(?:\.(global|shared)|())(\.v2|\.v4)?\.{_TYPES}")
-_WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16")
+_WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2")
 _SHUFFLE = re.compile(r"shfl\.sync\.(idx|bfly|up|down)\.b32")
 
 # Each of these is a unit of its own: the lanes may have to wait. Name -> method of Warp and the types of its operands.
@@ -343,7 +343,7 @@ class _Writer(Operands):
         elif name in _MMAS:
             self._mma(at, i, _MMAS[name])
         elif found := _WGMMA.fullmatch(name):
-            self._wgmma(at, i, int(found[1]))
+            self._wgmma(at, i, int(found[1]), found[2])
         elif name == "wgmma.fence.sync.aligned":
             pass  # of registers that threads write before a wgmma reads them: here it reads them as they are
         elif name == "wgmma.commit_group.sync.aligned":
@@ -386,7 +386,7 @@ class _Writer(Operands):
             f"{tuple(selectors)}, {name}, w.place({at}))"
         )
 
-    def _wgmma(self, at: int, i: Instruction, columns: int) -> None:
+    def _wgmma(self, at: int, i: Instruction, columns: int, of: str) -> None:
         """A from registers, factors of 1, and B not transposed."""
         if len(i.operands) != 7 or [x.strip() for x in i.operands[4:]] != ["1", "1", "0"]:
             raise self.refuse(i, f"operands of {i.text}")
@@ -397,7 +397,8 @@ class _Writer(Operands):
         words = ", ".join(self.read(r, "u32", i) for r in vector(a))
         self.lines.append(
             f"w.wgmmas.start(w, {targets}, ({words}), {self.read(descriptor, 'u64', i)}, "
-            f"{self.read(adds, 'pred', i)}, w.place({at}))"
+            f"{self.read(adds, 'pred', i)}, "
+            f"{of!r}, w.place({at}))"
         )
 
     def _waiting(self, i: Instruction) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""wgmma.mma_async m64nNk16 of bf16 with A in registers: a warp's 16 rows of it, as m16n8k16 of mma.py side by side.
+"""wgmma.mma_async m64nNk16 of bf16 and f16 with A in registers: a warp's 16 rows, as m16n8k16 of mma.py side by side.
 
 PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". With A in registers a warp needs nothing of the other three
 but their presence. It is as late as it may be: shared memory is read, and sums are made, when wgmma.wait_group says so;
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .warp import Warp
 
 _LANE = np.arange(32)
-_BF16 = mma.Instruction("bf16", "bf16", 0)
+_KINDS = {of: mma.Instruction(of, of, 0) for of in ("bf16", "f16")}
 _SWIZZLE_128 = 1 << 62
 
 
@@ -33,6 +33,7 @@ class Started:
     c: Sequence[Any]  # what was in them
     a: tuple[Any, ...]
     descriptor: int
+    kind: mma.Instruction
     place: str
     result: list[Any] | None = None
 
@@ -60,13 +61,15 @@ class Groups:
     open: list[Started] = field(default_factory=list)
     committed: list[list[Started]] = field(default_factory=list)
 
-    def start(self, warp: Warp, d: Sequence[int], a: tuple[Any, ...], descriptor: Any, adds: Any, place: str) -> None:
+    def start(
+        self, warp: Warp, d: Sequence[int], a: tuple[Any, ...], descriptor: Any, adds: Any, of: str, place: str
+    ) -> None:
         if (descriptor != descriptor[0]).any() or not adds.all():
             raise Fault(Kind.UNKNOWN, "wgmma with descriptors of the lanes' own, or without its accumulators", place)
         number = int(descriptor[0])
         if number & ~(0x3FFF | 0x3FFF << 16 | 0x3FFF << 32) != _SWIZZLE_128:
             raise Fault(Kind.UNKNOWN, f"matrix descriptor {number:#x}", place)
-        one = Started(d, [warp.R[n] for n in d], a, number, place)
+        one = Started(d, [warp.R[n] for n in d], a, number, _KINDS[of], place)
         for index, n in enumerate(d):
             warp.R[n] = Running(one, index)
         self.open.append(one)
@@ -87,7 +90,7 @@ def _finish(warp: Warp, one: Started) -> None:
     result: list[Any] = []
     for block in range(len(one.d) // 4):
         b = _words(warp, one.descriptor, block)
-        result += mma.start(warp.mmas, tuple(c[4 * block :][:4]), one.a, b, [], (), _BF16, one.place)
+        result += mma.start(warp.mmas, tuple(c[4 * block :][:4]), one.a, b, [], (), one.kind, one.place)
     one.result = result
     for index, n in enumerate(one.d):
         held = warp.R[n]

@@ -35,7 +35,7 @@ def intermediates(
         slots: T * k.
         gemm1_width: 0 where GEMM1 applies the activation.
         dtype: of gemm2_out.
-        act_format: what the GEMMs read, of `abi.ACT_FORMATS`; bfloat16 has no scales, FP4 rows are packed.
+        act_format: what the GEMMs read, of `abi.ACT_FORMATS`; 16-bit floats have no scales, FP4 rows are packed.
         row_factors: whether each NVFP4 row has a scale of its own.
     """
     [memory] = recording.allocations
@@ -59,9 +59,9 @@ def intermediates(
         **{name: (tiles, -(-slots // 4) * 4, 4) for name, tiles in k_tiles.items()},
     }
     types = _TYPES
-    if act_format == "bf16":
+    if act_format in ("bf16", "fp16"):
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("scales")}
-        types = types | {"rows1": torch.bfloat16, "rows2": torch.bfloat16}
+        types = types | dict.fromkeys(("rows1", "rows2"), torch.bfloat16 if act_format == "bf16" else torch.float16)
     if from_logits:
         shapes |= {"topk_ids": (slots,), "topk_weights": (slots,)}
     if row_factors:

@@ -66,8 +66,11 @@ class RandomSums:
     @classmethod
     def make(cls, problem: GemmProblem, published: arithmetic.Arithmetic) -> RandomSums:
         rules = accuracy.coarsest(published)
-        pair = problem.pair if isinstance(problem, PairProblem) else MXFP4_MXFP8
-        both = [accuracy.sums_and_bound(*problem.operands, arithmetic=rule, pair=pair) for rule in rules]
+        pair, given = MXFP4_MXFP8, None
+        if isinstance(problem, PairProblem):
+            pair, given = problem.pair, problem.column_factors()
+        options: dict[str, Any] = {"pair": pair, "weight_factors": given}
+        both = [accuracy.sums_and_bound(*problem.operands, arithmetic=rule, **options) for rule in rules]
         sums, bound = both[0][0], torch.stack([bound for _, bound in both]).amax(0)
         factors = problem.factors() if isinstance(problem, PairProblem) else None
         if factors is not None:  # one more rounding of the product with the sum
@@ -103,9 +106,9 @@ class Family:
             self.known[key] = tuple(rule.words() for rule in rules)
         return self.known[key]
 
-    @staticmethod
-    def _gives(rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
-        if rule.operands == "mx" and (problem.row_scales is None or isinstance(problem, PairProblem)):
+    def _gives(self, rule: arithmetic.Arithmetic, problem: GemmProblem, out: Tensor, columns: int | None) -> bool:
+        others = problem.row_scales is None or isinstance(problem, PairProblem)
+        if others and rule.operands != self.published.operands:
             return False  # a rule of the family that cannot be this MMA's
         given, rows = problem.sums(rule, columns), slice(problem.valid)
         return torch.equal(bits(given[rows]), bits(out[rows, :columns].contiguous()))
@@ -136,7 +139,8 @@ class Layers:
         cls, device: torch.device, rule: arithmetic.Arithmetic, activation_format: str, weights: MoEWeights
     ) -> Layers:
         options: dict[str, Any] = {} if activation_format == "mxfp8" else {"activation_format": activation_format}
-        calls = [problems.random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
+        dtype = torch.float16 if activation_format == "fp16" else torch.bfloat16
+        calls = [problems.random_call(tokens, top_k, weights, dtype=dtype) for tokens, top_k in LAYERS]
         calls[1].topk_ids[::5, 1] = -1  # slots of no expert
         expected = [reference.fused_moe(*call.args(), weights, arithmetic=rule, **options) for call in calls]
         return cls(

@@ -39,10 +39,14 @@ class Choice:
 
 
 def formats_on(device: Any) -> Sequence[str]:
-    """The activation formats that this package has kernels for on a torch device."""
+    """The activation formats that this package has kernels for on a torch device, and that engines may be given.
+
+    "fp16" is not among them: what weights need for it is made from their values, and would have to be made anew where
+    an engine writes others into the same memory, under CUDA graphs too (`engines.update_fp16_factors`).
+    """
     package = sys.modules[__name__.partition(".")[0]]
     ask = getattr(package, "activation_formats", None)
-    return ALWAYS_THERE if ask is None else tuple(ask(device))
+    return ALWAYS_THERE if ask is None else tuple(name for name in ask(device) if name != "fp16")
 
 
 def choose_activations(
