@@ -36,7 +36,12 @@ EXPERTS, HIDDEN, INTER, TOP_K = 6, 160, 96, 2  # K of both GEMMs ends inside of 
 CODES = formats.weight_layout.ACTIVATION_NAMES
 HALVES = ("bf16", "fp16")
 ORDERS = dict.fromkeys(HALVES, formats.WordOrder.PAIRS) | dict.fromkeys(("mxfp4", "nvfp4"), formats.WordOrder.PLAIN)
-CLOSE = {"mxfp4": 5e-2, "nvfp4": 5e-2, "bf16": 5e-3, "fp16": 1e-3}  # to the reference's own exp: a code of FP4 is far from the next
+CLOSE = {
+    "mxfp4": 5e-2,
+    "nvfp4": 5e-2,
+    "bf16": 5e-3,
+    "fp16": 1e-3,
+}  # to the reference's own exp: a code of FP4 is far from the next
 
 
 @pytest.fixture
