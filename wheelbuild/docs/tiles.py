@@ -29,8 +29,8 @@ native M in 64, 128, 256 by N in 8 to 256, and swapped M in 8, 16, 32 by N in 64
 the MMA's A operand, which takes 16 rows at a time, and activations to B, which takes 8, so a small M wastes little.
 {verdict}
 
-SM90 has one kernel for a tile, which reads bf16 whatever MXFP4's activations were, but fp16; SM12x has one for MXFP8 and
-in profile `full` one for each pair of formats more, of which SM90 has those with bf16 and fp16 activations. Each K
+SM90 has one kernel for a tile, which reads bf16 whatever MXFP4's activations were, but fp16; SM12x has one for MXFP8
+and in profile `full` one for each pair of formats more, of which SM90 has those with bf16 and fp16 activations. Each K
 tile of 128 is one pipeline stage in shared memory: activations; 4,352 bytes of MXFP4 weights for each 64 rows of N or
 part of them, 64 of packed E2M1 and 4 of scales per row, or 4,608 of NVFP4 weights, with 8 of scales; and 16 bytes of
 barriers. A kernel that applies the activation of GEMM1 itself has a table besides, once for all stages: 4 bytes for
@@ -47,12 +47,12 @@ as leave each three stages, and its threads the registers that their accumulator
 **SM12x, FP4 activations** (the same): M x 64 bytes of packed E2M1, and the scales of MXFP8, of NVFP4 twice. From N = 64
 on weights are A whatever the tile's mode.
 
-**SM12x, bf16 and fp16 activations** (`csrc/tile/sm12x/bf16_tile_shape.cuh`): a stage's activations are M x 256 bytes, so
-that two stages of 256 rows do not fit, nor of 128 beside 256 of NVFP4 weights. The kernel is SM90's for few rows,
+**SM12x, bf16 and fp16 activations** (`csrc/tile/sm12x/bf16_tile_shape.cuh`): a stage's activations are M x 256 bytes,
+so that two stages of 256 rows do not fit, nor of 128 beside 256 of NVFP4 weights. The kernel is SM90's for few rows,
 `grouped_gemm_mma_sync`; from N = 64 on weights are A whatever the tile's mode, and from M x N = 16,384 on eight warps
 share them. It writes the activation of GEMM1 as it comes, and needs no table for that.
 
-**SM90** (`csrc/tile/sm90/tile_shape.cuh`): a stage's activations are M x 256 bytes of bf16 or fp16, without scales. From
+**SM90** (`csrc/tile/sm90/tile_shape.cuh`): a stage's activations are M x 256 bytes of bf16 or fp16 without scales. From
 M = 32 and N = 64 on a tile's kernel is `grouped_gemm_wgmma`, where weights are A whatever the tile's mode, 64 rows
 to a warpgroup; the others have `grouped_gemm_mma_sync`. Tiles with N of at least 64 activate.
 
