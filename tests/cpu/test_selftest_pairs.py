@@ -180,7 +180,7 @@ def test_what_the_tiles_operator_is_given(pair: str) -> None:
     ("arch", "profile", "asked"),
     [
         ("90a", "mxfp4_minimal", []),
-        ("90a", "full", ["nvfp4_bf16"]),
+        ("90a", "full", ["nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16"]),
         ("120f", "mxfp4_minimal", []),
         ("120f", "full", ["mxfp4_bf16", *OTHERS]),
     ],
