@@ -57,10 +57,11 @@ enum Mxfp4MoeFusedActivation {
 };
 
 // What the sums of NVFP4 operands, and those of MXFP4 weights by fp16 rows, are multiplied by: the product of a
-// weight's factor and, where the rows are NVFP4, in codes or in bf16, of the row's, rounded to fp32. All null where there
-// are none. Both factors of MXFP4 weights by fp16 rows are 2^(B - 128), where B is the largest E8M0 byte, at least 2, of
-// the expert's blocks that have a code other than zero: the kernel reads B from there, and makes operands that count from
-// it. Factors of NVFP4 weights by fp16 rows are 2^7 times their own, because operands are 2^-7 of the weights.
+// weight's factor and, where the rows are NVFP4, in codes or in bf16, of the row's, rounded to fp32. All null where
+// there are none. Both factors of MXFP4 weights by fp16 rows are 2^(B - 128), where B is the largest E8M0 byte, at
+// least 2, of the expert's blocks that have a code other than zero: the kernel reads B from there, and makes operands
+// that count from it. Factors of NVFP4 weights by fp16 rows are 2^7 times their own, because operands are 2^-7 of the
+// weights.
 typedef struct {
   const float* of_weights;  // [experts, 2]: of columns c with c % 16 < 8 (of w13: gates), and of the others
   const float* of_rows;     // [rows], or null

@@ -3,8 +3,8 @@
 // in   hidden [T, H] bf16 or fp16; slot_row [T * k]: the sorted row of each slot t * k + j, or -1
 // out  codes [R, H] E4M3, each block of 32 stored even k first; scales [ceil(H/128), R padded to 4, 4] E8M0
 //      or bf16 [R, H], the same values or as they came (shared/bf16_rows.cuh); or fp16 [R, H] as they came; or of
-//      MXFP4 packed E2M1 [R, H / 2], plain k order, and scales as MXFP8's, or bf16 again (shared/folded_fp4.cuh). NVFP4:
-//      nvfp4_permute.cu
+//      MXFP4 packed E2M1 [R, H / 2], plain k order, and scales as MXFP8's, or bf16 again (shared/folded_fp4.cuh)
+//      NVFP4: nvfp4_permute.cu
 // Called by layer.cpp between route and GEMM1. A token is quantized once and written once per expert that it goes to.
 // Rows past the valid count are not touched.
 // Why it is fast: nothing but the writes needs the routing, so the rest is done while route still runs; each lane does

@@ -49,18 +49,19 @@ def test_the_plan_has_every_tile_for_every_arch() -> None:
 
 
 def test_full_has_more_kernels_where_a_tile_can() -> None:
-    """SM90 has one for all pairs of a format's weights. Everything of mxfp4_minimal is compiled as it is there."""
+    """SM90's bf16 kernels serve all activations but fp16. Everything of mxfp4_minimal is compiled as it is there."""
     full = make_plan(settings())
     minimal = by_name(make_plan())
     assert len({job.output for job in full.jobs}) == len(full.jobs), "no two jobs write one file"
     more = {job.name: job for job in full.jobs if job.name not in minimal}
     counts = {"mxfp4_bf16": 21, "mxfp4_mxfp4": 26, "nvfp4_nvfp4": 26, "nvfp4_bf16": 20}
+    counts |= {"mxfp4_fp16": 21, "nvfp4_fp16": 20}
     names = {
         f"{tile.module}.{arch}.{pair}"
         for tile in MANIFEST.tiles
         for pair in MANIFEST.pairs_of("full", tile)
         for arch in ("120f", "90a") * (pair != "mxfp4_mxfp8")
-        if arch == "120f" or pair == "nvfp4_bf16"
+        if arch == "120f" or pair in ("nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16")
     }
     names |= {f"{tile.module}.90a.nvfp4_bf16" for tile in MANIFEST.tiles}
     assert more.keys() == names
@@ -219,11 +220,13 @@ def test_the_check_knows_the_main_loop_of_bf16_on_sm12x() -> None:
     full = make_plan(settings())
     for name, mmas, matrices, words in (("tile_m128n128", 32, 64, 2), ("tile_m64n16", 4, 8, 2)):
         found: dict[str, Any] = expected(full, name, "check")["main_loop"]["120f"]
-        assert found.keys() == {"mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_mxfp4", "nvfp4_nvfp4", "nvfp4_bf16"}
-        assert found["mxfp4_bf16"] == {
-            **{"function": "grouped_gemm_mma_sync", "opcode": "HMMA", "variants": True, "limit": None},
-            **{"mma_per_step": mmas, "matrices_per_step": matrices, "words_per_step": words, "words_per_load": words},
-        }
+        assert found.keys() == set(tiles.PAIRS)
+        for pair in ("mxfp4_bf16", "mxfp4_fp16"):
+            assert found[pair] == {
+                **{"function": "grouped_gemm_mma_sync", "opcode": "HMMA", "variants": True, "limit": None},
+                **{"mma_per_step": mmas, "matrices_per_step": matrices},
+                **{"words_per_step": words, "words_per_load": words},
+            }
 
 
 def test_the_check_knows_the_main_loop_of_fp4() -> None:

@@ -108,38 +108,42 @@ def full(gpus: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.usefixtures("full")
 def test_a_full_wheel_has_all_on_sm12x_too() -> None:
-    every, of_nvfp4 = ("mxfp8", "bf16", "mxfp4"), ("nvfp4", "bf16")
+    every, of_nvfp4 = ("mxfp8", "bf16", "mxfp4", "fp16"), ("nvfp4", "bf16", "fp16")
     assert [mxfp4_moe.activation_formats(index) for index in GPUS] == [every] * 3 + [()]
     assert [mxfp4_moe.activation_formats(index, "nvfp4") for index in GPUS] == [of_nvfp4] * 3 + [()]
     for index in GPUS:
-        check_format_on("bf16", torch.device("cuda", index))
-        check_format_on("bf16", torch.device("cuda", index), formats.WeightFormat.NVFP4)
-        check_format_on("mxfp4", torch.device("cuda", index))
-        check_format_on("nvfp4", torch.device("cuda", index), formats.WeightFormat.NVFP4)
+        for kind in formats.WeightFormat:
+            for name in ("bf16", "fp16", kind.value):
+                check_format_on(name, torch.device("cuda", index), kind)
     having = {index: activation_format.tiles_of("bf16", index) for index in GPUS}
     assert [len(having[index]) for index in GPUS] == [26, 21, 21, 0]
     assert all(tile.m < 256 for tile in having[1])
     having = {index: activation_format.tiles_of("mxfp4", index) for index in GPUS}
     assert [len(having[index]) for index in GPUS] == [26, 26, 26, 0]
-    for name, sm90, sm12x in (("nvfp4", 26, 26), ("bf16", 26, 20)):  # SM90 has one kernel for both
-        having = {index: activation_format.tiles_of(name, index, formats.WeightFormat.NVFP4) for index in GPUS}
+    for kind, name, sm90, sm12x in (
+        *(("nvfp4", "nvfp4", 26, 26), ("nvfp4", "bf16", 26, 20)),  # SM90 has one kernel for both
+        *(("nvfp4", "fp16", 20, 20), ("mxfp4", "fp16", 21, 21)),
+    ):
+        having = {index: activation_format.tiles_of(name, index, formats.WeightFormat(kind)) for index in GPUS}
         assert [len(having[index]) for index in GPUS] == [sm90, sm12x, sm12x, 0]
 
 
 def test_a_build_that_emulates_with_both(full: pytest.MonkeyPatch) -> None:
     full.setattr(wheel, "built_archs", lambda: ("120f",))
     full.setattr(wheel, "emulated_on", lambda: "90a")
-    assert mxfp4_moe.activation_formats(0) == ("mxfp8", "bf16", "mxfp4")
-    assert formats.word_order_of(torch.device("cuda", 0), "bf16") is formats.WordOrder.PAIRS
+    assert mxfp4_moe.activation_formats(0) == ("mxfp8", "bf16", "mxfp4", "fp16")
+    for name in ("bf16", "fp16"):
+        assert formats.word_order_of(torch.device("cuda", 0), name) is formats.WordOrder.PAIRS
 
 
 @pytest.mark.usefixtures("full")
 def test_weights_must_be_in_the_word_order_of_the_activations() -> None:
     containers, pairs, plain = formats.WordOrder
     sm90, sm12x = torch.device("cuda", 0), torch.device("cuda", 1)
-    for name in ("mxfp8", "bf16", "mxfp4"):
+    for name in ("mxfp8", "bf16", "mxfp4", "fp16"):
         check_word_order(pairs, sm90, name)
     check_word_order(pairs, sm90, "nvfp4", formats.WeightFormat.NVFP4)
+    check_word_order(pairs, sm12x, "fp16")
     check_word_order(containers, sm12x)
     check_word_order(pairs, sm12x, "bf16")
     check_word_order(plain, sm12x, "mxfp4")
@@ -156,6 +160,15 @@ def test_weights_must_be_in_the_word_order_of_the_activations() -> None:
         check_word_order(pairs, sm12x)
 
 
+def test_a_wheel_without_fp16_says_so_and_what_takes_float16_too(gpus: pytest.MonkeyPatch) -> None:
+    other = "; activation_format 'bf16' takes float16 hidden_states too$"
+    sentence = "expected 'mxfp8' or 'bf16', which .* cuda:0 read, got 'fp16': .*MXFP4_MOE_BUILD_PROFILE=full" + other
+    with pytest.raises(ValueError, match=sentence):
+        check_format_on("fp16", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="expected 'mxfp8', which .*BUILD_PROFILE=full; CPU tensors take it$"):
+        check_format_on("fp16", torch.device("cuda", 1))
+
+
 def test_a_wheel_without_it_says_so_before_it_speaks_of_weights(gpus: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="MXFP4_MOE_BUILD_PROFILE=full"):
         check_word_order(formats.WordOrder.CONTAINERS, torch.device("cuda", 1), "bf16")
@@ -163,6 +176,7 @@ def test_a_wheel_without_it_says_so_before_it_speaks_of_weights(gpus: pytest.Mon
 
 @pytest.mark.usefixtures("full")
 def test_engines_are_offered_what_the_wheel_has() -> None:
+    """But for fp16, whose factors would have to follow what engines write into weights."""
     assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16", "mxfp4")] * 2
 
 

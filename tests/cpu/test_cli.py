@@ -218,7 +218,8 @@ def test_a_full_wheel_has_a_row_for_each_kernel(package: Path, capsys: pytest.Ca
     report.write_text(report.read_text().replace("mxfp4_minimal", "full"))
     _, out = run(capsys, "tiles")
     rows = [line.split() for line in out.splitlines()[1:-2]]
-    kernels = [("90a", "mxfp4_bf16"), ("90a", "nvfp4_bf16"), *(("120f", pair) for pair in PAIRS)]
+    of_sm90 = ("mxfp4_bf16", "nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16")
+    kernels = [*(("90a", pair) for pair in of_sm90), *(("120f", pair) for pair in PAIRS)]
     assert [(row[0], row[2], row[3]) for row in rows] == [
         (name, *kernel) for name in (NATIVE.name, SWAPPED.name) for kernel in kernels
     ]

@@ -85,8 +85,9 @@ def test_what_kernels_read() -> None:
     assert tiles.kernel_pairs("90a", ["mxfp4_mxfp8"]) == ("mxfp4_bf16",)
     assert tiles.kernel_pairs("90a", tiles.PAIRS) == ("mxfp4_bf16", "nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16")
     assert tiles.kernel_pairs("120f", tiles.PAIRS) == tiles.PAIRS
+    reads = {"mxfp4_mxfp8": "mxfp4_bf16", "mxfp4_mxfp4": "mxfp4_bf16", "nvfp4_nvfp4": "nvfp4_bf16"}
     for pair in tiles.PAIRS:
-        assert tiles.kernel_pair("90a", pair) == ("nvfp4_bf16" if pair.startswith("nvfp4") else "mxfp4_bf16")
+        assert tiles.kernel_pair("90a", pair) == reads.get(pair, pair)
     with pytest.raises(ValueError, match="pair: expected one of mxfp4_mxfp8, mxfp4_bf16, .*, got 'bf16'"):
         tiles.prove(Tile(m=64, n=64, swap_ab=False), "120f", "bf16")
 

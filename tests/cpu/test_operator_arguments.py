@@ -194,7 +194,7 @@ def test_a_compiled_call_hands_the_operator_the_same(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
-@pytest.mark.parametrize(("name", "number"), [("bf16", 1), ("mxfp4", 2), ("nvfp4", 3)])
+@pytest.mark.parametrize(("name", "number"), [("bf16", 1), ("mxfp4", 2), ("nvfp4", 3), ("fp16", 4)])
 def test_the_activation_format_reaches_the_operator_as_its_number(
     monkeypatch: pytest.MonkeyPatch, from_logits: bool, name: str, number: int
 ) -> None:
@@ -214,7 +214,7 @@ def test_the_activation_format_reaches_the_operator_as_its_number(
     )
     assert recorder.arguments()["activation_format"] == number
     source = (OPERATORS.parent / "kernels.h").read_text()
-    assert "enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4 };" in source
+    assert "enum class ActivationFormat : int { kMxfp8, kBf16, kMxfp4, kNvfp4, kFp16 };" in source
 
 
 @pytest.mark.parametrize("inputs", [False, True])

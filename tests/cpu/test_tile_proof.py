@@ -87,15 +87,17 @@ def test_proof_of_sm12x_against_numbers_worked_out_by_hand(name: str) -> None:
 LEGAL_IN_BF16 = [tile for tile in LEGAL if tile.m < 256]  # two stages of 256 rows of bf16 are 139,776 bytes
 # Blocks of NVFP4 weights have 256 bytes more, and two stages of (128, 256) 102,432, where a block of SM12x has 101,376.
 LEGAL_IN_NVFP4_BF16 = [tile for tile in LEGAL_IN_BF16 if tile.mn != (128, 256)]
-SM12X_BF16 = {"mxfp4_bf16": LEGAL_IN_BF16, "nvfp4_bf16": LEGAL_IN_NVFP4_BF16}
-KERNELS = [("90a", "mxfp4_mxfp8"), ("90a", "nvfp4_bf16"), ("120f", "mxfp4_mxfp8"), *(("120f", p) for p in SM12X_BF16)]
+SM12X_HALVES = {"mxfp4_bf16": LEGAL_IN_BF16, "nvfp4_bf16": LEGAL_IN_NVFP4_BF16}
+SM12X_HALVES |= {"mxfp4_fp16": LEGAL_IN_BF16, "nvfp4_fp16": LEGAL_IN_NVFP4_BF16}
+SM90_PAIRS = ("mxfp4_mxfp8", "nvfp4_bf16", "mxfp4_fp16", "nvfp4_fp16")
+KERNELS = [*(("90a", p) for p in SM90_PAIRS), ("120f", "mxfp4_mxfp8"), *(("120f", p) for p in SM12X_HALVES)]
 
 
 @pytest.mark.parametrize(("arch", "pair"), KERNELS)
 @pytest.mark.parametrize("tile", CANDIDATES, ids=lambda tile: tile.name)
 def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str, pair: str) -> None:
     proof = tiles.prove(tile, arch, pair)
-    assert proof.legal == (tile in (SM12X_BF16.get(pair, LEGAL) if arch == "120f" else LEGAL))
+    assert proof.legal == (tile in (SM12X_HALVES.get(pair, LEGAL) if arch == "120f" else LEGAL))
     assert proof.stage_bytes == proof.act_bytes + proof.weight_bytes + proof.act_scale_bytes
     stage = proof.stage_bytes + proof.barrier_bytes
     assert proof.smem_bytes == proof.stages * stage + proof.amax_bytes
@@ -191,7 +193,7 @@ MEMBERS = {
     "smem_bytes": "kSmemBytes",
     "blocks_per_sm": "kBlocksPerSm",
     "accumulator_registers": "kAccumulators",
-    "reads_halves": "kReadsBf16",
+    "reads_halves": "kReadsHalves",
     "activates": "kActivates",
     "weights_are_a": "kSwap",
     "warp_m": "kWarpM",
@@ -222,12 +224,12 @@ def compile_shapes(
 using namespace mxfp4_moe;
 template <int M, int N, bool kSwap, class P>
 const char* name(TileShape<M, N, kSwap, Sm12x, P>*) {{ return "grouped_gemm"; }}
-template <class A, int kFormat, int M, int N, bool kSwap, int kWarps, bool kMoves, int kMost, bool kAhead>
-const char* name(MmaSyncShape<A, kFormat, M, N, kSwap, kWarps, kMoves, kMost, kAhead>*) {{
+template <class A, class P, int M, int N, bool kSwap, int kWarps, bool kMoves, int kMost, bool kAhead>
+const char* name(MmaSyncShape<A, P, M, N, kSwap, kWarps, kMoves, kMost, kAhead>*) {{
   return "grouped_gemm_mma_sync";
 }}
-template <int kFormat, int M, int N>
-const char* name(WgmmaShape<kFormat, M, N>*) {{ return "grouped_gemm_wgmma"; }}
+template <class P, int M, int N>
+const char* name(WgmmaShape<P, M, N>*) {{ return "grouped_gemm_wgmma"; }}
 template <class Of> void show() {{
   [[maybe_unused]] const Of checks_the_tile{{}};
   using S = typename Of::Type;
@@ -250,8 +252,8 @@ def test_proof_is_what_the_headers_compute(tmp_path: Path) -> None:
     every = [
         (arch, pair) for arch in ALL_ARCHS for pair in tiles.kernel_pairs(arch, (tiles.MXFP4_MXFP8, *tiles.FP4_PAIRS))
     ]
-    groups = [([*every, ("90a", "nvfp4_bf16")], LEGAL)]
-    groups += [([(arch, pair) for arch in ALL_ARCHS if arch != "90a"], some) for pair, some in SM12X_BF16.items()]
+    groups = [([*every, *(("90a", pair) for pair in SM90_PAIRS[1:])], LEGAL)]
+    groups += [([(arch, pair) for arch in ALL_ARCHS if arch != "90a"], some) for pair, some in SM12X_HALVES.items()]
     shapes = [(kernel, tile) for kernels, some in groups for kernel in kernels for tile in some]
     lines = []
     for kernels, some in groups:

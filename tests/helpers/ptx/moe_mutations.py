@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ptx_moe_checks as cases
 import torch
-from moe_cases import BF16, MXFP8_IN_BF16
+from moe_cases import BF16, FP16, MXFP8_IN_BF16
 from ptx_quantize_checks import check_mxfp8_quantize
 
 from wheelbuild.kernel_ptx import compile_source_to_ptx
@@ -198,9 +198,25 @@ MUTATIONS = (
         name="quantize to bf16: cut, not rounded",
         unit="quantize_permute",
         file="shared/bf16_rows.cuh",
-        old='"f"(high), "f"(low)',
-        new='"f"(__uint_as_float(__float_as_uint(high) & 0xFFFF0000u)), "f"(low)',
+        old='"cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high)',
+        new='"cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(__uint_as_float(__float_as_uint(high) & 0xFFFF0000u))',
         case=lambda: cases.check_quantize_permute(160, torch.float16, 9, BF16),
+    ),
+    Mutation(
+        name="quantize to fp16: rows of bf16",
+        unit="quantize_permute",
+        file="shared/bf16_rows.cuh",
+        old="cvt.rn.f16x2.f32",
+        new="cvt.rn.bf16x2.f32",
+        case=lambda: cases.check_quantize_permute(160, torch.bfloat16, 9, FP16),
+    ),
+    Mutation(
+        name="activation to fp16: neighbours exchanged",
+        unit="activation",
+        file="moe/mx_rows.cuh",
+        old="make_uint4(fp16_pair(x[0], x[1])",
+        new="make_uint4(fp16_pair(x[1], x[0])",
+        case=lambda: cases.check_activation_in_halves(FP16, None),
     ),
     Mutation(
         name="quantize to bf16: the lowest scale is a zero",
