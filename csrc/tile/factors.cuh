@@ -16,32 +16,36 @@ __device__ __forceinline__ void multiply_factors(float (&acc)[Shape::kFragM][Sha
   const int rows = m_tile.row_end - m_tile.row_begin;
   const float2 of_weights = __ldg(reinterpret_cast<const float2*>(factors.of_weights) + m_tile.expert);
   constexpr bool kOfRows = Shape::kFolds || Shape::kActFormat == MXFP4_MOE_ACT_NVFP4;  // others have none
-  const float of_input = !kOfRows || factors.of_inputs == nullptr ? 1.f : __ldg(factors.of_inputs + m_tile.expert);
-  // Of an activation row of the tile; those that the tile has not are stored nowhere. Written by the kernel before.
-  const auto of_row = [&](int row) {
-    return !kOfRows || factors.of_rows == nullptr || row >= rows ? of_input
-                                                                 : __ldcg(factors.of_rows + m_tile.row_begin + row);
-  };
   // Of each 16 weight rows the second 8 have the other factor; `eighth` counts eights.
   const auto of_eighth = [&](int eighth) { return eighth % 2 == 0 ? of_weights.x : of_weights.y; };
   // Row by row, so that a row's factor is in a register no longer than it is used.
   constexpr int kActFrags = Shape::kSwap ? Shape::kFragN : Shape::kFragM;
   constexpr int kWeightFrags = Shape::kSwap ? Shape::kFragM : Shape::kFragN;
+  const auto multiply = [&](const auto& of_row) {
 #pragma unroll
-  for (int f = 0; f < kActFrags; ++f) {
+    for (int f = 0; f < kActFrags; ++f) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float own = of_row(Shape::kSwap ? n0 + f * 8 + c_col(lane, r) : m0 + f * 16 + c_row(lane, 2 * r));
+      for (int r = 0; r < 2; ++r) {
+        const float own = of_row(Shape::kSwap ? n0 + f * 8 + c_col(lane, r) : m0 + f * 16 + c_row(lane, 2 * r));
 #pragma unroll
-      for (int w = 0; w < kWeightFrags; ++w) {
+        for (int w = 0; w < kWeightFrags; ++w) {
 #pragma unroll
-        for (int o = 0; o < 2; ++o) {
-          float& sum = Shape::kSwap ? acc[w][f][2 * o + r] : acc[f][w][2 * r + o];
-          const int eighth = Shape::kSwap ? o : (tile_n0 + n0) / 8 + w;
-          sum = __fmul_rn(sum, __fmul_rn(own, of_eighth(eighth)));
+          for (int o = 0; o < 2; ++o) {
+            float& sum = Shape::kSwap ? acc[w][f][2 * o + r] : acc[f][w][2 * r + o];
+            const int eighth = Shape::kSwap ? o : (tile_n0 + n0) / 8 + w;
+            sum = __fmul_rn(sum, __fmul_rn(own, of_eighth(eighth)));
+          }
         }
       }
     }
+  };
+  if (kOfRows && factors.of_rows != nullptr) {
+    // Of an activation row of the tile; those that the tile has not are stored nowhere. Written by the kernel before.
+    const float* of_rows = factors.of_rows + m_tile.row_begin;
+    multiply([&](int row) { return row < rows ? __ldcg(of_rows + row) : 1.f; });
+  } else {
+    const float of_input = !kOfRows || factors.of_inputs == nullptr ? 1.f : __ldg(factors.of_inputs + m_tile.expert);
+    multiply([&](int) { return of_input; });
   }
 }
 
