@@ -141,7 +141,7 @@ class MoEWeights(FromFiles, InFloat16):
         Tensors that are as wanted are shared; others are copied, and both are there until the first ones go.
 
         Args:
-            activation_format: of the calls, as for `fused_moe`; None: that of a call that names none.
+            activation_format: of the calls, as for `fused_moe`; None: of one that names none. "fp16": with its factors.
 
         Raises:
             TypeError, ValueError: no device, such as a dtype; for NVFP4 weights, a GPU for which this wheel has no

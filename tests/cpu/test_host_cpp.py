@@ -166,8 +166,16 @@ def test_one_load_brings_a_lane_its_words_of_neighbouring_fragments(host: Module
     assert all(scale(first) % 16 == 0 for first in (*range(8), *range(32, 40)))
 
 
-@pytest.mark.parametrize("order", [formats.WordOrder.CONTAINERS, formats.WordOrder.PAIRS])
-def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("order", "made"),
+    [
+        (formats.WordOrder.CONTAINERS, torch.uint8),
+        (formats.WordOrder.PAIRS, torch.bfloat16),
+        (formats.WordOrder.PAIRS, torch.float16),
+    ],
+    ids=["containers", "pairs in bf16", "pairs in fp16"],
+)
+def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, made: torch.dtype, tmp_path: Path) -> None:
     """The very functions that the kernels call: every code in every place of a block, whatever stands beside it.
 
     SM90 does not execute SM12x's, so this test is all that does.
@@ -175,9 +183,12 @@ def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_pat
     program = tmp_path / "expand"
     source = str(ROOT / "tests" / "cpu" / "host" / "expand.cpp")
     chosen = ["-DMXFP4_MOE_ORDER_CONTAINERS"] if order is formats.WordOrder.CONTAINERS else []
-    header = (ROOT / "csrc" / "tile" / "bf16" / "operands.cuh").read_text()
-    (body,) = re.findall(r"^__device__ __forceinline__ void expand\(.*?^}\n", header, re.MULTILINE | re.DOTALL)
-    (tmp_path / "expand_pairs.inc").write_text(body)
+    kind = "fp16" if made is torch.float16 else "bf16"
+    header = (ROOT / "csrc" / "tile" / "bf16" / f"{kind}_weights.cuh").read_text()
+    (body,) = re.findall(rf"^__device__ __forceinline__ void expand_{kind}\(.*?^}}\n", header, re.MULTILINE | re.DOTALL)
+    body, joins = re.subn(r"asm\(\"lop3\.b32.*// signs \? w : codes", "d = (signs & w) | (~signs & codes);", body)
+    assert joins == (made is torch.float16)
+    (tmp_path / "expand_pairs.inc").write_text(body.replace(f"expand_{kind}(", "expand("))
     includes = [f"-I{ROOT / 'csrc'}", f"-I{tmp_path}"]
     command = [str(toolchain.find_cxx(os.environ)), "-std=c++17", "-O1", *includes]
     built = subprocess.run([*command, *chosen, source, "-o", str(program)], capture_output=True, text=True, check=False)
@@ -197,11 +208,12 @@ def test_the_kernel_expands_what_formats_packs(order: formats.WordOrder, tmp_pat
         if order is formats.WordOrder.CONTAINERS:  # two registers: even k and odd k, codes in bits 5 .. 2 of bytes
             ks = [8 * t + i for i in (0, 2, 4, 6, 1, 3, 5, 7)]
             expected = codes[:, ks] << 2
-        else:  # four pairs of bfloat16, each the code's value times 2^-126
+        else:  # four pairs of halves, each the code's value times the least normal number
             ks = [k for pair in range(4) for k in (8 * pair + 2 * t, 8 * pair + 2 * t + 1)]
-            values = torch.tensor(formats.E2M1_VALUES, dtype=torch.float64)[codes[:, ks].long()] * 2.0**-126
-            expected = values.to(torch.bfloat16).view(torch.uint8)
-            assert torch.equal(expected.view(torch.bfloat16).double(), values)
+            values = torch.tensor(formats.E2M1_VALUES, dtype=torch.float64)[codes[:, ks].long()]
+            values *= torch.finfo(made).tiny
+            expected = values.to(made).view(torch.uint8)
+            assert torch.equal(expected.view(made).double(), values)
         assert torch.equal(registers[:, t], expected), f"word {t}"
 
 

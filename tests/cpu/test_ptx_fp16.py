@@ -34,7 +34,11 @@ MANIFEST = load_manifest()
 PAIRS = (MXFP4_FP16, NVFP4_FP16)
 ARCHS = ("120f", "90a")
 KERNELS = [
-    (tile, pair, arch) for arch in ARCHS for pair in PAIRS for tile in MANIFEST.tiles if prove(tile, arch, pair).legal
+    (tile, pair, arch)
+    for arch in ARCHS
+    for pair in PAIRS
+    for tile in MANIFEST.tiles
+    if pair in MANIFEST.pairs_of("full", tile)
 ]
 # Each way that a kernel is made: weights as B and as A; few rows and whole operands ahead, many and a few at a time;
 # the warp's MMA and wgmma.

@@ -22,8 +22,10 @@ from quantize_cases import LAYOUTS, expected_fp4, rows_of
 
 import mxfp4_moe
 from mxfp4_moe import formats, reference
+from mxfp4_moe._call.activation_format import tiles_of
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.flashinfer_api import quantize_kernels, quantizers
+from mxfp4_moe.problems import relative_error
 from mxfp4_moe.reference import routers as reference_routers
 from mxfp4_moe.tiles import load_manifest
 
@@ -112,7 +114,10 @@ def main() -> int:
     calls = [random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
     calls[1].topk_ids[::5, 1] = -1
     formats_here = mxfp4_moe.activation_formats(device)
-    asked = [(call, name) for call in calls for name in formats_here]
+    asked = [(call, name) for call in calls for name in formats_here if name != "fp16"]
+    in_fp16 = [replace(call, hidden_states=call.hidden_states.half()) for call in calls if "fp16" in formats_here]
+    exact_in_fp16 = [reference.fused_moe(*call.args(), weights, activation_format="fp16") for call in in_fp16]
+    having_fp16, of_fp16 = tiles_of("fp16", device.index), weights.to(device, activation_format="fp16")
     expected = [exact_layer(call, weights, activation_format=name) for call, name in asked]
     for number, tile in enumerate(tiles, start=1):
         for (k, n), problem in problems.items():
@@ -124,6 +129,10 @@ def main() -> int:
                 out = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn, activation_format=name)
                 if not same(out, wanted):
                     failures.append(f"{tile.name}, {name}, layer of {len(out)} tokens: other bits than expected")
+        for call, wanted in zip(in_fp16, exact_in_fp16, strict=True) if tile in having_fp16 else ():
+            out = mxfp4_moe.fused_moe(*call.args(), of_fp16, tile_mn=tile.mn, activation_format="fp16")
+            if not relative_error(out, wanted) <= 1e-3:
+                failures.append(f"{tile.name}, fp16, layer of {len(out)} tokens: far from what was expected")
         torch.cuda.synchronize()
         print(f"tile {number} of {len(tiles)}: {tile.name}, {time.monotonic() - start:.0f} s", flush=True)
     others = (other_kernels, routers)

@@ -115,7 +115,8 @@ def make_case(number: int) -> Case:
         "intermediate_rounding": rng.random() < 0.3,
     }
     if not isinstance(given, str):
-        options["activation_format"] = rng.choice(mxfp4_moe.activation_formats(device))
+        others = [name for name in mxfp4_moe.activation_formats(device) if name != "fp16"]  # that has test_fp16.py
+        options["activation_format"] = rng.choice(others)
     calls, scales = [], []
     for _ in range(REPLAYS if graph else 1):
         magnitude = 2.0 ** rng.randint(-6, 4)

@@ -14,7 +14,7 @@ Rows = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [n] -> packed [n
 Source = Callable[[int, int, int], Rows]  # (expert, first k, past the last k) -> the rows of that expert
 
 NVFP4_SCALE_MAX = 0x7E  # 448; above are E4M3's NaN and what has a sign, which an MMA does not look at
-WEIGHT_SCALE_MAX = 253  # of a larger one 6, even halved, is no bf16 (csrc/tile/bf16/operands.cuh)
+WEIGHT_SCALE_MAX = 253  # of a larger one 6, even halved, is no bf16 (csrc/tile/bf16/bf16_weights.cuh)
 
 
 def ceil_div(a: int, b: int) -> int:

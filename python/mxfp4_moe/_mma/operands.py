@@ -94,7 +94,7 @@ def decoded(codes: Tensor, kind: Format) -> Tensor:
 
 
 WEIGHT_UNITS = {"mxfp4": 2.0, "nvfp4": 128.0}
-"""What kernels that read bfloat16 divide weights by, and multiply sums by (kUnit of csrc/tile/bf16/operands.cuh)."""
+"""What kernels that read bfloat16 divide weights by, and multiply sums by (kUnit, csrc/tile/bf16/bf16_weights.cuh)."""
 
 
 def unit_weights(nibbles: Tensor, scales: Tensor, weights: str) -> Tensor:

@@ -96,7 +96,7 @@ def pack_words(packed: Tensor, order: WordOrder) -> Tensor:
     one in the high ones, alike: with a code as sign s and magnitude eem, the first has s at bit 15 and eem at bits
     8..6; the second s at 11 and eem at 4..2; the third eem at 14..12; the fourth ee at 10..9 and m at 0. The signs of
     the third and fourth stand in the *other* half, at bits 5 and 1. So each pair is one shift or rotation away from
-    bfloat16 numbers of 2^-126 times the values, but for the fourth's m (csrc/tile/bf16/operands.cuh).
+    bfloat16 numbers of 2^-126 times the values, but for the fourth's m (csrc/tile/bf16/bf16_weights.cuh).
 
     PLAIN: word t has k = 8t .. 8t+7, nibbles in k order, which is how the bytes come.
 

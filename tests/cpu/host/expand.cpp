@@ -1,7 +1,8 @@
 // The kernels' own expansion of weights, run on the host: reads words, writes each one's registers. Device code, so what
 // it asks CUDA for is declared here; only the expansion is ever called.
-// MXFP4_MOE_ORDER_CONTAINERS chooses SM12x's expand_weight (csrc/tile/sm12x/mma.cuh), without it it is SM90's expand.
-// That one's header wants CUTLASS on a device, so the test cuts the function out of it: expand_pairs.inc.
+// MXFP4_MOE_ORDER_CONTAINERS chooses SM12x's expand_weight (csrc/tile/sm12x/mma.cuh), without it it is expand_bf16 or
+// expand_fp16 (csrc/tile/bf16). Their headers want CUTLASS on a device, so the test cuts the function out of one:
+// expand_pairs.inc.
 #include <stdint.h>
 #include <stdio.h>
 
@@ -13,6 +14,10 @@
 
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {  // CUDA Math API, "Integer Intrinsics"
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (by % 32));
+}
+
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (by % 32) >> 32);
 }
 
 #ifdef MXFP4_MOE_ORDER_CONTAINERS

@@ -76,4 +76,5 @@ def choose_activations(
     step = ""
     if "mxfp8" in others:
         step = f"{ACTIVATIONS_VARIABLE}=mxfp8 takes our kernels with MXFP8 activations (docs/accuracy.md)"
-    return Choice(format="", reason=f"no kernels with {IN_WORDS[name]} on this device, {wish}", next_step=step)
+    where = "for engines" if name == "fp16" else "on this device"
+    return Choice(format="", reason=f"no kernels with {IN_WORDS[name]} {where}, {wish}", next_step=step)
