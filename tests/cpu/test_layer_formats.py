@@ -18,7 +18,7 @@ from mxfp4_moe.weights import MoEWeights
 
 TILE = Tile(m=8, n=64, swap_ab=True)
 EXPERTS, HIDDEN, INTER, TOKENS = 4, 64, 32, 3
-MXFP8, BF16, MXFP4, NVFP4 = range(4)  # csrc/moe/kernels.h, ActivationFormat
+MXFP8, BF16, MXFP4, NVFP4, FP16 = range(5)  # csrc/moe/kernels.h, ActivationFormat
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,9 @@ def ones(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "activation_format", "changes", "words"),
     [
-        ("mxfp4", 4, {}, "activation_format: expected 0 to 3, got 4"),
+        ("mxfp4", 5, {}, "activation_format: expected 0 to 4, got 5"),
+        ("mxfp4", FP16, {}, "w13_factors: expected a tensor with these formats of weights and activations, got none"),
+        ("mxfp4", FP16, {"w13_factors": ones(EXPERTS, 2)}, "w2_factors: expected a tensor with these formats"),
         ("mxfp4", MXFP4, {"weight_format": 2}, "weight_format: expected 0 to 1, got 2"),
         ("mxfp4", MXFP4, {"weight_format": 1}, "w13: expected uint8 [4, "),
         ("mxfp4", MXFP4, {"w13_factors": ones(EXPERTS, 2)}, "w13_factors: expected none with these formats"),
