@@ -19,7 +19,7 @@ from moe_cases import FP16, ids_of, layer_of, rows_of, same_halves, special_rows
 from torch import Tensor
 
 import mxfp4_moe
-from mxfp4_moe import pair_problems, reference
+from mxfp4_moe import formats, pair_problems, reference
 from mxfp4_moe._call.activation_format import tiles_of
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.arithmetic import SM90_FP16
@@ -84,8 +84,9 @@ def of_any_bits(pair: str, kind: str) -> PairProblem:
     g = torch.Generator(device).manual_seed(len(kind))
     words = torch.randint(0, 1 << 16, problem.rows.shape, generator=g, device=device, dtype=torch.int32)
     sign, magnitude = words & 0x8000, words & 0x7FFF
-    if kind != "any":
-        magnitude %= 0x7C00
+    finite = magnitude % 0x7C00
+    seldom = torch.arange(problem.rows.shape[1], device=device) % 31 == 0  # so that most sums are numbers
+    magnitude = torch.where(seldom & (kind == "any"), magnitude, finite)
     if kind == "denormal":
         magnitude %= 0x600
     elif kind == "huge":
@@ -113,14 +114,16 @@ def test_the_whole_range_of_scales() -> None:
     if "fp16" not in mxfp4_moe.activation_formats(device, "mxfp4"):
         pytest.skip("no kernels of mxfp4_fp16 here")
     base = pair_problems.random_problem("mxfp4_fp16", 160, 80, device, SM90_FP16)
+    small = (base.rows.float() * 2.0**-14).half()  # so that sums times 2^126 are numbers
+    below = (142 - base.scales.int()).clamp(min=0)  # of weights that are not zero 142 is the largest
     for largest in (2, 10, 127, 254):
-        below = (base.scales.amax().int() - base.scales.int()).clamp(min=0)
         scales = (largest - below).clamp(min=0).to(torch.uint8)
-        held = [mxfp4_moe.formats.largest_scale(packed, of) for packed, of in zip(base.packed, scales, strict=True)]
-        factors = mxfp4_moe.formats.fp16_factor(torch.stack(held)).unsqueeze(1).expand(-1, 2).contiguous()
-        problem = replace(base, scales=scales, of_weights=factors)
+        held = [formats.largest_scale(packed, of) for packed, of in zip(base.packed, scales, strict=True)]
+        factors = formats.fp16_factor(torch.stack(held)).unsqueeze(1).expand(-1, 2).contiguous()
+        problem = replace(base, rows=small if largest == 254 else base.rows, scales=scales, of_weights=factors)
         problem = replace(problem, expected=problem.sums(SM90_FP16))
         assert problem.expected.any()
+        assert problem.expected.isfinite().any()
         check_all(problem, "mxfp4_fp16")
 
 
@@ -202,18 +205,6 @@ def test_layers(pair: str, tokens: int) -> None:
         static.fill_(float("nan"))
         graph.replay()
         assert torch.equal(bits(static), bits(outs[0])), "captured"
-
-
-def test_fp16_is_nearer_than_bf16(pair: str) -> None:
-    """Three bits of mantissa more, of what stands between the two GEMMs."""
-    for given in layers(pair):
-        call = random_call(64, 4, given, dtype=torch.float16)
-        exact = reference.fused_moe(*call.args(), given, activation_format="fp16", output_dtype=torch.float16).float()
-        outs = {}
-        for acts in ("fp16", "bf16"):
-            weights = given.to(gpu_problems.gpu(), activation_format=acts)
-            outs[acts] = mxfp4_moe.fused_moe(*call.args(), weights, activation_format=acts)
-        assert relative_error(outs["fp16"], exact) < 0.3 * relative_error(outs["bf16"], exact)
 
 
 def test_a_warning_counts_what_is_rounded() -> None:
