@@ -48,12 +48,12 @@ sanitize() {
 # shellcheck disable=SC2329 # in_shares calls it
 fuzz() {
   MXFP4_MOE_FUZZ_SEED=${SHARE%/*} MXFP4_MOE_FUZZ_CALLS=$(((calls + jobs - 1) / jobs)) \
-    "$python" -m pytest -q -m gpu tests/gpu/test_fuzz.py
+    "$python" -m pytest -q -p no:benchmark -m gpu tests/gpu/test_fuzz.py
 }
 
 run_part() {
   case $1 in
-    tests) "$python" -m pytest -q -m gpu -n "$jobs" tests >"$out/tests.log" 2>&1 ;;
+    tests) "$python" -m pytest -q -p no:benchmark -m gpu -n "$jobs" tests >"$out/tests.log" 2>&1 ;;
     memcheck | racecheck | synccheck | initcheck) in_shares "$1" sanitize "$1" ;;
     fuzz) in_shares fuzz fuzz ;;
     *) echo "error: no part $1; there are tests, memcheck, racecheck, synccheck, initcheck, fuzz" >&2 && return 2 ;;

@@ -7,7 +7,6 @@ per token cut down.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,20 @@ import oracles
 import pytest
 import router_cases
 import torch
+from model_cases import ACTIVATIONS, ROUTERS, TOLERANCE, error, shrunk
 
 from mxfp4_moe import MoEWeights, Router, fused_moe, fused_moe_from_logits, load_router, select_experts
 from mxfp4_moe._checkpoints.models import MODELS, Model
 from mxfp4_moe._checkpoints.schemes import BY_NAME, SCHEMES
 
 TOKENS = 23
-TOLERANCE = 2.0**-8  # as test_reference.py has it for bfloat16, with the reason
 NVFP4 = {name for name, scheme in BY_NAME.items() if scheme.is_nvfp4}  # test_nvfp4_checkpoints.py has those
 PAIRS = [(model, scheme) for model in MODELS for scheme in model.schemes if scheme not in NVFP4]
-# What each model computes between its GEMMs, from its own sources (the rows of _checkpoints/models.py name them).
-ACTIVATIONS: dict[str, dict[str, Any]] = {
-    "gpt-oss-20b": {"activation": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
-    "gpt-oss-120b": {"activation": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
-    "DeepSeek-V4-Flash": {"activation": "swiglu_oai", "alpha": 1.0, "beta": 0.0, "limit": 10.0},
-    "DeepSeek-V4-Pro": {"activation": "swiglu_oai", "alpha": 1.0, "beta": 0.0, "limit": 10.0},
-    "MiniMax-M3": {"activation": "swiglu_oai", "alpha": 1.702, "beta": 1.0, "limit": 7.0},
-    "MiMo-V2": {"activation": "swiglu"},
-    "Ling / Bailing V3": {"activation": "swiglu_step", "limit": 7.0},  # layer 1; layer 0 has no limit
-    "Kimi-K3": {"activation": "situ", "beta": 4.0, "limit": 25.0},
-    "Qwen3-MoE, quantized here": {"activation": "swiglu"},
-}
 LAYER = 1
-# How each model chooses and weighs, from its own sources; top_k is cut down with the experts (`write_model`).
-ROUTERS: dict[str, dict[str, Any]] = {
-    "gpt-oss-20b": {"scoring_func": "softmax"},
-    "gpt-oss-120b": {"scoring_func": "softmax"},
-    "DeepSeek-V4-Flash": {"scoring_func": "sqrtsoftplus", "bias": True, "routed_scaling_factor": 1.5},
-    "DeepSeek-V4-Pro": {"scoring_func": "sqrtsoftplus", "bias": True, "routed_scaling_factor": 2.5},
-    "MiniMax-M3": {"scoring_func": "sigmoid", "bias": True, "routed_scaling_factor": 2.0},
-    "MiMo-V2": {"scoring_func": "sigmoid", "bias": True},
-    "Ling / Bailing V3": {
-        **{"scoring_func": "sigmoid", "bias": True, "routed_scaling_factor": 2.5},
-        **{"num_expert_group": 8, "topk_group": 4},
-    },
-    "Kimi-K3": {"scoring_func": "sigmoid", "bias": True},
-    "Qwen3-MoE, quantized here": {"scoring_func": "softmax"},
-}
 
 
 def small(size: int, tiles: int) -> int:
     return 32 * (4 * tiles + size // 32 % 4)
-
-
-def shrunk(config: Mapping[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """The model's config.json with the small layer's sizes in the model's own keys."""
-    keys = {
-        "num_experts": ("num_local_experts", "n_routed_experts", "num_experts"),
-        "top_k": ("num_experts_per_tok", "num_experts_per_token"),
-        "hidden": ("hidden_size", "routed_expert_hidden_size"),
-        "inter": ("moe_intermediate_size",) if "moe_intermediate_size" in str(config) else ("intermediate_size",),
-    }
-    of_key = {key: sizes[what] for what, names in keys.items() for key in names}
-    return {
-        key: shrunk(value, sizes) if isinstance(value, Mapping) else of_key.get(key, value)
-        for key, value in config.items()
-    }
 
 
 def experts_of(model: Model) -> int:
@@ -111,10 +68,6 @@ def expected_router(model: Model) -> Router:
     options = dict(ROUTERS[model.name])
     bias = router_cases.bias_of(experts_of(model), seed=LAYER) if options.pop("bias", False) else None
     return Router(top_k=min(model.top_k, 4), e_score_correction_bias=bias, **options)
-
-
-def error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected))
 
 
 def test_the_tables_know_each_other() -> None:

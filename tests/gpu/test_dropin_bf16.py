@@ -67,8 +67,9 @@ def test_is_flashinfers(
     layer = cases.checkpoint(seed=2)
     call = cases.make_call(layer, seed=2) | (cases.biases(layer) if biased else {})
     wanted = cases.expected(call, layer, numbers=numbers, biased=biased)
+    given = call_on(device, call | cases.swiglu_numbers(numbers))  # kept: prepared weights live as long as the raw ones
     (found,) = fi.cutlass_fused_moe(
-        **call_on(device, call | cases.swiglu_numbers(numbers)),
+        **given,
         output=torch.full((cases.T, cases.H), torch.nan, dtype=torch.bfloat16, device=device),
         tile_mn=tile_mn,
     )

@@ -134,6 +134,8 @@ def _make_definition(logits: Tensor, router: Router) -> Call:
 
 
 def _make_compiled(logits: Tensor, router: Router) -> Call:
+    """Compiled for these sizes alone: beyond some of them torch gives up and runs the function as it is."""
+    torch.compiler.reset()
     compiled = torch.compile(by_definition, dynamic=False)
     return lambda: compiled(logits, router)
 

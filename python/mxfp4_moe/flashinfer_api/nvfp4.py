@@ -101,8 +101,9 @@ def quantized(
     require_tensor(name, x, HALVES)
     if x.dim() < 2 or x.shape[-1] == 0 or x.shape[-1] % NVFP4_BLOCK:
         raise ValueError(f"{name}: expected [..., M, K] with K a multiple of {NVFP4_BLOCK}, got {describe(x)}")
-    scale = torch.ones((), dtype=torch.float32, device=x.device)
-    if global_scale is not None:
+    if global_scale is None:
+        scale = torch.ones((), dtype=torch.float32, device=x.device)
+    else:
         require_tensor(of_scale, global_scale, _FLOATS)
         if global_scale.numel() != 1:
             raise ValueError(f"{of_scale}: expected one number, got {describe(global_scale)}")
