@@ -180,8 +180,12 @@ def test_the_tables() -> None:
     ]
     assert "m8n128_swap, auto" in report.table(run)
     assert lines[1][-1] == "2.50x"
-    first = report.markdown(run).splitlines()[2]
-    assert first == "| 1 | 4.0 | 20.0 | m8n128_swap | 50.0 | 13.2 | 66% | 10.0 | 2.50x |"
+    first, second = report.markdown(run).splitlines()[2:]
+    assert first == "| 1 | 4.0 | 20.0 | m8n128_swap | m8n128_swap 20.0 | 50.0 | 13.2 | 66% | 10.0 | 2.50x |"
+    assert "| 500.0 | m8n128_swap | m64n128 400.0 |" in second
+    chosen = dataclasses.replace(run, measurements=[m for m in run.measurements if m.automatic or not m.ours])
+    first = report.markdown(chosen).splitlines()[2]
+    assert first == "| 1 | 4.0 | 20.0 | m8n128_swap | 50.0 | 13.2 | 66% | 10.0 | 2.50x |", "no tiles, no column"
     assert report.kernel_table(run).splitlines()[1].split() == ["1", "humming-w4a8", "1", "gemm", "9.0", "8.0"]
     said = report.summary(run)
     assert "marlin is left out: vLLM is not installed" in said

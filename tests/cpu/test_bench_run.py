@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import oracles
 import pytest
 import torch
 from bench_results import exactly
 
 from mxfp4_moe import cli, fused_moe, reference, topk_softmax
-from mxfp4_moe.bench import inputs, shapes, statistics
+from mxfp4_moe.bench import inputs, report, shapes, statistics
 from mxfp4_moe.bench import run as bench_run
 from mxfp4_moe.bench.ceilings import Ceilings
+from mxfp4_moe.bench.exact import exact_layer
 from mxfp4_moe.bench.host import fresh_process
 from mxfp4_moe.bench.kernel_records import KernelTime
 from mxfp4_moe.bench.report import OURS, Results
@@ -139,6 +142,52 @@ def test_host_times_are_of_the_layer_from_logits_and_of_its_two_calls(monkeypatc
     from_logits, from_ids, routed = returned
     assert torch.equal(from_logits, from_ids)
     assert torch.equal(fused_moe(run.calls[3][0].hidden_states, *routed, weights), from_ids)
+
+
+@pytest.mark.parametrize(("activation_format", "low", "high"), [("mxfp8", 5e-3, 8e-2), ("bf16", 1e-4, 3e-3)])
+def test_the_error_against_float64_is_what_the_activations_cost(
+    monkeypatch: pytest.MonkeyPatch, activation_format: str, low: float, high: float
+) -> None:
+    monkeypatch.setattr(bench_run, "Timer", StillTimer)
+    ceilings = Ceilings(copy_gb_per_s=1, bf16_tflops=1, f16_tflops=1, fp8_tflops=1)
+    monkeypatch.setattr(bench_run, "measure_ceilings", lambda device: ceilings)
+    monkeypatch.setattr(bench_run, "environment", lambda *arguments: {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    rest = {"include_routing": True, "host": False, "replays": 1, "inputs": 1, "command": ["x"], "rival_folders": []}
+    plan = bench_run.Plan(
+        shape=SMALL,
+        tokens=(3, 64, 70),
+        tiles=(None,),
+        rivals=[a_rival("larger", 1.05), a_rival("of another layer", 1.05, layer=padded.plain_swiglu)],
+        kernels=False,
+        activation_format=activation_format,
+        **rest,
+    )
+    run = bench_run._Run(plan, torch.device("cpu"), lambda text: None, lambda results: None).results()
+    errors = {(m.implementation, m.tokens): m.exact_error for m in run.measurements if m.exact_error is not None}
+    assert set(errors) == {(OURS, 64), ("larger", 64)}
+    assert low < errors[OURS, 64] < high
+    assert 0.04 < errors["larger", 64] < 0.1
+    words = ", ".join(f"{name} {error:.2%}" for (name, _), error in errors.items())
+    assert f"unquantized activations, 64 tokens: {words}" in report.summary(run)
+
+
+def test_exact_layer_is_the_dense_sum() -> None:
+    """Beside an oracle that goes token by token and knows nothing of sorting them by expert."""
+    tensors = inputs.layer_tensors(SMALL, torch.device("cpu"))
+    call = inputs.call_inputs(SMALL, 5, torch.device("cpu"), 0)
+    scores = call.logits.double().topk(SMALL.top_k)
+    layer = {name: getattr(tensors, name) for name in ("w13", "w13_scale", "w2", "w2_scale", "w13_bias", "w2_bias")}
+    w13 = oracles.mxfp4_values(layer["w13"].numpy(), layer["w13_scale"].numpy())
+    w2 = oracles.mxfp4_values(layer["w2"].numpy(), layer["w2_scale"].numpy())
+    expected = np.zeros((5, SMALL.hidden))
+    for t in range(5):
+        for share, e in zip(scores.values.softmax(-1)[t].tolist(), scores.indices[t].tolist(), strict=True):
+            sums = w13[e] @ call.hidden_states[t].double().numpy() + layer["w13_bias"][e].double().numpy()
+            between = oracles.two_inputs(sums[0::2], sums[1::2], "swiglu_oai", 1.702, 1.0, 7.0)
+            expected[t] += share * (w2[e] @ between + layer["w2_bias"][e].double().numpy())
+    found = exact_layer(tensors, call).numpy()
+    assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected)
 
 
 def test_a_fresh_process_that_fails_says_why() -> None:

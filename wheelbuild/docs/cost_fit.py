@@ -3,9 +3,10 @@ who changes the kernels or the model.
 
     PYTHONPATH=python python -m wheelbuild.docs.cost_fit s1.json s2.json ...
 
-Each file is one shape over numbers of tokens and tiles, of one SM90 GPU. It prints constants for
-`_choice/sm90_model.py`, the loss (time of the tile that the model chooses over the best of the file's tiles, minus one)
-with these, and for each shape with constants that were fitted to the others. Needs NumPy, which the package does not.
+Each file is one shape over numbers of tokens and tiles, of one SM90 GPU; a shape may have one for each GPU. It prints
+constants for `_choice/sm90_model.py`, the loss (time of the tile that the model chooses over the best of the file's
+tiles, minus one) with these, and for each shape with constants that were fitted to the others. Needs NumPy, which the
+package does not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mxfp4_moe._choice.sm90_model import Constants
 from mxfp4_moe.bench import report
 from mxfp4_moe.tiles import Tile, load_manifest
 
-_NAMES = [field.name for field in fields(Constants)]
+_NAMES = [field.name for field in fields(Constants) if field.name != "overlap"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def _residuals(values: np.ndarray, given: Sequence[Case]) -> np.ndarray:
 
 
 def constants_of(values: np.ndarray) -> Constants:
-    return Constants(**dict(zip(_NAMES, np.exp(values).tolist(), strict=True)))
+    fitted = dict(zip(_NAMES, np.exp(values).tolist(), strict=True))
+    return Constants(overlap=sm90_model.CONSTANTS.overlap, **fitted)
 
 
 def fit(given: Sequence[Case], start: Constants, steps: int) -> Constants:
@@ -115,25 +117,30 @@ def main() -> None:
         "--steps", type=int, default=15, help="steps of a fit, 15 by default; 0: the constants of today"
     )
     arguments = parser.parse_args()
-    shapes = {path.name: cases(path) for path in arguments.files}
-    together = [case for given in shapes.values() for case in given]
+    files = [cases(path) for path in arguments.files]
+    together = [case for given in files for case in given]
     fitted = fit(together, sm90_model.CONSTANTS, arguments.steps)
     print(*(f"    {name}={getattr(fitted, name):.4g}," for name in _NAMES), sep="\n")
-    print("loss, by number of tokens:", *(case.tokens for case in next(iter(shapes.values()))))
-    apart: list[float] = []
-    for name, given in shapes.items():
-        print(name, *(f"{100 * loss(case, fitted):.1f}" for case in given))
-    total = [loss(case, fitted) for case in together]
-    print(f"mean {100 * statistics.mean(total):.2f} %, max {100 * max(total):.1f} %", flush=True)
+    _print_losses("loss", [(given, fitted) for given in files])
     if arguments.steps:
-        print("without the shape itself:")
-        for name, given in shapes.items():
-            others = [case for other, rest in shapes.items() if other != name for case in rest]
-            constants = fit(others, fitted, arguments.steps)
-            losses = [loss(case, constants) for case in given]
-            apart += losses
-            print(name, *(f"{100 * value:.1f}" for value in losses), flush=True)
-        print(f"mean {100 * statistics.mean(apart):.2f} %, max {100 * max(apart):.1f} %")
+        apart = []
+        for given in files:
+            others = [case for case in together if case.layer != given[0].layer]
+            apart.append((given, fit(others, fitted, arguments.steps)))
+        _print_losses("without the shape itself", apart)
+
+
+def _print_losses(what: str, of: Sequence[tuple[Sequence[Case], Constants]]) -> None:
+    print(f"{what}, tokens: %")
+    every: list[float] = []
+    for given, constants in of:
+        losses = [100 * loss(case, constants) for case in given]
+        every += losses
+        case = given[0]
+        sizes = (case.layer.experts, case.layer.top_k, case.layer.hidden, case.layer.intermediate)
+        cells = (f"{case.tokens}: {value:.1f}" for case, value in zip(given, losses, strict=True))
+        print(f"{case.device.name}, {', '.join(map(str, sizes))} |", " | ".join(cells), flush=True)
+    print(f"mean {statistics.mean(every):.2f} %, max {max(every):.1f} %")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,9 @@ def results_block(runs: Mapping[str, report.Results]) -> str:
         return "No run is committed yet.\n"
     parts = []
     for name, run in runs.items():
-        parts.append(f"### {run.shape.name or name} on {run.environment.get('device', 'an unknown GPU')}\n")
+        activations = run.environment.get("activation_format", "mxfp8")  # older files have none and are of MXFP8
+        words = run.shape.name or run.shape.words
+        parts.append(f"### {words}, {activations}, on {run.environment.get('device', 'an unknown GPU')}\n")
         parts.append("\n".join(f"- {line}" for line in report.summary(run).splitlines()[1:]) + "\n")
         parts.append(f"- {run.environment.get('method', '')}\n- `{run.environment.get('command', '')}`\n")
         parts.append(report.markdown(run))

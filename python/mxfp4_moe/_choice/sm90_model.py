@@ -4,9 +4,9 @@ docs/performance.md says how well it chooses. A wrong choice costs time, never a
 
 Persistent blocks walk the m-tiles of experts with rows times the tiles along n: full rounds, in which each SM has as
 many blocks as fit, and a last one with what is left. A block alone has latencies that its own warps cannot hide; all
-blocks of an SM share what it can issue, most of it the expansion of weights from FP4 to bf16. Meanwhile the memory has
-the weights of the active experts to deliver. Nothing overlaps perfectly, so causes add by a norm and not a maximum.
-Bytes from L2 and the latency of loads were tried and explained nothing more.
+blocks of an SM share what it can issue, most of it the expansion of weights from FP4 to bf16; the two add. Meanwhile
+the memory has the weights of the active experts to deliver, which overlaps, though not perfectly: a norm and not a
+maximum. Bytes from L2 and the latency of loads were tried and explained nothing more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Constants:
 
     memory_efficiency: float  # of the published bandwidth
     overlap: float  # exponent of the norm between the memory and the SMs
-    sm_overlap: float  # between a block alone and all of an SM's
     sync_expand: float  # 64 weight rows
     wgmma_expand: float  # 64 weight rows
     wgmma_row: float  # and for each activation row
@@ -41,20 +40,20 @@ class Constants:
     row_us: float  # microseconds that 2^20 activation values add to that
 
 
-# Fitted with wheelbuild/docs/cost_fit.py on 2026-11-26 to an NVIDIA H100 80GB HBM3 (132 SMs): the eight shapes of its
-# table in tuned/, from 1 to 4096 tokens, and the tiles of `sensible`.
+# Fitted with wheelbuild/docs/cost_fit.py on 2026-11-27 to an H100 80GB HBM3 and an H200, 132 SMs each: the eight
+# shapes of its table in docs/performance.md, from 1 to 4096 tokens, and the tiles of `sensible`. `overlap` was not
+# fitted: left to itself it goes to 10.7, and choices are a little worse.
 CONSTANTS = Constants(
-    memory_efficiency=0.9146,
-    overlap=4.546,
-    sm_overlap=1.567,
-    sync_expand=285.8,
-    wgmma_expand=232.2,
-    wgmma_row=2.438,
-    wgmma_alone=349.7,
-    tile=4204.0,
-    epilogue=24.52,
-    around_us=22.83,
-    row_us=1.9,
+    memory_efficiency=0.892,
+    overlap=4.5,
+    sync_expand=236.7,
+    wgmma_expand=234.1,
+    wgmma_row=2.177,
+    wgmma_alone=83.12,
+    tile=3474.0,
+    epilogue=16.55,
+    around_us=22.68,
+    row_us=1.971,
 )
 
 
@@ -107,9 +106,9 @@ def _gemm_us(tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, n: int,
             shared = c.wgmma_expand + c.wgmma_row * columns
             alone = k_tiles * (c.wgmma_alone + c.wgmma_row * columns) + c.tile
         shared = units * (k_tiles * shared + c.epilogue * columns)
-        full += rounds * _norm(alone, blocks * shared, c.sm_overlap) * count / m_tiles / clocks
+        full += rounds * (alone + blocks * shared) * count / m_tiles / clocks
         if tail:
-            last += _norm(alone, tail * shared, c.sm_overlap) * count / m_tiles / clocks
+            last += (alone + tail * shared) * count / m_tiles / clocks
     weights = expected_active(tokens, layer) * n * k * _WEIGHT_BYTES
     memory = weights / (device.gb_per_s * c.memory_efficiency * 1e3)
     # The last round has the memory for few blocks, and cannot make up for what the others waited for it.

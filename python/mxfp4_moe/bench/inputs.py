@@ -27,11 +27,12 @@ class LayerTensors:
     w13_bias: Tensor  # bfloat16 [E, 2I]
     w2_bias: Tensor  # bfloat16 [E, H]
 
-    def prepared(self) -> MoEWeights:
-        """As this package wants them."""
-        return MoEWeights.from_mxfp4(
+    def prepared(self, activation_format: str = "mxfp8") -> MoEWeights:
+        """As this package wants them for calls with these activations."""
+        weights = MoEWeights.from_mxfp4(
             self.w13, self.w13_scale, self.w2, self.w2_scale, w13_bias=self.w13_bias, w2_bias=self.w2_bias
         )
+        return weights.to(self.w13.device, activation_format)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,9 @@ class Measurement:
     active_experts: float  # mean over the inputs
     us: Summary
     relative_error: float | None = None  # against ours, of rivals
+    exact_error: float | None = (
+        None  # against float64 with activations as they come (exact.py), at one number of tokens
+    )
     kernels: tuple[KernelTime, ...] = ()
 
     @property
@@ -116,12 +119,17 @@ class Results:
         }
 
     def _measurement_dict(self, m: Measurement) -> dict[str, Any]:
-        plain = {key: value for key, value in vars(m).items() if key not in ("us", "kernels", "relative_error")}
+        plain = {
+            key: value
+            for key, value in vars(m).items()
+            if key not in ("us", "kernels", "relative_error", "exact_error")
+        }
         figures = self.figures(m)
         return {
             **plain,
             "us": m.us.as_dict(),
             "relative_error": None if m.relative_error is None else round(m.relative_error, 5),
+            "exact_error": None if m.exact_error is None else round(m.exact_error, 6),
             "gb_per_s": round(figures.gb_per_s, 1),
             "tflops": round(figures.tflops, 2),
             "kernels": [kernel.as_dict() for kernel in m.kernels],
@@ -173,6 +181,7 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
         active_experts=entry["active_experts"],
         us=Summary(**entry["us"]),
         relative_error=entry["relative_error"],
+        exact_error=entry.get("exact_error"),  # files before it have none
         kernels=tuple(KernelTime(**kernel) for kernel in entry["kernels"]),
     )
 
@@ -276,20 +285,26 @@ def kernel_table(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """One line for each number of tokens: ours, every rival, the floor, and how ours compares."""
+    """One line for each number of tokens: ours, every rival, the floor, and how ours compares; and where tiles were
+    measured beside the automatic choice, the fastest of them.
+    """
     rivals = [name for name in results.implementations if name != OURS]
-    head = ["tokens", "experts hit", f"{OURS} (us)", "tile", *(f"{name} (us)" for name in rivals)]
-    head += ["floor (us)", "of copy speed", "TFLOP/s", "best rival / ours"]
-    lines = [head, ["--:", "--:", "--:", ":--", *("--:" for _ in rivals), "--:", "--:", "--:", "--:"]]
+    tiles = any(m.ours and not m.automatic for m in results.measurements) and any(
+        m.automatic for m in results.measurements
+    )
+    head = ["tokens", "experts hit", f"{OURS} (us)", "tile", *(["fastest tile (us)"] * tiles)]
+    head += [*(f"{name} (us)" for name in rivals), "floor (us)", "of copy speed", "TFLOP/s", "best rival / ours"]
+    lines = [head, [":--" if "tile" in name else "--:" for name in head]]
     for tokens in results.tokens:
-        mine = results.of(OURS, tokens)
-        if mine is None:
+        mine, best = results.of(OURS, tokens), results.best_tile(tokens)
+        if mine is None or best is None:
             continue
         figures = results.figures(mine)
         others = [results.of(name, tokens) for name in rivals]
         lines.append(
             [
                 *(str(tokens), f"{mine.active_experts:.1f}", f"{mine.us.median:.1f}", mine.tile),
+                *([f"{best.tile} {best.us.median:.1f}"] * tiles),
                 *("-" if m is None else f"{m.us.median:.1f}" for m in others),
                 "-" if figures.floor is None else f"{figures.floor.us:.1f}",
                 _percent(figures.percent_of_copy),
@@ -324,6 +339,11 @@ def summary(results: Results) -> str:
         lines.append("measured ceilings: " + ", ".join(ceilings))
     if results.host:
         lines.append("host: " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in results.host.items()))
+    errors = {m.implementation: m for m in reversed(results.measurements) if m.exact_error is not None}
+    if errors:
+        said = ", ".join(f"{name} {m.exact_error:.2%}" for name, m in reversed(errors.items()))
+        (tokens,) = {m.tokens for m in errors.values()}
+        lines.append(f"relative error against float64 with unquantized activations, {tokens} tokens: {said}")
     lines += [f"{name}, {words}" for name, words in results.rivals.items()]
     for failure in results.failures:
         where = "" if failure.tokens is None else f" at {failure.tokens} tokens"

@@ -19,6 +19,7 @@ from .._install import driver, loading
 from ..problems import relative_error
 from ..weights import MoEWeights
 from .ceilings import Ceilings, measure_ceilings
+from .exact import MOST_TOKENS, exact_layer
 from .host import fresh_process, host_us
 from .inputs import CallInputs, LayerTensors, call_inputs, layer_tensors
 from .report import OURS, Failure, Measurement, Results
@@ -46,21 +47,28 @@ class Plan:
     replays: int
     inputs: int  # different calls that take turns
     command: Sequence[str]
+    activation_format: str = "mxfp8"  # of our calls
 
 
-def our_call(weights: MoEWeights, top_k: int, tile_mn: TileMN | None, include_routing: bool) -> MakeCall:
+def our_call(
+    weights: MoEWeights, top_k: int, tile_mn: TileMN | None, include_routing: bool, activation_format: str = "mxfp8"
+) -> MakeCall:
     """The layer through the public API, from logits or from the router's result on."""
+
+    options: dict[str, Any] = {"tile_mn": tile_mn, "activation_format": activation_format}
 
     def make_call(inputs: CallInputs) -> Callable[[], Tensor]:
         x, logits = inputs.hidden_states, inputs.logits
+        if activation_format == "fp16":
+            x = x.half()
         if include_routing:
 
             def from_logits() -> Tensor:
-                return fused_moe_from_logits(x, logits, top_k, weights, tile_mn=tile_mn)
+                return fused_moe_from_logits(x, logits, top_k, weights, **options)
 
             return from_logits
         topk_weights, topk_ids = topk_softmax(logits, top_k)
-        return lambda: fused_moe(x, topk_weights, topk_ids, weights, tile_mn=tile_mn)
+        return lambda: fused_moe(x, topk_weights, topk_ids, weights, **options)
 
     return make_call
 
@@ -92,9 +100,13 @@ class _Run:
             for tokens in plan.tokens
         }
         self.expected: dict[int, Tensor] = {}
+        self.exact = {
+            tokens: exact_layer(self.tensors, self.calls[tokens][0])
+            for tokens in sorted(tokens for tokens in plan.tokens if tokens <= MOST_TOKENS)[-1:]
+        }
 
     def results(self) -> Results:
-        weights = self.tensors.prepared()
+        weights = self.tensors.prepared(self.plan.activation_format)
         self._ours(weights)
         self.save(self.so_far())
         for rival in self.plan.rivals:
@@ -118,16 +130,21 @@ class _Run:
             host=self.host,
         )
 
+    def _our_call(self, weights: MoEWeights, tile_mn: TileMN | None) -> MakeCall:
+        plan = self.plan
+        return our_call(weights, plan.shape.top_k, tile_mn, plan.include_routing, plan.activation_format)
+
     def _ours(self, weights: MoEWeights) -> None:
         plan = self.plan
         for tile_mn in plan.tiles:
-            make_call = our_call(weights, plan.shape.top_k, tile_mn, plan.include_routing)
+            make_call = self._our_call(weights, tile_mn)
             for tokens in plan.tokens:
                 calls = [make_call(inputs) for inputs in self.calls[tokens]]
                 if tokens not in self.expected:
                     self.expected[tokens] = calls[0]()
-                name = manifest_tile(tile_mn).name if tile_mn else chosen_tile(plan.shape, tokens, self.device)
-                self._measure(OURS, tokens, calls, name, automatic=tile_mn is None, error=None)
+                name = manifest_tile(tile_mn).name if tile_mn else chosen_tile(plan, tokens, self.device)
+                exact = self._exact_error(tokens, calls[0]())
+                self._measure(OURS, tokens, calls, name, automatic=tile_mn is None, exact=exact)
         if plan.host:
             self._host(weights)
 
@@ -138,7 +155,7 @@ class _Run:
                 continue
             self.progress(f"kernels: {m.tile}, {m.tokens} tokens")
             tile_mn = None if m.automatic else loading.manifest().tile(m.tile).mn
-            make_call = our_call(weights, self.plan.shape.top_k, tile_mn, self.plan.include_routing)
+            make_call = self._our_call(weights, tile_mn)
             try:
                 kernels = self.timer.kernels(make_call(self.calls[m.tokens][0]))
             except (ValueError, RuntimeError) as problem:
@@ -185,11 +202,13 @@ class _Run:
             try:
                 calls = [make_call(inputs) for inputs in self.calls[tokens]]
                 expected = self.expected[tokens] if own is None else self._layer_of(own, tokens)
-                distance = relative_error(calls[0](), expected)
+                out = calls[0]()
+                distance = relative_error(out, expected)
                 if not distance <= TOLERANCE:  # NaN too
                     self._failed(rival.name, tokens, f"it computes something else (relative error {distance:.3g})")
                     continue
-                self._measure(rival.name, tokens, calls, "", automatic=False, error=distance)
+                exact = None if own is not None else self._exact_error(tokens, out)
+                self._measure(rival.name, tokens, calls, "", automatic=False, error=distance, exact=exact)
             except Exception as error:
                 self._failed(rival.name, tokens, _sentence(error))
 
@@ -197,6 +216,9 @@ class _Run:
         """What a rival must compute that computes another layer than ours."""
         inputs = self.calls[tokens][0]
         return fused_moe_from_logits(inputs.hidden_states, inputs.logits, self.plan.shape.top_k, weights)
+
+    def _exact_error(self, tokens: int, out: Tensor) -> float | None:
+        return relative_error(out, self.exact[tokens]) if tokens in self.exact else None
 
     def _failed(self, name: str, tokens: int | None, reason: str) -> None:
         self.progress(f"{name}{'' if tokens is None else f', {tokens} tokens'}: left out, {reason}")
@@ -210,7 +232,8 @@ class _Run:
         tile: str,
         *,
         automatic: bool,
-        error: float | None,
+        error: float | None = None,
+        exact: float | None,
     ) -> None:
         us = self.timer.measure(calls, self.plan.replays)
         active = sum(inputs.active_experts for inputs in self.calls[tokens]) / self.plan.inputs
@@ -223,14 +246,16 @@ class _Run:
                 active_experts=active,
                 us=us,
                 relative_error=error,
+                exact_error=exact,
             )
         )
         self.progress(f"{name}{f' {tile}' if tile else ''}, {tokens} tokens: {us.median:.1f} us")
 
 
-def chosen_tile(shape: MoEShape, tokens: int, device: torch.device) -> str:
+def chosen_tile(plan: Plan, tokens: int, device: torch.device) -> str:
     """The name of the tile that `fused_moe` takes for such a call."""
-    return select(tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, device.index).name
+    sizes = (plan.shape.top_k, plan.shape.experts, plan.shape.hidden, plan.shape.intermediate)
+    return select(tokens, *sizes, device.index, plan.activation_format).name
 
 
 def about(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
@@ -253,6 +278,7 @@ def environment(device: torch.device, plan: Plan, flush_bytes: int) -> dict[str,
     """What a reader of the numbers must know to repeat them."""
     return {
         **about(device, plan.command),
+        "activation_format": plan.activation_format,
         "method": (
             f"CUDA-graph replay behind an L2 cache flushed with {flush_bytes >> 20} MiB, {plan.inputs} inputs in "
             f"turn, median of {max(plan.replays, plan.inputs)}, "

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile", default="auto", help="auto (the package's choice), all, or M,N; several: auto;8,128;64,128"
     )
+    parser.add_argument(
+        "--activation-format", default="mxfp8", metavar="F", help="of our calls: mxfp8 (default), bf16, ... (fused_moe)"
+    )
     parser.add_argument("--kernels", action="store_true", help="also the time of each kernel of our calls")
     parser.add_argument(
         "--rivals", default="all", help="all (those that are found), none, or names with commas between"
@@ -200,4 +203,5 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         replays=arguments.replays,
         inputs=arguments.inputs,
         command=["mxfp4-moe", *map(without_folder, sys.argv[1:])],
+        activation_format=arguments.activation_format,
     )
