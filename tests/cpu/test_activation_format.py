@@ -162,7 +162,8 @@ def test_weights_must_be_in_the_word_order_of_the_activations() -> None:
 
 def test_a_wheel_without_fp16_says_so_and_what_takes_float16_too(gpus: pytest.MonkeyPatch) -> None:
     other = "; activation_format 'bf16' takes float16 hidden_states too$"
-    sentence = "expected 'mxfp8' or 'bf16' or 'mxfp4', which .* cuda:0 read, got 'fp16': .*MXFP4_MOE_BUILD_PROFILE=full" + other
+    having = "'mxfp8' or 'bf16' or 'mxfp4'"
+    sentence = f"expected {having}, which .* cuda:0 read, got 'fp16': .*MXFP4_MOE_BUILD_PROFILE=full" + other
     with pytest.raises(ValueError, match=sentence):
         check_format_on("fp16", torch.device("cuda", 0))
     with pytest.raises(ValueError, match="expected 'mxfp8', which .*BUILD_PROFILE=full; CPU tensors take it$"):
