@@ -407,7 +407,9 @@ def test_the_paths_multiply_as_the_kernel_does() -> None:
     multiplying = {
         name: [one.name for one in path.instructions if one.name.startswith("mma.")] for name, path in paths.items()
     }
-    assert multiplying["SM90"] == ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"]
+    assert multiplying["SM90"] == [
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" for kind in ("bf16", "f16")
+    ]
     assert any(re.fullmatch(r"wgmma\.mma_async\S*\.f32\.bf16\.bf16", one.name) for one in paths["SM90"].instructions)
     scaled = [name for name in multiplying["SM12x"] if "kind::mxf8f6f4.block_scale" in name]
     assert len(scaled) == 2

@@ -43,7 +43,7 @@ def ordinal(codes: Tensor) -> Tensor:
 
 
 MXFP8, MXFP8_IN_BF16, BF16 = ROW_FORMATS = range(3)  # csrc/moe/kernels.h, RowFormat
-FP16 = 5
+FP16 = 7
 
 
 def rows_of(values: Tensor, row_format: int) -> tuple[Tensor, Tensor | None]:

@@ -109,6 +109,10 @@ class Inputs:
         return torch.stack([flashinfer_api.block_scale_interleave(e) for e in scales]).view(torch.int32).view(E, 128, 1)
 
 
+def _nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
 Case = Callable[[Inputs], Any]
 
 CASES: dict[str, Case] = {
@@ -143,7 +147,23 @@ CASES: dict[str, Case] = {
     "MoEWeights.expert_parallel": lambda i: i.weights.expert_parallel(1, 2),
     "MoEWeights.tensor_parallel": lambda i: i.weights.tensor_parallel(1, 2),
     "MoEWeights.to_mxfp4": lambda i: i.weights.to_mxfp4(),
+    "MoEWeights.fp16_factors": lambda i: i.weights.fp16_factors(),
+    "MoEWeights.update_fp16_factors": lambda i: (i.weights.update_fp16_factors(), i.weights.fp16_factors())[1],
+    "MoEWeights.ready_for": lambda i: i.weights.ready_for("fp16").fp16_factors(),
     # formats
+    "formats.scale_ends": lambda i: formats.scale_ends(i.packed, i.packed_scales),
+    "formats.largest_scale": lambda i: formats.largest_scale(i.packed, i.packed_scales),
+    "formats.fp16_factor": lambda i: formats.fp16_factor(torch.tensor([2, 120, 254], dtype=torch.int32, device=CPU)),
+    "formats.largest_of_factor": lambda i: formats.largest_of_factor(
+        torch.full((2,), 2.0**-126, dtype=torch.float32, device=CPU)
+    ),
+    "formats.mxfp4_in_fp16": lambda i: formats.mxfp4_in_fp16(
+        _nibbles(i.packed), i.packed_scales, formats.largest_scale(i.packed, i.packed_scales)
+    ),
+    "formats.nvfp4_in_fp16": lambda i: formats.nvfp4_in_fp16(_nibbles(i.nvfp4_rows[0]), i.nvfp4_rows[1]),
+    "formats.count_rounded_in_fp16": lambda i: formats.count_rounded_in_fp16(
+        i.packed, i.packed_scales, formats.largest_scale(i.packed, i.packed_scales)
+    ),
     "formats.decode_e2m1": lambda i: formats.decode_e2m1(i.packed),
     "formats.encode_e2m1": lambda i: formats.encode_e2m1(i.more),
     "formats.decode_e4m3": lambda i: formats.decode_e4m3(i.codes),
