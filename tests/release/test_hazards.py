@@ -115,6 +115,8 @@ def test_what_plop3_reads_is_not_written_by_it() -> None:
     assert not _only_reads("PLOP3", "P3, PT, PT, PT, UP3, 0x80, 0x8", "P3")
     assert not _only_reads("PLOP3", "P3, P1, P3, PT, !UP2, 0x80, 0x8", "P3")
     assert _only_reads("UPLOP3", "UP1, UPT, UPT, UPT, !UP2, 0x80, 0x8", "UP2")
+    assert _only_reads("VOTEU", "UP6, P1", "P1")
+    assert not _only_reads("VOTEU", "UP6, P1", "UP6")
     assert not _only_reads("ISETP", "P3, PT, R1, UR3, UP3", "UP3")
 
 

@@ -210,12 +210,16 @@ def _scoreboards(program: Any, first: int, last: int) -> frozenset[str]:
 
 
 def _only_reads(opcode: str, operands: str, register: str) -> bool:
-    """Whether the checker takes for written what a PLOP3 reads.
+    """Whether the checker takes for written what a PLOP3 or a VOTEU reads.
 
     PLOP3 writes its first two predicates and reads the others (CUDA Binary Utilities: "Predicate Logic Operation"; its
     lookup table has three inputs). The checker takes every predicate that comes first for written, so that of a uniform
-    one which PLOP3 copies it asks again what was asked of the instruction that made it.
+    one which PLOP3 copies it asks again what was asked of the instruction that made it. VOTEU votes on a predicate and
+    writes uniform registers and predicates alone ("Voting across SIMD Thread Group with Results in Uniform
+    Destination").
     """
+    if opcode == "VOTEU":
+        return register.startswith("P")
     names = [name.strip().lstrip("!") for name in operands.split(",")]
     return opcode in ("PLOP3", "UPLOP3") and register in names[2:] and register not in names[:2]
 
