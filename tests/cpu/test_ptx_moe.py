@@ -138,7 +138,8 @@ def test_quantize_permute_is_exact(width: int, dtype: torch.dtype, tokens: int) 
 
 @pytest.mark.parametrize("row_format", [MXFP8_IN_BF16, BF16, FP16])
 @pytest.mark.parametrize(
-    ("width", "dtype", "tokens"), [(160, torch.bfloat16, 9), (96, torch.float16, 9), (64, torch.bfloat16, 514)]
+    ("width", "dtype", "tokens"),
+    [(160, torch.bfloat16, 9), (96, torch.float16, 9), (64, torch.bfloat16, 514), (32, torch.float16, 514)],
 )
 def test_quantize_permute_to_halves_is_exact(width: int, dtype: torch.dtype, tokens: int, row_format: int) -> None:
     """As SM90's tiles read rows, and all of fp16; the PTX is SM12x's, of the same source."""
