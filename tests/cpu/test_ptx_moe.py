@@ -220,6 +220,12 @@ def test_activation_is_close(with_bias: bool, activation: str, rounding: torch.d
     check_activation(activation, with_bias, rounding)
 
 
+@pytest.mark.parametrize("activation", [a.value for a in Activation])
+def test_activation_to_fp16_is_close(activation: str) -> None:
+    """Each has a kernel of its own for fp16 rows."""
+    check_activation(activation, True, None, row_format=FP16)
+
+
 def test_activation_of_many_rows() -> None:
     """From 4096 rows on a block has eight, whose expert changes among them. Most here are not valid."""
     check_activation_of_many_rows()

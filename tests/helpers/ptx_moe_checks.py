@@ -14,7 +14,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from moe_cases import BF16, MXFP8, MXFP8_IN_BF16, NUMBERS, ids_of, layer_of, ordinal, rows_of, same_halves, special_rows
+from moe_cases import (
+    BF16,
+    FP16,
+    MXFP8,
+    MXFP8_IN_BF16,
+    NUMBERS,
+    ids_of,
+    layer_of,
+    ordinal,
+    rows_of,
+    same_halves,
+    special_rows,
+)
 from ptx import launch
 from ptx.running import Run, execute
 from ptx.workspace import intermediates
@@ -229,9 +241,17 @@ def check_activation_in_halves(row_format: int, rounding: torch.dtype | None) ->
 
 
 def check_activation(
-    activation: str, with_bias: bool, rounding: torch.dtype | None, numbers: str | None = None
+    activation: str,
+    with_bias: bool,
+    rounding: torch.dtype | None,
+    numbers: str | None = None,
+    row_format: int = MXFP8,
 ) -> None:
-    """An exp's last bits move a code to its neighbour when the value lies near a tie, and nothing else."""
+    """An exp's last bits move a code to its neighbour when the value lies near a tie, and nothing else; so in float16.
+
+    Args:
+        row_format: MXFP8, or FP16, whose infinities and NaNs stand where the reference's do.
+    """
     which = list(Activation).index(Activation(activation))
     experts, rows, inter = 5, 6, (32, 160, 96)[which % 3]
     numbers = numbers or list(NUMBERS)[(which + with_bias + (rounding is None)) % 3]
@@ -241,12 +261,20 @@ def check_activation(
     gemm1[0, 0], gemm1[1, 8], gemm1[2, 0] = torch.nan, torch.nan, torch.inf
     gemm1[3, 0], gemm1[3, 1], gemm1[3, 9] = -200.0, 200.0, 1e30
     row_expert = torch.arange(rows, dtype=torch.int32) % experts
-    codes, scales = activated(gemm1, row_expert, weights, rounding, rows - 1)
+    made, scales = activated(gemm1, row_expert, weights, rounding, rows - 1, row_format)
     each = (weights.alpha, weights.beta, weights.limit)
     values = reference.activate(gemm1, row_expert, weights.w13_bias, activation, *each, rounding=rounding)[:-1]
-    expected_codes, expected_scales = formats.quantize_mxfp8(values)
-    assert torch.equal(scales, expected_scales)
-    off = (ordinal(codes) - ordinal(expected_codes)).abs()
+    expected, expected_scales = rows_of(values, row_format)
+    if row_format == FP16:
+        nan = made.isnan()
+        assert torch.equal(nan, expected.isnan())
+        stored = [rows.masked_fill(nan, 0).view(torch.int16).int() for rows in (made, expected)]
+        numbered = [torch.where(one < 0, -(one & 0x7FFF), one) for one in stored]  # neighbours differ by one
+        off = (numbered[0] - numbered[1]).abs()
+    else:
+        assert expected_scales is not None
+        assert torch.equal(scales, expected_scales)
+        off = (ordinal(made) - ordinal(expected)).abs()
     assert off.max() <= 1
     assert off.sum() <= 2
     if activation in ("relu", "relu2", "identity"):
