@@ -13,7 +13,7 @@ from dataclasses import replace
 import gpu_problems
 import pytest
 import torch
-from gpu_cases import HALVES, ops
+from gpu_cases import HALVES, ops, require_pair
 from gpu_layers import _activation, same
 from moe_cases import FP16, ids_of, layer_of, rows_of, same_halves, special_rows
 from torch import Tensor
@@ -37,8 +37,7 @@ HIDDEN, INTER, EXPERTS = 160, 96, 16
 
 @pytest.fixture(params=PAIRS)
 def pair(request: pytest.FixtureRequest) -> str:
-    if "fp16" not in mxfp4_moe.activation_formats(gpu_problems.gpu(), request.param.split("_")[0]):
-        pytest.skip(f"no kernels of {request.param} here")
+    require_pair(request.param)
     return str(request.param)
 
 
@@ -111,8 +110,7 @@ def test_rows_of_any_bits(kind: str, pair: str) -> None:
 def test_the_whole_range_of_scales() -> None:
     """B at both ends of E8M0, whose factors are the smallest and the largest that there are."""
     device = gpu_problems.gpu()
-    if "fp16" not in mxfp4_moe.activation_formats(device, "mxfp4"):
-        pytest.skip("no kernels of mxfp4_fp16 here")
+    require_pair("mxfp4_fp16")
     base = pair_problems.random_problem("mxfp4_fp16", 160, 80, device, SM90_FP16)
     small = (base.rows.float() * 2.0**-14).half()  # so that sums times 2^126 are numbers
     below = (142 - base.scales.int()).clamp(min=0)  # of weights that are not zero 142 is the largest
@@ -209,8 +207,7 @@ def test_layers(pair: str, tokens: int) -> None:
 
 def test_a_warning_counts_what_is_rounded() -> None:
     device = gpu_problems.gpu()
-    if "fp16" not in mxfp4_moe.activation_formats(device, "mxfp4"):
-        pytest.skip("no kernels of mxfp4_fp16 here")
+    require_pair("mxfp4_fp16")
     stored = random_weights(4, 64, 64, device).to_mxfp4()._asdict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

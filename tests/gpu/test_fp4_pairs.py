@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import gpu_problems
 import pytest
 import torch
+from gpu_cases import require_pair
 
 import mxfp4_moe
 from mxfp4_moe import pair_problems, reference
@@ -27,9 +28,7 @@ HIDDEN, INTER, EXPERTS = 160, 96, 16
 
 @pytest.fixture(params=PAIRS)
 def pair(request: pytest.FixtureRequest) -> str:
-    kind, acts = request.param.split("_")
-    if acts not in mxfp4_moe.activation_formats(device(), kind):
-        pytest.skip(f"no kernels of {request.param} here")
+    require_pair(request.param)
     return str(request.param)
 
 

@@ -12,6 +12,7 @@ import gpu_problems
 import nvfp4_cases
 import pytest
 import torch
+from gpu_cases import require_pair
 from torch import Tensor
 
 import mxfp4_moe
@@ -30,10 +31,8 @@ SCALES = 127  # numbers of E4M3 without a sign
 
 @pytest.fixture(autouse=True)
 def device() -> torch.device:
-    gpu = gpu_problems.gpu()
-    if "bf16" not in mxfp4_moe.activation_formats(gpu, "nvfp4"):
-        pytest.skip("no kernels of NVFP4 weights here")
-    return gpu
+    require_pair(NVFP4_BF16)
+    return gpu_problems.gpu()
 
 
 def rule_of(device: torch.device) -> Arithmetic:
