@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_contiguous, require_tensor
+from ._checkpoints.fp16_factors import ready_for
 from ._checkpoints.options import Number, member, source_rows
 from ._checkpoints.prepare import empty, prepare
 from ._checkpoints.sources import mxfp4_source
@@ -130,7 +131,7 @@ def prepare_layer(
         if release:
             _release(packed)
             _release(scales)
-    return MoEWeights(
+    weights = MoEWeights(
         w13=prepared["w13"],
         w2=prepared["w2"],
         hidden_size=hidden,
@@ -145,7 +146,8 @@ def prepare_layer(
         gate_up_order=order,
         first_expert=first_expert,
         num_global_experts=num_global_experts,
-    ).ready_for(activation_format)
+    )
+    return ready_for(weights, activation_format)
 
 
 def wrap_layer(

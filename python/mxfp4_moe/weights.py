@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._arguments import named_device, require_device
 from ._checkpoints.fields import Mxfp4Tensors, Nvfp4Tensors, alone, check_fields, operator_arguments
-from ._checkpoints.fp16_factors import InFloat16
+from ._checkpoints.fp16_factors import InFloat16, ready_for
 from ._checkpoints.from_files import FromFiles
 from ._checkpoints.layers import flashinfer_layer, float_layer, mxfp4_layer, prepared_fields
 from ._checkpoints.nvfp4_layers import nvfp4_float_layer, nvfp4_layer, refuse_gpu
@@ -161,7 +161,7 @@ class MoEWeights(FromFiles, InFloat16):
                 size = (self.w13_rows, hidden) if tensor is self.w13 else (hidden, inter)
                 return move(tensor, place, *size, self.word_order, order, kind)
 
-            return replace(self._map(moved), word_order=order).ready_for(activation_format)
+            return ready_for(replace(self._map(moved), word_order=order), activation_format)
 
     def expert_parallel(self, ep_rank: int, ep_size: int) -> MoEWeights:
         """The experts of one of ep_size ranks, in order: E // ep_size each, and one more for the first E % ep_size.

@@ -149,7 +149,6 @@ CASES: dict[str, Case] = {
     "MoEWeights.to_mxfp4": lambda i: i.weights.to_mxfp4(),
     "MoEWeights.fp16_factors": lambda i: i.weights.fp16_factors(),
     "MoEWeights.update_fp16_factors": lambda i: (i.weights.update_fp16_factors(), i.weights.fp16_factors())[1],
-    "MoEWeights.ready_for": lambda i: i.weights.ready_for("fp16").fp16_factors(),
     # formats
     "formats.scale_ends": lambda i: formats.scale_ends(i.packed, i.packed_scales),
     "formats.largest_scale": lambda i: formats.largest_scale(i.packed, i.packed_scales),

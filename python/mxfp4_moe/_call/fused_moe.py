@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._checkpoints.fp16_factors import ready_for
 from .._checkpoints.options import split_number
 from ..weights import MoEWeights
 from . import operators
@@ -128,7 +129,7 @@ def fused_moe(
     tile = tile_of_call(tile_mn, auto_tile_select, tokens, top_k, weights, device, activation_format)
 
     if hidden_states.is_cpu:
-        weights.ready_for(activation_format)
+        ready_for(weights, activation_format)
         with torch.no_grad():
             result = reference.fused_moe(
                 hidden_states,

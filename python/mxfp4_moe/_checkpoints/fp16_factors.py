@@ -72,11 +72,12 @@ class InFloat16:
                 made = self._fp16[0]
         self.__dict__["_fp16"] = made, _versions(self)  # of a frozen dataclass
 
-    def ready_for(self: _W, activation_format: str | None) -> _W:
-        """Itself, with what calls in this format will ask for."""
-        if activation_format == "fp16":
-            self.fp16_factors()
-        return self
+
+def ready_for(weights: _W, activation_format: str | None) -> _W:
+    """The weights, with what calls in this format will ask for."""
+    if activation_format == "fp16":
+        weights.fp16_factors()
+    return weights
 
 
 def _versions(weights: Any) -> tuple[int, ...]:

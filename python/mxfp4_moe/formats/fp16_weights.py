@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import require_tensor
+from .._arguments import describe, require_blocks, require_tensor
 from .._torch_state import exact
 from .numbers import BLOCK, E2M1_VALUES, decode_e4m3
 from .nvfp4 import NVFP4_BLOCK
@@ -24,6 +24,7 @@ FP16_EXACT_BINADES = 24  # below the largest scale, down to which MXFP4 weights 
 FP16_NVFP4_UNIT = 128.0  # NVFP4 weights are divided by it, and their factors multiplied
 _SMALLEST_LARGEST = 2
 _MAGNITUDES = 0x77  # of two codes, without their signs
+_INTEGERS = (torch.int32, torch.int64)
 
 
 def largest_scale(packed: Tensor, scales: Tensor) -> Tensor:
@@ -38,8 +39,7 @@ def largest_scale(packed: Tensor, scales: Tensor) -> Tensor:
 
 def scale_ends(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """`largest_scale`, and the smallest byte among the same blocks: int32 [] twice; 2 and 255 where there are none."""
-    require_tensor("packed", packed, torch.uint8, ("N", "K/2"))
-    require_tensor("scales", scales, torch.uint8, (packed.shape[0], packed.shape[1] // (BLOCK // 2)), packed.device)
+    _require_packed(packed, scales)
     if packed.numel() == 0:
         return scales.new_tensor(_SMALLEST_LARGEST).int(), scales.new_tensor(255).int()
     none = (torch.unflatten(packed, -1, (-1, BLOCK // 2)) & _MAGNITUDES).amax(-1) == 0
@@ -50,11 +50,13 @@ def scale_ends(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 @exact
 def fp16_factor(largest: Tensor) -> Tensor:
     """What the sums of a matrix are multiplied by, 2^(B - 128): int32 [...] to float32, normal numbers."""
+    require_tensor("largest", largest, _INTEGERS)
     return ((largest.int() - 1) << 23).view(torch.float32)
 
 
 def largest_of_factor(factor: Tensor) -> Tensor:
-    """The inverse of `fp16_factor`, as kernels do it: from the exponent's bits alone."""
+    """The inverse of `fp16_factor`, as kernels do it, from the exponent's bits alone: float32 [...] to int32."""
+    require_tensor("factor", factor, torch.float32)
     return (factor.view(torch.int32) >> 23 & 255) + 1
 
 
@@ -70,6 +72,8 @@ def mxfp4_in_fp16(nibbles: Tensor, scales: Tensor, largest: Tensor) -> Tensor:
     Returns:
         float16 [N, K].
     """
+    _require_codes(nibbles, scales, BLOCK)
+    _require_largest(largest, nibbles)
     codes = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=nibbles.device)[nibbles.long()]
     below = (largest.unsqueeze(-1) if largest.dim() else largest).int() - scales.int()
     # Exact in float32, so that there is one rounding.
@@ -88,6 +92,7 @@ def nvfp4_in_fp16(nibbles: Tensor, scales: Tensor) -> Tensor:
     Returns:
         float16 [N, K].
     """
+    _require_codes(nibbles, scales, NVFP4_BLOCK)
     codes = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=nibbles.device)[nibbles.long()]
     factors = decode_e4m3(scales & 0x7F) / FP16_NVFP4_UNIT
     return (torch.unflatten(codes, -1, (-1, NVFP4_BLOCK)) * factors.unsqueeze(-1)).flatten(-2).to(torch.float16)
@@ -95,7 +100,15 @@ def nvfp4_in_fp16(nibbles: Tensor, scales: Tensor) -> Tensor:
 
 @exact
 def count_rounded_in_fp16(packed: Tensor, scales: Tensor, largest: Tensor) -> Tensor:
-    """How many nonzero codes of a matrix `mxfp4_in_fp16` rounds: int64 []; arguments as for `largest_scale`."""
+    """How many nonzero codes of a matrix `mxfp4_in_fp16` rounds: int64 [].
+
+    Args:
+        packed: uint8 [N, K/2] E2M1.
+        scales: uint8 [N, K/32] E8M0.
+        largest: int32 [], `largest_scale` of them.
+    """
+    _require_packed(packed, scales)
+    require_tensor("largest", largest, _INTEGERS, (), packed.device)
     far = largest - scales.int() > FP16_EXACT_BINADES
     codes = torch.unflatten(packed, -1, (-1, BLOCK // 2))[far]  # of few blocks, where there are any
     nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
@@ -104,3 +117,21 @@ def count_rounded_in_fp16(packed: Tensor, scales: Tensor, largest: Tensor) -> Te
     values = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=packed.device)[nibbles.long()]
     power = (1 + below.int() - largest).double().exp2()
     return (held != values * power).sum()
+
+
+def _require_packed(packed: Tensor, scales: Tensor) -> None:
+    require_tensor("packed", packed, torch.uint8, ("N", "K/2"))
+    require_blocks("packed", packed, BLOCK // 2)
+    require_tensor("scales", scales, torch.uint8, (packed.shape[0], packed.shape[1] // (BLOCK // 2)), packed.device)
+
+
+def _require_codes(nibbles: Tensor, scales: Tensor, block: int) -> None:
+    require_tensor("nibbles", nibbles, torch.uint8, ("N", "K"))
+    require_blocks("nibbles", nibbles, block)
+    require_tensor("scales", scales, torch.uint8, (nibbles.shape[0], nibbles.shape[1] // block), nibbles.device)
+
+
+def _require_largest(largest: Tensor, nibbles: Tensor) -> None:
+    require_tensor("largest", largest, _INTEGERS, device=nibbles.device)
+    if largest.dim() and largest.shape != nibbles.shape[:1]:
+        raise ValueError(f"largest: expected int32 [] or [{nibbles.shape[0]}], got {describe(largest)}")
