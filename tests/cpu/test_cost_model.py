@@ -11,7 +11,7 @@ from tuned_cases import BY_NAME, GB10, LARGE, LAYER, MIDDLE, RTX_5090, SMALL, TI
 from mxfp4_moe._choice import choice, cost_model, facts, rows
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe._install import wheel
-from mxfp4_moe.tiles import FP4_PAIRS, Tile, prove, select_tile
+from mxfp4_moe.tiles import FP4_PAIRS, PAIRS, Tile, load_manifest, prove, select_tile
 
 BLACKWELL = [device for device in PUBLISHED if device.capability[0] == 12]
 
@@ -150,6 +150,24 @@ def test_fp4_with_fp4_at_twice_that_rate(pair: str) -> None:
     few = [cost_model.gemm_time(proof, RTX_5090, LAYER, 1, 5760, 2880).memory_us for proof in (fp4, mxfp8)]
     larger = (0.5 + 1 / 16) / (0.5 + 1 / 32) if pair == "nvfp4_nvfp4" else 1.0
     assert few[0] / few[1] == pytest.approx(larger, rel=2e-3)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_tile_that_does_not_activate_pays_for_its_sums(pair: str) -> None:
+    """GEMM1's float32 sums are written and read, which with many rows costs more than a larger tile saves."""
+    manifest = load_manifest()
+    tiles = [tile for tile in manifest.tiles if pair in manifest.pairs_of("full", tile)]
+    for device in BLACKWELL:
+        for tokens in (1024, 4096, 16384):
+            tile = cost_model.choose(tokens, LAYER, device, tiles, pair=pair)
+            assert prove(tile, "120f", pair).activates, (device.name, tokens, tile)
+    for tile in tiles:
+        proof = prove(tile, "120f", pair)
+        sizes = ((2 * LAYER.intermediate, LAYER.hidden), (LAYER.hidden, LAYER.intermediate))
+        gemms = sum(cost_model.gemm_time(proof, RTX_5090, LAYER, 4096, *nk, written=0).us for nk in sizes)
+        floor = 2 * 4 * 4096 * LAYER.top_k * 2 * LAYER.intermediate / RTX_5090.gb_per_s / 1e3
+        more = cost_model.layer_us(tile, RTX_5090, LAYER, 4096, pair=pair) - gemms
+        assert more < 0.5 * floor if proof.activates else more > 0.5 * floor, (tile, more, floor)
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,13 @@ def gemm_time(
     n: int,
     k: int,
     instructions: float | None = None,
+    written: float | None = None,
 ) -> GemmTime:
     """One grouped GEMM of `tokens` tokens' rows with [n, k] weights for each expert.
 
     Args:
         instructions: of a warp in a K tile, where the build report says it; else the model's line.
+        written: bytes for each row; by default n values of 16 bits.
 
     Raises:
         ValueError: an arch that the model does not know.
@@ -160,8 +162,8 @@ def gemm_time(
     active = expected_active(tokens, layer)
     # The m-tiles of an expert follow each other, so its weights are read once if L2 keeps them that long.
     reads = active if expert * 2 <= device.l2_bytes else max(m_tiles, active)
-    row_bytes = value_bytes(formats_of(proof.pair)[1]) * k + 2 * n
-    memory = (reads * expert + tokens * layer.top_k * row_bytes) / (device.gb_per_s * _MEMORY_EFFICIENCY * 1e3)
+    row_bytes = value_bytes(formats_of(proof.pair)[1]) * k + (2.0 * n if written is None else written)
+    memory = _memory_us(device, reads * expert + tokens * layer.top_k * row_bytes)
 
     mma = mine * k_tiles * 2 * tile.m * tile.n * TILE_K / model.mma_flops_per_clock / clocks
     per_warp = on_line(model.loop_instructions, proof) if instructions is None else instructions
@@ -181,6 +183,10 @@ def gemm_time(
     )
 
 
+def _memory_us(device: DeviceFacts, moved: float) -> float:
+    return moved / (device.gb_per_s * _MEMORY_EFFICIENCY * 1e3)
+
+
 @functools.cache
 def _proof(tile: Tile, arch: str, pair: str) -> TileProof:
     return prove(tile, arch, pair)
@@ -196,6 +202,8 @@ def layer_us(
 ) -> float:
     """Microseconds of both GEMMs with one tile; what is around them is the same for all tiles and left out.
 
+    Where GEMM1 does not apply the activation, that is not: its float32 sums go through the memory and another kernel.
+
     Args:
         instructions: tile name -> instructions of a warp in a K tile, from the build report.
         pair: of formats that the kernels compute.
@@ -205,9 +213,12 @@ def layer_us(
     """
     proof = _proof(tile, arch_model(device.capability).arch, pair)
     known = instructions.get(tile.name) if instructions else None
-    gemm1 = gemm_time(proof, device, layer, tokens, 2 * layer.intermediate, layer.hidden, known)
+    width, made = 2 * layer.intermediate, value_bytes(formats_of(pair)[1]) * layer.intermediate
+    sums = 0.0 if proof.activates else 4.0 * width
+    gemm1 = gemm_time(proof, device, layer, tokens, width, layer.hidden, known, sums or made)
     gemm2 = gemm_time(proof, device, layer, tokens, layer.hidden, layer.intermediate, known)
-    return gemm1.us + gemm2.us
+    activation = _LAUNCH_US + _memory_us(device, tokens * layer.top_k * (sums + made)) if sums else 0.0
+    return gemm1.us + activation + gemm2.us
 
 
 def arch_model(capability: tuple[int, int]) -> ArchModel:
