@@ -183,6 +183,7 @@ def test_a_layer_that_is_refused_is_not_released(checkpoint: Checkpoint, change:
     given = {name: tensor.clone() for name, tensor in checkpoint.items()}
     with pytest.raises((TypeError, ValueError), match=message):
         engines.prepare_layer(**{**given, **change}, release=True)
+    assert all(given[name].untyped_storage().nbytes() for name in TENSORS)
     assert all(torch.equal(given[name], checkpoint[name]) for name in TENSORS)
 
 
