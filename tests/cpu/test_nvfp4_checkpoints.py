@@ -234,3 +234,17 @@ def test_an_activation_that_does_not_fit_the_projections(tmp_path: Path) -> None
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # that it is used
             refused(path, f"activation: expected one for .*{naming}, got '{activation}'", activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("act", "activation"), [("relu2", "relu2"), ("silu", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"), (None, "relu2")]
+)
+def test_what_a_config_says_of_experts_without_gates(tmp_path: Path, act: str | None, activation: str) -> None:
+    """mlp_hidden_act, not what the only published models with the naming have."""
+    naming = "nvfp4-modelopt-mixer"
+    path = write(tmp_path, naming, [layer_of(naming)])
+    checkpoints.write_config(path, NEMOTRON | {"mlp_hidden_act": act})
+    assert MoEWeights.from_pretrained(path, layer=0).activation.value == activation
+    checkpoints.write_config(path, NEMOTRON | {"mlp_hidden_act": "tanh"})
+    refused(path, "^activation: .*config.json has mlp_hidden_act 'tanh', which this version has no kernels for; name")
+    assert MoEWeights.from_pretrained(path, layer=0, activation="relu").activation.value == "relu"
