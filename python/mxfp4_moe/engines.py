@@ -18,7 +18,7 @@ from ._checkpoints.options import Number, member, source_rows
 from ._checkpoints.prepare import empty, prepare
 from ._checkpoints.sources import mxfp4_source
 from .activations import Activation
-from .formats import BLOCK, weight_bytes, word_order_of
+from .formats import BLOCK, WeightFormat, weight_bytes, word_order_of
 from .weights import GateUpOrder, MoEWeights
 
 __all__ = [
@@ -77,7 +77,7 @@ def prepare_matrix(
     else:
         rows = source_rows(member("gate_up_order", GateUpOrder, gate_up_order), n // 2, True, packed.device)
     source = mxfp4_source("scales", packed.__getitem__, scales.__getitem__)
-    order = word_order_of(packed.device, activation_format)
+    order = word_order_of(packed.device, WeightFormat.MXFP4.activations_named(activation_format))
     for expert in range(experts):
         prepare(source(expert, 0, k), rows, k, order, out[expert])
     return out
@@ -116,14 +116,21 @@ def prepare_layer(
     """
     between = member("activation", Activation, activation)
     order = member("gate_up_order", GateUpOrder, gate_up_order)
-    rows, hidden, inter = w13.shape[1], 2 * math.prod(w13.shape[2:]), 2 * math.prod(w2.shape[2:])
-    if rows != (2 * inter if between.is_gated else inter) or w2.shape[:2] != (w13.shape[0], hidden):
-        raise ValueError(
-            f"w2: expected [{w13.shape[0]}, {hidden}, I/2] with I of w13's {rows} rows, got {list(w2.shape)}"
-        )
-    row_order = source_rows(order, inter, between.is_gated, w13.device)
-    if w13_bias is not None:
-        require_tensor("w13_bias", w13_bias, _FLOATS, (w13.shape[0], rows), w13.device)
+    activation_format = WeightFormat.MXFP4.activations_named(activation_format)
+    for name, tensor in (("w13", w13), ("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    experts, rows = w13.shape[:2]
+    hidden, inter = 2 * math.prod(w13.shape[2:]), 2 * math.prod(w2.shape[2:])
+    if rows != (2 * inter if between.is_gated else inter) or w2.shape[:2] != (experts, hidden):
+        raise ValueError(f"w2: expected [{experts}, {hidden}, I/2] with I of w13's {rows} rows, got {list(w2.shape)}")
+    device = w13.device
+    for name, scale, size in (("w13_scale", w13_scale, (rows, hidden)), ("w2_scale", w2_scale, (hidden, inter))):
+        require_tensor(name, _as_bytes(scale), torch.uint8, (experts, size[0], size[1] // BLOCK), device)
+    for name, bias, width in (("w13_bias", w13_bias, rows), ("w2_bias", w2_bias, hidden)):
+        if bias is not None:
+            require_tensor(name, bias, _FLOATS, (experts, width), device)
+    row_order = source_rows(order, inter, between.is_gated, device)
     prepared = {}
     for name, packed, scales in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
         gated = order if name == "w13" and between.is_gated else None
@@ -161,8 +168,10 @@ def wrap_layer(
     Args:
         weights: the layer, for everything but its tensors.
         w13, w2: as `MoEWeights.w13` and `.w2`, in the word order of `weights`.
-        w13_bias, w2_bias: float32, as there.
+        w13_bias, w2_bias: float32, as there. NVFP4's float32 scales stay those of `weights`, and are not to be written.
     """
+    if not isinstance(weights, MoEWeights):
+        raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
     fields = {name: getattr(weights, name) for name in _OTHER_FIELDS}
     return MoEWeights(w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias, **fields)
 
@@ -174,12 +183,17 @@ def update_fp16_factors(weights: MoEWeights) -> None:
     and for CUDA graphs: they read the same tensors, with what is in them then.
 
     Raises:
+        TypeError: no weights.
         RuntimeError: while a CUDA graph is captured.
     """
+    if not isinstance(weights, MoEWeights):
+        raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
     weights.update_fp16_factors()
 
 
 _OTHER_FIELDS = (
+    "weight_format",
+    "tensor_scales",
     "word_order",
     "hidden_size",
     "intermediate_size",

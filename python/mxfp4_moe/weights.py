@@ -144,8 +144,9 @@ class MoEWeights(FromFiles, InFloat16):
             activation_format: of the calls, as for `fused_moe`; None: of one that names none. "fp16": with its factors.
 
         Raises:
-            TypeError, ValueError: no device, such as a dtype; for NVFP4 weights, a GPU for which this wheel has no
-                kernels of them, or whose kernels do not take the layer's sizes.
+            TypeError, ValueError: no device, such as a dtype; an activation_format that is none, or that does not go
+                with the weights; for NVFP4 weights, a GPU for which this wheel has no kernels of them, or whose kernels
+                do not take the layer's sizes.
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
         kind, hidden, inter = self.weight_format, self.hidden_size, self.intermediate_size
@@ -153,7 +154,7 @@ class MoEWeights(FromFiles, InFloat16):
             if kind is WeightFormat.NVFP4:
                 refuse_gpu("device", named_device("device", device), (hidden, inter))
             place = require_device("device", device)
-            order = word_order_of(place, activation_format or kind.default_activations)
+            order = word_order_of(place, kind.activations_named(activation_format))
 
             def moved(tensor: Tensor) -> Tensor:
                 if order is self.word_order or tensor.dtype is not torch.uint8:  # no codes

@@ -163,6 +163,30 @@ def test_a_layer_whose_matrices_do_not_fit_is_not_released(checkpoint: Checkpoin
     assert torch.equal(given["w13"], checkpoint["w13"])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w2_scale": torch.zeros(E, H, 2, dtype=torch.uint8)}, r"w2_scale: expected uint8 \[3, 96, 5\], got"),
+        ({"w2_scale": torch.zeros(E, H, 5)}, r"w2_scale: expected uint8 \[3, 96, 5\], got float32"),
+        ({"w13_scale": None}, "w13_scale: expected a tensor, got NoneType"),
+        ({"w2": [1]}, "w2: expected a tensor, got list"),
+        (
+            {"w2_bias": torch.zeros(E, H, dtype=torch.int32)},
+            "w2_bias: expected bfloat16 or float16 or float32 .* int32",
+        ),
+        ({"w2_bias": torch.zeros(E, H + 1)}, r"w2_bias: expected .*\[3, 96\], got float32 \[3, 97\]"),
+        ({"activation_format": "nvfp4"}, "activation_format: expected 'mxfp8' or .* got 'nvfp4'"),
+        ({"gate_up_order": "up"}, "gate_up_order: expected one of"),
+    ],
+)
+def test_a_layer_that_is_refused_is_not_released(checkpoint: Checkpoint, change: dict[str, Any], message: str) -> None:
+    given = {name: tensor.clone() for name, tensor in checkpoint.items()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        engines.prepare_layer(**{**given, **change}, release=True)
+    assert all(given[name].untyped_storage().nbytes() for name in TENSORS)
+    assert all(torch.equal(given[name], checkpoint[name]) for name in TENSORS)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_torchs_default_dtype_changes_nothing(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Engines load models with the model's dtype as the default."""

@@ -230,8 +230,8 @@ def test_six_quant_scales(each: bool, dtype: torch.dtype, gated: bool) -> None:
             ValueError,
             r"quant_scales\[1\]: expected int32 \[3, 512, 2\], got",
         ),
-        ({2: torch.zeros(E)}, ValueError, r"quant_scales\[2\]: expected finite numbers above 0, got 0"),
-        ({3: torch.tensor(math.inf)}, ValueError, r"quant_scales\[3\]: expected finite numbers above 0, got inf"),
+        ({2: torch.zeros(E)}, ValueError, r"quant_scales\[2\]: expected finite numbers above .*, got 0 for"),
+        ({3: torch.tensor(math.inf)}, ValueError, r"quant_scales\[3\]: expected finite .*, got inf$"),
         (
             {4: torch.full((E, H, 4), -1, dtype=torch.int32)},
             ValueError,

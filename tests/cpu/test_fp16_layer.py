@@ -14,6 +14,7 @@ import torch
 from layers import INTER, E, H, T, make_call, make_weights
 from nvfp4_cases import random_nvfp4, with_biases
 from nvfp4_layers import exactly, float64_layer, gated_expert, in_bf16, inputs, off
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mxfp4_moe
@@ -232,6 +233,39 @@ def test_writes_that_torch_does_not_count_are_told() -> None:
         engines.update_fp16_factors(weights)
         assert weights.fp16_factors()[0] is factors[0]
     assert (factors[0] == 2.0**-126).all()
+
+
+def test_factors_of_a_first_call_in_inference_mode_are_written_outside_of_it() -> None:
+    weights = make_weights()
+    call = call_of(weights=weights)
+    with torch.inference_mode():
+        mxfp4_moe.fused_moe(**call, activation_format="fp16")
+    weights.w13[0] = make_weights(seed=3).w13[1]
+    out = mxfp4_moe.fused_moe(**call, activation_format="fp16")
+    assert torch.equal(out, mxfp4_moe.fused_moe(**call | {"weights": replace(weights)}, activation_format="fp16"))
+    engines.update_fp16_factors(weights)
+    with torch.inference_mode():
+        weights.w2[0] = 0
+        engines.update_fp16_factors(weights)
+    assert weights.fp16_factors()[1][0].tolist() == [2.0**-126] * 2
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_factors_of_weights_without_values(kind: str, checkpoint: dict[str, torch.Tensor]) -> None:
+    words = (
+        r"^weights: expected ones with values for activation_format 'fp16', got MoEWeights\(.* of fake or meta tensors"
+    )
+    if kind == "meta":
+        weights = MoEWeights.from_mxfp4(**{name: tensor.to("meta") for name, tensor in checkpoint.items()})
+        with pytest.raises(ValueError, match=words):
+            weights.fp16_factors()
+        with pytest.raises(ValueError, match=words):
+            weights.to("meta", activation_format="fp16")
+        return
+    with FakeTensorMode() as mode:
+        weights = MoEWeights.from_mxfp4(**{name: mode.from_tensor(tensor) for name, tensor in checkpoint.items()})
+        with pytest.raises(ValueError, match=words):
+            weights.fp16_factors()
 
 
 def test_factors_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,13 +203,16 @@ def test_mixed_precision_and_silence_are_no_contradiction(tmp_path: Path) -> Non
     [
         ({"0.up_proj.weight_scale_2": None}, r"experts.0.up_proj.weight_scale_2: no such tensor"),
         ({"1.down_proj.input_scale": None}, r"experts.1.down_proj.input_scale: no such tensor"),
-        ({"0.down_proj.input_scale": None}, r"input_scale: expected nothing but .* what it says of the weights is not"),
+        ({"0.down_proj.input_scale": None}, r"experts.0.down_proj.input_scale: no such tensor"),
         ({"2.up_proj.weight_scale_2": torch.ones(2)}, r"weight_scale_2: expected F32 \[\] or \[1\], got F32 \[2\]"),
         ({"2.up_proj.weight_scale_2": torch.ones((), dtype=torch.bfloat16)}, r"expected F32 .* got BF16 \[\]"),
         ({"2.up_proj.weight_scale": torch.zeros(I, H // 16, dtype=torch.uint8)}, r"expected F8_E4M3 .* got U8"),
         ({"0.gate_proj.weight_scale": torch.zeros(I, H // 16, dtype=torch.half)}, "a format that is not known here"),
         ({"2.gate_proj.weight_zero_point": torch.ones(())}, "weight_zero_point: expected nothing but"),
-        ({"0.down_proj.weight_scale_2": torch.tensor(float("nan"))}, "w2_scale_2: expected finite numbers above 0"),
+        (
+            {"0.down_proj.weight_scale_2": torch.tensor(float("nan"))},
+            r"0.mlp.experts.\*.down_proj.weight_scale_2: expected finite numbers of 0 or more, got nan for expert 0",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -228,5 +231,20 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: dict[str, torch.Tensor 
 def test_an_activation_that_does_not_fit_the_projections(tmp_path: Path) -> None:
     for naming, activation in (("nvfp4-modelopt", "relu2"), ("nvfp4-modelopt-mixer", "swiglu")):
         path = write(tmp_path / naming, naming, [layer_of(naming)])
-        with pytest.warns(UserWarning, match="activation:"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # that it is used
             refused(path, f"activation: expected one for .*{naming}, got '{activation}'", activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("act", "activation"), [("relu2", "relu2"), ("silu", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"), (None, "relu2")]
+)
+def test_what_a_config_says_of_experts_without_gates(tmp_path: Path, act: str | None, activation: str) -> None:
+    """mlp_hidden_act, not what the only published models with the naming have."""
+    naming = "nvfp4-modelopt-mixer"
+    path = write(tmp_path, naming, [layer_of(naming)])
+    checkpoints.write_config(path, NEMOTRON | {"mlp_hidden_act": act})
+    assert MoEWeights.from_pretrained(path, layer=0).activation.value == activation
+    checkpoints.write_config(path, NEMOTRON | {"mlp_hidden_act": "tanh"})
+    refused(path, "^activation: .*config.json has mlp_hidden_act 'tanh', which this version has no kernels for; name")
+    assert MoEWeights.from_pretrained(path, layer=0, activation="relu").activation.value == "relu"

@@ -66,18 +66,14 @@ def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
     """The argument, by default what the weights' format has as its own; checked against that.
 
     Raises:
-        ValueError: a format that goes with weights of another one.
+        TypeError, ValueError: no name of a format, or of one that goes with weights of another one.
     """
     formats = reference.CPU_ACTIVATION_FORMATS[weights.weight_format]
     if activation_format is None:
         return formats[0]
-    if activation_format in ACTIVATION_NAMES and activation_format not in formats:
-        kind = weights.weight_format.value
-        raise ValueError(
-            f"activation_format: expected {' or '.join(map(repr, formats))} with {kind} weights, got "
-            f"{activation_format!r}; without one a call takes {formats[0]!r}"
-        )
-    return activation_format
+    if type(activation_format) is str and activation_format in formats:
+        return activation_format
+    return weights.weight_format.activations_named(activation_format)
 
 
 def check_activation_format(activation_format: str, is_mxfp8: bool, dtype: torch.dtype | None = None) -> None:

@@ -27,7 +27,12 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token")  
 # Kimi-K3's experts are narrower than the model, and Nemotron 3's may be.
 _HIDDEN = ("routed_expert_hidden_size", "moe_latent_size", "hidden_size")
 _INTERMEDIATE = ("moe_intermediate_size", "intermediate_size")  # the second where no dense layers have it
-_NESTED = ("text_config", "language_config", "llm_config", "thinker_config")  # where others hold a language model
+# Experts without gates (Nemotron-H: mlp_hidden_act), by transformers' names of activations.
+_UNGATED = {
+    **{"relu2": "relu2", "relu": "relu", "silu": "silu", "swish": "silu"},
+    **{"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"},
+}
+NESTED = ("text_config", "language_config", "llm_config", "thinker_config")  # where others hold a language model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,8 @@ def expert_config(file: Path, raw: Mapping[str, Any]) -> ExpertConfig:
     """
     inner = raw
     if not any(key in raw for key in _EXPERTS):
-        inner = next((raw[key] for key in _NESTED if isinstance(raw.get(key), dict)), raw)
-        inner = next((inner[key] for key in _NESTED if isinstance(inner.get(key), dict)), inner)
+        inner = next((raw[key] for key in NESTED if isinstance(raw.get(key), dict)), raw)
+        inner = next((inner[key] for key in NESTED if isinstance(inner.get(key), dict)), inner)
     return ExpertConfig(
         file=file,
         model_type=str(inner.get("model_type") or raw.get("model_type") or ""),
@@ -105,6 +110,15 @@ def stated_activation(
         ValueError: nobody says it.
     """
     own = found.scheme.activation
+    if not found.scheme.gated and config is not None and (act := config.raw.get("mlp_hidden_act")) is not None:
+        if act in _UNGATED:
+            return Between(activation=_UNGATED[act]), str(config.file)
+        if named:
+            return None, ""
+        raise ValueError(
+            f"activation: {config.file} has mlp_hidden_act {act!r}, which this version has no kernels for; name "
+            "activation and its numbers to use another"
+        )
     if own is not None:
         where = f"the naming ({found.scheme.name})"
         if config is not None and "swiglu_limit" in config.raw:

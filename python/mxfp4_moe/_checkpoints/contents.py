@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from .files import Checkpoint
 from .headers import Entry
-from .schemes import BY_NAME, EXPERT, HARMLESS, SCHEMES, Scheme
+from .schemes import BY_NAME, EXPERT, HARMLESS, INPUT_SCALES, SCHEMES, Scheme
 
 _CODES = ("U8", "I8", "F4")
 _SCALES = ("U8", "F8_E8M0")
@@ -211,7 +211,9 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
         )
     biased = [scheme.bias is not None and found.name(p, scheme.bias, first) in checkpoint for p in scheme.projections]
     has_bias = any(biased)  # and then all have
-    has_inputs = scheme.input_scale is not None and found.name(scheme.w2, scheme.input_scale, first) in checkpoint
+    has_inputs = scheme.input_scale is not None and any(  # and then all have
+        found.name(p, scheme.input_scale, e) in checkpoint for e in range(experts) for p in scheme.projections
+    )
     singles = [suffix for suffix in (scheme.scale_2, scheme.input_scale if has_inputs else None) if suffix is not None]
     scales: str | None = None
     for expert in range(experts) if scheme.per_expert else (None,):
@@ -229,7 +231,7 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
             if has_bias:
                 assert scheme.bias is not None
                 _check(entry(projection, scheme.bias, expert), _FLOATS, [(*lead, n)])
-    _refuse_others(checkpoint, found, has_bias, has_inputs)
+    _refuse_others(checkpoint, found, has_bias)
     return LayerSizes(
         num_experts=experts,
         hidden_size=hidden,
@@ -241,7 +243,7 @@ def layer_sizes(checkpoint: Checkpoint, found: FoundLayer, *, gated: bool = True
     )
 
 
-def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool, has_inputs: bool) -> None:
+def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool) -> None:
     """Refuses tensors beside a projection's own that would have a say in its values, such as zero points."""
     scheme = found.scheme
     path, _, _ = scheme.path.partition(EXPERT)
@@ -250,8 +252,8 @@ def _refuse_others(checkpoint: Checkpoint, found: FoundLayer, has_bias: bool, ha
     projections = "|".join(map(re.escape, scheme.projections))
     pattern = re.compile(rf"{re.escape(stem)}{number}(?:{projections})(?P<suffix>[._].*)?")
     known = {*scheme.tensor_suffixes, *HARMLESS} | ({scheme.bias or ""} if has_bias else set())
-    if scheme.is_nvfp4 and not has_inputs:  # of some projections alone they would be left out
-        known -= {scheme.input_scale}
+    if scheme.is_nvfp4:  # another writer's scales of inputs would be left out
+        known -= {*INPUT_SCALES} - {scheme.input_scale}
     for name in checkpoint.names():
         match = pattern.fullmatch(name) if name.startswith(stem) else None
         if match and (match["suffix"] or "") not in known:

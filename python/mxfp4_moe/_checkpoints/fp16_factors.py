@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._arguments import has_values
 from ..formats import (
     FP16_EXACT_BINADES,
     FP16_NVFP4_UNIT,
@@ -48,7 +49,7 @@ class InFloat16:
 
         Raises:
             RuntimeError: they have to be made while a CUDA graph is captured.
-            ValueError: an NVFP4 scale times 2^7 that float32 does not hold.
+            ValueError: an NVFP4 scale times 2^7 that float32 does not hold; MXFP4 weights of fake or meta tensors.
         """
         if self._fp16 is None or self._fp16[1] != _versions(self):
             self.update_fp16_factors()
@@ -64,12 +65,14 @@ class InFloat16:
                 "got some that were never called with it, or written since; call once before, or take "
                 f"weights.to('{weights.device}', activation_format='fp16')"
             )
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is made once is written again outside of it
             made = _nvfp4(weights) if weights.weight_format is WeightFormat.NVFP4 else _mxfp4(weights)
             if self._fp16 is not None:
                 for kept, new in zip(self._fp16[0], made, strict=True):
                     kept.copy_(new)
                 made = self._fp16[0]
+            if weights.device.type == "cuda":  # other threads' streams read them from now on
+                torch.cuda.current_stream(weights.device).synchronize()
         self.__dict__["_fp16"] = made, _versions(self)  # of a frozen dataclass
 
 
@@ -87,7 +90,7 @@ def _versions(weights: Any) -> tuple[int, ...]:
 def _nvfp4(weights: Any) -> Factors:
     own = weights.tensor_scales.operator_arguments()
     made = own["w13_factors"] * FP16_NVFP4_UNIT, own["w2_factors"] * FP16_NVFP4_UNIT
-    if not all(bool(factors.isfinite().all()) for factors in made):
+    if has_values(made[0]) and not all(bool(factors.isfinite().all()) for factors in made):
         raise ValueError(
             "weights: expected NVFP4 scales per tensor below 2^121 for activation_format 'fp16', whose sums are "
             "multiplied by 2^7 times them, got a larger one; activation_format 'bf16' takes it"
@@ -97,6 +100,10 @@ def _nvfp4(weights: Any) -> Factors:
 
 def _mxfp4(weights: Any) -> Factors:
     hidden, inter, order = weights.hidden_size, weights.intermediate_size, weights.word_order
+    if not has_values(weights.w13):
+        raise ValueError(
+            f"weights: expected ones with values for activation_format 'fp16', got {weights!r} of fake or meta tensors"
+        )
     made = [_of_matrix(weights.w13, weights.w13_rows, hidden, order), _of_matrix(weights.w2, hidden, inter, order)]
     rounded = sum(count for _, count in made)
     if rounded:

@@ -162,7 +162,7 @@ def prepared_fields(
     local, shard = last - first, end - begin
     w13_out = empty(local, per_output * shard, hidden, device, kind)
     w2_out = empty(local, hidden, shard, device, kind)
-    order = word_order_of(w13_out.device, activation_format or kind.default_activations)
+    order = word_order_of(w13_out.device, kind.activations_named(activation_format))
     for e in with_progress(local):
         prepare(raw.w13(first + e, 0, hidden), w13_rows, hidden, order, w13_out[e], kind)
         prepare(raw.w2(first + e, begin, end), w2_rows, shard, order, w2_out[e], kind)

@@ -25,7 +25,7 @@ from .options import GateUpOrder, Number, check_number, member
 from .quantization_config import compare_quantization
 from .schemes import SCHEMES, Between, Scheme
 from .sources import Source, float_source, mxfp4_source, nvfp4_source
-from .tensor_scales import TensorScales, tensor_scales
+from .tensor_scales import TensorScales, refuse_values, tensor_scales
 
 STATED = "stated"  # for limit: take what the checkpoint says
 
@@ -63,7 +63,6 @@ def open_layer(
     found = choose_layer(checkpoint, layer, prefix=prefix, scheme=scheme, among=among)
     if found.scheme.is_nvfp4:
         refuse_gpu("device", named_device("device", device))  # before anything else is read
-        compare_quantization(checkpoint)
     sizes = layer_sizes(checkpoint, found, gated=gated)
     place = require_device("device", device)
     if found.scheme.is_nvfp4:
@@ -130,7 +129,11 @@ class _Reader:
             experts, places = range(self.sizes.num_experts), range(len(projections))
             entries = [[self.checkpoint.entry(self.found.name(p, suffix, e)) for p in projections] for e in experts]
             read = [[self.checkpoint.read([entries[e][i]], self.device).flatten() for i in places] for e in experts]
-            return torch.stack([torch.cat(some) for some in read])
+            made = torch.stack([torch.cat(some) for some in read])
+            kind = not scheme.divide and suffix == scheme.scale_2
+            for projection, values in zip(projections, made.unbind(1), strict=True):
+                refuse_values(self._shown(projection, suffix), values, kind)
+            return made
 
         inputs = scheme.input_scale if self.sizes.has_input_scales else None
         down = scales((scheme.w2,), scheme.scale_2), scales((scheme.w2,), inputs)
@@ -174,11 +177,15 @@ def settle(
     What the caller says wins, with a warning where it contradicts.
 
     Raises:
-        ValueError: config.json's sizes are not the layer's; or nobody says what the activation is.
+        ValueError: config.json's sizes, or what it says of the quantization, are not the layer's; or nobody says what
+            the activation is.
     """
+    compare_quantization(checkpoint, opened.found.scheme)
     config = read_config(checkpoint.folder)
     if config is not None:
         compare_sizes(config, opened.found, opened.sizes)
+    if activation is not None:
+        _check_gates(activation, opened)  # before a warning says that it is used
     stated, where = stated_activation(checkpoint, config, opened.found, named=activation is not None)
     if stated is not None and activation is not None and activation.value != stated.activation:
         _contradiction("activation", where, stated.activation, activation.value)
@@ -192,17 +199,22 @@ def settle(
             _contradiction(what, where, says, value)
     numbers = stated or _DEFAULTS
     between = activation or member("activation", Activation, numbers.activation)
-    if between.is_gated != opened.found.scheme.gated:
-        rows = "gates and ups" if opened.found.scheme.gated else "one projection and no gates"
-        raise ValueError(
-            f"activation: expected one for {rows}, which layer {opened.found.layer} has in the naming of "
-            f"{opened.found.scheme.name}, got {between.value!r}"
-        )
+    _check_gates(between, opened)
     return between, (
         numbers.alpha if alpha is None else alpha,
         numbers.beta if beta is None else beta,
         numbers.limit if isinstance(limit, str) else limit,
     )
+
+
+def _check_gates(between: Activation, opened: OpenedLayer) -> None:
+    scheme = opened.found.scheme
+    if between.is_gated != scheme.gated:
+        rows = "gates and ups" if scheme.gated else "one projection and no gates"
+        raise ValueError(
+            f"activation: expected one for {rows}, which layer {opened.found.layer} has in the naming of "
+            f"{scheme.name}, got {between.value!r}"
+        )
 
 
 def settle_order(opened: OpenedLayer, order: GateUpOrder | None) -> GateUpOrder:

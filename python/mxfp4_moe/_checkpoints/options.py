@@ -103,6 +103,8 @@ def shard_of(kind: str, rank: int, size: int, total: int, multiple: int) -> tupl
     check_int(f"{kind}_rank", rank)
     check_int(f"{kind}_size", size)
     units = total // multiple
+    if max(size, units) < 1:  # total came from size
+        raise ValueError(f"{kind}_size: expected 1 or more ranks, got {size}")
     if not 1 <= size <= units:
         what = (
             f"{total} experts" if kind == "ep" else f"{units} blocks of {multiple} of an intermediate size of {total}"

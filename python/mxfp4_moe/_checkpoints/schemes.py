@@ -120,7 +120,8 @@ class Scheme:
 
 
 # What may stand beside a projection's tensors and changes nothing: activations are quantized here as they come.
-HARMLESS = (".input_scale", ".input_global_scale", ".weight_shape")
+INPUT_SCALES = (".input_scale", ".input_global_scale")  # of NVFP4 they count
+HARMLESS = (*INPUT_SCALES, ".weight_shape")
 _OAI_SWIGLU = Between(activation="swiglu_oai", limit=7.0)
 
 _MODELOPT = (

@@ -18,6 +18,7 @@ from .contents import (
     other_format,
 )
 from .files import Checkpoint
+from .quantization_config import compare_quantization
 from .router import FoundRouter, find_router, weigh_call
 from .schemes import BY_NAME, Between
 
@@ -113,6 +114,7 @@ def _layer(checkpoint: Checkpoint, config: ExpertConfig | None, candidates: list
     unknown = router_unknown = ""
     if problem is None:
         try:
+            compare_quantization(checkpoint, found.scheme)
             sizes = layer_sizes(checkpoint, found)
             if config is not None:
                 compare_sizes(config, found, sizes)

@@ -23,9 +23,14 @@ MULTIPLY = ("w13_scale_2", "w2_scale_2", "w13_input_scale", "w2_input_scale")  #
 DIVIDE = ("w13_global_scale", "w2_global_scale", "w13_input_global_scale", "w2_input_global_scale")
 
 
+_SMALLEST = 2.0**-128  # the reciprocal of what is larger is finite in float32
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TensorScales:
-    """Scales of E experts; P is 2, gate and up, for a gated activation, else 1. All are contiguous and on one device.
+    """Scales of E experts; P is 2, gate and up, for a gated activation, else 1. All are on one device.
+
+    `MoEWeights` reads them once, when it is made: they are not to be written, and others are another `MoEWeights`.
 
     Attributes:
         w13: float32 [E, P].
@@ -63,16 +68,24 @@ class TensorScales:
         """Checks scales that are a field of `MoEWeights`.
 
         Raises:
-            TypeError, ValueError: another dtype, shape or device; scales of one input alone.
+            TypeError, ValueError: another dtype, shape or device; scales of one input alone; values that
+                `refuse_values` refuses.
         """
+        if not isinstance(self.divide, bool):
+            raise TypeError(f"tensor_scales.divide: expected a bool, got {self.divide!r}")
         for name in NAMES:
             value = getattr(self, name)
             if value is None and name in ("w13_input", "w2_input"):
                 continue
             shape = (experts, 2 if gated else 1) if name.startswith("w13") else (experts,)
             require_tensor(f"tensor_scales.{name}", value, torch.float32, shape, device)
+            refuse_values(f"tensor_scales.{name}", value, self._multiplies(name))
         if (self.w13_input is None) != (self.w2_input is None):
             raise ValueError("tensor_scales: expected w13_input and w2_input, or neither, got one of them")
+
+    def _multiplies(self, name: str) -> bool:
+        """Whether nobody takes a scale's reciprocal."""
+        return not self.divide and name in ("w13", "w2")
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """What the two GEMMs' sums are multiplied by for their weights: float32 [E, P] and [E]."""
@@ -128,7 +141,8 @@ def tensor_scales(
 
     Raises:
         TypeError, ValueError: another dtype, shape or device; scales of one weight alone, or of one input alone; a
-            scale that is not finite and above 0. A scale of weights that multiplies may be 0.
+            scale that is not finite and above 0, or whose reciprocal is not finite. A scale of weights that multiplies
+            may be 0, and as small as it likes.
     """
     labels = dict(zip(NAMES, DIVIDE if divide else MULTIPLY, strict=True))
     for one, other in (("w13", "w2"), ("w2", "w13"), ("w13_input", "w2_input"), ("w2_input", "w13_input")):
@@ -141,21 +155,39 @@ def tensor_scales(
         shape = (experts, parts) if name.startswith("w13") else (experts,)
         value = given[name]
         made[name] = None if value is None else _checked(labels[name], value, shape, device)
-        if value is not None and has_values(value):
-            least = value.isfinite() & ((value >= 0) if name in ("w13", "w2") and not divide else (value > 0))
-            if not bool(least.all()):
-                raise ValueError(f"{labels[name]}: expected finite numbers above 0, got {value[~least].flatten()[0]:g}")
+        if value is not None:
+            refuse_values(labels[name], value, not divide and name in ("w13", "w2"))
     w13, w2 = made["w13"], made["w2"]
     assert w13 is not None
     assert w2 is not None
     return TensorScales(w13=w13, w2=w2, w13_input=made["w13_input"], w2_input=made["w2_input"], divide=divide)
 
 
+@exact
+def refuse_values(label: str, scales: Tensor, multiplies: bool) -> None:
+    """Refuses scales, [] or [E, ...], under which values are not what they were; waits for a GPU's.
+
+    Args:
+        multiplies: they are of weights, and nobody takes their reciprocal.
+
+    Raises:
+        ValueError: a NaN, an infinity, a negative one; a 0, or one whose reciprocal is infinite, unless it multiplies.
+    """
+    if not has_values(scales):
+        return
+    wrong = ~(scales.isfinite() & ((scales >= 0) if multiplies else (scales > _SMALLEST)))
+    if bool(wrong.any()):
+        place = f" for expert {int(wrong.nonzero()[0, 0])}" if scales.dim() else ""
+        least = "of 0 or more" if multiplies else "above 2^-128, of which float32 has the reciprocals"
+        raise ValueError(f"{label}: expected finite numbers {least}, got {scales[wrong][0]:g}{place}")
+
+
 def _checked(label: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """A copy in the shape, from one scale for all, one for each expert, or one for each of its parts."""
     require_tensor(label, value, torch.float32, None, device)
     if tuple(value.shape) not in ((), (1,), shape[:1], shape):
-        raise ValueError(f"{label}: expected float32 [], {list(shape[:1])} or {list(shape)}, got {describe(value)}")
+        each = f"{list(shape[:1])} or {list(shape)}" if len(shape) > 1 else f"or {list(shape)}"
+        raise ValueError(f"{label}: expected float32 []{',' if len(shape) > 1 else ''} {each}, got {describe(value)}")
     if value.dim() == 1 and len(shape) == 2:
         value = value.unsqueeze(1)
     return value.expand(shape).clone(memory_format=torch.contiguous_format)

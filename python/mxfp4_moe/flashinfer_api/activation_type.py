@@ -54,7 +54,7 @@ def activation_of(value: ActivationType | int, has_swiglu_numbers: bool = False)
         NotImplementedError: one that is not here.
     """
     try:
-        kind = ActivationType(value)
+        kind = ActivationType(-1 if isinstance(value, bool) else value)
     except ValueError:
         raise ValueError(f"activation_type: expected an ActivationType, got {value!r}") from None
     if kind not in _ACTIVATIONS:

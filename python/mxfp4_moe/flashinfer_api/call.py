@@ -135,6 +135,9 @@ def cutlass_fused_moe(
         RuntimeError: weights not seen before while a CUDA graph is captured, or whose memory was freed; see also
             `fused_moe`.
     """
+    for name, given_ones in (("quant_scales", quant_scales), ("profile_ids", profile_ids)):
+        if given_ones is not None and not isinstance(given_ones, Sequence):
+            raise TypeError(f"{name}: expected a list or a tuple, got {type(given_ones).__name__}")
     refuse_modes(
         backend=backend,
         use_deepseek_fp8_block_scale=use_deepseek_fp8_block_scale,

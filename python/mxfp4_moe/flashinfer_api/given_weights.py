@@ -15,6 +15,7 @@ from .._checkpoints.layers import RawLayer, flashinfer_layer, prepared_fields
 from .._checkpoints.nvfp4_layers import flashinfer_nvfp4_layer
 from .._checkpoints.options import GateUpOrder, shard_of, source_rows
 from .._checkpoints.sources import Source, flashinfer_scales, mxfp4_source
+from .._checkpoints.tensor_scales import refuse_values
 from ..activations import Activation
 from ..weights import MoEWeights, TensorScales
 from .mixed_gemm import mixed_gemm_layer, mixed_gemm_source
@@ -190,15 +191,19 @@ def _nvfp4_scales(given: GivenWeights, layer: MoEWeights, experts: int, device: 
             name, value, torch.float32, (experts,) if isinstance(value, Tensor) and value.dim() else (), device
         )
         assert value is not None
-        _refuse_numbers(name, value)
+        refuse_values(name, value, multiplies=False)
         acts.append(value.expand(experts))
     for name, value in ((given.names[9], fc1), (given.names[11], fc2)):
         require_tensor(name, value, torch.float32, (experts,), device)
         assert value is not None
-        _refuse_numbers(name, value)
+        refuse_values(name, value, multiplies=False)
     assert fc1 is not None
     assert fc2 is not None
-    made = [(fc1 * acts[0]).reciprocal(), (fc2 * acts[1]).reciprocal()]
+    products = fc1 * acts[0], fc2 * acts[1]
+    made = [product.reciprocal() for product in products]
+    for i, (factors, act_factors) in enumerate(((9, 12), (11, 10))):
+        for values in (products[i], made[i]):  # each finite by itself; what is computed with is this
+            refuse_values(f"{given.names[factors]} * {given.names[act_factors]}", values, multiplies=False)
     return TensorScales(
         w13=made[0].unsqueeze(1).repeat(1, parts),
         w2=made[1],
@@ -206,12 +211,6 @@ def _nvfp4_scales(given: GivenWeights, layer: MoEWeights, experts: int, device: 
         w2_input=acts[1].clone(),
         divide=True,
     )
-
-
-def _refuse_numbers(name: str, value: Tensor) -> None:
-    wrong = ~(value.isfinite() & (value > 0))
-    if bool(wrong.any()):
-        raise ValueError(f"{name}: expected finite numbers above 0, got {value.flatten()[wrong.flatten()][0].item():g}")
 
 
 def _check_global_scales(given: GivenWeights, experts: int, device: torch.device) -> None:

@@ -169,6 +169,11 @@ def mode_of(
             return Mode.NVFP4
         _refuse_quantization("quant_scales" if num_scales else of_input, "nvfp4_nvfp4")
     if num_scales == of_nvfp4:
+        if on_cpu and not use_mxfp8_act_scaling:
+            raise TypeError(
+                f"{of_input}: expected torch.bfloat16, torch.float16, or NVFP4's torch.uint8 or torch.int64 for "
+                f"{Mode.NVFP4.words}, which six quant_scales mean, got {input_dtype}"
+            )
         _refuse_quantization("quant_scales", "nvfp4_nvfp4")
     if input_dtype not in (torch.float8_e4m3fn, *HALVES):
         raise TypeError(f"{of_input}: expected torch.float8_e4m3fn, torch.bfloat16 or torch.float16, got {input_dtype}")

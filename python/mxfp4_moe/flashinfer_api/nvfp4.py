@@ -118,7 +118,9 @@ def quantized(
     else:
         packed, scales = quantize_nvfp4(rows, scale)
         stored = store_scales(scales, layout)
-    return packed.view(*x.shape[:-1], -1), stored.view(-1, padded_blocks(x.shape[-1] // NVFP4_BLOCK, layout))
+    return packed.view(*x.shape[:-1], x.shape[-1] // 2), stored.view(
+        -1, padded_blocks(x.shape[-1] // NVFP4_BLOCK, layout)
+    )
 
 
 def refuse_4over6(recipe: object) -> None:

@@ -300,7 +300,7 @@ def _quantize_mxfp4(name: str, a: Tensor, layout: SfLayout, what: str) -> tuple[
     else:
         packed, scales = quantize_mxfp4_activations(rows)
         stored = store_scales(scales, layout)
-    return packed.view(*a.shape[:-1], -1), stored.view(-1, padded_blocks(a.shape[-1] // BLOCK, layout))
+    return packed.view(*a.shape[:-1], a.shape[-1] // 2), stored.view(-1, padded_blocks(a.shape[-1] // BLOCK, layout))
 
 
 def _packed(name: str, tensor: Tensor) -> Tensor:

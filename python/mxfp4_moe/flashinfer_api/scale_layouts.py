@@ -64,7 +64,7 @@ def chosen_layout(swizzled: bool, layout: SfLayout | int | None) -> SfLayout:
 def sf_layout(name: str, value: SfLayout | int) -> SfLayout:
     """The layout, or a ValueError that names the argument."""
     try:
-        return SfLayout(value)
+        return SfLayout(-1 if isinstance(value, bool) else value)
     except ValueError:
         raise ValueError(f"{name}: expected an SfLayout, got {value!r}") from None
 

@@ -16,7 +16,7 @@ from .._arguments import require_count, require_multiple, require_tensor
 from . import weight_layout
 from .numbers import BLOCK
 from .nvfp4 import NVFP4_BLOCK
-from .weight_layout import MXFP4_SCALE_WORDS, NVFP4_SCALE_WORDS, WordOrder
+from .weight_layout import ACTIVATION_NAMES, ACTIVATIONS_IN_WORDS, MXFP4_SCALE_WORDS, NVFP4_SCALE_WORDS, WordOrder
 
 
 class WeightFormat(str, Enum):
@@ -38,7 +38,31 @@ class WeightFormat(str, Enum):
     @property
     def default_activations(self) -> str:
         """The activation format of a call that names none."""
-        return "mxfp8" if self is WeightFormat.MXFP4 else "nvfp4"
+        return self.activations[0]
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The activation formats that go with it, the default first."""
+        return ("mxfp8", "bf16", "mxfp4", "fp16") if self is WeightFormat.MXFP4 else ("nvfp4", "bf16", "fp16")
+
+    def activations_named(self, name: object) -> str:
+        """The one of `activations` that a caller names; None for the default.
+
+        Raises:
+            TypeError, ValueError: no name of a format, or of one that goes with other weights.
+        """
+        if name is None:
+            return self.default_activations
+        if not isinstance(name, str):
+            raise TypeError(f"activation_format: expected a name such as 'bf16', got {name!r}")
+        if name in self.activations:
+            return self.activations[self.activations.index(name)]  # of an enum's member, its value
+        if name in ACTIVATION_NAMES:
+            raise ValueError(
+                f"activation_format: expected {' or '.join(map(repr, self.activations))} with {self.value} weights, "
+                f"got {name!r}; without one a call takes {self.default_activations!r}"
+            )
+        raise ValueError(f"activation_format: expected {ACTIVATIONS_IN_WORDS}, got {name!r}")
 
     def shard_block(self, size: int) -> int:
         """Where a dimension of this size may be cut: between 32 values, which kernels need, or between blocks."""

@@ -12,10 +12,7 @@ from ..weights import MoEWeights
 from . import chain, fp4
 
 # What CPU tensors can have, by the format of the weights; the default first.
-CPU_ACTIVATION_FORMATS = {
-    WeightFormat.MXFP4: ("mxfp8", "bf16", "mxfp4", "fp16"),
-    WeightFormat.NVFP4: ("nvfp4", "bf16", "fp16"),
-}
+CPU_ACTIVATION_FORMATS = {kind: kind.activations for kind in WeightFormat}
 
 
 def fused_moe(
