@@ -99,6 +99,7 @@ class MoEWeights(FromFiles, InFloat16):
         self.__dict__.update(state)
         if self.tensor_scales is not None:  # these are computed: now, and not in the stream or graph of a first call
             _ = self.operator_arguments
+            self._made_with_nvfp4()
 
     def __repr__(self) -> str:
         bias = "none" if self.w13_bias is None and self.w2_bias is None else "yes"

@@ -11,8 +11,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mxfp4_moe import flashinfer_api as fi
+from mxfp4_moe._call import operators
 from mxfp4_moe.flashinfer_api import SfLayout, modes
 
 BF16 = torch.bfloat16
@@ -209,6 +211,20 @@ def test_six_quant_scales(each: bool, dtype: torch.dtype, gated: bool) -> None:
     again = fi.cutlass_fused_moe(**call)[0]
     assert torch.equal(again, out)
     fi.forget_weights()
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_under_torch_compile(each: bool) -> None:
+    """Weights are looked up outside of the graph, and the layer is in the one that follows."""
+    call, _ = nvfp4_call(each=each)
+    (expected,) = fi.cutlass_fused_moe(**call)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda **given: fi.cutlass_fused_moe(**given)[0], backend=backend)
+    assert torch.equal(compiled(**call), expected)
+    assert torch.equal(compiled(**call | {"output": torch.full_like(expected, float("nan"))}), expected)
+    torch._dynamo.reset()
+    assert operators.moe_layer in [node.target for graph in backend.graphs for node in graph.graph.nodes]
 
 
 @pytest.mark.parametrize(

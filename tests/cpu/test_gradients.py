@@ -12,7 +12,7 @@ import torch
 from mxfp4_moe import MoEWeights, fused_moe, fused_moe_from_logits, topk_softmax
 
 E, H, INTER, T, K = 4, 64, 96, 5, 2
-MESSAGE = "no gradient can be computed through it, since MXFP4 weights are for inference"
+MESSAGE = "no gradient can be computed through it, since FP4 weights are for inference"
 
 
 @pytest.fixture(scope="module")

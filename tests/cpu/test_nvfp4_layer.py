@@ -242,12 +242,3 @@ def test_formats_that_do_not_go_together() -> None:
         mxfp4_moe.fused_moe(**codes, weights=nvfp4, hidden_states_scale=scales)
     with pytest.raises(ValueError, match="hidden_states_scale: expected None with activation_format 'nvfp4'"):
         reference.fused_moe(**codes, weights=nvfp4, hidden_states_scale=scales)
-
-
-def test_graphs_refuse_nvfp4_weights() -> None:
-    nvfp4, call = MoEWeights.from_nvfp4(**random_nvfp4()), inputs()
-    compiled = torch.compile(
-        lambda **given: mxfp4_moe.fused_moe(**given, weights=nvfp4), backend="eager", fullgraph=True
-    )
-    with pytest.raises(Exception, match="weights: expected MXFP4 under torch.compile and torch.export, got NVFP4"):
-        compiled(**call)

@@ -234,6 +234,39 @@ def test_nvfp4_weights_bring_their_scales(monkeypatch: pytest.MonkeyPatch, input
     assert torch.equal(got["w13_factors"], layer["w13_scale_2"])
 
 
+@pytest.mark.parametrize("activation_format", ["nvfp4", "bf16", "fp16"])
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("kind", ["multiply", "divide"])
+def test_a_compiled_call_of_nvfp4_weights_hands_the_operator_what_an_eager_one_does(
+    monkeypatch: pytest.MonkeyPatch, kind: str, inputs: bool, activation_format: str
+) -> None:
+    weights = MoEWeights.from_nvfp4(**random_nvfp4(kind, hidden=64, inter=32, inputs=inputs))
+    half = torch.float16 if activation_format == "fp16" else torch.bfloat16
+    x, topk_weights, topk_ids = torch.zeros(T, 64, dtype=half), torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32)
+    tile, asked = Tile.from_mn((8, 128)), []
+
+    def choose(*arguments: object) -> Tile:
+        asked.append(arguments)
+        return tile
+
+    monkeypatch.setattr(selection, "select", choose)
+    monkeypatch.setattr(operators, "select", choose)
+    selection.tile_of_call(None, True, T, K, weights, torch.device("cpu"), activation_format)
+    eager = Recorder(monkeypatch)
+    routing = (topk_weights, topk_ids, None, 0)
+    launch.run(tile, x, None, "linear", routing, weights, x, False, activation_format=activation_format)
+    expected = eager.arguments()
+    operands: list[tuple[object, ...]] = []
+    monkeypatch.setattr(operators, "moe_layer", lambda *arguments: operands.append(arguments) or arguments[0])
+    fused_moe._traced(x, topk_weights, topk_ids, weights, None, "linear", half, False, activation_format)
+    compiled = Recorder(monkeypatch)
+    operators._moe_layer_cuda(*operands[0])
+    got = compiled.arguments()
+    assert (got.pop("out").dtype, expected.pop("out").dtype) == (half, half)
+    assert [name for name, value in expected.items() if not same(got[name], value)] == []
+    assert asked == [(T, K, 3, 64, 32, None, activation_format, WeightFormat.NVFP4)] * 2
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_compiled_call_of_a_part_chooses_its_tile_as_an_eager_one(
     monkeypatch: pytest.MonkeyPatch, ranks: int

@@ -115,10 +115,13 @@ def test_weights_without_values_can_be_prepared(per_expert: bool) -> None:
         for name in ("w13", "w2", "w13_bias", "w2_bias"):
             assert getattr(made, name).shape == getattr(whole, name).shape
             assert getattr(made, name).dtype == getattr(whole, name).dtype
-    floats = MoEWeights.from_float(
-        torch.empty(2, 64, 64, dtype=torch.bfloat16, device="meta"), torch.empty(2, 64, 32, device="meta")
-    )
-    assert floats.w2.shape == (2, formats.weight_bytes(64, 32))
+    for kind in formats.WeightFormat:
+        floats = MoEWeights.from_float(
+            torch.empty(2, 64, 64, dtype=torch.bfloat16, device="meta"),
+            torch.empty(2, 64, 32, device="meta"),
+            format=kind,
+        )
+        assert floats.w2.shape == (2, kind.weight_bytes(64, 32))
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])

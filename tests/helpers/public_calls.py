@@ -62,6 +62,7 @@ class Inputs:
         self.global_scale = torch.tensor(2.0**120)
         self.nvfp4_rows = formats.quantize_nvfp4(self.tiny, self.global_scale)
         self.nvfp4 = nvfp4_cases.random_nvfp4(experts=E, hidden=H, inter=INTER)
+        self.tiny_nvfp4 = self.nvfp4 | {"w2_scale_2": self.nvfp4["w2_scale_2"] * 2.0**-124}  # factors below 2^-126
         self.offsets = torch.tensor([0, 2, 5, 8], dtype=torch.int32)
         self.gemm = (self.codes, self.scales, checkpoint["w13"], checkpoint["w13_scale"] // 4, self.offsets)
         self.rows = _floats(T * K, H, exponent=-130).bfloat16()
@@ -147,7 +148,10 @@ CASES: dict[str, Case] = {
     "MoEWeights.expert_parallel": lambda i: i.weights.expert_parallel(1, 2),
     "MoEWeights.tensor_parallel": lambda i: i.weights.tensor_parallel(1, 2),
     "MoEWeights.to_mxfp4": lambda i: i.weights.to_mxfp4(),
-    "MoEWeights.fp16_factors": lambda i: i.weights.fp16_factors(),
+    "MoEWeights.fp16_factors": lambda i: (
+        i.weights.fp16_factors(),
+        MoEWeights.from_nvfp4(**i.tiny_nvfp4).fp16_factors(),
+    ),
     "MoEWeights.update_fp16_factors": lambda i: (i.weights.update_fp16_factors(), i.weights.fp16_factors())[1],
     # formats
     "formats.scale_ends": lambda i: formats.scale_ends(i.packed, i.packed_scales),

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from .._checkpoints.fp16_factors import ready_for
 from .._checkpoints.options import split_number
+from .._checkpoints.tensor_scales import INPUT_ARGUMENTS, WEIGHT_ARGUMENTS
 from ..weights import MoEWeights
 from . import operators
 from .activation_format import format_of_call
@@ -173,19 +174,9 @@ def _traced(
     activation_format: str,
 ) -> Tensor:
     """The call as a compiled graph sees it: tensors and constants, and no tile that would tie it to T."""
-    if weights.tensor_scales is not None:
-        raise ValueError(
-            "weights: expected MXFP4 under torch.compile and torch.export, got NVFP4, which graphs do not have yet; "
-            "call fused_moe outside of the graph (torch.compiler.disable)"
-        )
-    w13_factors, w2_factors = None, None
+    factors = {} if weights.tensor_scales is None else dict(weights.operator_arguments[1])
     if activation_format == "fp16":
-        if weights._fp16 is None:  # making them reads values, which a trace has not
-            raise ValueError(
-                "weights: expected ones that are ready for activation_format 'fp16' under torch.compile and "
-                f"torch.export; take weights.to('{weights.device}', activation_format='fp16') outside of the graph"
-            )
-        w13_factors, w2_factors = (as_fake(factors, hidden_states) for factors in weights._fp16[0])
+        factors |= zip(WEIGHT_ARGUMENTS, weights._fp16_in_graph(), strict=True)
     alpha, alphas = split_number(weights.alpha, 0.0)
     beta, betas = split_number(weights.beta, 0.0)
     limit, limits = split_number(weights.limit, None)
@@ -213,7 +204,7 @@ def _traced(
         intermediate_rounding,
         weights.num_global_experts,
         activation_format,
-        w13_factors,
-        w2_factors,
+        *(as_fake(factors.get(name), hidden_states) for name in (*WEIGHT_ARGUMENTS, *INPUT_ARGUMENTS)),
+        weights.weight_format.value,
     )
     return result

@@ -15,7 +15,7 @@ from torch import Tensor
 def message(call: str) -> str:
     """What a backward pass through `call` says."""
     return (
-        f"{call}: no gradient can be computed through it, since MXFP4 weights are for inference; call it under "
+        f"{call}: no gradient can be computed through it, since FP4 weights are for inference; call it under "
         "torch.no_grad() or torch.inference_mode(), or train with the model's own experts and convert them afterwards"
     )
 

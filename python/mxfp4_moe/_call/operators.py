@@ -9,14 +9,15 @@ end in the same C++ operators as the eager calls, which do not pass through here
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from .._checkpoints.tensor_scales import INPUT_ARGUMENTS, WEIGHT_ARGUMENTS, TensorScales, of_operator_arguments
 from .._install import errors
-from ..formats import WeightFormat, WordOrder
+from ..formats import FP16_NVFP4_UNIT, WeightFormat, WordOrder
 from ..reference import routers as reference_routers
 from ..routers import Router
 from ..weights import Activation, MoEWeights
@@ -60,8 +61,16 @@ class LayerCall(NamedTuple):
     intermediate_rounding: bool = False
     num_global_experts: int = 0  # of the layer of which w13 is a part, for the choice of a tile; 0: those of w13
     activation_format: str = "mxfp8"
-    w13_factors: Tensor | None = None  # `MoEWeights.fp16_factors`, of the format "fp16"
+    # What sums are multiplied by for the weights: of NVFP4 `TensorScales.operator_arguments`, with "fp16"
+    # `MoEWeights.fp16_factors`.
+    w13_factors: Tensor | None = None
     w2_factors: Tensor | None = None
+    # Of NVFP4 activations under the checkpoint's scales of inputs, the same `TensorScales.operator_arguments`.
+    w13_input_factors: Tensor | None = None
+    w2_input_factors: Tensor | None = None
+    w13_input_global_scales: Tensor | None = None
+    w2_input_global_scales: Tensor | None = None
+    weight_format: str = "mxfp4"
 
     def check(self, device: torch.device) -> None:
         """Checks the tensors that come with each call; also fake ones."""
@@ -77,6 +86,17 @@ class LayerCall(NamedTuple):
             self.activation_format,
         )
 
+    def factors(self) -> dict[str, Tensor | None]:
+        """The arguments that are scales, by their names."""
+        return {name: getattr(self, name) for name in (*WEIGHT_ARGUMENTS, *INPUT_ARGUMENTS)}
+
+    def tensor_scales(self) -> TensorScales | None:
+        if self.weight_format != WeightFormat.NVFP4:
+            return None
+        unit = FP16_NVFP4_UNIT if self.activation_format == "fp16" else 1.0
+        gated = Activation(self.activation).is_gated
+        return of_operator_arguments(self.factors(), experts=self.w13.shape[0], gated=gated, unit=unit)
+
     def weights(self) -> MoEWeights:
         return MoEWeights(
             w13=self.w13,
@@ -90,6 +110,8 @@ class LayerCall(NamedTuple):
             alpha=self.alpha if self.alphas is None else self.alphas,
             beta=self.beta if self.betas is None else self.betas,
             limit=self.limit if self.limits is None else self.limits,
+            weight_format=WeightFormat(self.weight_format),
+            tensor_scales=self.tensor_scales(),
         )
 
 
@@ -130,16 +152,19 @@ def _moe_layer_cpu(*arguments: object) -> Tensor:
 def _moe_layer_cuda(*arguments: object) -> Tensor:
     call = LayerCall(*arguments)  # type: ignore[arg-type]  # by the schema
     hidden_states, device = call.hidden_states, call.hidden_states.device
-    check_word_order(WordOrder(call.word_order), device, call.activation_format)
+    kind = WeightFormat(call.weight_format)
+    check_word_order(WordOrder(call.word_order), device, call.activation_format, kind)
     call.check(device)
-    check_format_on(call.activation_format, device)
+    check_format_on(call.activation_format, device, kind)
     experts, (tokens, top_k) = call.w13.shape[0], call.topk_ids.shape
     check_limits(experts, tokens, top_k)
     sizes = call.hidden_size, call.intermediate_size
     among = call.num_global_experts or experts
-    chosen = select(tokens, top_k, among, *sizes, device.index, call.activation_format, WeightFormat.MXFP4)
-    op, tile = launch.layer_operator_for(call.activation_format, device.index, chosen)
-    factors = {"w13_factors": call.w13_factors, "w2_factors": call.w2_factors} if call.w13_factors is not None else {}
+    chosen = select(tokens, top_k, among, *sizes, device.index, call.activation_format, kind)
+    op, tile = launch.layer_operator_for(call.activation_format, device.index, chosen, kind)
+    rare: dict[str, Any] = {name: value for name, value in call.factors().items() if value is not None}
+    if kind is not WeightFormat.MXFP4:
+        rare["weight_format"] = kind.code
     output = torch.empty_like(hidden_states, dtype=call.output_dtype)
     try:
         op(
@@ -169,7 +194,7 @@ def _moe_layer_cuda(*arguments: object) -> Tensor:
             call.scale_layout == "swizzled",
             call.intermediate_rounding,
             code_of(call.activation_format),
-            **factors,
+            **rare,
         )
     except RuntimeError as error:
         errors.explain(f"mxfp4_moe::moe_layer cannot run on {device}", error)

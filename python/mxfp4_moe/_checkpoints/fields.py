@@ -15,8 +15,6 @@ from .nvfp4_layers import refuse_gpu
 from .options import GateUpOrder, check_int, check_number, split_number
 from .tensor_scales import TensorScales
 
-_CODES = {WeightFormat.MXFP4: 0, WeightFormat.NVFP4: 1}  # csrc/tile_abi.h, Mxfp4MoeWeightFormat
-
 
 class Mxfp4Tensors(NamedTuple):
     """Weights of one layer as checkpoints store them; `MoEWeights.from_mxfp4` takes these names. W = 2I or I."""
@@ -118,7 +116,7 @@ def operator_arguments(weights: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     tensors = (weights.w13, weights.w13_bias, weights.w2, weights.w2_bias)
     rare = {"first_expert": weights.first_expert or None, "alphas": alphas, "betas": betas, "limits": limits}
     if weights.tensor_scales is not None:
-        rare |= {"weight_format": _CODES[weights.weight_format], **weights.tensor_scales.operator_arguments()}
+        rare |= {"weight_format": weights.weight_format.code, **weights.tensor_scales.operator_arguments()}
     return (
         (*tensors, weights.intermediate_size, weights.activation.code, alpha, beta, limit),
         {name: value for name, value in rare.items() if value is not None},

@@ -2,7 +2,7 @@
 
 `formats.fp16_weights` has the rule. Nothing of the prepared weights changes: kernels read the same bytes for bfloat16
 and for float16 activations, and find in the factor what an expert's scales are relative to. NVFP4's factors are its
-own, times what its weights are divided by.
+own, times what its weights are divided by: no code is read for them, so weights have them from the start.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import has_values
+from .._torch_state import exact
 from ..formats import (
     FP16_EXACT_BINADES,
     FP16_NVFP4_UNIT,
@@ -34,6 +35,7 @@ class InFloat16:
 
     # Of w13's sums and of w2's, and the tensors' versions that they are of.
     _fp16: tuple[Factors, tuple[int, ...]] | None = None
+    _no_fp16 = ""  # why NVFP4 weights have none
 
     def fp16_factors(self) -> Factors:
         """What the sums of the two GEMMs are multiplied by for the weights where activations are float16.
@@ -41,7 +43,7 @@ class InFloat16:
         Of MXFP4 `formats.fp16_factor` of each expert's matrix; one warning says how many weights are rounded, if any.
         They are made in the first call, and again after a write to w13 or w2 that torch counts; a write that it does
         not count (by another library's kernel, or to a tensor of inference mode) takes `engines.update_fp16_factors`.
-        The tensors stay the same, so that a CUDA graph reads what is new.
+        The tensors stay the same, so that a CUDA graph reads what is new. Those of NVFP4 are made with the weights.
 
         Returns:
             float32 [E, 2] twice: of columns c with c % 16 < 8, and of the others. Of MXFP4 both are the same, because
@@ -51,15 +53,32 @@ class InFloat16:
             RuntimeError: they have to be made while a CUDA graph is captured.
             ValueError: an NVFP4 scale times 2^7 that float32 does not hold; MXFP4 weights of fake or meta tensors.
         """
-        if self._fp16 is None or self._fp16[1] != _versions(self):
-            self.update_fp16_factors()
+        made = self._fp16
+        if made is not None and made[1] == _versions(self):
+            return made[0]
+        self.update_fp16_factors()
         assert self._fp16 is not None
+        return self._fp16[0]
+
+    def _fp16_in_graph(self) -> Factors:
+        """`fp16_factors` where a graph is traced, which has no values that they could be made of.
+
+        Raises:
+            ValueError: MXFP4 weights that have none yet; NVFP4 weights that `fp16_factors` refuses.
+        """
+        if self._fp16 is None:
+            weights: Any = self
+            raise ValueError(
+                self._no_fp16
+                or "weights: expected ones that are ready for activation_format 'fp16' under torch.compile and "
+                f"torch.export; take weights.to('{weights.device}', activation_format='fp16') outside of the graph"
+            )
         return self._fp16[0]
 
     def update_fp16_factors(self) -> None:
         """Makes `fp16_factors` anew."""
         weights: Any = self
-        if weights.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_captured(weights):
             raise RuntimeError(
                 "weights: expected ones that are ready for activation_format 'fp16' while a CUDA graph is captured, "
                 "got some that were never called with it, or written since; call once before, or take "
@@ -71,9 +90,18 @@ class InFloat16:
                 for kept, new in zip(self._fp16[0], made, strict=True):
                     kept.copy_(new)
                 made = self._fp16[0]
-            if weights.device.type == "cuda":  # other threads' streams read them from now on
+            if weights.w13.is_cuda and has_values(weights.w13):  # other threads' streams read them from now on
                 torch.cuda.current_stream(weights.device).synchronize()
         self.__dict__["_fp16"] = made, _versions(self)  # of a frozen dataclass
+
+    def _made_with_nvfp4(self) -> None:
+        """Makes the factors of NVFP4 weights that are being made; one that float32 does not hold is kept for calls."""
+        if torch.compiler.is_compiling() or _is_captured(self):
+            return
+        try:
+            self.update_fp16_factors()
+        except ValueError as error:
+            self.__dict__["_no_fp16"] = str(error)
 
 
 def ready_for(weights: _W, activation_format: str | None) -> _W:
@@ -83,14 +111,23 @@ def ready_for(weights: _W, activation_format: str | None) -> _W:
     return weights
 
 
+def _is_captured(weights: Any) -> bool:
+    fake = type(weights.w13).__name__ == "FakeTensor"  # which needs no CUDA
+    return weights.device.type == "cuda" and not fake and torch.cuda.is_current_stream_capturing()
+
+
 def _versions(weights: Any) -> tuple[int, ...]:
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in (weights.w13, weights.w2))
+    if weights.weight_format is WeightFormat.NVFP4:  # of no code
+        return ()
+    w13, w2 = weights.w13, weights.w2
+    return -1 if w13.is_inference() else w13._version, -1 if w2.is_inference() else w2._version
 
 
+@exact
 def _nvfp4(weights: Any) -> Factors:
-    own = weights.tensor_scales.operator_arguments()
+    _, own = weights.operator_arguments
     made = own["w13_factors"] * FP16_NVFP4_UNIT, own["w2_factors"] * FP16_NVFP4_UNIT
-    if has_values(made[0]) and not all(bool(factors.isfinite().all()) for factors in made):
+    if has_values(made[0]) and not bool(torch.cat(made).isfinite().all()):
         raise ValueError(
             "weights: expected NVFP4 scales per tensor below 2^121 for activation_format 'fp16', whose sums are "
             "multiplied by 2^7 times them, got a larger one; activation_format 'bf16' takes it"

@@ -21,6 +21,9 @@ from ..formats import NVFP4_MAX
 NAMES = ("w13", "w2", "w13_input", "w2_input")
 MULTIPLY = ("w13_scale_2", "w2_scale_2", "w13_input_scale", "w2_input_scale")  # how `MoEWeights.from_nvfp4` calls them
 DIVIDE = ("w13_global_scale", "w2_global_scale", "w13_input_global_scale", "w2_input_global_scale")
+# What `TensorScales.operator_arguments` is made of.
+WEIGHT_ARGUMENTS = ("w13_factors", "w2_factors")
+INPUT_ARGUMENTS = ("w13_input_factors", "w2_input_factors", "w13_input_global_scales", "w2_input_global_scales")
 
 
 _SMALLEST = 2.0**-128  # the reciprocal of what is larger is finite in float32
@@ -117,8 +120,7 @@ class TensorScales:
         }
         factors, global_scales = self.input_factors(), self.input_global_scales()
         if factors is not None and global_scales is not None:
-            made |= {"w13_input_factors": factors[0], "w2_input_factors": factors[1]}
-            made |= {"w13_input_global_scales": global_scales[0], "w2_input_global_scales": global_scales[1]}
+            made |= dict(zip(INPUT_ARGUMENTS, (*factors, *global_scales), strict=True))
         return {name: scale.contiguous() for name, scale in made.items()}
 
     def _reciprocals(self) -> tuple[Tensor, Tensor]:
@@ -128,6 +130,55 @@ class TensorScales:
 
     def _multiplying(self, scales: Tensor) -> Tensor:
         return scales.reciprocal() if self.divide else scales
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OperatorScales(TensorScales):
+    """Scales that were made of `TensorScales.operator_arguments` again: all that is computed with has the same bits.
+
+    They multiply, but those of inputs may have divided, and then what divides is not the reciprocal of what multiplies.
+
+    Attributes:
+        w13_input_global, w2_input_global: float32 [E], what `input_global_scales` gives; None if dynamic.
+    """
+
+    w13_input_global: Tensor | None = None
+    w2_input_global: Tensor | None = None
+
+    def _multiplies(self, name: str) -> bool:
+        return True
+
+    def input_global_scales(self) -> tuple[Tensor, Tensor] | None:
+        """As they were given."""
+        if self.w13_input_global is None or self.w2_input_global is None:
+            return None
+        return self.w13_input_global, self.w2_input_global
+
+
+@exact
+def of_operator_arguments(
+    given: dict[str, Tensor | None], *, experts: int, gated: bool, unit: float = 1.0
+) -> OperatorScales:
+    """The scales of which `TensorScales.operator_arguments` made these.
+
+    Args:
+        given: by its names, each of them; None for what is not there.
+        unit: a power of two by which the weights' factors were multiplied.
+
+    Raises:
+        TypeError, ValueError: another dtype or shape; no factors of weights; of the inputs' four, some and not all.
+    """
+    dynamic = all(given[name] is None for name in INPUT_ARGUMENTS)
+    named: dict[str, Any] = {name: given[name] for name in (*WEIGHT_ARGUMENTS, *(() if dynamic else INPUT_ARGUMENTS))}
+    for name, value in named.items():
+        require_tensor(name, value, torch.float32, (experts, 2) if name in WEIGHT_ARGUMENTS else (experts,))
+    parts = 2 if gated else 1
+    made = {"w13": (named["w13_factors"] / unit)[:, :parts], "w2": (named["w2_factors"] / unit)[:, 0]}
+    if not dynamic:
+        made |= {"w13_input": named["w13_input_factors"].unsqueeze(1).expand(-1, parts)}
+        made |= {"w2_input": named["w2_input_factors"]}
+        made |= {f"{name}_input_global": named[f"{name}_input_global_scales"] for name in ("w13", "w2")}
+    return OperatorScales(**made)
 
 
 def tensor_scales(

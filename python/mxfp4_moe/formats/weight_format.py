@@ -36,6 +36,11 @@ class WeightFormat(str, Enum):
         return MXFP4_SCALE_WORDS if self is WeightFormat.MXFP4 else NVFP4_SCALE_WORDS
 
     @property
+    def code(self) -> int:
+        """The number by which the kernels know it: Mxfp4MoeWeightFormat of csrc/tile_abi.h."""
+        return 0 if self is WeightFormat.MXFP4 else 1
+
+    @property
     def default_activations(self) -> str:
         """The activation format of a call that names none."""
         return self.activations[0]
