@@ -57,6 +57,6 @@ def test_a_committed_run_reaches_the_page(tmp_path: Path) -> None:
 def test_a_part_that_is_missing() -> None:
     with pytest.raises(
         ValueError,
-        match="expected the generated parts floors, model, model_bf16, .*, got floors, results, model_bf16",
+        match="expected the generated parts floors, model, model_pairs, .*, got floors, results, model_pairs",
     ):
         performance.rendered(PAGE.replace("<!-- generated: model -->", ""), {})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from format_cases import random_bytes, random_float_bits, with_neighbours
 
-from mxfp4_moe import formats
+from mxfp4_moe import formats, tiles
 from mxfp4_moe.formats import weight_layout
 
 ALL_BYTES = torch.arange(256).to(torch.uint8)
@@ -351,3 +351,30 @@ class TestMxfp8ToBf16:
     def test_refuses(self) -> None:
         with pytest.raises(ValueError, match=r"scales: expected uint8 \[1, 2\], got uint8 \[1, 1\]"):
             formats.mxfp8_to_bf16(random_bytes(1, 64), random_bytes(1, 1))
+
+
+class TestBytesOfAPair:
+    """What tiles counts without torch is what quantizers and prepared weights have."""
+
+    @pytest.mark.parametrize("kind", formats.WeightFormat)
+    def test_weights(self, kind: formats.WeightFormat) -> None:
+        n, k, halves = 192, 384, tiles.pair_of("bf16", kind.value)
+        assert kind.weight_bytes(n, k) == n * k * tiles.value_bytes(kind.value)
+        assert kind.weight_bytes(64, 128) == tiles.weight_block_bytes(halves)
+        assert kind.scale_words == tiles.scale_words(halves)
+        factors = 8 if kind is formats.WeightFormat.NVFP4 else 0  # of gates and of ups
+        assert tiles.expert_bytes(halves, n, k) == kind.weight_bytes(n, k) + factors
+        assert tiles.expert_bytes(tiles.pair_of("fp16", kind.value), n, k) == kind.weight_bytes(n, k) + 8
+
+    def test_activations(self) -> None:
+        rows = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+        made = {
+            "mxfp8": formats.quantize_mxfp8(rows),
+            "mxfp4": formats.quantize_mxfp4_activations(rows),
+            "nvfp4": formats.quantize_nvfp4(rows, torch.tensor(1.0)),
+            "bf16": (rows.bfloat16(),),
+            "fp16": (rows.half(),),
+        }
+        for name, parts in made.items():
+            assert sum(part.nbytes for part in parts) == rows.numel() * tiles.value_bytes(name), name
+        assert {tiles.formats_of(pair)[1] for pair in tiles.PAIRS} == made.keys()

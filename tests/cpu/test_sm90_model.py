@@ -13,7 +13,16 @@ from tuned_cases import BY_NAME, H200, LAYER, TILES
 from mxfp4_moe._choice import choice, sm90_model, tuned
 from mxfp4_moe._choice.facts import Layer
 from mxfp4_moe._choice.rows import row_probabilities
-from mxfp4_moe.tiles import Tile
+from mxfp4_moe.tiles import (
+    MXFP4_BF16,
+    MXFP4_FP16,
+    MXFP4_MXFP4,
+    MXFP4_MXFP8,
+    NVFP4_BF16,
+    NVFP4_FP16,
+    NVFP4_NVFP4,
+    Tile,
+)
 
 H100 = BY_NAME["NVIDIA H100 80GB HBM3"]
 SENSIBLE = [tile for tile in TILES if sm90_model.sensible(tile)]
@@ -49,6 +58,31 @@ def test_time_grows_with_work_and_falls_with_a_better_gpu(tile: Tile) -> None:
             assert sm90_model.layer_us(tile, better, LAYER, tokens) < us
         weights = 128 * (1 - (31 / 32) ** tokens) * 13_219_200
         assert us > weights / H100.gb_per_s / 1e3, "the memory's floor"
+
+
+@pytest.mark.parametrize("tile", SENSIBLE, ids=lambda tile: tile.name)
+def test_each_pair_has_its_bytes_and_its_kernels_instructions(tile: Tile) -> None:
+    def gemms(pair: str, gb_per_s: float) -> float:
+        few = dataclasses.replace(sm90_model.CONSTANTS, around_us=0.0, row_us=0.0)
+        return sm90_model.layer_us(tile, dataclasses.replace(H100, gb_per_s=gb_per_s), LAYER, 256, few, pair)
+
+    def bytes_of(pair: str) -> float:
+        return gemms(pair, 1.0) / gemms(MXFP4_BF16, 1.0)  # memory is all that counts
+
+    assert bytes_of(NVFP4_BF16) == pytest.approx((0.5 + 1 / 16) / (0.5 + 1 / 32), rel=1e-5)  # and factors
+    assert bytes_of(NVFP4_NVFP4) == bytes_of(NVFP4_BF16) == bytes_of(NVFP4_FP16)
+    assert bytes_of(MXFP4_FP16) == pytest.approx(1, rel=1e-5)
+    kernels = [gemms(pair, 1e9) for pair in (MXFP4_BF16, NVFP4_BF16, MXFP4_FP16, NVFP4_FP16)]  # and nothing that does
+    assert kernels == sorted(set(kernels)), "each has more instructions than the one before"
+    for bandwidth in (1.0, H100.gb_per_s, 1e9):
+        assert gemms(MXFP4_MXFP8, bandwidth) == gemms(MXFP4_BF16, bandwidth) == gemms(MXFP4_MXFP4, bandwidth)
+
+
+def test_a_pairs_choice_is_by_its_own_time() -> None:
+    """More bytes and instructions for each weight: of two tiles that were near each other, the other one."""
+    of = {pair: sm90_model.choose(192, LAYER, H100, TILES, pair).mn for pair in (MXFP4_MXFP8, NVFP4_NVFP4)}
+    assert of == {MXFP4_MXFP8: (16, 128), NVFP4_NVFP4: (16, 64)}
+    assert {pair: choice.modelled(192, LAYER, H100, tuple(TILES), pair).mn for pair in of} == of
 
 
 def test_the_sensible_tiles_are_those_that_were_found_to_be() -> None:

@@ -19,13 +19,14 @@ from mxfp4_moe._choice import cost_model
 from mxfp4_moe._choice.facts import PUBLISHED, DeviceFacts, Layer
 from mxfp4_moe.bench import floors, picture, report
 from mxfp4_moe.bench.shapes import DEFAULT_TOKENS, PRESETS, MoEShape
-from mxfp4_moe.tiles import MXFP4_BF16, MXFP4_MXFP4, MXFP4_MXFP8, NVFP4_NVFP4, load_manifest
+from mxfp4_moe.tiles import MXFP4_MXFP8, PAIRS, Tile, load_manifest
 from wheelbuild import ROOT
 
 DOCUMENT = Path("docs/performance.md")
 RESULTS = Path("docs/performance")
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _KERNELS_AT = (1, 64, 1024)
+_MODEL_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 _HALF_RATE = 1024.0  # flops a clock and SM: what SM12x's MMA would do if FP4 operands took it twice as long
 _RATE_GPUS = ("NVIDIA GeForce RTX 5090", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10")
 _RATE_LAYERS = (
@@ -67,24 +68,43 @@ def _floor_row(shape: MoEShape, tokens: int, devices: Sequence[DeviceFacts]) -> 
     ]
 
 
-def model_block(pair: str = MXFP4_MXFP8) -> str:
-    """What the cost model chooses for gpt-oss-120b and a pair of formats on GPUs that were never measured."""
-    shape, manifest = PRESETS["gpt-oss-120b"], load_manifest()
+def _gpt_oss() -> Layer:
+    shape = PRESETS["gpt-oss-120b"]
+    return Layer(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, intermediate=shape.intermediate)
+
+
+def _modelled(device: DeviceFacts, pair: str) -> list[tuple[Tile, float]]:
+    """The tile that the model chooses at each of `_MODEL_TOKENS`, and its microseconds."""
+    manifest, layer, chosen = load_manifest(), _gpt_oss(), []
     tiles = [tile for tile in manifest.tiles if pair in manifest.narrowed.get(tile, (pair,))]
-    layer = Layer(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, intermediate=shape.intermediate)
-    tokens = (1, 4, 16, 64, 256, 1024, 4096)
+    for count in _MODEL_TOKENS:
+        tile = cost_model.choose(count, layer, device, tiles, pair=pair)
+        chosen.append((tile, cost_model.layer_us(tile, device, layer, count, pair=pair)))
+    return chosen
+
+
+def model_block() -> str:
+    """What the cost model chooses for gpt-oss-120b on GPUs that were never measured."""
     rows = []
-    for device in PUBLISHED:
-        if device.capability[0] != 12:
-            continue
-        cells = []
-        for count in tokens:
-            tile = cost_model.choose(count, layer, device, tiles, pair=pair)
-            us = cost_model.layer_us(tile, device, layer, count, pair=pair)
-            cells.append(f"{tile.m} x {tile.n}: {us:,.0f}")
+    for device in (facts for facts in PUBLISHED if facts.capability[0] == 12):
         about = f"{device.sms} SMs, {device.gb_per_s:,.0f} GB/s, {device.ghz} GHz"
+        cells = [f"{tile.m} x {tile.n}: {us:,.0f}" for tile, us in _modelled(device, MXFP4_MXFP8)]
         rows.append([device.name.removeprefix("NVIDIA "), about, *cells])
-    return table(["GPU", "published", *(f"T = {count}" for count in tokens)], rows, left=range(9))
+    return table(["GPU", "published", *(f"T = {count}" for count in _MODEL_TOKENS)], rows, left=range(9))
+
+
+def pairs_block() -> str:
+    """The same of every other pair of formats, beside the first's: tile, microseconds, and how many times its."""
+    rows = []
+    for device in (facts for facts in PUBLISHED if facts.capability[0] == 12):
+        first = _modelled(device, MXFP4_MXFP8)
+        for pair in PAIRS[1:]:
+            cells = [
+                f"{tile.m} x {tile.n}: {us:,.0f} ({us / usual:.2f})"
+                for (tile, us), (_, usual) in zip(_modelled(device, pair), first, strict=True)
+            ]
+            rows.append([device.name.removeprefix("NVIDIA "), f"`{pair}`", *cells])
+    return table(["GPU", "pair", *(f"T = {count}" for count in _MODEL_TOKENS)], rows, left=range(9))
 
 
 def rates_block() -> str:
@@ -166,9 +186,7 @@ def rendered(page: str, runs: Mapping[str, report.Results]) -> str:
     blocks: dict[str, Callable[[], str]] = {
         "floors": floors_block,
         "model": model_block,
-        "model_bf16": lambda: model_block(MXFP4_BF16),
-        "model_mxfp4": lambda: model_block(MXFP4_MXFP4),
-        "model_nvfp4": lambda: model_block(NVFP4_NVFP4),
+        "model_pairs": pairs_block,
         "rates": rates_block,
         "results": lambda: results_block(runs),
     }

@@ -21,10 +21,6 @@ __device__ __forceinline__ void expand_bf16(uint32_t (&pair)[4], uint32_t w) {
   pair[3] = (__funnelshift_r(w, w, 2) & kHigh) | ((w << 6) & kLow);
 }
 
-struct KeptUnit {
-  uint32_t unit;
-};
-
 // --- MXFP4's scales
 //
 // A code where bf16 has sign, low exponent and high mantissa is its value times 2^-126. One factor makes that a weight
@@ -32,13 +28,10 @@ struct KeptUnit {
 constexpr uint32_t kLargeScales = 0x80808080u;  // these bits of a scale word
 
 template <>
-struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16> {
+struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16> : CommonScaling<7> {
   static constexpr float kUnit = 2.f;  // so that 6 * 2^126 is a number
-  static constexpr int kSetSteps = 4, kScaleShift = 7;
+  static constexpr int kSetSteps = 4;
   static constexpr bool kHasLarge = true;
-  using Origin = CommonOrigin;
-  using Kept = KeptUnit;
-  static __device__ __forceinline__ Kept keep(const Origin&) { return {scale_unit<kScaleShift>()}; }
 
   // The factor of the scale word's byte `step`, below 128, for both halves: 2^(byte - 2).
   static __device__ __forceinline__ uint32_t factor_of(uint32_t word, int step, uint32_t exponent_one) {
@@ -73,13 +66,10 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16> {
 // zero and the subnormal ones. They are for both 16 k of a block at once: the first's factor is the low half, the
 // second's the high.
 template <>
-struct Scaling<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_BF16> {
+struct Scaling<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_BF16> : CommonScaling<4> {
   static constexpr float kUnit = 128.f;  // so that factors of 448 are numbers: the codes they multiply are so small
-  static constexpr int kSetSteps = 2, kScaleShift = 4;
+  static constexpr int kSetSteps = 2;
   static constexpr bool kHasLarge = false;
-  using Origin = CommonOrigin;
-  using Kept = KeptUnit;
-  static __device__ __forceinline__ Kept keep(const Origin&) { return {scale_unit<kScaleShift>()}; }
 
   static __device__ __forceinline__ uint32_t factors_of(uint32_t word, int step, uint32_t unit) {
     constexpr uint32_t kTo2To7 = (127u + 127u) << 7, kTo2To119 = (127u + 112u) << 7;

@@ -85,15 +85,10 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_FP16> {
 };
 
 template <>
-struct Scaling<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_FP16> {
+struct Scaling<MXFP4_MOE_WEIGHT_NVFP4, MXFP4_MOE_ACT_FP16> : CommonScaling<7> {
   static constexpr float kUnit = 1.f;  // the factors are 2^7 times the weights' own
-  static constexpr int kSetSteps = 2, kScaleShift = 7;
+  static constexpr int kSetSteps = 2;
   static constexpr bool kHasLarge = false;
-  using Origin = CommonOrigin;
-  struct Kept {
-    uint32_t unit;
-  };
-  static __device__ __forceinline__ Kept keep(const Origin&) { return {scale_unit<kScaleShift>()}; }
 
   // Of both 16 k of a block: the first's is the low half, the second's the high.
   static __device__ __forceinline__ uint32_t factors_of(uint32_t word, int step, uint32_t unit) {

@@ -35,6 +35,18 @@ __device__ __forceinline__ uint32_t scale_unit() {
   return one << kShift;
 }
 
+// What Scalings have alike whose scales all count from the same.
+struct KeptUnit {
+  uint32_t unit;
+};
+template <int kShift>
+struct CommonScaling {
+  static constexpr int kScaleShift = kShift;
+  using Origin = CommonOrigin;
+  using Kept = KeptUnit;
+  static __device__ __forceinline__ Kept keep(const Origin&) { return {scale_unit<kShift>()}; }
+};
+
 // One half in both: an operand's modifier in machine code, not an instruction.
 template <int kHalf>
 __device__ __forceinline__ uint32_t twice(uint32_t pair) {

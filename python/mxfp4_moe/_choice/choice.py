@@ -6,8 +6,9 @@ Standard library alone. Every tile gives the same bits, so the choice is about t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .._install import wheel
 from ..tiles import MXFP4_MXFP8, Tile, prove, select_tile
@@ -22,7 +23,7 @@ def choose_tile(tokens: int, layer: Layer, device: DeviceFacts, tiles: Sequence[
 
     Args:
         tiles: the ones to choose among, which a table's must be in.
-        pair: of formats. Tables are of MXFP8 activations; SM90's kernels are alike for all that it has.
+        pair: of formats. Tables are of MXFP8 activations; SM90's serve all pairs, whose kernels are nearly alike.
     """
     served = served_device(device)
     found = tuned.look_up(device, layer, tokens) if pair == MXFP4_MXFP8 or served.capability[0] == 9 else None
@@ -50,7 +51,7 @@ def modelled(
 ) -> Tile | None:
     """The tile that the arch's model chooses; None where there is no model. `device`: as `served_device` has it."""
     if device.capability[0] == 9:
-        return sm90_model.choose(tokens, layer, device, tiles)
+        return sm90_model.choose(tokens, layer, device, tiles, pair)
     if device.capability[0] == 12:
         arch = cost_model.arch_model(device.capability).arch
         return cost_model.choose(tokens, layer, device, tiles, loop_instructions(arch, pair), pair)
@@ -60,7 +61,11 @@ def modelled(
 @functools.cache
 def loop_instructions(arch: str, pair: str = MXFP4_MXFP8) -> dict[str, float]:
     """Tile name -> instructions of a warp in a K tile of the kernel for this pair, by the build report; else none."""
-    report = wheel.read_report() or {}
+    return counted_instructions(wheel.read_report() or {}, arch, pair)
+
+
+def counted_instructions(report: Mapping[str, Any], arch: str, pair: str) -> dict[str, float]:
+    """`loop_instructions` by this report."""
     known = {}
     for tile in wheel.built_tiles():
         try:

@@ -16,7 +16,24 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..tiles import FP4_PAIRS, MXFP4_MXFP8, TILE_K, Tile, TileProof, nearest_tile, prove, select_tile
+from ..tiles import (
+    MXFP4_BF16,
+    MXFP4_FP16,
+    MXFP4_MXFP4,
+    MXFP4_MXFP8,
+    NVFP4_BF16,
+    NVFP4_FP16,
+    NVFP4_NVFP4,
+    TILE_K,
+    Tile,
+    TileProof,
+    expert_bytes,
+    formats_of,
+    nearest_tile,
+    prove,
+    select_tile,
+    value_bytes,
+)
 from .facts import DeviceFacts, Layer
 from .rows import expected_active, expected_m_tiles
 
@@ -28,8 +45,6 @@ _L2_BYTES_PER_CLOCK = 64.0  # of one SM
 _SCHEDULERS = 4
 _ISSUE_EFFICIENCY = 0.8
 _OVERLAP = 4.0
-_WEIGHT_BYTES = {"mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
-_ACT_BYTES = {"mxfp8": 1.0, "bf16": 2.0, "fp16": 2.0, "mxfp4": 0.5, "nvfp4": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +64,35 @@ class ArchModel:
     loop_instructions: tuple[float, float, float, float]
 
 
+ARCH = "120f"
 ARCH_MODELS = {
-    12: ArchModel(arch="120f", mma_flops_per_clock=2048.0, loop_instructions=(51.5, 8.4, 0.0, 8.8)),
+    12: ArchModel(arch=ARCH, mma_flops_per_clock=2048.0, loop_instructions=(23.0, 9.3, 0.4, 9.1)),
 }
-# With bf16 or fp16 activations. Dense bf16 MMAs that accumulate in float32, of the maker's tables: 1024 flops (503.8
-# TFLOP/s of an RTX PRO 6000), of which GeForce has half (209.5 TFLOP/s of an RTX 5090). The tables have the same of
-# fp16 MMAs that accumulate in float32; the line of instructions is of bf16's kernels, whose expansion fp16's share.
-_IN_BF16 = ArchModel(arch="120f", mma_flops_per_clock=1024.0, loop_instructions=(78.1, 52.3, 3.1, 14.1))
-_GEFORCE_BF16_FLOPS = 512.0
-# FP4 with FP4. Dense kind::mxf4 and kind::mxf4nvf4 that accumulate in float32, of the maker's tables, which give
-# GeForce the whole rate: 1676 TFLOP/s of an RTX 5090 (half of the 3352 with sparsity).
-_IN_FP4 = ArchModel(arch="120f", mma_flops_per_clock=4096.0, loop_instructions=(17.9, 1.3, 0.0, 4.6))
+# Of the other pairs. Dense bf16 MMAs that accumulate in float32, of the maker's tables: 1024 flops (503.8 TFLOP/s of an
+# RTX PRO 6000), of which GeForce has half (209.5 TFLOP/s of an RTX 5090); the tables have the same of fp16 MMAs.
+_HALVES_FLOPS, _GEFORCE_HALVES_FLOPS = 1024.0, 512.0
+# Dense kind::mxf4 and kind::mxf4nvf4 that accumulate in float32, of the maker's tables, which give GeForce the whole
+# rate: 1676 TFLOP/s of an RTX 5090 (half of the 3352 with sparsity).
+_FP4_FLOPS = 4096.0
+# wheelbuild/docs/loop_fit.py prints these lines, and how far off they are.
+_LOOP_INSTRUCTIONS = {
+    MXFP4_BF16: (78.1, 52.3, 3.0, 14.1),
+    NVFP4_BF16: (74.9, 60.9, 4.0, 12.8),
+    MXFP4_FP16: (76.3, 67.6, 2.5, 14.1),
+    NVFP4_FP16: (75.5, 73.3, 3.8, 13.1),
+    MXFP4_MXFP4: (17.5, 1.4, 0.8, 4.2),
+    NVFP4_NVFP4: (17.4, 1.5, 1.3, 4.3),
+}
 
 
 def _model_of(device: DeviceFacts, proof: TileProof) -> ArchModel:
     model = arch_model(device.capability)
-    if proof.pair in FP4_PAIRS:
-        return _IN_FP4
-    if not proof.reads_halves:
+    if proof.pair not in _LOOP_INSTRUCTIONS:
         return model
-    return replace(_IN_BF16, mma_flops_per_clock=_GEFORCE_BF16_FLOPS) if "GeForce" in device.name else _IN_BF16
+    rate = _FP4_FLOPS
+    if proof.reads_halves:
+        rate = _GEFORCE_HALVES_FLOPS if "GeForce" in device.name else _HALVES_FLOPS
+    return replace(model, mma_flops_per_clock=rate, loop_instructions=_LOOP_INSTRUCTIONS[proof.pair])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +119,15 @@ class GemmTime:
         return max(parts, key=lambda name: parts[name]).removesuffix("_us")
 
 
-def loop_instructions(proof: TileProof, model: ArchModel) -> float:
-    """Instructions that one warp issues for one K tile."""
+def loop_terms(proof: TileProof) -> tuple[float, float, float, float]:
+    """What the numbers of `ArchModel.loop_instructions` count of a warp's tile."""
     weights, acts = (proof.warp_m, proof.warp_n) if proof.weights_are_a else (proof.warp_n, proof.warp_m)
-    fragments = (proof.warp_m / 16) * (proof.warp_n / 8)
-    constant, per_weights, per_acts, per_fragment = model.loop_instructions
-    return constant + per_weights * weights / 8 + per_acts * acts / 8 + per_fragment * fragments
+    return 1.0, weights / 8, acts / 8, (proof.warp_m / 16) * (proof.warp_n / 8)
+
+
+def on_line(line: tuple[float, float, float, float], proof: TileProof) -> float:
+    """Instructions that one warp issues for one K tile, by such numbers."""
+    return sum(each * count for each, count in zip(line, loop_terms(proof), strict=True))
 
 
 def gemm_time(
@@ -111,11 +138,13 @@ def gemm_time(
     n: int,
     k: int,
     instructions: float | None = None,
+    written: float | None = None,
 ) -> GemmTime:
     """One grouped GEMM of `tokens` tokens' rows with [n, k] weights for each expert.
 
     Args:
         instructions: of a warp in a K tile, where the build report says it; else the model's line.
+        written: bytes for each row; by default n values of 16 bits.
 
     Raises:
         ValueError: an arch that the model does not know.
@@ -129,17 +158,15 @@ def gemm_time(
     resident = min(mine, proof.blocks_per_sm)
     clocks = device.ghz * 1e3  # per microsecond
 
-    weights, activations = proof.pair.split("_")
-    expert_bytes = n * k * _WEIGHT_BYTES[weights]
+    expert = expert_bytes(proof.pair, n, k)
     active = expected_active(tokens, layer)
     # The m-tiles of an expert follow each other, so its weights are read once if L2 keeps them that long.
-    reads = active if expert_bytes * 2 <= device.l2_bytes else max(m_tiles, active)
-    rows = tokens * layer.top_k
-    memory_bytes = reads * expert_bytes + rows * (_ACT_BYTES[activations] * k + 2 * n)
-    memory = memory_bytes / (device.gb_per_s * _MEMORY_EFFICIENCY * 1e3)
+    reads = active if expert * 2 <= device.l2_bytes else max(m_tiles, active)
+    row_bytes = value_bytes(formats_of(proof.pair)[1]) * k + (2.0 * n if written is None else written)
+    memory = _memory_us(device, reads * expert + tokens * layer.top_k * row_bytes)
 
     mma = mine * k_tiles * 2 * tile.m * tile.n * TILE_K / model.mma_flops_per_clock / clocks
-    per_warp = loop_instructions(proof, model) if instructions is None else instructions
+    per_warp = on_line(model.loop_instructions, proof) if instructions is None else instructions
     issued = mine * k_tiles * proof.warps_m * proof.warps_n * per_warp
     issue = issued / (_SCHEDULERS * _ISSUE_EFFICIENCY) / clocks
     moved = mine * k_tiles * proof.stage_bytes
@@ -154,6 +181,10 @@ def gemm_time(
         latency_us=latency,
         fixed_us=_LAUNCH_US + rounds * _TILE_US,
     )
+
+
+def _memory_us(device: DeviceFacts, moved: float) -> float:
+    return moved / (device.gb_per_s * _MEMORY_EFFICIENCY * 1e3)
 
 
 @functools.cache
@@ -171,6 +202,8 @@ def layer_us(
 ) -> float:
     """Microseconds of both GEMMs with one tile; what is around them is the same for all tiles and left out.
 
+    Where GEMM1 does not apply the activation, that is not: its float32 sums go through the memory and another kernel.
+
     Args:
         instructions: tile name -> instructions of a warp in a K tile, from the build report.
         pair: of formats that the kernels compute.
@@ -180,9 +213,12 @@ def layer_us(
     """
     proof = _proof(tile, arch_model(device.capability).arch, pair)
     known = instructions.get(tile.name) if instructions else None
-    gemm1 = gemm_time(proof, device, layer, tokens, 2 * layer.intermediate, layer.hidden, known)
+    width, made = 2 * layer.intermediate, value_bytes(formats_of(pair)[1]) * layer.intermediate
+    sums = 0.0 if proof.activates else 4.0 * width
+    gemm1 = gemm_time(proof, device, layer, tokens, width, layer.hidden, known, sums or made)
     gemm2 = gemm_time(proof, device, layer, tokens, layer.hidden, layer.intermediate, known)
-    return gemm1.us + gemm2.us
+    activation = _LAUNCH_US + _memory_us(device, tokens * layer.top_k * (sums + made)) if sums else 0.0
+    return gemm1.us + activation + gemm2.us
 
 
 def arch_model(capability: tuple[int, int]) -> ArchModel:

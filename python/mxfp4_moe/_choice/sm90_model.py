@@ -16,12 +16,24 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..tiles import TILE_K, Tile, prove, select_tile
+from ..tiles import (
+    MXFP4_BF16,
+    MXFP4_FP16,
+    MXFP4_MXFP8,
+    NVFP4_BF16,
+    NVFP4_FP16,
+    TILE_K,
+    Tile,
+    expert_bytes,
+    kernel_pair,
+    prove,
+    select_tile,
+)
 from ..tiles.bf16 import has_wgmma
 from .facts import DeviceFacts, Layer
 from .rows import expected_active, row_probabilities
 
-_WEIGHT_BYTES = 0.5 + 1 / 32
+ARCH = "90a"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,16 @@ CONSTANTS = Constants(
     row_us=1.971,
 )
 
+# What was measured were layers of MXFP4 weights in bf16. The other kernels' main loops have more instructions for a K
+# tile: so many times those, in machine code, of mma.sync's kernels and of wgmma's. Expanding is all that differs.
+# wheelbuild/docs/loop_fit.py prints these numbers.
+EXPANDING = {
+    MXFP4_BF16: (1.0, 1.0),
+    NVFP4_BF16: (1.09, 1.04),
+    MXFP4_FP16: (1.15, 1.11),
+    NVFP4_FP16: (1.23, 1.16),
+}
+
 
 def width(rows: int, m: int) -> int:
     """The columns that an m-tile of so many rows computes: as csrc/tile/sm90/wgmma_kernel.cuh has them."""
@@ -86,12 +108,15 @@ def _norm(a: float, b: float, exponent: float) -> float:
 
 
 @functools.cache
-def _blocks(tile: Tile) -> int:
-    return prove(tile, "90a").blocks_per_sm
+def _blocks(tile: Tile, pair: str) -> int:
+    return prove(tile, ARCH, pair).blocks_per_sm
 
 
-def _gemm_us(tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, n: int, k: int, c: Constants) -> float:
-    blocks = _blocks(tile)
+def _gemm_us(
+    tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, n: int, k: int, c: Constants, pair: str
+) -> float:
+    blocks = _blocks(tile, pair)
+    sync_times, wgmma_times = EXPANDING[kernel_pair(ARCH, pair)]
     units, k_tiles, clocks = tile.n / 64, -(-k // TILE_K), device.ghz * 1e3
     shares = widths(tokens, layer.top_k, layer.experts, tile.m)
     m_tiles = sum(count for _, count in shares)
@@ -101,24 +126,35 @@ def _gemm_us(tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, n: int,
     full = last = 0.0
     for columns, count in shares:
         if tile.m <= 16:
-            shared, alone = c.sync_expand, c.tile
+            shared, alone = sync_times * c.sync_expand, c.tile
         else:
-            shared = c.wgmma_expand + c.wgmma_row * columns
+            shared = wgmma_times * c.wgmma_expand + c.wgmma_row * columns
             alone = k_tiles * (c.wgmma_alone + c.wgmma_row * columns) + c.tile
         shared = units * (k_tiles * shared + c.epilogue * columns)
         full += rounds * (alone + blocks * shared) * count / m_tiles / clocks
         if tail:
             last += (alone + tail * shared) * count / m_tiles / clocks
-    weights = expected_active(tokens, layer) * n * k * _WEIGHT_BYTES
+    weights = expected_active(tokens, layer) * expert_bytes(pair, n, k)
     memory = weights / (device.gb_per_s * c.memory_efficiency * 1e3)
     # The last round has the memory for few blocks, and cannot make up for what the others waited for it.
     return _norm(memory * (1 - left / total), full, c.overlap) + _norm(memory * left / total, last, c.overlap)
 
 
-def layer_us(tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, constants: Constants = CONSTANTS) -> float:
-    """Microseconds of a layer of `tokens` tokens, at least one, from its router's logits to its output."""
-    gemm1 = _gemm_us(tile, device, layer, tokens, 2 * layer.intermediate, layer.hidden, constants)
-    gemm2 = _gemm_us(tile, device, layer, tokens, layer.hidden, layer.intermediate, constants)
+def layer_us(
+    tile: Tile,
+    device: DeviceFacts,
+    layer: Layer,
+    tokens: int,
+    constants: Constants = CONSTANTS,
+    pair: str = MXFP4_MXFP8,
+) -> float:
+    """Microseconds of a layer of `tokens` tokens, at least one, from its router's logits to its output.
+
+    Args:
+        pair: of formats, that of the layer: its weights' bytes count, and the instructions of the kernel that has it.
+    """
+    gemm1 = _gemm_us(tile, device, layer, tokens, 2 * layer.intermediate, layer.hidden, constants, pair)
+    gemm2 = _gemm_us(tile, device, layer, tokens, layer.hidden, layer.intermediate, constants, pair)
     values = tokens * (layer.top_k + 1) * (layer.hidden + layer.intermediate) / 2**20
     return gemm1 + gemm2 + constants.around_us + constants.row_us * values
 
@@ -132,7 +168,7 @@ def sensible(tile: Tile) -> bool:
     for too few warps (64 x 64, 128 x 128, all of m = 256), with more than four the same activations are loaded over and
     over.
     """
-    proof = prove(tile, "90a")
+    proof = prove(tile, ARCH)
     if not proof.activates:
         return False
     if has_wgmma(tile.m, tile.n):
@@ -148,7 +184,7 @@ def pick(times: Mapping[Tile, float]) -> Tile:
     return min((tile for tile in times if times[tile] <= 1.01 * fastest), key=lambda tile: (tile.n, times[tile]))
 
 
-def choose(tokens: int, layer: Layer, device: DeviceFacts, tiles: Iterable[Tile]) -> Tile:
+def choose(tokens: int, layer: Layer, device: DeviceFacts, tiles: Iterable[Tile], pair: str = MXFP4_MXFP8) -> Tile:
     """The tile that the model thinks fastest, of the sensible ones if there are any.
 
     Raises:
@@ -158,4 +194,4 @@ def choose(tokens: int, layer: Layer, device: DeviceFacts, tiles: Iterable[Tile]
     choices = [tile for tile in choices if sensible(tile)] or choices
     if tokens == 0 or not choices:
         return select_tile(tokens, layer.top_k, layer.experts, choices)
-    return pick({tile: layer_us(tile, device, layer, tokens) for tile in choices})
+    return pick({tile: layer_us(tile, device, layer, tokens, pair=pair) for tile in choices})

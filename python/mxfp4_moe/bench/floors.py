@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..tiles import MXFP4_MXFP8
+from ..tiles import expert_bytes as _matrix_bytes
 from .shapes import MoEShape
-
-_BLOCK = 32
 
 
 def expected_active_experts(shape: MoEShape, tokens: int) -> float:
@@ -24,8 +24,8 @@ def expected_active_experts(shape: MoEShape, tokens: int) -> float:
 
 def expert_bytes(shape: MoEShape) -> int:
     """Bytes of one expert's weights and scales, both GEMMs, without biases."""
-    weights = 3 * shape.hidden * shape.intermediate
-    return weights // 2 + weights // _BLOCK
+    hidden, intermediate = shape.hidden, shape.intermediate
+    return _matrix_bytes(MXFP4_MXFP8, 2 * intermediate, hidden) + _matrix_bytes(MXFP4_MXFP8, hidden, intermediate)
 
 
 def weight_bytes(shape: MoEShape, active_experts: float) -> float:

@@ -17,10 +17,13 @@ from .pairs import (
     NVFP4_FP16,
     NVFP4_NVFP4,
     PAIRS,
+    expert_bytes,
+    formats_of,
     kernel_pair,
     kernel_pairs,
     pair_of,
     scale_words,
+    value_bytes,
 )
 from .proof import (
     MAX_ACCUMULATORS,
@@ -59,7 +62,9 @@ __all__ = [
     "Tile",
     "TileProof",
     "expected_rows_per_expert",
+    "expert_bytes",
     "facts",
+    "formats_of",
     "kernel_pair",
     "kernel_pairs",
     "load_manifest",
@@ -72,5 +77,6 @@ __all__ = [
     "scale_words",
     "select_tile",
     "select_tile_mn_for_sm120",
+    "value_bytes",
     "weight_block_bytes",
 ]

@@ -20,10 +20,35 @@ FP4_PAIRS = (MXFP4_MXFP4, NVFP4_NVFP4)
 HALF_PAIRS = (MXFP4_BF16, NVFP4_BF16, MXFP4_FP16, NVFP4_FP16)
 """Those whose MMA takes 16-bit floats, to which weights are expanded."""
 
+# Of each format, of weights or of activations: bits of a value, and the values that share a scale of one byte, 0: none.
+_FORMATS = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32), "bf16": (16, 0), "fp16": (16, 0)}
+
+
+def value_bytes(number_format: str) -> float:
+    """Bytes of one value of a format, such as "mxfp4", with its part of a scale."""
+    bits, block = _FORMATS[number_format]
+    return bits / 8 + (1 / block if block else 0)
+
+
+def formats_of(pair: str) -> tuple[str, str]:
+    """The formats of weights and of activations."""
+    weights, activations = pair.split("_")
+    return weights, activations
+
+
+def expert_bytes(pair: str, n: int, k: int) -> int:
+    """Bytes of one expert's [n, k] weights: codes and scales, and two float32 factors where the pair has them, which
+    are NVFP4's own, and those of MXFP4 weights in fp16.
+    """
+    weights, activations = formats_of(pair)
+    factors = 8 if weights == "nvfp4" or activations == "fp16" else 0
+    return int(n * k * value_bytes(weights)) + factors
+
 
 def scale_words(pair: str) -> int:
     """32-bit words of scales that a weight row has in a K tile of 128: of blocks of 32, or NVFP4's of 16."""
-    return 2 if pair.startswith("nvfp4") else 1
+    _, block = _FORMATS[formats_of(pair)[0]]
+    return 32 // block
 
 
 def pair_of(activation_format: str, weight_format: str = "mxfp4") -> str:
