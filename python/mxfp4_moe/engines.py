@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_IDS = (torch.int32, torch.int64)
 _BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu)
 
 
@@ -221,6 +222,7 @@ def linear_first_expert(expert_map: Tensor | None) -> int | None:
     """
     if expert_map is None:
         return 0
+    require_tensor("expert_map", expert_map, _IDS, ("E",))
     places = expert_map.tolist()
     here = [expert for expert, place in enumerate(places) if place >= 0]
     if not here or [places[expert] for expert in here] != list(range(len(here))):
@@ -235,7 +237,11 @@ def local_ids(topk_ids: Tensor, expert_map: Tensor) -> Tensor:
         topk_ids: int32 or int64 [T, k].
         expert_map: as in `linear_first_expert`, on the same device.
     """
+    require_tensor("topk_ids", topk_ids, _IDS, ("T", "k"))
+    require_tensor("expert_map", expert_map, _IDS, ("E",), topk_ids.device)
     experts = expert_map.shape[0]
+    if experts == 0:
+        raise ValueError("expert_map: expected a place for each of the layer's experts, got an empty one")
     known = (topk_ids >= 0) & (topk_ids < experts)
     return torch.where(known, expert_map[topk_ids.clamp(0, experts - 1).long()], -1).to(torch.int32)
 

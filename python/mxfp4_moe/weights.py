@@ -145,9 +145,8 @@ class MoEWeights(FromFiles, InFloat16):
             activation_format: of the calls, as for `fused_moe`; None: of one that names none. "fp16": with its factors.
 
         Raises:
-            TypeError, ValueError: no device, such as a dtype; an activation_format that is none, or that does not go
-                with the weights; for NVFP4 weights, a GPU for which this wheel has no kernels of them, or whose kernels
-                do not take the layer's sizes.
+            TypeError, ValueError: no device, such as a dtype; no format of activations for these weights; for NVFP4
+                ones, a GPU for which this wheel has no kernels, or whose kernels do not take the layer's sizes.
             RuntimeError: a GPU is asked for, and torch, the driver or the GPU is not fit for it; says what to do.
         """
         kind, hidden, inter = self.weight_format, self.hidden_size, self.intermediate_size
@@ -386,8 +385,8 @@ class MoEWeights(FromFiles, InFloat16):
 
         Raises:
             TypeError, ValueError: as `from_mxfp4`; H or I not a multiple of 16, a block scale that is negative or NaN,
-                float32 scales of both kinds or of neither, or that are not finite and above 0; a GPU's tensors where
-                `to` refuses the GPU.
+                float32 scales of both kinds or of neither, or that are not above 0 and finite, or whose reciprocals are
+                not; a GPU's tensors where `to` refuses the GPU.
         """
         multiply = (w13_scale_2, w2_scale_2, w13_input_scale, w2_input_scale)
         divide = (w13_global_scale, w2_global_scale, w13_input_global_scale, w2_input_global_scale)

@@ -122,3 +122,10 @@ def test_paths_that_are_none(path: Any) -> None:
     for load in (MoEWeights.from_pretrained, MoEWeights.from_safetensors):
         with pytest.raises(TypeError, match=r"^path: expected a str or a path, got "):
             load(path, layer=0)
+
+
+def test_an_empty_path_is_not_the_current_directory(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(inputs.path.parent)
+    for load in (MoEWeights.from_pretrained, MoEWeights.from_safetensors, mxfp4_moe.load_router):
+        with pytest.raises(ValueError, match=r"^path: expected a file or directory, got ''; '\.' is the current"):
+            load("", layer=0)

@@ -119,6 +119,31 @@ def test_a_map_that_is_a_shift(places: Any, first: Any) -> None:
     assert engines.linear_first_expert(expert_map) == first
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([0, 1], r"expert_map: expected int32 or int64 \[E\], got list"),
+        (torch.tensor([0.0, 1.0]), r"expert_map: expected int32 or int64 \[E\], got float32 \[2\]"),
+        (torch.tensor([[0, 1]]), r"expert_map: expected int32 or int64 \[E\], got int64 \[1, 2\]"),
+        (torch.tensor([0, 1], device="meta"), "expert_map: expected .* on cpu, got .* on meta"),
+        (torch.tensor([], dtype=torch.int64), "expert_map: expected a place for each of the layer's experts"),
+    ],
+)
+def test_maps_that_are_none(given: Any, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+        engines.local_ids(torch.zeros(3, 2, dtype=torch.int32), given)
+    if "float32" in words or "list" in words or "1, 2" in words:
+        with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+            engines.linear_first_expert(given)
+    with pytest.raises((TypeError, ValueError), match=r"^topk_ids: expected int32 or int64 \[T, k\], got"):
+        engines.local_ids(torch.zeros(3), torch.tensor([0, 1]))
+
+
+def test_fewer_experts_in_all_than_here(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="^num_global_experts: expected 3 or more, which are here, or 0 .*, got 2$"):
+        engines.prepare_layer(**checkpoint, num_global_experts=2)
+
+
 def test_experts_that_are_not_consecutive(checkpoint: Checkpoint) -> None:
     """Ranks with every second expert add up to the layer; ids that are none contribute nothing."""
     checkpoint = oracles.random_checkpoint(4, H, I, seed=5)

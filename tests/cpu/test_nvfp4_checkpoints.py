@@ -124,13 +124,14 @@ def test_parts(tmp_path: Path, naming: str) -> None:
     assert same(MoEWeights.from_pretrained(path, layer=0, tp_rank=1, tp_size=3), whole.tensor_parallel(1, 3))
 
 
+@pytest.mark.parametrize("inputs_too", [True, False])
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_inspect(tmp_path: Path, naming: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, naming, [layer_of(naming)] * 2)
+def test_inspect(tmp_path: Path, naming: str, inputs_too: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, naming, [layer_of(naming, inputs=inputs_too)] * 2)
     assert main(["inspect", str(path)]) == 0
     said = capsys.readouterr().out
     assert f"{naming}: " in said
-    assert "U8, scales F8_E4M3" in said
+    assert f"U8, scales F8_E4M3{', scales of inputs' if inputs_too else ''}\n" in said
     assert "NVFP4" in said
     assert f"{E}, 2 for each token" in said
     assert f"MoEWeights.from_pretrained({str(path)!r}, layer=0)" in said

@@ -82,9 +82,9 @@ load too; where several fit, `prefix=` says which, and where names alone do not 
 uint8, int8 and float4_e2m1fn_x2 are taken as codes, uint8 and float8_e8m0fnu as scales: bytes, all of them.
 
 Weights in bfloat16, float16 or float32 are quantized to MXFP4 when they are loaded. NVFP4 loads to the CPU, and in
-wheels of profile `full` to GPUs, where hidden and intermediate size are multiples of 32; hf_quant_config.json and
-config.json must not say that it is something else. FP8, MXFP8 and integer weights have the same names in places and are
-refused by their dtypes.
+wheels of profile `full` to GPUs, where hidden and intermediate size are multiples of 32. hf_quant_config.json and
+config.json must not say that NVFP4 is something else, nor that MXFP4 is NVFP4. FP8, MXFP8 and integer weights have the
+same names in places and are refused by their dtypes.
 
 """
 

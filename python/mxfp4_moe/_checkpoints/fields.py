@@ -100,6 +100,11 @@ def check_fields(weights: Any) -> int:
     check_int("first_expert", weights.first_expert)
     check_int("num_global_experts", weights.num_global_experts)
     every: int = weights.num_global_experts or weights.first_expert + experts
+    if every < experts and weights.num_global_experts:
+        raise ValueError(
+            f"num_global_experts: expected {experts} or more, which are here, or 0 to count them, got "
+            f"{weights.num_global_experts}"
+        )
     if not 0 <= weights.first_expert <= every - experts:
         raise ValueError(
             f"first_expert: expected 0 to {every - experts}, where the {experts} experts here fit into {every}, got "

@@ -40,6 +40,8 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path: expected a str or a path, got {path!r}")
+        if isinstance(path, str) and not path:  # of a variable that is not set; it would be the current directory
+            raise ValueError("path: expected a file or directory, got ''; '.' is the current directory")
         self.path = Path(path)
         self.bytes_read = 0  # of tensors
         self._headers: dict[Path, dict[str, Entry]] = {}

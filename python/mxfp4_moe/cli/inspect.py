@@ -87,7 +87,8 @@ def _group_lines(group: Group, summary: Summary) -> list[str]:
             group.sizes.codes if group.sizes.scales is None else f"{group.sizes.codes}, scales {group.sizes.scales}"
         )
         quantized = "" if group.sizes.scales else ": quantized to MXFP4 when it is loaded"
-        rows["stored as"] = f"{stored}{quantized}{', biases' if group.sizes.has_bias else ''}"
+        more = (", biases" * group.sizes.has_bias) + (", scales of inputs" * group.sizes.has_input_scales)
+        rows["stored as"] = f"{stored}{quantized}{more}"
     if group.between is not None:
         numbers = {"limit": group.between.limit} if group.between.limit is not None else {}
         if group.between.activation == "swiglu_oai":
