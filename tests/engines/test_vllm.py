@@ -26,9 +26,11 @@ TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 CPU = {"MXFP4_MOE_CPU": "1"}
 OURS = {**CPU, "MXFP4_MOE_ACTIVATIONS": "mxfp8"}
 AS_VLLM = {"MXFP4_MOE_ACTIVATIONS": "engine"}
+FP16 = {"MXFP4_MOE_ACTIVATIONS": "fp16"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "one": ({"enforce_eager": True}, {}, "MonolithicExperts"),
     "W4A16": ({"enforce_eager": True}, AS_VLLM, "MonolithicExperts"),
+    "fp16": ({"enforce_eager": True, "dtype": "float16"}, FP16, "MonolithicExperts"),
     "compiled": ({}, {}, "MonolithicExperts"),
     "TP 2": ({"enforce_eager": True, "tensor_parallel_size": 2}, TWO, "MonolithicExperts"),
     "EP 2": (
@@ -55,8 +57,12 @@ def test_vllm_generates_with_our_layer(case: str, model: Path, tmp_path: Path) -
     out = tmp_path / "out.json"
     data, said = start(model, out, keywords, **{**OURS, **environment}, MXFP4_MOE_VERIFY="1")
     ranks = keywords.get("tensor_parallel_size", 1)
-    activation_format = "bf16" if environment is AS_VLLM else "mxfp8"
-    words = {"bf16": "bfloat16 activations (W4A16), as vLLM computes", "mxfp8": "MXFP8 activations (W4A8)"}
+    activation_format = {"W4A16": "bf16", "fp16": "fp16"}.get(case, "mxfp8")
+    words = {
+        "bf16": "bfloat16 activations (W4A16), as vLLM computes",
+        "fp16": "float16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS says",
+        "mxfp8": "MXFP8 activations (W4A8)",
+    }
     assert said.count(f"mxfp4-moe runs this model's experts: {words[activation_format]}") == 1
     assert said.count("the bits of fused_moe") == ranks
     assert len(data["workers"]) == ranks
@@ -79,10 +85,11 @@ def check_answers(model: Path, texts: list[dict[str, Any]], activation_format: s
 
     from mxfp4_moe.integrations.transformers import replace_experts
 
+    half = activation_format == "fp16"
     reader = AutoModelForCausalLM.from_pretrained(
         model,
         quantization_config=Mxfp4Config(dequantize=True),
-        dtype=torch.bfloat16,
+        dtype=torch.float16 if half else torch.bfloat16,
         attn_implementation="eager",
     )
     other = differences(reader, texts)
@@ -92,7 +99,7 @@ def check_answers(model: Path, texts: list[dict[str, Any]], activation_format: s
     print(f"with bfloat16 activations: mean {other.mean():.3f}, largest {other.max():.3f}")
     assert float(same.mean()) <= SAME_EXPERTS_MEAN
     assert float(same.max()) <= SAME_EXPERTS_MAX
-    assert float(other.mean()) <= (SAME_EXPERTS_MEAN if activation_format == "bf16" else OTHER_ACTIVATIONS_MEAN)
+    assert float(other.mean()) <= (OTHER_ACTIVATIONS_MEAN if activation_format == "mxfp8" else SAME_EXPERTS_MEAN)
 
 
 def differences(reader: Any, texts: list[dict[str, Any]]) -> torch.Tensor:
@@ -181,12 +188,17 @@ def test_the_doctor_says_that_we_are_in() -> None:
     ]
 
 
-def test_experts_that_eplb_has_moved_are_what_they_were(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["mxfp8", "fp16"])
+def test_experts_that_eplb_has_moved_are_what_they_were(asked: str, tmp_path: Path) -> None:
     """vLLM's transfer between two ranks: bytes of an expert go as rows, and its outputs keep their bits."""
+    model = write_gpt_oss(tmp_path / "model", unlike=True)
     keywords, program = CASES["EP 2"][0], Path(__file__).with_name("vllm_eplb.py")
-    ranks, _ = start(model, tmp_path / "out.json", keywords, program, **OURS, **TWO)
+    keywords = keywords | ({"dtype": "float16"} if asked == "fp16" else {})
+    settings = {**OURS, **TWO, "MXFP4_MOE_ACTIVATIONS": asked}
+    ranks, _ = start(model, tmp_path / "out.json", keywords, program, **settings)
     assert len(ranks) == 2
     for saw in ranks:
+        assert saw["factors"] == ([[EXPERTS // 2] * 2] * LAYERS if asked == "fp16" else []), "every expert has its own"
         assert saw["methods"] == ["mxfp4_moe.integrations._vllm_method"] * LAYERS
         assert saw["moves"] >= LAYERS, "between ranks"
         assert saw["nonzero"]

@@ -27,7 +27,8 @@ def exchange(model: Any) -> dict[str, Any]:
     weights = [list(layer.get_expert_weights()) for layer in layers]
     buffer = [torch.empty_like(tensor) for tensor in weights[0]]
     experts, generator = layers[0].global_num_experts, torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, layers[0].hidden_size, generator=generator, dtype=torch.float32).bfloat16()
+    hidden = torch.randn(TOKENS, layers[0].hidden_size, generator=generator, dtype=torch.float32)
+    hidden = hidden.to(layers[0].moe_config.in_dtype)
     chosen = torch.arange(TOKENS) % experts  # a token goes to one expert, so the sum over ranks rounds nothing
 
     def outputs(places: torch.Tensor) -> list[torch.Tensor]:
@@ -50,6 +51,11 @@ def exchange(model: Any) -> dict[str, Any]:
     here = experts // group.world_size
     return {
         "methods": [type(layer.quant_method).__module__ for layer in layers],
+        "factors": [
+            [getattr(layer, name).unique().numel() for name in ("w13_fp16_factors", "w2_fp16_factors")]
+            for layer in layers
+            if hasattr(layer, "w13_fp16_factors")
+        ],
         "moves": int((torch.argsort(new, 1) // here != old // here).sum()),
         "nonzero": all(bool((row != 0).any(1).all()) for row in before),
         "same": [torch.equal(a, b) for a, b in zip(before, after, strict=True)],
@@ -62,7 +68,7 @@ def main() -> None:
     from vllm import LLM
 
     model, out, keywords = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    engine = LLM(model, skip_tokenizer_init=True, max_model_len=256, dtype="bfloat16", seed=0, **keywords)
+    engine = LLM(model, skip_tokenizer_init=True, max_model_len=256, seed=0, **{"dtype": "bfloat16", **keywords})
     Path(out).write_text(json.dumps(engine.apply_model(workers.exchange)), encoding="utf-8")
 
 

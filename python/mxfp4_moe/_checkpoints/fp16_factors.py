@@ -31,8 +31,8 @@ _W = TypeVar("_W", bound="InFloat16")
 class InFloat16:
     """The part of `MoEWeights` (which is above this room) that is about activation_format "fp16"."""
 
-    # Of w13's sums and of w2's, and the tensors' versions that they are of.
-    _fp16: tuple[Factors, tuple[int, ...]] | None = None
+    # Of w13's sums and of w2's, and the tensors' versions that they are of; None: their owner keeps them in step.
+    _fp16: tuple[Factors, tuple[int, ...] | None] | None = None
 
     def fp16_factors(self) -> Factors:
         """What the sums of the two GEMMs are multiplied by for the weights where activations are float16.
@@ -50,7 +50,7 @@ class InFloat16:
             RuntimeError: they have to be made while a CUDA graph is captured.
             ValueError: an NVFP4 scale times 2^7 that float32 does not hold.
         """
-        if self._fp16 is None or self._fp16[1] != _versions(self):
+        if self._fp16 is None or self._fp16[1] not in (None, _versions(self)):
             self.update_fp16_factors()
         assert self._fp16 is not None
         return self._fp16[0]
@@ -70,7 +70,12 @@ class InFloat16:
                 for kept, new in zip(self._fp16[0], made, strict=True):
                     kept.copy_(new)
                 made = self._fp16[0]
-        self.__dict__["_fp16"] = made, _versions(self)  # of a frozen dataclass
+        owned = self._fp16 is not None and self._fp16[1] is None
+        self.__dict__["_fp16"] = made, None if owned else _versions(self)  # of a frozen dataclass
+
+    def read_fp16_factors_of(self, owner: Factors) -> None:
+        """From now on the factors are these tensors, whose owner writes them when it writes w13 or w2."""
+        self.__dict__["_fp16"] = owner, None
 
     def ready_for(self: _W, activation_format: str | None) -> _W:
         """Itself, with what calls in this format will ask for."""
