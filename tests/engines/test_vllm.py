@@ -129,17 +129,28 @@ DECLINES = {  # what a case of vllm_declines.py says, whatever the setting of ac
 BEHIND = ("router", "many", "EPLB", "scaled", "own routing", "captured")  # vLLM's router
 
 
-@pytest.mark.parametrize("asked", ["engine", "mxfp8"])
+@pytest.mark.parametrize("asked", ["engine", "mxfp8", "fp16"])
 def test_what_we_decline_stays_vllms(asked: str, model: Path, tmp_path: Path) -> None:
     settings = {**CPU, "MXFP4_MOE_ACTIVATIONS": asked, "MXFP4_MOE_CACHE_DIR": str(tmp_path)}
     lines = declines(model, **settings)
     assert lines["config"] == "MoeGptOssMxfp4Config MoeMxfp4Config"
     for case, words in DECLINES.items():
         assert lines[case].startswith(f"vLLM: {words}"), case
+    assert lines["dtypes"] == "torch.bfloat16" + (" torch.float16" if asked == "fp16" else "")
+    assert lines["float16 for nobody"] == (
+        "--dtype float16: expected experts that mxfp4-moe runs, for vLLM's own take torch.bfloat16 alone, got: "
+        "--moe-backend marlin was asked for; take --dtype bfloat16"
+    )
+    if asked == "fp16":
+        assert lines["float16"].startswith("MonolithicExperts: float16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS")
+        no = "vLLM: float16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS says, take a float16 model, and this one is"
+        assert lines["as it is"].startswith(no)
+        return
     words = {"engine": "bfloat16 activations (W4A16), as vLLM", "mxfp8": "MXFP8 activations (W4A8), as MXFP4_MOE_"}[
         asked
     ]
     assert lines["as it is"].startswith(f"MonolithicExperts: {words}")
+    assert lines["float16"].startswith(f"MonolithicExperts: {words.replace('bfloat16', 'float16')}")
     for case in BEHIND:
         assert lines[case].startswith(f"ModularExperts: {words}"), case
     if asked == "mxfp8":
@@ -155,6 +166,22 @@ def test_what_we_decline_stays_vllms(asked: str, model: Path, tmp_path: Path) ->
 
 def test_a_cpu_is_left_to_vllm(model: Path) -> None:
     assert declines(model)["as it is"].startswith("vLLM: this is a CPU, where we have a slow reference alone; MXFP4_")
+
+
+def test_experts_of_other_quantization_configs(model: Path) -> None:
+    """Where vLLM's answer is its own method for MXFP4 experts, and would compute as we do."""
+    found = printed("vllm_configs.py", model, **CPU)
+    assert found.pop("left out") == "vllm UnquantizedFusedMoEMethod "
+    assert found.pop("other activations") == "vllm Mxfp4MoEMethod "
+    assert set(found) == {"DeepSeek-V4", "DeepSeek-V4.1", "stored as MXFP4"}
+    for name, said in found.items():
+        line, _, error = said.rpartition(" ")
+        assert line == "mxfp4_moe Mxfp4Method ModularExperts bits True error", name
+        assert float(error) < 5e-3, name  # bfloat16 between the GEMMs and in the output
+    asked = printed("vllm_configs.py", model, **OURS)
+    assert asked["other activations"].startswith("mxfp4_moe Mxfp4Method ModularExperts")
+    assert asked["DeepSeek-V4"].startswith("mxfp4_moe Mxfp4Method ModularExperts bits True error 0.0")
+    assert float(asked["DeepSeek-V4"].rpartition(" ")[2]) > 0.02, "E4M3 has three bits"
 
 
 def test_activations_are_what_vllm_computes(model: Path) -> None:
@@ -198,12 +225,29 @@ def test_experts_that_eplb_has_moved_are_what_they_were(asked: str, tmp_path: Pa
     ranks, _ = start(model, tmp_path / "out.json", keywords, program, **settings)
     assert len(ranks) == 2
     for saw in ranks:
-        assert saw["factors"] == ([[EXPERTS // 2] * 2] * LAYERS if asked == "fp16" else []), "every expert has its own"
+        assert saw["kinds"] == ([EXPERTS // 2] * 2 * LAYERS if asked == "fp16" else []), "every expert has its own"
+        assert saw["factors"] == [True] * LAYERS
         assert saw["methods"] == ["mxfp4_moe.integrations._vllm_method"] * LAYERS
         assert saw["moves"] >= LAYERS, "between ranks"
         assert saw["nonzero"]
         assert saw["same"] == [True] * LAYERS
         assert saw["same_astray"] == [False] * LAYERS, "called with the old places"
+
+
+@pytest.mark.parametrize("asked", ["mxfp8", "fp16"])
+def test_reloaded_weights_are_all_that_is_read(asked: str, model: Path, tmp_path: Path) -> None:
+    """At the same addresses, which CUDA graphs have captured; of experts that are of another size than before."""
+    other = write_gpt_oss(tmp_path / "other", seed=1, unlike=True)
+    keywords = {"enforce_eager": True, "other": str(other), **({"dtype": "float16"} if asked == "fp16" else {})}
+    settings = {**OURS, "MXFP4_MOE_ACTIVATIONS": asked}
+    found, _ = start(model, tmp_path / "out.json", keywords, Path(__file__).with_name("vllm_reload.py"), **settings)
+    assert [seen["now"] for seen in found] == [True] * 4
+    assert [seen["captured"] for seen in found] == [True] * 4
+    assert [seen["factors"] for seen in found] == [True] * 4
+    assert [seen["stayed"] for seen in found] == [True] * 4
+    assert found[0]["sum"] == found[2]["sum"] != found[1]["sum"] == found[3]["sum"]
+    factors = ["w13_fp16_factors", "w2_fp16_factors"] if asked == "fp16" else []
+    assert found[0]["parameters"] == sorted(["w13_bias", "w13_weight", "w2_bias", "w2_weight", *factors])
 
 
 def test_parameters_are_one_row_of_bytes_for_each_expert(model: Path, tmp_path: Path) -> None:

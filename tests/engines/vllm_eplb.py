@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,21 @@ def exchange(model: Any) -> dict[str, Any]:
     here = experts // group.world_size
     return {
         "methods": [type(layer.quant_method).__module__ for layer in layers],
-        "factors": [
-            [getattr(layer, name).unique().numel() for name in ("w13_fp16_factors", "w2_fp16_factors")]
-            for layer in layers
-            if hasattr(layer, "w13_fp16_factors")
-        ],
+        "kinds": [len({tuple(row) for row in factors}) for layer in layers for factors in factors_of(layer)],
+        "factors": [factors_of(layer, anew=True) == factors_of(layer) for layer in layers],
         "moves": int((torch.argsort(new, 1) // here != old // here).sum()),
         "nonzero": all(bool((row != 0).any(1).all()) for row in before),
         "same": [torch.equal(a, b) for a, b in zip(before, after, strict=True)],
         "same_astray": [torch.equal(a, b) for a, b in zip(before, astray, strict=True)],
     }
+
+
+def factors_of(layer: Any, anew: bool = False) -> list[Any]:
+    """What a GPU's kernel is given with float16 activations (a CPU finds them by itself); or made of the bytes now."""
+    weights = layer.quant_method.moe_kernel.fused_experts.weights
+    if layer.quant_method.decision.activation_format != "fp16":
+        return []
+    return [factors.tolist() for factors in (replace(weights) if anew else weights).fp16_factors()]
 
 
 def main() -> None:

@@ -55,10 +55,10 @@ def _method(layer: Any, kind: Any, own: Any) -> Any:
     say_once(layer, decision)
     if decision.experts is not None:
         return kind(layer.moe_config, decision)
-    dtype = layer.moe_config.in_dtype
-    if dtype is torch.float16 and dtype not in own.get_supported_act_dtypes():
+    dtype, vllms = layer.moe_config.in_dtype, own.get_supported_act_dtypes()
+    if dtype is torch.float16 and dtype not in vllms:
         raise ValueError(
-            f"--dtype float16: expected experts that mxfp4-moe runs, for vLLM's own take {own.get_supported_act_dtypes()} "
+            f"--dtype float16: expected experts that mxfp4-moe runs, for vLLM's own take {', '.join(map(str, vllms))} "
             f"alone, got: {decision.reason}; take --dtype bfloat16"
         )
     return None

@@ -46,6 +46,7 @@ class _Method:
         self.weights: MoEWeights | None = None
         self._names = _WEIGHTS + (_FACTORS if decision.activation_format == "fp16" else ())
         self._bound: list[int] = []  # where they were when `weights` was made of them
+        self._written: list[int] = []  # torch's counts of writes to them, when last looked at
 
     @property
     def supports_eplb(self) -> bool:
@@ -141,6 +142,19 @@ class _Method:
         assert self.weights is not None
         if self._places(layer) != self._bound:
             self._follow(layer, self.weights)
+        elif self.decision.activation_format == "fp16":
+            self._check_writes(layer, self.weights)
+
+    def _check_writes(self, layer: Any, weights: MoEWeights) -> None:
+        """Factors that somebody left out, who wrote prepared weights by their names, are made from these."""
+        now, seen = self._versions(layer), self._written
+        self._written = now
+        if now[: len(_WEIGHTS)] != seen[: len(_WEIGHTS)] and now[len(_WEIGHTS) :] == seen[len(_WEIGHTS) :]:
+            weights.update_fp16_factors()
+
+    def _versions(self, layer: Any) -> list[int]:
+        tensors = [getattr(layer, name) for name in self._names]
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
     def _places(self, layer: Any) -> list[int]:
         return [getattr(layer, name).data_ptr() for name in self._names]
@@ -151,7 +165,7 @@ class _Method:
         if self.decision.activation_format == "fp16":
             factors = layer.w13_fp16_factors.data, layer.w2_fp16_factors.data
         self.weights = wrap_layer(weights, *tensors, fp16_factors=factors)
-        self._bound = self._places(layer)
+        self._bound, self._written = self._places(layer), self._versions(layer)
         self.moe_kernel.fused_experts.weights = self.weights
 
     # ---- the check at start-up, MXFP4_MOE_VERIFY=1 ---------------------------------------------------------------

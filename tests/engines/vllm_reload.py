@@ -1,0 +1,87 @@
+"""Lets vLLM load other weights into a model that runs, as a program: vllm_reload.py MODEL OUT.json '{"other": ...}'
+
+As reinforcement learning does between steps. What a CUDA graph has captured are addresses: so the weights that a call
+had before are called again after, without anything of ours in between.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TOKENS = 24
+_kept: dict[str, Any] = {}
+
+
+def call(folder: str, model: Any) -> dict[str, Any]:
+    """In a worker: what layer 0 computes now, beside `fused_moe` on the weights of a folder; and at the old addresses."""
+    import torch
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from mxfp4_moe import MoEWeights, fused_moe, topk_softmax
+
+    layer = next(module for module in model.modules() if isinstance(module, RoutedExperts))
+    experts = layer.quant_method.moe_kernel.fused_experts
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, layer.hidden_size, generator=g, dtype=torch.float32).to(layer.moe_config.in_dtype)
+    logits = torch.randn(TOKENS, layer.global_num_experts, generator=g, dtype=torch.float32)
+    chosen = topk_softmax(logits, layer.moe_config.experts_per_token)
+    read = MoEWeights.from_safetensors(folder, layer=0).to("cpu", experts.keywords["activation_format"])
+    expected = fused_moe(hidden, *chosen, read, **experts.keywords)
+    now = layer.quant_method.apply_monolithic(layer, hidden.clone(), logits)
+    before = _kept.setdefault("weights", experts.weights)
+    places = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+    stayed = places == _kept.setdefault("places", places)
+    captured = fused_moe(hidden, *chosen, before, **experts.keywords)
+    return {
+        "now": torch.equal(now, expected),
+        "captured": torch.equal(captured, expected),
+        "stayed": stayed,
+        "factors": factors(before) == factors(read),
+        "sum": float(expected.double().abs().sum()),
+        "parameters": sorted(places),
+    }
+
+
+def factors(weights: Any) -> list[Any]:
+    """What a GPU's kernel is given with float16 activations; a CPU finds them by itself, so outputs do not tell."""
+    return [found.tolist() for found in weights.fp16_factors()] if weights._fp16 is not None else []
+
+
+def write_part(folder: str, model: Any) -> bool:
+    """In a worker: writes another layer's prepared weights and biases by their names, and no factors."""
+    import torch
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from mxfp4_moe import MoEWeights
+
+    layer = next(module for module in model.modules() if isinstance(module, RoutedExperts))
+    read = MoEWeights.from_safetensors(folder, layer=0)
+    with torch.no_grad():
+        for name in ("w13", "w2"):
+            getattr(layer, f"{name}_weight").copy_(getattr(read, name))
+            getattr(layer, f"{name}_bias").copy_(getattr(read, f"{name}_bias"))
+    return True
+
+
+def main() -> None:
+    import vllm_reload as workers  # by the name under which they find its functions
+    from vllm import LLM
+
+    model, out, given = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    other = given.pop("other")
+    engine = LLM(model, skip_tokenizer_init=True, max_model_len=256, seed=0, **{"dtype": "bfloat16", **given})
+    found = [engine.apply_model(functools.partial(workers.call, model))]
+    for folder in (other, model):
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        found.append(engine.apply_model(functools.partial(workers.call, folder)))
+    engine.apply_model(functools.partial(workers.write_part, other))
+    found.append(engine.apply_model(functools.partial(workers.call, other)))
+    Path(out).write_text(json.dumps([seen for (seen,) in found]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
