@@ -17,7 +17,7 @@ _kept: dict[str, Any] = {}
 
 
 def call(folder: str, model: Any) -> dict[str, Any]:
-    """In a worker: what layer 0 computes now, beside `fused_moe` on the weights of a folder; and at the old addresses."""
+    """In a worker: whether layer 0 computes what `fused_moe` does with a folder's weights, also at the old addresses."""
     import torch
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 

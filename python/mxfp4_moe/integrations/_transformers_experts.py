@@ -37,8 +37,8 @@ class MoEExperts(nn.Module):
 
     Args:
         weights: the layer's weights.
-        activation_format: "mxfp8" (W4A8), "bf16" (W4A16, to which float16 hidden states are rounded), or "fp16" (W4A16 of
-            float16 hidden states).
+        activation_format: "mxfp8" (W4A8), "bf16" (W4A16, to which float16 hidden states are rounded), or "fp16" (W4A16
+            of float16 hidden states).
         unsaved: why no state dict can be made of them; empty where one can.
     """
 

@@ -1,8 +1,9 @@
 """Experts in MXFP4 that stand in checkpoints of other quantization methods, such as DeepSeek-V4's "fp8".
 
 Which layers are MXFP4 there is for vLLM's configs to know: layer by layer, by names, exceptions and data types that the
-model's configuration has. So vLLM answers first, and ours stands in where its answer is its own method for MXFP4 experts
-whose kernels would compute with the activations that we then take. What is FP4 and is not taken is said by name.
+model's configuration has. So vLLM answers first, and ours stands in where its answer is its own method for MXFP4
+experts, whose kernels would compute with the activations that we then take. What is FP4 and is not taken is said by
+name.
 """
 
 from __future__ import annotations
