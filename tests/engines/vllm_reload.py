@@ -17,7 +17,7 @@ _kept: dict[str, Any] = {}
 
 
 def call(folder: str, model: Any) -> dict[str, Any]:
-    """In a worker: whether layer 0 computes what `fused_moe` does with a folder's weights, also at the old addresses."""
+    """In a worker: whether layer 0 computes what `fused_moe` does with a folder's weights; at the old addresses too."""
     import torch
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 

@@ -41,8 +41,8 @@ def enable(*, activation_format: str | None = None) -> bool:
 
     Args:
         activation_format: "bf16" or "fp16" (W4A16; transformers itself computes in the model's dtype), or "mxfp8"
-            (W4A8; docs/accuracy.md). By default what MXFP4_MOE_ACTIVATIONS says, and without it transformers' own. "fp16" is
-            for models in float16; in the others it leaves transformers' path.
+            (W4A8; docs/accuracy.md). By default what MXFP4_MOE_ACTIVATIONS says, and without it transformers' own.
+            "fp16" is for models in float16; others stay on transformers' path.
 
     Returns:
         Whether it is enabled.
@@ -112,8 +112,8 @@ def replace_experts(
         model: a `GptOssForCausalLM`, a `GptOssModel`, or any module that holds decoder layers of one.
         checkpoint: file or directory, as for `MoEWeights.from_safetensors`.
         activation_format: "bf16" or "fp16" (W4A16; transformers itself computes in the model's dtype), or "mxfp8"
-            (W4A8; docs/accuracy.md). By default the first of these that every layer's device has kernels for: of a model in
-            float16 "fp16", then "bf16", to which its hidden states are rounded, then "mxfp8".
+            (W4A8; docs/accuracy.md). By default the first of these that every layer's device has kernels for: of a
+            model in float16 "fp16", then "bf16", to which its hidden states are rounded, then "mxfp8".
 
     Returns:
         The number of layers that were replaced.

@@ -201,7 +201,7 @@ def table(comparison: Comparison) -> str:
     """Both arms side by side: medians, the distance of their quartiles, and ours as a multiple of the other."""
     ours, own = comparison.arms
     run = ours.runs[0]
-    rows = [("", OURS, "spread", f"vLLM {run['vllm']}", "spread", "ratio")]
+    rows: list[tuple[str, ...]] = [("", OURS, "spread", f"vLLM {run['vllm']}", "spread", "ratio")]
 
     def row(what: str, a: Summary, b: Summary, unit: str, *, more_is_better: bool) -> None:
         ratio = a.median / b.median if more_is_better else b.median / a.median
