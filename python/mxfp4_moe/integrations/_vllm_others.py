@@ -51,6 +51,8 @@ def quant_method(layer: Any, answer: Any, quant_config: Any, moe_config: Any) ->
 
 
 def _decide(layer: Any, answer: Any, settings: Settings) -> Decision:
+    if layer.expert_map_manager.num_fused_shared_experts:
+        return Decision(experts=None, reason="shared experts stand among the routed ones")
     backend = answer.mxfp4_backend
     computes = _computes(backend)
     if settings.activations == "engine" and not computes:
