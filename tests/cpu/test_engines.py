@@ -197,7 +197,14 @@ def test_settings_have_defaults_and_refuse_what_they_do_not_know() -> None:
         ("engine", ("mxfp8", "bf16", "fp16"), "fp16", "", "fp16", "float16 activations (W4A16), as vLLM computes"),
         ("engine", ("mxfp8", "bf16"), "fp16", "", "", "no kernels with float16 activations (W4A16) on this device"),
         ("fp16", ("mxfp8", "bf16", "fp16"), "fp16", "mxfp8", "fp16", "float16 activations (W4A16), as MXFP4_MOE_ACTIV"),
-        ("bf16", ("mxfp8", "bf16", "fp16"), "fp16", "", "bf16", "bfloat16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS"),
+        (
+            "bf16",
+            ("mxfp8", "bf16", "fp16"),
+            "fp16",
+            "",
+            "bf16",
+            "bfloat16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS",
+        ),
         ("engine", ("mxfp8",), "bf16", "mxfp8", "mxfp8", "MXFP8 activations (W4A8), as vLLM computes"),
         ("mxfp8", ("mxfp8", "bf16"), "bf16", "", "mxfp8", "as MXFP4_MOE_ACTIVATIONS says"),
         ("bf16", ("mxfp8",), "bf16", "mxfp8", "", "as MXFP4_MOE_ACTIVATIONS says"),
@@ -221,7 +228,9 @@ def test_float16_activations_are_for_float16_models() -> None:
     assert "take a float16 model, and this one is computed in bfloat16" in choice.reason
     assert choice.next_step == "MXFP4_MOE_ACTIVATIONS=bf16 takes it as it is"
     choice = choose_activations(VLLM, Settings(engines=("vllm",)), ("mxfp8", "bf16"), dtype="fp16")
-    assert choice.next_step.startswith("MXFP4_MOE_ACTIVATIONS=bf16 rounds to bfloat16 ones; MXFP4_MOE_ACTIVATIONS=mxfp8")
+    assert choice.next_step.startswith(
+        "MXFP4_MOE_ACTIVATIONS=bf16 rounds to bfloat16 ones; MXFP4_MOE_ACTIVATIONS=mxfp8"
+    )
 
 
 # ---- SM12x waits for the self-test -----------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_said(
     assert "transformers' own path does: float16 activations (W4A16), as enable() was asked, take a float16 model" in (
         capfd.readouterr().err
     )
-    with pytest.raises(ValueError, match="expected 'bf16' or 'mxfp8' for a model that is not in float16, got 'fp16'"):
+    with pytest.raises(ValueError, match="expected 'bf16' or 'mxfp8' for a model not in float16, got 'fp16'"):
         replace_experts(model, activation_format="fp16")
     rounded = replaced(folder).to(torch.bfloat16)
     with pytest.raises(TypeError, match="hidden_states: expected float16 for activation_format 'fp16', got bfloat16"):
@@ -128,6 +128,17 @@ def test_what_does_not_fit_is_said(
     capfd.readouterr()
     assert {layer.activation_format for layer in layers(replaced(folder))} == {"bf16"}
     assert "bfloat16 activations (W4A16), for want of float16 ones on this device" in capfd.readouterr().err
+
+
+def test_a_float16_model_whose_matrices_came_in_bfloat16(folder: Path) -> None:
+    """As transformers 5.19 dequantizes them."""
+    model = load(folder, quantization_config=Mxfp4Config(dequantize=True))
+    for layer in layers(model):
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(layer, name, torch.nn.Parameter(getattr(layer, name).detach().bfloat16()))
+    assert replace_experts(model, checkpoint=folder) == LAYERS
+    assert torch.equal(logits(model), logits(replaced(folder)))
+    assert {layer.activation_format for layer in layers(model)} == {"fp16"}
 
 
 def test_a_traced_model(folder: Path) -> None:

@@ -164,7 +164,8 @@ def _activations(found: list[models.FoundExperts], asked: str | None) -> Choice:
     if asked not in (None, *_FORMATS):
         raise ValueError(f"activation_format: expected 'bf16', 'fp16', 'mxfp8' or None, got {asked!r}")
     devices = {experts.device for experts in found}
-    half = all(experts.module.gate_up_proj.dtype is torch.float16 for experts in found)
+    # Not of the matrices, which some versions of transformers dequantize to bfloat16 whatever the model's dtype is.
+    half = all(experts.module.gate_up_proj_bias.dtype is torch.float16 for experts in found)
     there = [name for name in _FORMATS if all(name in formats_on(device) for device in devices)]
     order = ("fp16", "bf16", "mxfp8") if half else ("bf16", "mxfp8")
     chosen = asked or next((name for name in order if name in there), "mxfp8")
@@ -174,7 +175,7 @@ def _activations(found: list[models.FoundExperts], asked: str | None) -> Choice:
             f"{', '.join(sorted(map(str, devices)))}, got {chosen!r}"
         )
     if chosen == "fp16" and not half:
-        raise ValueError("activation_format: expected 'bf16' or 'mxfp8' for a model that is not in float16, got 'fp16'")
+        raise ValueError("activation_format: expected 'bf16' or 'mxfp8' for a model not in float16, got 'fp16'")
     wish = "as replace_experts was asked" if asked else "as transformers computes"
     if not asked and chosen != order[0]:
         wish = f"for want of {'float16' if half else 'bfloat16'} ones on this device"
