@@ -179,7 +179,7 @@ def wrap_layer(
         for factors in fp16_factors:
             require_tensor("fp16_factors", factors, torch.float32, (wrapped.num_experts, 2), w13.device)
             require_contiguous("fp16_factors", factors)
-        wrapped.read_fp16_factors_of(fp16_factors)
+        wrapped._read_fp16_factors_of(fp16_factors)
     return wrapped
 
 

@@ -73,7 +73,7 @@ class InFloat16:
         owned = self._fp16 is not None and self._fp16[1] is None
         self.__dict__["_fp16"] = made, None if owned else _versions(self)  # of a frozen dataclass
 
-    def read_fp16_factors_of(self, owner: Factors) -> None:
+    def _read_fp16_factors_of(self, owner: Factors) -> None:
         """From now on the factors are these tensors, whose owner writes them when it writes w13 or w2."""
         self.__dict__["_fp16"] = owner, None
 
