@@ -51,7 +51,7 @@ CASES = {  # version, hooks, what its modules do, settings, the line, the doctor
         "",
         {"MXFP4_MOE_ACTIVATIONS": "fp4"},
         "MXFP4_MOE_ACTIVATIONS: expected engine, bf16, fp16 or mxfp8, got 'fp4'",
-        "expected engine, bf16 or mxfp8",
+        "expected engine, bf16, fp16 or mxfp8",
     ),
 }
 

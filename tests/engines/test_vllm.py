@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -136,6 +137,8 @@ def test_what_we_decline_stays_vllms(asked: str, model: Path, tmp_path: Path) ->
     assert lines["config"] == "MoeGptOssMxfp4Config MoeMxfp4Config"
     for case, words in DECLINES.items():
         assert lines[case].startswith(f"vLLM: {words}"), case
+    for title in ("MXFP4 experts of compressed-tensors", "NVFP4 experts of ModelOpt", "MX experts of Quark"):
+        assert lines[title] == f"{title} are not taken yet"
     assert lines["dtypes"] == "torch.bfloat16" + (" torch.float16" if asked == "fp16" else "")
     assert lines["float16 for nobody"] == (
         "--dtype float16: expected experts that mxfp4-moe runs, for vLLM's own take torch.bfloat16 alone, got: "
@@ -182,6 +185,17 @@ def test_experts_of_other_quantization_configs(model: Path) -> None:
     assert asked["other activations"].startswith("mxfp4_moe Mxfp4Method ModularExperts")
     assert asked["DeepSeek-V4"].startswith("mxfp4_moe Mxfp4Method ModularExperts bits True error 0.0")
     assert float(asked["DeepSeek-V4"].rpartition(" ")[2]) > 0.02, "E4M3 has three bits"
+
+
+def test_what_is_not_taken_is_there() -> None:
+    """The classes that are known by their names alone are vLLM's, in the versions that are tested."""
+    from mxfp4_moe.integrations._vllm_others import _NOT_TAKEN
+
+    spec = importlib.util.find_spec("vllm.model_executor.layers.quantization")
+    assert spec is not None
+    (folder,) = spec.submodule_search_locations or ()
+    text = "".join(file.read_text(encoding="utf-8") for file in Path(folder).rglob("*.py"))
+    assert [name for name in _NOT_TAKEN if f"class {name}(" not in text] == []
 
 
 def test_activations_are_what_vllm_computes(model: Path) -> None:

@@ -97,6 +97,7 @@ def main() -> None:
     load_general_plugins()
     config = EngineArgs(sys.argv[1], skip_tokenizer_init=True).create_engine_config()
     print("config:", get_quantization_config("gpt_oss_mxfp4").__name__, get_quantization_config("mxfp4").__name__)
+    from mxfp4_moe.integrations import _vllm_others
     from mxfp4_moe.integrations._engines import Settings
     from mxfp4_moe.integrations._vllm_config import GptOssMxfp4Config, MoeGptOssMxfp4Config, _method
     from mxfp4_moe.integrations._vllm_decide import decide
@@ -122,6 +123,11 @@ def main() -> None:
             tell("no bf16")
         with mock.patch.object(config.aux_output_config, "enable_return_routed_experts", True):
             tell("captured")
+        for name, title in _vllm_others._NOT_TAKEN.items():
+            answer = type(name, (), {})()
+            with mock.patch.object(_vllm_others, "say_once") as said:
+                assert _vllm_others.quant_method(layer(), answer, None, None) is answer
+            print(f"{title}: {said.call_args.args[1].reason}")
         with mock.patch.object(config.parallel_config, "enable_elastic_ep", True):
             tell("elastic")
 
