@@ -26,10 +26,15 @@ def call(folder: str, model: Any) -> dict[str, Any]:
     layer = next(module for module in model.modules() if isinstance(module, RoutedExperts))
     experts = layer.quant_method.moe_kernel.fused_experts
     g = torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, layer.hidden_size, generator=g, dtype=torch.float32).to(layer.moe_config.in_dtype)
-    logits = torch.randn(TOKENS, layer.global_num_experts, generator=g, dtype=torch.float32)
+    device = layer.w13_weight.device
+
+    def normal(columns: int) -> torch.Tensor:
+        return torch.randn(TOKENS, columns, generator=g, dtype=torch.float32, device="cpu").to(device)
+
+    hidden = normal(layer.hidden_size).to(layer.moe_config.in_dtype)
+    logits = normal(layer.global_num_experts)
     chosen = topk_softmax(logits, layer.moe_config.experts_per_token)
-    read = MoEWeights.from_safetensors(folder, layer=0).to("cpu", experts.keywords["activation_format"])
+    read = MoEWeights.from_safetensors(folder, layer=0).to(device, layer.quant_method.decision.activation_format)
     expected = fused_moe(hidden, *chosen, read, **experts.keywords)
     now = layer.quant_method.apply_monolithic(layer, hidden.clone(), logits)
     before = _kept.setdefault("weights", experts.weights)
@@ -59,7 +64,8 @@ def write_part(folder: str, model: Any) -> bool:
     from mxfp4_moe import MoEWeights
 
     layer = next(module for module in model.modules() if isinstance(module, RoutedExperts))
-    read = MoEWeights.from_safetensors(folder, layer=0)
+    wanted = layer.quant_method.decision.activation_format
+    read = MoEWeights.from_safetensors(folder, layer=0).to(layer.w13_weight.device, wanted)
     with torch.no_grad():
         for name in ("w13", "w2"):
             getattr(layer, f"{name}_weight").copy_(getattr(read, name))
