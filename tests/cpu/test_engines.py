@@ -116,6 +116,7 @@ class Class:
     class Inner:
         def deep(self): ...
 first, second = 1, 2
+Class.method.marked = True  # writes to what Class is, and does not bind it anew
 """
 THERE = ["os", "Whatever", "CONSTANT", "maybe", "function", "Class", "Class.method", "Class.Inner.deep", "second"]
 NOT_THERE = ["gone", "Class.gone", "Class.Inner.gone", "function.gone_too"]
