@@ -159,22 +159,42 @@ def prepare_layer(
 
 
 def wrap_layer(
-    weights: MoEWeights, w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None
+    weights: MoEWeights,
+    w13: Tensor,
+    w2: Tensor,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    *,
+    fp16_factors: tuple[Tensor, Tensor] | None = None,
 ) -> MoEWeights:
     """The same layer over an engine's own tensors, which hold prepared weights: nothing is copied.
 
-    What an engine later writes into them (another expert's bytes, for instance: row e is expert e, whole) counts; calls
-    with activation_format "fp16" may need `update_fp16_factors` for it.
+    What an engine later writes into them (another expert's bytes, for instance: row e is expert e, whole) counts. Calls
+    with activation_format "fp16" read one factor more for each expert's matrix. Where the engine has them as tensors of
+    the layer beside its weights, they go where the weights go, and nothing is ever made from values again; without
+    them, a write may need `update_fp16_factors`.
 
     Args:
         weights: the layer, for everything but its tensors.
         w13, w2: as `MoEWeights.w13` and `.w2`, in the word order of `weights`.
         w13_bias, w2_bias: float32, as there. NVFP4's float32 scales stay those of `weights`, and are not to be written.
+        fp16_factors: of w13 and of w2, float32 [E, 2] with row e expert e's, as `MoEWeights.fp16_factors` makes them.
+
+    Raises:
+        TypeError, ValueError: tensors that do not fit each other.
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
     fields = {name: getattr(weights, name) for name in _OTHER_FIELDS}
-    return MoEWeights(w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias, **fields)
+    wrapped = MoEWeights(w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias, **fields)
+    if fp16_factors is not None:
+        if not isinstance(fp16_factors, (tuple, list)) or len(fp16_factors) != 2:
+            raise TypeError(f"fp16_factors: expected those of w13 and of w2, got {type(fp16_factors).__name__}")
+        for factors in fp16_factors:
+            require_tensor("fp16_factors", factors, torch.float32, (wrapped.num_experts, 2), w13.device)
+            require_contiguous("fp16_factors", factors)
+        wrapped._read_fp16_factors_of((fp16_factors[0], fp16_factors[1]))
+    return wrapped
 
 
 def update_fp16_factors(weights: MoEWeights) -> None:

@@ -1,4 +1,4 @@
-"""`mxfp4-moe bench --engine`: two arms, each what it should be; the table and the picture. vLLM is a stub."""
+"""`mxfp4-moe bench --engine`: two arms, each what it should be, in turn; the table and the picture. vLLM is a stub."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from mxfp4_moe.bench.engine.random_model import Sizes, write_gpt_oss
 
 SMALL = Sizes(layers=2, experts=4, top_k=2, hidden=64, intermediate=96, heads=2, kv_heads=1, head_dim=32, vocabulary=64)
 
-# A vLLM that sleeps: ours twice as fast, if it is asked as vLLM is. It says what mxfp4-moe would say.
+# A vLLM with a clock of its own: ours is twice as fast, if it is asked as vLLM is. It says what mxfp4-moe would say.
+# What it compiles it leaves in its caches, where the next one would find it; and who starts later is slower, as on a
+# GPU that gets warm.
 STUB = """
 import os, time
+clock = [0.0]
+time.perf_counter = lambda: clock[0]
 __version__ = "9.9"
 class SamplingParams:
     def __init__(self, max_tokens, temperature, detokenize, ignore_eos):
@@ -37,16 +41,22 @@ class LLM:
         if os.environ.get("STUB") == "ends": raise RuntimeError("no GPU of mine")
         if ours: print("INFO mxfp4-moe runs this model's experts: MXFP8 activations (W4A8); one call", flush=True)
         else: print("INFO mxfp4-moe is not used: it is Sunday", flush=True)
-        self.step = 0.002 if ours else 0.004
+        for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "CUDA_CACHE_PATH"):
+            assert not os.path.exists(os.environ[cache]), "somebody was here before"
+            os.makedirs(os.environ[cache])
+        diary = os.path.join(model, "diary")
+        with open(diary, "a") as file: file.write("A" if ours else "B")
+        late = len(open(diary).read())
+        self.step = (0.002 if ours else 0.004) * (1 + late / 10)
         self.llm_engine = self.model_config = self
     def get_vocab_size(self): return 64
     def generate(self, prompts, sampling, use_tqdm):
         tokens = [prompt["prompt_token_ids"] for prompt in prompts]
         assert all(0 <= token < 64 for prompt in tokens for token in prompt)
         assert len(tokens) < 3 or tokens[0] != tokens[1]
-        time.sleep(self.step * (sampling.max_tokens + len(tokens[0]) / 100))
+        clock[0] += self.step * (sampling.max_tokens + len(tokens[0]) / 100)
 """
-LOAD = Load(decode=(1, 2), prefill=(1, 2), prompt=50, short=2, long=12, repeats=2)
+LOAD = Load(decode=(1, 2), prefill=(1, 2), prompt=50, short=2, long=12, repeats=2, rounds=2)
 
 
 @pytest.fixture
@@ -68,19 +78,30 @@ def test_both_arms_are_measured_beside_each_other(model: Path) -> None:
     assert [arm.name for arm in found.arms] == ["mxfp4-moe", "vLLM"]
     assert ours.said == "MXFP8 activations (W4A8); one call"
     assert own.said == ""
-    for arm, step in ((ours, 2.0), (own, 4.0)):
-        assert [entry["sequences"] for entry in arm.result["decode"]] == [1, 2]
-        for entry in arm.result["decode"]:  # a busy machine sleeps longer, never shorter
-            assert step * 0.7 <= entry["ms_per_step"]
-            assert entry["tokens_per_s"] == pytest.approx(entry["sequences"] * 1e3 / entry["ms_per_step"])
-        for entry in arm.result["prefill"]:
-            assert entry["tokens_per_s"] == pytest.approx(entry["prompts"] * 50 * 1e3 / entry["ms"])
+    assert (model / "diary").read_text() == "ABBA"
+    for arm, step, late in ((ours, 2.0, (1.1, 1.4)), (own, 4.0, (1.2, 1.3))):
+        assert len(arm.runs) == 2
+        for run, slower in zip(arm.runs, late, strict=True):
+            assert [entry["sequences"] for entry in run["decode"]] == [1, 2]
+            for entry in run["decode"]:
+                assert entry["ms_per_step"] == pytest.approx([step * slower] * 2)
+            for entry in run["prefill"]:
+                assert entry["ms"] == pytest.approx([step * slower * 1.5] * 2)
+            assert run["first_token_ms"] == pytest.approx(step * slower * 1.5)
+        what, rate = arm.rates("decode")[1]
+        assert (what, rate.count) == ("decode, 2 at once", 4)
+        rates = sorted(2e3 / (step * slower) for slower in late)
+        assert (rate.low, rate.high) == pytest.approx(rates)
+        assert rate.median == pytest.approx(sum(rates) / 2)
+        assert arm.rates("prefill")[1][1].median == pytest.approx(sum(rates) * 50 / 1.5 / 2)
+        assert arm.once("first_token_ms").median == pytest.approx(step * 1.25 * 1.5)
     text = compare.table(found)
     assert "decode, 2 at once" in text
     assert "vLLM 9.9" in text
     assert any("first token after" in line for line in lines)
     data = json.loads(json.dumps(found.as_dict()))
-    assert data["schema"] == 1
+    assert data["schema"] == 2
+    assert set(data["arms"][0]["tokens_per_s"]["decode, 2 at once"]) == {"median", "low", "high", "count"}
     assert data["load"]["decode"] == [1, 2]
 
 
@@ -105,6 +126,11 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["bench", "--engine", "vllm", "--dry", f"--model={model}", *files]) == 0
     assert "decode, 1 at once" in capsys.readouterr().out
     assert json.loads((tmp_path / "a.json").read_text())["model"] == "model"
+    assert (model / "diary").read_text() == "AB"
+    assert cli.main(["bench", "--engine", "vllm", "--dry", f"--model={model}", "--rounds=2"]) == 0
+    assert (model / "diary").read_text() == "ABABBA"
+    assert cli.main(["bench", "--engine", "vllm", "--dry", f"--model={model}", "--rounds=0"]) == 2
+    assert "rounds: expected at least 1, got 0" in capsys.readouterr().err
     assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
     for wrong, words in ((["--model=nowhere"], "config.json"), (["--engine-arguments=[]"], "a JSON object")):
         assert cli.main(["bench", "--engine", "vllm", "--dry", f"--model={model}", *wrong]) == 2
@@ -115,19 +141,20 @@ def arm(rate: float) -> dict[str, Any]:
     return {
         **{"vllm": "1.0", "torch": "2.13", "device": "a <card>", "start_s": 60.0},
         **{"first_token_ms": 100.0 / rate, "second_token_ms": 50.0 / rate},
-        "decode": [{"sequences": 1, "ms_per_step": 1.0 / rate, "tokens_per_s": 1000.0 * rate}],
-        "prefill": [{"prompts": 1, "tokens": 1024, "ms": 16.0 / rate, "tokens_per_s": 64000.0 * rate}],
+        "decode": [{"sequences": 1, "ms_per_step": [1.0 / rate]}],
+        "prefill": [{"prompts": 1, "tokens": 1024, "ms": [16.0 / rate]}],
     }
 
 
 def test_more_is_better_and_bars_are_in_proportion() -> None:
     arms = [
-        compare.Arm(name="mxfp4-moe", said="W4A8", result=arm(2.0)),
-        compare.Arm(name="vLLM", said="", result=arm(1)),
+        compare.Arm(name="mxfp4-moe", said="W4A8", runs=[arm(1.0), arm(3.0)]),
+        compare.Arm(name="vLLM", said="", runs=[arm(1), arm(1)]),
     ]
     both = Comparison(model="m", load=Load(), keywords={}, arms=arms)
     rows = [line.split() for line in compare.table(both).splitlines()]
-    assert [row[-1] for row in rows[1:6]] == ["1.00", "2.00", "2.00", "2.00", "2.00"]
+    assert [row[-1] for row in rows[1:6]] == ["1.00", "1.50", "1.50", "2.00", "2.00"]
+    assert rows[4][4:] == ["2,000.0", "tokens/s", "50%", "1,000.0", "tokens/s", "0%", "2.00"]
     svg = picture.picture(both)
     root = ElementTree.fromstring(svg)
     bars = [float(rect.attrib["width"]) for rect in root if rect.tag.endswith("rect") and rect.attrib.get("x") == "170"]

@@ -103,6 +103,31 @@ def test_wrapped_tensors_are_the_engines_own(checkpoint: Checkpoint) -> None:
     assert not torch.equal(call(wrapped, ids), before)
 
 
+def test_an_engine_that_has_the_factors_moves_them_too(checkpoint: Checkpoint) -> None:
+    """Of experts that are powers of two apart; nothing is made from values again, until that is asked for."""
+    powers = torch.arange(E, dtype=torch.uint8)[:, None, None]
+    scales = {name: checkpoint[name] - powers for name in ("w13_scale", "w2_scale")}
+    weights = MoEWeights.from_mxfp4(**{**checkpoint, **scales})
+    own = {name: getattr(weights, name).clone() for name in ("w13", "w2", "w13_bias", "w2_bias")}
+    factors = tuple(tensor.clone() for tensor in weights.fp16_factors())
+    assert len(factors[0].unique()) == E
+    wrapped = engines.wrap_layer(weights, *own.values(), fp16_factors=factors)
+    for tensor in own.values():
+        tensor[[0, 1]] = tensor[[1, 0]]
+    assert wrapped.fp16_factors()[0] is factors[0]
+    assert torch.equal(factors[0], weights.fp16_factors()[0]), "they are the engine's"
+    engines.update_fp16_factors(wrapped)
+    for kept, made in zip(factors, weights.fp16_factors(), strict=True):
+        assert torch.equal(kept, made[[1, 0, *range(2, E)]])
+    assert wrapped.fp16_factors()[0] is factors[0]
+    for wrong in (factors[0][:, :1].contiguous(), factors[0].double(), factors[0].mT.contiguous().mT):
+        with pytest.raises((TypeError, ValueError), match="fp16_factors: expected"):
+            engines.wrap_layer(weights, *own.values(), fp16_factors=(wrong, factors[1]))
+    for none in (5, factors[:1], factors[0]):
+        with pytest.raises(TypeError, match="fp16_factors: expected those of w13 and of w2, got"):
+            engines.wrap_layer(weights, *own.values(), fp16_factors=none)  # type: ignore[arg-type]
+
+
 MAPS: list[tuple[Any, Any]] = [
     (None, 0),
     ([0, 1, 2], 0),

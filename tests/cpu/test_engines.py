@@ -50,8 +50,8 @@ CASES = {  # version, hooks, what its modules do, settings, the line, the doctor
         None,
         "",
         {"MXFP4_MOE_ACTIVATIONS": "fp4"},
-        "MXFP4_MOE_ACTIVATIONS: expected engine, bf16 or mxfp8, got 'fp4'",
-        "expected engine, bf16 or mxfp8",
+        "MXFP4_MOE_ACTIVATIONS: expected engine, bf16, fp16 or mxfp8, got 'fp4'",
+        "expected engine, bf16, fp16 or mxfp8",
     ),
 }
 
@@ -116,6 +116,7 @@ class Class:
     class Inner:
         def deep(self): ...
 first, second = 1, 2
+Class.method.marked = True  # writes to what Class is, and does not bind it anew
 """
 THERE = ["os", "Whatever", "CONSTANT", "maybe", "function", "Class", "Class.method", "Class.Inner.deep", "second"]
 NOT_THERE = ["gone", "Class.gone", "Class.Inner.gone", "function.gone_too"]
@@ -195,7 +196,16 @@ def test_settings_have_defaults_and_refuse_what_they_do_not_know() -> None:
         ("engine", ("mxfp8",), "bf16", "", "", "as vLLM computes"),
         ("engine", ("mxfp8", "bf16", "fp16"), "bf16", "", "bf16", "bfloat16 activations (W4A16), as vLLM computes"),
         ("engine", ("mxfp8", "bf16", "fp16"), "fp16", "", "fp16", "float16 activations (W4A16), as vLLM computes"),
-        ("engine", ("mxfp8", "bf16"), "fp16", "", "", "no kernels with float16 activations"),
+        ("engine", ("mxfp8", "bf16"), "fp16", "", "", "no kernels with float16 activations (W4A16) on this device"),
+        ("fp16", ("mxfp8", "bf16", "fp16"), "fp16", "mxfp8", "fp16", "float16 activations (W4A16), as MXFP4_MOE_ACTIV"),
+        (
+            "bf16",
+            ("mxfp8", "bf16", "fp16"),
+            "fp16",
+            "",
+            "bf16",
+            "bfloat16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS",
+        ),
         ("engine", ("mxfp8",), "bf16", "mxfp8", "mxfp8", "MXFP8 activations (W4A8), as vLLM computes"),
         ("mxfp8", ("mxfp8", "bf16"), "bf16", "", "mxfp8", "as MXFP4_MOE_ACTIVATIONS says"),
         ("bf16", ("mxfp8",), "bf16", "mxfp8", "", "as MXFP4_MOE_ACTIVATIONS says"),
@@ -210,6 +220,18 @@ def test_activations_are_the_engines_unless_asked_for(
     assert words in choice.reason
     offers = "MXFP4_MOE_ACTIVATIONS=mxfp8" in choice.next_step
     assert offers is (not expected)
+
+
+def test_float16_activations_are_for_float16_models() -> None:
+    settings, formats = Settings(engines=("vllm",), activations="fp16"), ("mxfp8", "bf16", "fp16")
+    choice = choose_activations(VLLM, settings, formats, dtype="bf16")
+    assert choice.format == ""
+    assert "take a float16 model, and this one is computed in bfloat16" in choice.reason
+    assert choice.next_step == "MXFP4_MOE_ACTIVATIONS=bf16 takes it as it is"
+    choice = choose_activations(VLLM, Settings(engines=("vllm",)), ("mxfp8", "bf16"), dtype="fp16")
+    assert choice.next_step.startswith(
+        "MXFP4_MOE_ACTIVATIONS=bf16 rounds to bfloat16 ones; MXFP4_MOE_ACTIVATIONS=mxfp8"
+    )
 
 
 # ---- SM12x waits for the self-test -----------------------------------------------------------------------------------

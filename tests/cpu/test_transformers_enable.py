@@ -333,7 +333,7 @@ def test_enable_and_disable() -> None:
         assert mapping["mxfp4"].__name__ == "Mxfp4HfQuantizer"
     assert enable()
     assert mapping["mxfp4"] is quantizer
-    with pytest.raises(ValueError, match="activation_format: expected 'bf16', 'mxfp8' or None, got 'fp4'"):
+    with pytest.raises(ValueError, match="activation_format: expected 'bf16', 'fp16', 'mxfp8' or None, got 'fp4'"):
         enable(activation_format="fp4")
 
 

@@ -89,6 +89,15 @@ def test_without_being_asked_the_numbers_are_sglangs(model: Path, tmp_path: Path
     assert not torch.equal(saw["part"], computed_again(model, saw, 0, 1, False, "mxfp8"))
 
 
+def test_float16_is_not_what_sglang_computes_in(model: Path, tmp_path: Path) -> None:
+    """SGLang makes every MXFP4 gpt-oss bfloat16, so float16 activations have no model to be for."""
+    ran = start(model, tmp_path, 1, MXFP4_MOE_ACTIVATIONS="fp16")
+    assert (
+        "mxfp4-moe is not used, SGLang's own kernels run this model's experts: float16 activations (W4A16), as "
+        "MXFP4_MOE_ACTIVATIONS says, take a float16 model, and this one is computed in bfloat16"
+    ) in ran.stderr
+
+
 def test_a_cpu_is_left_to_sglang(model: Path, tmp_path: Path) -> None:
     """And so is a backend that was asked for by name, with an error that says why."""
     ran = start(model, tmp_path, 1, MXFP4_MOE_CPU="0")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,9 +27,11 @@ TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 CPU = {"MXFP4_MOE_CPU": "1"}
 OURS = {**CPU, "MXFP4_MOE_ACTIVATIONS": "mxfp8"}
 AS_VLLM = {"MXFP4_MOE_ACTIVATIONS": "engine"}
+FP16 = {"MXFP4_MOE_ACTIVATIONS": "fp16"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "one": ({"enforce_eager": True}, {}, "MonolithicExperts"),
     "W4A16": ({"enforce_eager": True}, AS_VLLM, "MonolithicExperts"),
+    "fp16": ({"enforce_eager": True, "dtype": "float16"}, FP16, "MonolithicExperts"),
     "compiled": ({}, {}, "MonolithicExperts"),
     "TP 2": ({"enforce_eager": True, "tensor_parallel_size": 2}, TWO, "MonolithicExperts"),
     "EP 2": (
@@ -55,8 +58,12 @@ def test_vllm_generates_with_our_layer(case: str, model: Path, tmp_path: Path) -
     out = tmp_path / "out.json"
     data, said = start(model, out, keywords, **{**OURS, **environment}, MXFP4_MOE_VERIFY="1")
     ranks = keywords.get("tensor_parallel_size", 1)
-    activation_format = "bf16" if environment is AS_VLLM else "mxfp8"
-    words = {"bf16": "bfloat16 activations (W4A16), as vLLM computes", "mxfp8": "MXFP8 activations (W4A8)"}
+    activation_format = {"W4A16": "bf16", "fp16": "fp16"}.get(case, "mxfp8")
+    words = {
+        "bf16": "bfloat16 activations (W4A16), as vLLM computes",
+        "fp16": "float16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS says",
+        "mxfp8": "MXFP8 activations (W4A8)",
+    }
     assert said.count(f"mxfp4-moe runs this model's experts: {words[activation_format]}") == 1
     assert said.count("the bits of fused_moe") == ranks
     assert len(data["workers"]) == ranks
@@ -79,10 +86,11 @@ def check_answers(model: Path, texts: list[dict[str, Any]], activation_format: s
 
     from mxfp4_moe.integrations.transformers import replace_experts
 
+    half = activation_format == "fp16"
     reader = AutoModelForCausalLM.from_pretrained(
         model,
         quantization_config=Mxfp4Config(dequantize=True),
-        dtype=torch.bfloat16,
+        dtype=torch.float16 if half else torch.bfloat16,
         attn_implementation="eager",
     )
     other = differences(reader, texts)
@@ -92,7 +100,7 @@ def check_answers(model: Path, texts: list[dict[str, Any]], activation_format: s
     print(f"with bfloat16 activations: mean {other.mean():.3f}, largest {other.max():.3f}")
     assert float(same.mean()) <= SAME_EXPERTS_MEAN
     assert float(same.max()) <= SAME_EXPERTS_MAX
-    assert float(other.mean()) <= (SAME_EXPERTS_MEAN if activation_format == "bf16" else OTHER_ACTIVATIONS_MEAN)
+    assert float(other.mean()) <= (OTHER_ACTIVATIONS_MEAN if activation_format == "mxfp8" else SAME_EXPERTS_MEAN)
 
 
 def differences(reader: Any, texts: list[dict[str, Any]]) -> torch.Tensor:
@@ -122,17 +130,30 @@ DECLINES = {  # what a case of vllm_declines.py says, whatever the setting of ac
 BEHIND = ("router", "many", "EPLB", "scaled", "own routing", "captured")  # vLLM's router
 
 
-@pytest.mark.parametrize("asked", ["engine", "mxfp8"])
+@pytest.mark.parametrize("asked", ["engine", "mxfp8", "fp16"])
 def test_what_we_decline_stays_vllms(asked: str, model: Path, tmp_path: Path) -> None:
     settings = {**CPU, "MXFP4_MOE_ACTIVATIONS": asked, "MXFP4_MOE_CACHE_DIR": str(tmp_path)}
     lines = declines(model, **settings)
     assert lines["config"] == "MoeGptOssMxfp4Config MoeMxfp4Config"
     for case, words in DECLINES.items():
         assert lines[case].startswith(f"vLLM: {words}"), case
+    for title in ("MXFP4 experts of compressed-tensors", "NVFP4 experts of ModelOpt", "MX experts of Quark"):
+        assert lines[title] == f"{title} are not taken yet"
+    assert lines["dtypes"] == "torch.bfloat16" + (" torch.float16" if asked == "fp16" else "")
+    assert lines["float16 for nobody"] == (
+        "--dtype float16: expected experts that mxfp4-moe runs, for vLLM's own take torch.bfloat16 alone, got: "
+        "--moe-backend marlin was asked for; take --dtype bfloat16"
+    )
+    if asked == "fp16":
+        assert lines["float16"].startswith("MonolithicExperts: float16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS")
+        no = "vLLM: float16 activations (W4A16), as MXFP4_MOE_ACTIVATIONS says, take a float16 model, and this one is"
+        assert lines["as it is"].startswith(no)
+        return
     words = {"engine": "bfloat16 activations (W4A16), as vLLM", "mxfp8": "MXFP8 activations (W4A8), as MXFP4_MOE_"}[
         asked
     ]
     assert lines["as it is"].startswith(f"MonolithicExperts: {words}")
+    assert lines["float16"].startswith(f"MonolithicExperts: {words.replace('bfloat16', 'float16')}")
     for case in BEHIND:
         assert lines[case].startswith(f"ModularExperts: {words}"), case
     if asked == "mxfp8":
@@ -148,6 +169,33 @@ def test_what_we_decline_stays_vllms(asked: str, model: Path, tmp_path: Path) ->
 
 def test_a_cpu_is_left_to_vllm(model: Path) -> None:
     assert declines(model)["as it is"].startswith("vLLM: this is a CPU, where we have a slow reference alone; MXFP4_")
+
+
+def test_experts_of_other_quantization_configs(model: Path) -> None:
+    """Where vLLM's answer is its own method for MXFP4 experts, and would compute as we do."""
+    found = printed("vllm_configs.py", model, **CPU)
+    assert found.pop("left out") == "vllm UnquantizedFusedMoEMethod "
+    assert found.pop("other activations") == "vllm Mxfp4MoEMethod "
+    assert set(found) == {"DeepSeek-V4", "DeepSeek-V4.1", "stored as MXFP4"}
+    for name, said in found.items():
+        line, _, error = said.rpartition(" ")
+        assert line == "mxfp4_moe Mxfp4Method ModularExperts bits True error", name
+        assert float(error) < 5e-3, name  # bfloat16 between the GEMMs and in the output
+    asked = printed("vllm_configs.py", model, **OURS)
+    assert asked["other activations"].startswith("mxfp4_moe Mxfp4Method ModularExperts")
+    assert asked["DeepSeek-V4"].startswith("mxfp4_moe Mxfp4Method ModularExperts bits True error 0.0")
+    assert float(asked["DeepSeek-V4"].rpartition(" ")[2]) > 0.02, "E4M3 has three bits"
+
+
+def test_what_is_not_taken_is_there() -> None:
+    """The classes that are known by their names alone are vLLM's, in the versions that are tested."""
+    from mxfp4_moe.integrations._vllm_others import _NOT_TAKEN
+
+    spec = importlib.util.find_spec("vllm.model_executor.layers.quantization")
+    assert spec is not None
+    (folder,) = spec.submodule_search_locations or ()
+    text = "".join(file.read_text(encoding="utf-8") for file in Path(folder).rglob("*.py"))
+    assert [name for name in _NOT_TAKEN if f"class {name}(" not in text] == []
 
 
 def test_activations_are_what_vllm_computes(model: Path) -> None:
@@ -181,17 +229,39 @@ def test_the_doctor_says_that_we_are_in() -> None:
     ]
 
 
-def test_experts_that_eplb_has_moved_are_what_they_were(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["mxfp8", "fp16"])
+def test_experts_that_eplb_has_moved_are_what_they_were(asked: str, tmp_path: Path) -> None:
     """vLLM's transfer between two ranks: bytes of an expert go as rows, and its outputs keep their bits."""
+    model = write_gpt_oss(tmp_path / "model", unlike=True)
     keywords, program = CASES["EP 2"][0], Path(__file__).with_name("vllm_eplb.py")
-    ranks, _ = start(model, tmp_path / "out.json", keywords, program, **OURS, **TWO)
+    keywords = keywords | ({"dtype": "float16"} if asked == "fp16" else {})
+    settings = {**OURS, **TWO, "MXFP4_MOE_ACTIVATIONS": asked}
+    ranks, _ = start(model, tmp_path / "out.json", keywords, program, **settings)
     assert len(ranks) == 2
     for saw in ranks:
+        assert saw["kinds"] == ([EXPERTS // 2] * 2 * LAYERS if asked == "fp16" else []), "every expert has its own"
+        assert saw["factors"] == [True] * LAYERS
         assert saw["methods"] == ["mxfp4_moe.integrations._vllm_method"] * LAYERS
         assert saw["moves"] >= LAYERS, "between ranks"
         assert saw["nonzero"]
         assert saw["same"] == [True] * LAYERS
         assert saw["same_astray"] == [False] * LAYERS, "called with the old places"
+
+
+@pytest.mark.parametrize("asked", ["mxfp8", "fp16"])
+def test_reloaded_weights_are_all_that_is_read(asked: str, model: Path, tmp_path: Path) -> None:
+    """At the same addresses, which CUDA graphs have captured; of experts that are of another size than before."""
+    other = write_gpt_oss(tmp_path / "other", seed=1, unlike=True)
+    keywords = {"enforce_eager": True, "other": str(other), **({"dtype": "float16"} if asked == "fp16" else {})}
+    settings = {**OURS, "MXFP4_MOE_ACTIVATIONS": asked}
+    found, _ = start(model, tmp_path / "out.json", keywords, Path(__file__).with_name("vllm_reload.py"), **settings)
+    assert [seen["now"] for seen in found] == [True] * 4
+    assert [seen["captured"] for seen in found] == [True] * 4
+    assert [seen["factors"] for seen in found] == [True] * 4
+    assert [seen["stayed"] for seen in found] == [True] * 4
+    assert found[0]["sum"] == found[2]["sum"] != found[1]["sum"] == found[3]["sum"]
+    factors = ["w13_fp16_factors", "w2_fp16_factors"] if asked == "fp16" else []
+    assert found[0]["parameters"] == sorted(["w13_bias", "w13_weight", "w2_bias", "w2_weight", *factors])
 
 
 def test_parameters_are_one_row_of_bytes_for_each_expert(model: Path, tmp_path: Path) -> None:

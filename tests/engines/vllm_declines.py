@@ -68,6 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"is_lora_enabled": True},
     "batched": {"batched": True},
     "on input": {"on_input": True},
+    "float16": {"in_dtype": torch.float16},
     "float32": {"in_dtype": torch.float32},
     "activation": {"activation": MoEActivation.SITU},
     "router": {"routing_method": RoutingMethodType.DeepseekV4},
@@ -96,15 +97,23 @@ def main() -> None:
     load_general_plugins()
     config = EngineArgs(sys.argv[1], skip_tokenizer_init=True).create_engine_config()
     print("config:", get_quantization_config("gpt_oss_mxfp4").__name__, get_quantization_config("mxfp4").__name__)
+    from mxfp4_moe.integrations import _vllm_others
     from mxfp4_moe.integrations._engines import Settings
+    from mxfp4_moe.integrations._vllm_config import GptOssMxfp4Config, MoeGptOssMxfp4Config, _method
     from mxfp4_moe.integrations._vllm_decide import decide
+    from mxfp4_moe.integrations._vllm_method import GptOssMethod
 
     def tell(name: str, **changes: Any) -> None:
         found = decide(layer(**changes), True, Settings.read())
         kind = "vLLM" if found.experts is None else found.experts.__name__
         print(f"{name}: {kind}: {found.reason}; {found.next_step}")
 
+    print("dtypes:", *MoeGptOssMxfp4Config.get_supported_act_dtypes())
     with set_current_vllm_config(config):
+        try:
+            _method(layer(in_dtype=torch.float16, moe_backend="marlin"), GptOssMethod, GptOssMxfp4Config)
+        except ValueError as error:
+            print(f"float16 for nobody: {error}")
         for name, changes in CASES.items():
             tell(name, **changes)
         for name, capability in GPUS.items():
@@ -114,6 +123,11 @@ def main() -> None:
             tell("no bf16")
         with mock.patch.object(config.aux_output_config, "enable_return_routed_experts", True):
             tell("captured")
+        for name, title in _vllm_others._NOT_TAKEN.items():
+            answer = type(name, (), {})()
+            with mock.patch.object(_vllm_others, "say_once") as said:
+                assert _vllm_others.quant_method(layer(), answer, None, None) is answer
+            print(f"{title}: {said.call_args.args[1].reason}")
         with mock.patch.object(config.parallel_config, "enable_elastic_ep", True):
             tell("elastic")
 

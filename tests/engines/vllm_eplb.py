@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def exchange(model: Any) -> dict[str, Any]:
     weights = [list(layer.get_expert_weights()) for layer in layers]
     buffer = [torch.empty_like(tensor) for tensor in weights[0]]
     experts, generator = layers[0].global_num_experts, torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, layers[0].hidden_size, generator=generator, dtype=torch.float32).bfloat16()
+    hidden = torch.randn(TOKENS, layers[0].hidden_size, generator=generator, dtype=torch.float32)
+    hidden = hidden.to(layers[0].moe_config.in_dtype)
     chosen = torch.arange(TOKENS) % experts  # a token goes to one expert, so the sum over ranks rounds nothing
 
     def outputs(places: torch.Tensor) -> list[torch.Tensor]:
@@ -50,6 +52,8 @@ def exchange(model: Any) -> dict[str, Any]:
     here = experts // group.world_size
     return {
         "methods": [type(layer.quant_method).__module__ for layer in layers],
+        "kinds": [len({tuple(row) for row in factors}) for layer in layers for factors in factors_of(layer)],
+        "factors": [factors_of(layer, anew=True) == factors_of(layer) for layer in layers],
         "moves": int((torch.argsort(new, 1) // here != old // here).sum()),
         "nonzero": all(bool((row != 0).any(1).all()) for row in before),
         "same": [torch.equal(a, b) for a, b in zip(before, after, strict=True)],
@@ -57,12 +61,20 @@ def exchange(model: Any) -> dict[str, Any]:
     }
 
 
+def factors_of(layer: Any, anew: bool = False) -> list[Any]:
+    """What a GPU's kernel is given with float16 activations (a CPU finds them by itself); or made of the bytes now."""
+    weights = layer.quant_method.moe_kernel.fused_experts.weights
+    if layer.quant_method.decision.activation_format != "fp16":
+        return []
+    return [factors.tolist() for factors in (replace(weights) if anew else weights).fp16_factors()]
+
+
 def main() -> None:
     import vllm_eplb as workers  # by the name under which they find its functions
     from vllm import LLM
 
     model, out, keywords = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    engine = LLM(model, skip_tokenizer_init=True, max_model_len=256, dtype="bfloat16", seed=0, **keywords)
+    engine = LLM(model, skip_tokenizer_init=True, max_model_len=256, seed=0, **{"dtype": "bfloat16", **keywords})
     Path(out).write_text(json.dumps(engine.apply_model(workers.exchange)), encoding="utf-8")
 
 

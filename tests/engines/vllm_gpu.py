@@ -34,12 +34,13 @@ SAME_MEAN, OWN_MEAN = 0.25, 0.5
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, choices=[1, 2], default=1)
-    parser.add_argument("--activations", default="mxfp8", help="MXFP4_MOE_ACTIVATIONS: engine, bf16 or mxfp8")
+    parser.add_argument("--activations", default="mxfp8", help="MXFP4_MOE_ACTIVATIONS: engine, bf16, fp16 or mxfp8")
     parser.add_argument("--model", type=Path, help="a gpt-oss in MXFP4; without one, two layers of gpt-oss-20b's size")
     parser.add_argument("--keywords", default="{}", help="JSON for vLLM's LLM, such as an attention backend")
     arguments = parser.parse_args()
     common = {"gpu_memory_utilization": 0.4, **GRAPHS, **json.loads(arguments.keywords)}
     ours = {"MXFP4_MOE_ACTIVATIONS": arguments.activations, "MXFP4_MOE_VERIFY": "1"}
+    half = {"dtype": "float16"} if arguments.activations == "fp16" else {}  # which vLLM's own kernels refuse
     cases: list[tuple[str, dict[str, Any], str]] = [("one", {}, "tp")]
     if arguments.ranks == 2:
         two = {"tensor_parallel_size": 2}
@@ -50,7 +51,7 @@ def main() -> int:
         likely: dict[str, torch.Tensor] = {}
         for name, keywords, split in cases:
             out = Path(folder) / f"{name}.json"
-            data, said = start(model, out, {**common, **keywords}, **ours)
+            data, said = start(model, out, {**common, **half, **keywords}, **ours)
             ranks = keywords.get("tensor_parallel_size", 1)
             lines = [line[line.index("mxfp4-moe") :] for line in said.splitlines() if "mxfp4-moe" in line]
             print(f"{name}:", *dict.fromkeys(lines), sep="\n    ")

@@ -108,9 +108,8 @@ def main() -> None:
         max_model_len=256,
         max_num_seqs=4,
         max_num_batched_tokens=256,
-        dtype="bfloat16",
         seed=0,
-        **keywords,
+        **{"dtype": "bfloat16", **keywords},
     )
     if os.environ.get("MXFP4_MOE_ENGINES") != "off":
         engine.apply_model(functools.partial(workers.watch, out))

@@ -33,8 +33,8 @@ _W = TypeVar("_W", bound="InFloat16")
 class InFloat16:
     """The part of `MoEWeights` (which is above this room) that is about activation_format "fp16"."""
 
-    # Of w13's sums and of w2's, and the tensors' versions that they are of.
-    _fp16: tuple[Factors, tuple[int, ...]] | None = None
+    # Of w13's sums and of w2's, and the tensors' versions that they are of; None: their owner keeps them in step.
+    _fp16: tuple[Factors, tuple[int, ...] | None] | None = None
     _no_fp16 = ""  # why NVFP4 weights have none
 
     def fp16_factors(self) -> Factors:
@@ -54,7 +54,7 @@ class InFloat16:
             ValueError: an NVFP4 scale times 2^7 that float32 does not hold; MXFP4 weights of fake or meta tensors.
         """
         made = self._fp16
-        if made is not None and made[1] == _versions(self):
+        if made is not None and made[1] in (None, _versions(self)):
             return made[0]
         self.update_fp16_factors()
         assert self._fp16 is not None
@@ -92,7 +92,12 @@ class InFloat16:
                 made = self._fp16[0]
             if weights.w13.is_cuda and has_values(weights.w13):  # other threads' streams read them from now on
                 torch.cuda.current_stream(weights.device).synchronize()
-        self.__dict__["_fp16"] = made, _versions(self)  # of a frozen dataclass
+        owned = self._fp16 is not None and self._fp16[1] is None
+        self.__dict__["_fp16"] = made, None if owned else _versions(self)  # of a frozen dataclass
+
+    def _read_fp16_factors_of(self, owner: Factors) -> None:
+        """From now on the factors are these tensors, whose owner writes them when it writes w13 or w2."""
+        self.__dict__["_fp16"] = owner, None
 
     def _made_with_nvfp4(self) -> None:
         """Makes the factors of NVFP4 weights that are being made; one that float32 does not hold is kept for calls."""

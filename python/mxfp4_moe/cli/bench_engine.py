@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ..bench.engine import picture
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--engine-arguments", default="{}", metavar="JSON", help="""for vLLM's LLM: '{"tensor_parallel_size": 2}'"""
     )
+    group.add_argument(
+        "--rounds", type=int, help="runs of each arm, in turn: A B, then B A, and so on (default: 2; with --dry 1)"
+    )
     group.add_argument("--dry", action="store_true", help="so little that a CPU does it: whether it runs, not how fast")
 
 
@@ -36,8 +40,13 @@ def run(arguments: argparse.Namespace, progress: Callable[[str], None]) -> int:
         keywords = json.loads(arguments.engine_arguments)
         if not isinstance(keywords, dict):
             raise ValueError(f"engine-arguments: expected a JSON object, got {arguments.engine_arguments}")
+        load = Load.dry() if arguments.dry else Load()
+        if arguments.rounds is not None:
+            if arguments.rounds < 1:
+                raise ValueError(f"rounds: expected at least 1, got {arguments.rounds}")
+            load = replace(load, rounds=arguments.rounds)
         with _model(arguments.model, arguments.dry, progress) as model:
-            result = compare(model, Load.dry() if arguments.dry else Load(), keywords, progress)
+            result = compare(model, load, keywords, progress)
         print(table(result))
         if arguments.json:
             arguments.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -37,7 +37,8 @@ class MoEExperts(nn.Module):
 
     Args:
         weights: the layer's weights.
-        activation_format: "mxfp8" (W4A8), or "bf16" (W4A16: hidden states as they come, float16 ones too).
+        activation_format: "mxfp8" (W4A8), "bf16" (W4A16, to which float16 hidden states are rounded), or "fp16" (W4A16
+            of float16 hidden states).
         unsaved: why no state dict can be made of them; empty where one can.
     """
 
@@ -69,7 +70,10 @@ class MoEExperts(nn.Module):
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """hidden_states [..., H], router_indices [T, k], routing_weights [T, k] -> [..., H] in hidden_states' dtype.
 
-        float32 hidden states are rounded to bfloat16 on the way in.
+        float32 hidden states are rounded on the way in, to bfloat16, or to float16 with activations in it.
+
+        Raises:
+            TypeError: bfloat16 hidden states with float16 activations.
         """
         if routing_weights.shape != router_indices.shape:
             raise ValueError(
@@ -78,7 +82,7 @@ class MoEExperts(nn.Module):
             )
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if rows.dtype not in (torch.bfloat16, torch.float16):
-            rows = rows.to(torch.bfloat16)
+            rows = rows.to(torch.float16 if self.activation_format == "fp16" else torch.bfloat16)
         out = fused_moe(
             rows,
             routing_weights.to(torch.float32).contiguous(),
@@ -147,6 +151,7 @@ class MoEExperts(nn.Module):
                 given[prefix + name] = self._reordered(name, tensor, loaded.word_order, order) if matrix else tensor
         super()._load_from_state_dict(given, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._word_order = order
+        self._weights = replace(self._weights)  # one that knows nothing of what was there
 
     def _reordered(self, name: str, weight: Any, old: WordOrder, new: WordOrder) -> Any:
         """One of the matrices in another word order; itself where it has that already."""
@@ -256,10 +261,8 @@ class LoadedExperts(MoEExperts):
 
 
 def format_argument(activation_format: str) -> dict[str, Any]:
-    """What `fused_moe` is told: nothing for its default. Float16 hidden states are rounded to bfloat16 too."""
-    if activation_format == "mxfp8":
-        return {}
-    return {"activation_format": "bf16"}
+    """What `fused_moe` is told: nothing for its default."""
+    return {} if activation_format == "mxfp8" else {"activation_format": activation_format}
 
 
 def _stored_of(weights: MoEWeights) -> dict[str, Tensor]:

@@ -147,6 +147,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, LoadedExperts):
                 module.is_loaded = True
+                self._make_ready(module)
         # What is saved are checkpoint names already, which transformers need not find by reversing.
         model._weight_conversions = [one for one in model._weight_conversions if not _is_ours(one)]
         if self.settings.verify and self._to_verify is not None:
@@ -210,7 +211,7 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
                 inter,
                 alpha=float(experts.module.alpha),
                 limit=float(experts.module.limit),
-                activation_format="mxfp8" if choice.format == "mxfp8" else "bf16",
+                activation_format=choice.format,
             )
             parent, _, attribute = experts.name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, module)
@@ -220,6 +221,14 @@ class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
         line = f"mxfp4-moe runs the experts of {len(found)} layers of {type(model).__name__}: {choice.reason}"
         say(TRANSFORMERS, line, once=False)
         return True
+
+    def _make_ready(self, module: LoadedExperts) -> None:
+        """Makes what float16 activations need now, before a graph is traced; not of layers that wait elsewhere."""
+        w13: Any = module.w13
+        assert self.serving is not None
+        here = not w13.is_meta and not hasattr(w13, "full_tensor") and self.serving.executes(w13.device) == w13.device
+        if here and module.activation_format == "fp16":
+            module.weights.fp16_factors()
 
     def _verify(self, model: Any, found: models.FoundExperts, checkpoint: Path) -> None:
         """Compares the first layer with one that was read by `MoEWeights`, bit by bit."""

@@ -52,12 +52,13 @@ class Decision:
     verify: bool = False
 
 
-def decide(layer: Any, gpt_oss: bool, settings: Settings) -> Decision:
+def decide(layer: Any, gpt_oss: bool, settings: Settings, computes: str = "") -> Decision:
     """The decision for one layer.
 
     Args:
         layer: vLLM's `RoutedExperts`, before its weights are made.
         gpt_oss: its checkpoint is gpt-oss's, whose numbers are vLLM's constants.
+        computes: the activations of the kernels that vLLM has chosen, "bf16" or "mxfp8", where that is known.
     """
     moe = layer.moe_config
 
@@ -84,7 +85,7 @@ def decide(layer: Any, gpt_oss: bool, settings: Settings) -> Decision:
     experts, why = _experts(layer, config)
     if experts is None:
         return no(why)
-    choice = _activations(moe, config, settings)
+    choice = _activations(moe, config, settings, computes)
     if not choice.format:
         return no(choice.reason, choice.next_step)
     return Decision(
@@ -123,10 +124,10 @@ def _device_fault(settings: Settings) -> tuple[str, str] | None:
     return selftest_gate(torch.cuda.get_device_name(), capability, settings)
 
 
-def _activations(moe: Any, config: Any, settings: Settings) -> Choice:
+def _activations(moe: Any, config: Any, settings: Settings, computes: str) -> Choice:
     """vLLM computes with 16-bit activations on our GPUs, unless --quantization-config asks for MXFP8 ones."""
     given = getattr(getattr(config.model_config, "quantization_config", None), "moe", None)
-    default = "mxfp8" if getattr(given, "activation", None) == kMxfp8Dynamic else ENGINE.activations
+    default = "mxfp8" if getattr(given, "activation", None) == kMxfp8Dynamic else computes or ENGINE.activations
     device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
     dtype = "fp16" if moe.in_dtype == torch.float16 else "bf16"
     return choose_activations(ENGINE, settings, formats_on(device), dtype=dtype, engine_default=default)

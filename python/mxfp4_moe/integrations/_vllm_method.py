@@ -1,8 +1,9 @@
 """vLLM's method for a layer of experts: its own weights and loading, our layout behind them, our kernels to run.
 
 The parameters stay vLLM's: after loading, w13_weight and w2_weight hold [E, bytes], codes and scales of an expert in
-one row, and the two biases are float32. So whatever moves experts by rows (EPLB) or tensors by names (sleep, reload)
-works as before.
+one row, and the two biases are float32. What float16 activations need to know of an expert's weights are parameters
+too, w13_fp16_factors and w2_fp16_factors. So whatever moves experts by rows (EPLB) or tensors by names (sleep, reload,
+sharded states) works as before, and nothing that the kernels read is ever made from what was there earlier.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from ._engines.verify import verify_layer
 from ._vllm_decide import ENGINE, Decision
 
 _SCALES = ("w13_weight_scale", "w2_weight_scale")
+_WEIGHTS = ("w13_weight", "w2_weight")
+_FACTORS = ("w13_fp16_factors", "w2_fp16_factors")
 _verified: set[str] = set()
 
 
@@ -41,6 +44,9 @@ class _Method:
         self.decision = decision
         self.experts_cls = decision.experts
         self.weights: MoEWeights | None = None
+        self._names = _WEIGHTS + (_FACTORS if decision.activation_format == "fp16" else ())
+        self._bound: list[int] = []  # where they were when `weights` was made of them
+        self._written: list[int] = []  # torch's counts of writes to them, when last looked at
 
     @property
     def supports_eplb(self) -> bool:
@@ -98,6 +104,9 @@ class _Method:
         ):
             if tensor is not None:
                 replace_parameter(layer, name, tensor)
+        if decision.activation_format == "fp16":
+            for name, tensor in zip(_FACTORS, weights.fp16_factors(), strict=True):
+                replace_parameter(layer, name, tensor)
         for name in _SCALES:
             replace_parameter(layer, name, None)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
@@ -131,13 +140,32 @@ class _Method:
         if torch.compiler.is_compiling():
             return
         assert self.weights is not None
-        if layer.w13_weight.data_ptr() != self.weights.w13.data_ptr():
+        if self._places(layer) != self._bound:
             self._follow(layer, self.weights)
+        elif self.decision.activation_format == "fp16":
+            self._check_writes(layer, self.weights)
+
+    def _check_writes(self, layer: Any, weights: MoEWeights) -> None:
+        """Factors that somebody left out, who wrote prepared weights by their names, are made from these."""
+        now, seen = self._versions(layer), self._written
+        self._written = now
+        if now[: len(_WEIGHTS)] != seen[: len(_WEIGHTS)] and now[len(_WEIGHTS) :] == seen[len(_WEIGHTS) :]:
+            weights.update_fp16_factors()
+
+    def _versions(self, layer: Any) -> list[int]:
+        tensors = [getattr(layer, name) for name in self._names]
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+    def _places(self, layer: Any) -> list[int]:
+        return [getattr(layer, name).data_ptr() for name in self._names]
 
     def _follow(self, layer: Any, weights: MoEWeights) -> None:
-        self.weights = wrap_layer(
-            weights, layer.w13_weight.data, layer.w2_weight.data, _data(layer, "w13_bias"), _data(layer, "w2_bias")
-        )
+        tensors = (layer.w13_weight.data, layer.w2_weight.data, _data(layer, "w13_bias"), _data(layer, "w2_bias"))
+        factors = None
+        if self.decision.activation_format == "fp16":
+            factors = layer.w13_fp16_factors.data, layer.w2_fp16_factors.data
+        self.weights = wrap_layer(weights, *tensors, fp16_factors=factors)
+        self._bound, self._written = self._places(layer), self._versions(layer)
         self.moe_kernel.fused_experts.weights = self.weights
 
     # ---- the check at start-up, MXFP4_MOE_VERIFY=1 ---------------------------------------------------------------

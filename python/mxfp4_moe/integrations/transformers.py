@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..weights import MoEWeights
@@ -21,7 +22,7 @@ from ._transformers_experts import MoEExperts
 
 __all__ = ["MoEExperts", "disable", "enable", "replace_experts"]
 
-_FORMATS = ("bf16", "mxfp8")
+_FORMATS = ("bf16", "fp16", "mxfp8")
 _METHOD = "mxfp4"  # transformers' name for the format
 _own: list[Any] = []  # transformers' own quantizer, while ours is in its place
 
@@ -39,8 +40,9 @@ def enable(*, activation_format: str | None = None) -> bool:
     tells, and transformers stays as it is. MXFP4_MOE_ENGINES and the other variables of docs/engines.md count here too.
 
     Args:
-        activation_format: "bf16" (W4A16, as transformers itself computes) or "mxfp8" (W4A8; docs/accuracy.md). By
-            default what MXFP4_MOE_ACTIVATIONS says, and without it transformers' own.
+        activation_format: "bf16" or "fp16" (W4A16; transformers itself computes in the model's dtype), or "mxfp8"
+            (W4A8; docs/accuracy.md). By default what MXFP4_MOE_ACTIVATIONS says, and without it transformers' own.
+            "fp16" is for models in float16; others stay on transformers' path.
 
     Returns:
         Whether it is enabled.
@@ -49,7 +51,7 @@ def enable(*, activation_format: str | None = None) -> bool:
         ValueError: another activation_format.
     """
     if activation_format not in (None, *_FORMATS):
-        raise ValueError(f"activation_format: expected 'bf16', 'mxfp8' or None, got {activation_format!r}")
+        raise ValueError(f"activation_format: expected 'bf16', 'fp16', 'mxfp8' or None, got {activation_format!r}")
     standing = register(
         TRANSFORMERS, lambda settings: _look() or "from_pretrained of an MXFP4 gpt-oss loads our layout"
     )
@@ -109,8 +111,9 @@ def replace_experts(
     Args:
         model: a `GptOssForCausalLM`, a `GptOssModel`, or any module that holds decoder layers of one.
         checkpoint: file or directory, as for `MoEWeights.from_safetensors`.
-        activation_format: "bf16" (W4A16, as transformers itself computes) or "mxfp8" (W4A8; docs/accuracy.md). By
-            default "bf16" where every layer's device has kernels for it, else "mxfp8".
+        activation_format: "bf16" or "fp16" (W4A16; transformers itself computes in the model's dtype), or "mxfp8"
+            (W4A8; docs/accuracy.md). By default the first of these that every layer's device has kernels for: of a
+            model in float16 "fp16", then "bf16", to which its hidden states are rounded, then "mxfp8".
 
     Returns:
         The number of layers that were replaced.
@@ -159,18 +162,23 @@ _UNSAVED = (
 def _activations(found: list[models.FoundExperts], asked: str | None) -> Choice:
     """Which ones: those that were asked for, or bfloat16 ones, or those that every device has."""
     if asked not in (None, *_FORMATS):
-        raise ValueError(f"activation_format: expected 'bf16', 'mxfp8' or None, got {asked!r}")
+        raise ValueError(f"activation_format: expected 'bf16', 'fp16', 'mxfp8' or None, got {asked!r}")
     devices = {experts.device for experts in found}
+    # Not of the matrices, which some versions of transformers dequantize to bfloat16 whatever the model's dtype is.
+    half = all(experts.module.gate_up_proj_bias.dtype is torch.float16 for experts in found)
     there = [name for name in _FORMATS if all(name in formats_on(device) for device in devices)]
-    chosen = asked or next(iter(there), "mxfp8")
+    order = ("fp16", "bf16", "mxfp8") if half else ("bf16", "mxfp8")
+    chosen = asked or next((name for name in order if name in there), "mxfp8")
     if chosen not in there:
         raise ValueError(
             f"activation_format: expected {' or '.join(map(repr, there))}, what this wheel has for "
             f"{', '.join(sorted(map(str, devices)))}, got {chosen!r}"
         )
+    if chosen == "fp16" and not half:
+        raise ValueError("activation_format: expected 'bf16' or 'mxfp8' for a model not in float16, got 'fp16'")
     wish = "as replace_experts was asked" if asked else "as transformers computes"
-    if not asked and chosen == "mxfp8":
-        wish = "for want of bfloat16 ones on this device"
+    if not asked and chosen != order[0]:
+        wish = f"for want of {'float16' if half else 'bfloat16'} ones on this device"
     return Choice(format=chosen, reason=f"{IN_WORDS[chosen]}, {wish}")
 
 

@@ -13,21 +13,19 @@ _FONT = "font-family='system-ui, sans-serif'"
 
 def picture(comparison: Comparison) -> str:
     """Decode and prefill of both arms."""
-    ours, own = (arm.result for arm in comparison.arms)
+    ours, own = comparison.arms
+    run = ours.runs[0]
     pairs = [
-        (f"decode, {a['sequences']} at once", a["tokens_per_s"], b["tokens_per_s"])
-        for a, b in zip(ours["decode"], own["decode"], strict=True)
-    ]
-    pairs += [
-        (f"prefill, {a['prompts']} x {a['tokens']}", a["tokens_per_s"], b["tokens_per_s"])
-        for a, b in zip(ours["prefill"], own["prefill"], strict=True)
+        (what, a.median, b.median)
+        for kind in ("decode", "prefill")
+        for (what, a), (_, b) in zip(ours.rates(kind), own.rates(kind), strict=True)
     ]
     height = 84 + _ROW * len(pairs)
-    names = (comparison.arms[0].name, f"vLLM {own['vllm']}")
+    names = (comparison.arms[0].name, f"vLLM {run['vllm']}")
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {height}' {_FONT} font-size='13'>",
         f"<rect width='{_WIDTH}' height='{height}' fill='white'/>",
-        _text(16, 26, f"Tokens a second in vLLM: {comparison.model} on {ours['device']}", "font-size='16'"),
+        _text(16, 26, f"Tokens a second in vLLM: {comparison.model} on {run['device']}", "font-size='16'"),
     ]
     for i, (name, color) in enumerate(zip(names, _COLORS, strict=True)):
         parts.append(f"<rect x='{16 + 150 * i}' y='40' width='12' height='12' fill='{color}'/>")

@@ -1,4 +1,4 @@
-"""One arm: vLLM in this process, timed; what it found goes to a file. A program, started anew for each arm.
+"""One run: vLLM in this process, timed; what it found goes to a file. A program, started anew for each run.
 
 python -m mxfp4_moe.bench.engine.serve '{"model": ..., "out": ..., "keywords": {...}, "load": {...}}'
 """
@@ -54,17 +54,15 @@ def main() -> None:
     decode, prefill = [], []
     for sequences in load["decode"]:
         seconds(sequences, 16, load["long"])
-        times = [
-            min(seconds(sequences, 16, answer) for _ in range(load["repeats"]))
-            for answer in (load["short"], load["long"])
-        ]
-        step = (times[1] - times[0]) / (load["long"] - load["short"])
-        decode.append({"sequences": sequences, "ms_per_step": step * 1e3, "tokens_per_s": sequences / step})
+        steps = []
+        for _ in range(load["repeats"]):  # a short and a long one beside each other, so that both see the same host
+            short, long = (seconds(sequences, 16, answer) for answer in (load["short"], load["long"]))
+            steps.append((long - short) / (load["long"] - load["short"]) * 1e3)
+        decode.append({"sequences": sequences, "ms_per_step": steps})
     for prompts in load["prefill"]:
         seconds(prompts, load["prompt"], 1)
-        best = min(seconds(prompts, load["prompt"], 1) for _ in range(load["repeats"] + 1))
-        rate = prompts * load["prompt"] / best
-        prefill.append({"prompts": prompts, "tokens": load["prompt"], "ms": best * 1e3, "tokens_per_s": rate})
+        times = [seconds(prompts, load["prompt"], 1) * 1e3 for _ in range(load["repeats"])]
+        prefill.append({"prompts": prompts, "tokens": load["prompt"], "ms": times})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result = {
         "vllm": str(vllm.__version__),

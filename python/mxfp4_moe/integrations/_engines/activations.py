@@ -39,14 +39,10 @@ class Choice:
 
 
 def formats_on(device: Any) -> Sequence[str]:
-    """The activation formats that this package has kernels for on a torch device, and that engines may be given.
-
-    "fp16" is not among them: what weights need for it is made from their values, and would have to be made anew where
-    an engine writes others into the same memory, under CUDA graphs too (`engines.update_fp16_factors`).
-    """
+    """The activation formats that this package has kernels for on a torch device."""
     package = sys.modules[__name__.partition(".")[0]]
     ask = getattr(package, "activation_formats", None)
-    return ALWAYS_THERE if ask is None else tuple(name for name in ask(device) if name != "fp16")
+    return ALWAYS_THERE if ask is None else tuple(ask(device))
 
 
 def choose_activations(
@@ -62,19 +58,24 @@ def choose_activations(
 
     Args:
         formats: those that we have on the layer's device, `formats_on`.
-        dtype: "bf16" or "fp16", the model's: W4A16 takes its hidden states as they are.
+        dtype: "bf16" or "fp16", the model's: an engine's W4A16 takes its hidden states as they are. By name "bf16" is
+            taken with both, where float16 hidden states are rounded to it, and "fp16" with float16 ones alone.
         engine_default: what the engine would compute with here, where that is not its row's `activations`.
         wish: whose wish it was, in words, where it was not the settings' or the engine's.
     """
     asked = settings.activations != "engine"
     wanted = settings.activations if asked else engine_default or engine.activations
     wish = wish or (f"as {ACTIVATIONS_VARIABLE} says" if asked else f"as {engine.title} computes")
-    name = "mxfp8" if wanted == "mxfp8" else dtype
+    name = wanted if asked or wanted == "mxfp8" else dtype
+    if name == "fp16" and dtype != "fp16":
+        reason = f"{IN_WORDS[name]}, {wish}, take a float16 model, and this one is computed in bfloat16"
+        return Choice(format="", reason=reason, next_step=f"{ACTIVATIONS_VARIABLE}=bf16 takes it as it is")
     if name in formats:
         return Choice(format=name, reason=f"{IN_WORDS[name]}, {wish}")
     others = [other for other in formats if other != name]
     step = ""
     if "mxfp8" in others:
         step = f"{ACTIVATIONS_VARIABLE}=mxfp8 takes our kernels with MXFP8 activations (docs/accuracy.md)"
-    where = "for engines" if name == "fp16" else "on this device"
-    return Choice(format="", reason=f"no kernels with {IN_WORDS[name]} {where}, {wish}", next_step=step)
+    if name == "fp16" and "bf16" in others:
+        step = f"{ACTIVATIONS_VARIABLE}=bf16 rounds to bfloat16 ones; {step}"
+    return Choice(format="", reason=f"no kernels with {IN_WORDS[name]} on this device, {wish}", next_step=step)

@@ -76,7 +76,8 @@ def _bindings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
                 yield alias.asname or alias.name.partition(".")[0], statement
         elif isinstance(statement, ast.Assign):
             for target in statement.targets:
-                yield from ((node.id, statement) for node in ast.walk(target) if isinstance(node, ast.Name))
+                stored = (node for node in ast.walk(target) if isinstance(node, ast.Name))
+                yield from ((name.id, statement) for name in stored if isinstance(name.ctx, ast.Store))  # not x of x.y
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             yield statement.target.id, statement
         else:

@@ -6,7 +6,7 @@ MXFP4_MOE_ENGINES      auto (default): every engine whose version was tested
                        untested: every engine, also in versions that were not tested, as long as all hooks are there
 MXFP4_MOE_ACTIVATIONS  engine (default): what the engine's own kernels compute with; where we have no kernels for
                        that, the engine's own run
-                       bf16: W4A16;  mxfp8: W4A8
+                       bf16, fp16: W4A16;  mxfp8: W4A8
 MXFP4_MOE_VERIFY       1: compare the first layer's bits at start-up, and stop where they differ
 MXFP4_MOE_SELFTEST     required (default): on SM12x wait for a passed `mxfp4-moe doctor --selftest`
                        skip: do not
@@ -26,7 +26,7 @@ VERIFY_VARIABLE = "MXFP4_MOE_VERIFY"
 SELFTEST_VARIABLE = "MXFP4_MOE_SELFTEST"
 CPU_VARIABLE = "MXFP4_MOE_CPU"
 
-_ACTIVATIONS = ("engine", "bf16", "mxfp8")
+_ACTIVATIONS = ("engine", "bf16", "fp16", "mxfp8")
 
 
 class SettingsError(ValueError):
@@ -40,7 +40,7 @@ class Settings:
     Attributes:
         engines: names of the engines that may have our kernels.
         untested: also versions that were not tested.
-        activations: "engine", "bf16" or "mxfp8".
+        activations: "engine", "bf16", "fp16" or "mxfp8".
         verify: compare a layer's bits at start-up.
         selftest: on SM12x wait for a passed self-test.
         cpu: take CPU tensors too.
