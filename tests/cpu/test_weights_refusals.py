@@ -225,7 +225,12 @@ class TestRefuses:
                 "first_expert: expected 0 to 0, where the 3 experts here fit into 3, got 1",
             ),
             ("first_expert", lambda f: True, TypeError, "first_expert: expected an integer, got bool"),
-            ("num_global_experts", lambda n: 2, ValueError, "num_global_experts: expected 3 or more, which are here, or 0"),
+            (
+                "num_global_experts",
+                lambda n: 2,
+                ValueError,
+                "num_global_experts: expected 3 or more, which are",
+            ),
             ("limit", lambda a: -1.0, ValueError, r"limit: expected a finite number above 0, or None, got -1\.0"),
         ],
     )
