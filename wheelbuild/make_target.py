@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from wheelbuild import BuildError
@@ -96,8 +97,10 @@ def _link_headers(folder: Path, platform: Platform, version: str) -> None:
 
 
 def _install(target: Target, wanted: Sequence[str]) -> None:
-    import pip
-
+    # Found and not imported: setuptools warns of that in a process that has distutils.
+    pip = PathFinder.find_spec("pip")
+    if pip is None or pip.origin is None:
+        raise BuildError("this environment has no pip, which the target's is a link to; python -m ensurepip makes one")
     emulator, root, python = target.platform.emulator, target.folder / "root", f"python{target.python_version}"
     remedy = f"remove {target.folder} and try again"
     venv = ("-m", "venv", "--without-pip", str(target.folder / "venv"))
@@ -105,7 +108,7 @@ def _install(target: Target, wanted: Sequence[str]) -> None:
     # This environment's pip, which is plain Python, in a folder of its own: its neighbours are for this platform.
     alone = target.folder / "pip"
     alone.mkdir()
-    (alone / "pip").symlink_to(Path(pip.__file__).parent)
+    (alone / "pip").symlink_to(Path(pip.origin).parent)
     pip_install(target, wanted)
 
 

@@ -177,8 +177,7 @@ def test_a_wheel_without_it_says_so_before_it_speaks_of_weights(gpus: pytest.Mon
 
 @pytest.mark.usefixtures("full")
 def test_engines_are_offered_what_the_wheel_has() -> None:
-    """But for fp16, whose factors would have to follow what engines write into weights."""
-    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16", "mxfp4")] * 2
+    assert [formats_on(torch.device("cuda", index)) for index in (0, 1)] == [("mxfp8", "bf16", "mxfp4", "fp16")] * 2
 
 
 def test_engines_are_not_offered_what_the_wheel_lacks(gpus: pytest.MonkeyPatch) -> None:

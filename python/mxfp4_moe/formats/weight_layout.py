@@ -37,6 +37,10 @@ class WordOrder(str, Enum):
     PAIRS = "pairs"  # MMAs of bf16 and fp16 (SM90's, SM12x's of such activations): four pairs of neighbours, one a half
     PLAIN = "plain"  # SM12x's MMAs of FP4 alone, which take codes as they come: k = 8t .. 8t+7
 
+    def __reduce_ex__(self, protocol: object) -> tuple[type[WordOrder], tuple[str]]:
+        """By its value in every Python: 3.11.2 pickles the name, 3.11.7 the value."""
+        return WordOrder, (self.value,)
+
     @classmethod
     def _missing_(cls, value: object) -> WordOrder:
         if value == "halves":  # what SM90's kernels read once: other bits in tensors of the same sizes
