@@ -6,7 +6,9 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fp4_oracles
@@ -335,3 +337,9 @@ def test_what_the_operator_is_given(kind: str, gated: bool, inputs: bool) -> Non
     assert "operator_arguments" in vars(again), "made with the weights, not in a stream's first call"
     mxfp4 = MoEWeights.from_float(torch.randn(1, 64, 32), torch.randn(1, 32, 32))
     assert mxfp4.operator_arguments[1] == {}
+
+
+def test_formats_have_the_kernels_numbers() -> None:
+    text = (Path(__file__).resolve().parents[2] / "csrc" / "tile_abi.h").read_text(encoding="utf-8")
+    numbers = {name.lower(): int(number) for name, number in re.findall(r"MXFP4_MOE_WEIGHT_(\w+) = (\d+),", text)}
+    assert numbers == {kind.value: kind.code for kind in WeightFormat}
