@@ -8,7 +8,8 @@
 // Called by layer.cpp after GEMM2.
 // Why it is fast, and the same every time: each lane owns 16 bytes of each of a token's rows (of few tokens 2 columns)
 // and gathers the k rows itself, four loads in flight, in the fixed order of j. One pass, no atomics, every byte read
-// once. It is the one kernel of a layer that does not start before the one before it is done (docs/decisions.md).
+// once. Of few tokens it starts before GEMM2 is done, by the rule of shared/launch.cuh; of many, where its blocks would
+// only take the place of GEMM2's, it does not.
 #include <type_traits>
 
 #include "moe/halves.cuh"
@@ -82,6 +83,10 @@ struct Choices {
 
 template <HalfType kType, int kColumns>
 __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs args) {
+  if constexpr (kColumns == kFewColumns) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
   const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
   if (column >= args.hidden_size) {
     return;
@@ -128,9 +133,9 @@ template <HalfType kType, int kColumns>
 cudaError_t launch_columns(const FinalizeArgs& args, cudaStream_t stream) {
   const int lanes = args.hidden_size / kColumns;
   const dim3 grid((lanes + kThreads - 1) / kThreads, args.tokens < kMaxGridY ? args.tokens : kMaxGridY);
-  LaunchOptions in_order;
-  in_order.early = false;
-  return launch_with(in_order, finalize_kernel<kType, kColumns>, grid, kThreads, stream, args);
+  LaunchOptions options;
+  options.early = kColumns == kFewColumns;
+  return launch_with(options, finalize_kernel<kType, kColumns>, grid, kThreads, stream, args);
 }
 
 template <HalfType kType>

@@ -4,6 +4,8 @@
 //   kFewWeightBytes      GEMMs that may read more than this load weights at L2's normal priority (launcher.cuh)
 //   kFolds               kernels of bf16 rows serve MXFP8, MXFP4 and NVFP4 activations too, whose codes and scales fold
 //                        into bf16
+//   kPassesTiles         in kernels of bf16 and fp16 rows, who loads tells who multiplies of each output tile
+//                        (bf16/passed_tiles.cuh)
 #pragma once
 
 #include "tile/sm12x/arch.cuh"

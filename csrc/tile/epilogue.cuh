@@ -62,13 +62,13 @@ __device__ __forceinline__ void store_sums(const float (&acc)[Shape::kFragM][Sha
 
 // acc to where the call wants it, for one warp at (m0, n0) of the physical tile n_tile of an m-tile. lane() is this
 // thread's in the warp.
-template <class Shape, class Lane>
+template <class Shape, class Lane, class Bias>
 __device__ __forceinline__ void store_tile(float (&acc)[Shape::kFragM][Shape::kFragN][4], const GemmParams& p,
                                            const Mxfp4MoeMTile& m_tile, int n_tile, int m0, int n0, const Lane& lane,
-                                           uint32_t* amax) {
+                                           uint32_t* amax, const Bias& bias) {
   if constexpr (Shape::kActivates) {
     if (p.activate.rows != nullptr) {
-      store_activated<Shape>(acc, p.activate, m_tile, p.rows, p.n, n_tile * Shape::N, m0, n0, lane(), amax);
+      store_activated<Shape>(acc, p.activate, m_tile, p.rows, p.n, n_tile * Shape::N, m0, n0, lane(), amax, bias);
       return;
     }
   }
@@ -125,7 +125,7 @@ struct OutputTiles {
         multiply_factors<Shape>(acc, p.factors, m_tile, done.n * Shape::N, warp_m0<Shape>(same_warp),
                                 warp_n0<Shape>(same_warp), lane_id());
       store_tile<Shape>(acc, p, m_tile, done.n, warp_m0<Shape>(same_warp), warp_n0<Shape>(same_warp), lane_id,
-                        smem.amax());
+                        smem.amax(), BiasOnDemand());
     }
   }
 };

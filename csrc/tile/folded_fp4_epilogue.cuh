@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_folded_fp4(const Value& value, const Store
   };
 
   if constexpr (Blocks::kWarps > 1) {
-    const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(Shape::kMmaWarps * 32) : "memory"); };
+    const auto sync = [&] { sync_warps_of_block<Shape>(part); };
     const auto leave = [&](int place, bool adds) {
       for_each_fragment([&](int f) {
 #pragma unroll

@@ -31,4 +31,29 @@ __device__ __forceinline__ uint32_t max_over_lanes(uint32_t x) {
   return x;
 }
 
+// Waits for the warps that share a block of 32 outputs with this one, which has its part number `part` of the weight
+// rows. Where a tile's warps walk from tile to tile on their own (bf16/passed_tiles.cuh), for no others.
+template <class Shape>
+__device__ __forceinline__ void sync_warps_of_block(int part) {
+  if constexpr (!Shape::kPassesTiles) {
+    asm volatile("bar.sync 1, %0;" ::"n"(Shape::kMmaWarps * 32) : "memory");
+  } else {
+    constexpr int kWarps = 64 / Shape::kWarpWeightRows, kBlocks = Shape::N / 64;
+    static_assert(kBlocks <= 4);
+    const int block = part / kWarps;
+    // Constants: with a number in a register, a block takes all 16 barriers, of which an SM has 64.
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else if (kBlocks == 1 || block == 0) {
+      asm volatile("bar.sync 1, %0;" ::"n"(kWarps * 32) : "memory");
+    } else if (kBlocks == 2 || block == 1) {
+      asm volatile("bar.sync 2, %0;" ::"n"(kWarps * 32) : "memory");
+    } else if (block == 2) {
+      asm volatile("bar.sync 3, %0;" ::"n"(kWarps * 32) : "memory");
+    } else {
+      asm volatile("bar.sync 4, %0;" ::"n"(kWarps * 32) : "memory");
+    }
+  }
+}
+
 }  // namespace mxfp4_moe

@@ -62,6 +62,13 @@ struct SharedStorage {
     return reinterpret_cast<EmptyBarrier*>(base + Shape::Smem::kBarrier + Shape::kStages * 8) + stage;
   }
   __device__ uint32_t* amax() const { return reinterpret_cast<uint32_t*>(base + Shape::Smem::kAmax); }
+  // Where kPassesTiles: the output tile whose first K tile is in a stage, and the one that a warp is at.
+  __device__ uint8_t* passed_tile(int stage) const {
+    return base + Shape::Smem::kBarrier + Shape::kStages * kBarrierBytesPerStage + stage * kPassedTileBytes;
+  }
+  __device__ uint8_t* kept_tile(int warp) const {
+    return base + Shape::Smem::kAmax + Shape::kAmaxBytes + warp * kPassedTileBytes;
+  }
 
   __device__ __forceinline__ void init_barriers(int stage) const {
     full(stage)->init(1);
@@ -176,6 +183,15 @@ struct WeightLoads {
   }
 };
 
+// Which output tile begins in a stage, for the warps that multiply: they have it with the stage's data, and read no list
+// (bf16/passed_tiles.cuh). An m-tile whose `reserved` is the tile along n.
+template <class Shape>
+__device__ __forceinline__ void pass_tile(const SharedStorage<Shape>& smem, int stage, const Mxfp4MoeMTile& m,
+                                          int n_tile) {
+  if constexpr (Shape::kPassesTiles)
+    *reinterpret_cast<int4*>(smem.passed_tile(stage)) = make_int4(m.expert, m.row_begin, m.row_end, n_tile);
+}
+
 // One warp, one lane of which issues all copies.
 template <class Shape, class ActLoads>
 __device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
@@ -190,6 +206,7 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
     if (issues && static_cast<int>(blockIdx.x) < num_tiles) {
       const TileCoord coord = tile_coord(blockIdx.x, num_n_tiles);
       const Mxfp4MoeMTile m_tile = load_m_tile(p.m_tiles + coord.m);
+      pass_tile(smem, 0, m_tile, coord.n);
       for (; fetched < min(Shape::kStages, weights.num_k_tiles); ++fetched)
         weights.load(maps, smem, fetched, fetched, coord.n * Shape::N, m_tile);
     }
@@ -207,6 +224,7 @@ __device__ void produce(const TensorMaps& maps, const GemmParams& p, const Share
     for (int kt = 0; kt < weights.num_k_tiles; ++kt) {
       if (kt >= fetched) {
         wait_for(smem.empty(ring.stage), ring.phase ^ 1);
+        if (kt == 0) pass_tile(smem, ring.stage, m_tile, coord.n);
         weights.load(maps, smem, ring.stage, kt, coord.n * Shape::N, m_tile);
       }
       ActLoads::load(maps, smem, ring.stage, kt, m_tile);

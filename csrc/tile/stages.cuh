@@ -10,6 +10,7 @@ constexpr int kRegistersPerSubpartition = 512;  // of 32 lanes each; a multiproc
 constexpr int kMaxStages = 8;
 constexpr int kMaxBlocksPerSm = 4;
 constexpr int kBarrierBytesPerStage = 16;  // one full and one empty mbarrier
+constexpr int kPassedTileBytes = 16;       // an output tile, as who loads passes it on (bf16/passed_tiles.cuh)
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }

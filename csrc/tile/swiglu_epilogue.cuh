@@ -16,6 +16,7 @@
 #include "shared/nonlinearities.cuh"
 #include "shared/scale_layout.cuh"
 #include "tile/folded_fp4_epilogue.cuh"
+#include "tile/folded_mxfp8_epilogue.cuh"
 #include "tile/fp4_epilogue.cuh"
 #include "tile/in_turns.cuh"
 #include "tile/lane_exchange.cuh"
@@ -23,12 +24,50 @@
 
 namespace mxfp4_moe {
 
+// Biases that are loaded where they are added.
+struct BiasOnDemand {
+  static constexpr bool kIsEarly = false;
+};
+
+// A warp's biases of a tile, loaded before its main loop: lane l has those of weight rows l, l + 32 ..; 0 without any.
+template <class Shape>
+struct EarlyBias {
+  static constexpr bool kIsEarly = Shape::kActivates;
+  static constexpr int kLoads = ceil_div(Shape::kWarpWeightRows, 32);
+  float of_lane[kLoads] = {};
+
+  __device__ __forceinline__ EarlyBias(const Mxfp4MoeActivate& a, int n, const Mxfp4MoeMTile& m_tile, int row0,
+                                       int lane) {
+    if constexpr (kIsEarly) {
+      static_assert(Shape::kSwap, "weights are the MMA's A");
+      if (a.rows == nullptr || a.bias == nullptr || row0 >= n) return;  // n is whole blocks of 64
+      const float* from = a.bias + static_cast<int64_t>(m_tile.expert) * n + row0 + lane;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        if (lane + i * 32 < Shape::kWarpWeightRows) of_lane[i] = load(from + i * 32);
+    }
+  }
+  // Of row `eighth`, a multiple of 8, plus g. All lanes call it.
+  __device__ __forceinline__ float of_row(int eighth, int g) const {
+    return __shfl_sync(~0u, of_lane[eighth / 32], eighth % 32 + g);
+  }
+
+ private:
+  // volatile, so that it stays before the main loop.
+  static __device__ __forceinline__ float load(const float* from) {
+    float x;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(from));
+    return x;
+  }
+};
+
 // acc -> codes and scales, for one warp; (m0, n0) is its place in the physical tile, amax the tile's shared table
 // [parts][M]. All MMA warps call it.
-template <class Shape>
+template <class Shape, class Bias>
 __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shape::kFragN][4],
                                                 const Mxfp4MoeActivate& a, const Mxfp4MoeMTile& m_tile, int rows, int n,
-                                                int tile_n0, int m0, int n0, int lane, uint32_t* amax) {
+                                                int tile_n0, int m0, int n0, int lane, uint32_t* amax,
+                                                const Bias& early_bias) {
   constexpr bool kSwap = Shape::kSwap;
   // Fragments along the weight rows and along the activation rows; a group is 16 weight rows, 8 outputs.
   constexpr int kGroups = kSwap ? Shape::kFragM : Shape::kFragN / 2;
@@ -73,7 +112,10 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
 #pragma unroll
     for (int q = 0; q < kGroups; ++q) {
       float gate_bias[kOuts] = {}, up_bias[kOuts] = {};
-      if (bias != nullptr && in_range) {
+      if constexpr (Bias::kIsEarly) {
+        gate_bias[0] = early_bias.of_row(q * 16, g);
+        up_bias[0] = early_bias.of_row(q * 16 + 8, g);
+      } else if (bias != nullptr && in_range) {
 #pragma unroll
         for (int o = 0; o < kOuts; ++o) {
           const float* at = bias + col0 + q * 16 + (kSwap ? g : 2 * t + o);
@@ -140,12 +182,13 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
       return;
     }
     if constexpr (Shape::kFolds) {
-      if (folds_fp4<Shape>(a)) {
-        const auto output = [&](int q, int f, int row) { return value(q, f, row, 0); };
+      const auto output = [&](int q, int f, int row) { return value(q, f, row, 0); };
+      if (folds_fp4<Shape>(a))
         store_folded_fp4<Shape>(output, store_halves, a, m_tile, m0, n0, lane, amax);
-        return;
-      }
+      else
+        store_folded_mxfp8<Shape>(output, store_halves, m_tile, m0, n0, lane, amax);
     }
+    return;
   }
 
   const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(Shape::kMmaWarps * 32) : "memory"); };
@@ -183,7 +226,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
       for (int i = 0; i < kPartsPerBlock; ++i)
         largest[r] = max(largest[r], amax[(part / kPartsPerBlock * kPartsPerBlock + i) * Shape::M + row]);
       scale[r] = mx_scale(largest[r]);
-      if (!Shape::kReadsHalves && part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
+      if (part % kPartsPerBlock == 0 && (kSwap ? g == 0 : t == 0) && row < valid) {
         const int64_t at = act_scale_offset(m_tile.row_begin + row, block, rows);
         a.scales[at] = static_cast<uint8_t>(scale[r]);
         if (block == intermediate / 32 - 1)  // the word's bytes past K are zero
@@ -195,17 +238,7 @@ __device__ __forceinline__ void store_activated(float (&acc)[Shape::kFragM][Shap
         *reinterpret_cast<uint32_t*>(a.rows + static_cast<int64_t>(m_tile.row_begin + row) * intermediate + block * 32 +
                                      parity * 16 + (out_in_block + out) / 2) = word;
     };
-    if constexpr (Shape::kReadsHalves) {
-      const float unit[2] = {e8m0_value(scale[0]), e8m0_value(scale[1])};
-#pragma unroll
-      for (int q = 0; q < kGroups; ++q) {
-        uint32_t codes = 0;
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          codes |= (mx_codes(largest[r], scale[r], value(q, f, r, 0), 0.f, 0.f, 0.f) & 0xff) << (8 * r);
-        store_halves(f, q, bf16_pair_of_codes(codes, unit[0], unit[1]));
-      }
-    } else if constexpr (kSwap) {
+    if constexpr (kSwap) {
       // Two groups at a time; a lane's bytes: row 0 of both, row 1 of both. Four lanes g = 2 * number + parity
       // exchange.
       const int number = g / 2, parity = g % 2;

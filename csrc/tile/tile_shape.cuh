@@ -85,7 +85,7 @@ struct TileShape : PossibleTile<M_, N_, kSwap_> {
   // leaves its own here, per row.
   static constexpr int kWarpWeightRows = kSwap ? kWarpM : kWarpN;
   static constexpr bool kReadsHalves = false, kHasFactors = kWeightFormat == MXFP4_MOE_WEIGHT_NVFP4;
-  static constexpr bool kFolds = false;
+  static constexpr bool kFolds = false, kPassesTiles = false;
   static constexpr bool kActivates = N >= 64 && kAccumulators <= 64;  // with more, ptxas spills
   static constexpr int kAmaxParts = N / kWarpWeightRows;
   static constexpr int kAmaxBytes = kActivates ? kAmaxParts * M * 4 : 0;

@@ -11,7 +11,7 @@
 // several blocks hide each other's waits.
 #pragma once
 
-#include "tile/bf16/operands.cuh"
+#include "tile/bf16/passed_tiles.cuh"
 
 namespace mxfp4_moe {
 
@@ -179,9 +179,16 @@ struct MmaSyncSum {
 
   __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
                                              const TileCoord& coord) const {
-    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
+    Mxfp4MoeMTile tile = load_m_tile(p.m_tiles + coord.m);
+    tile.reserved = coord.n;
+    (*this)(acc, ring, tile);
+  }
+
+  // rows.reserved: the tile along n.
+  __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
+                                             const Mxfp4MoeMTile& rows) const {
     // A tile narrower than a block of weights starts anywhere in it.
-    const int weight_row = Shape::kSwap ? warp_id() * Shape::kWarpM : coord.n * Shape::N % kWeightBlockRows;
+    const int weight_row = Shape::kSwap ? warp_id() * Shape::kWarpM : rows.reserved * Shape::N % kWeightBlockRows;
     const int act_row = Shape::kSwap ? 0 : warp_id() * Shape::kWarpM;
     const Places at = places<Shape>(first_row<Shape>(weight_row + lane_id() / 4));
     const uint32_t act_at = act_chunk(act_row + lane_id() % 8, lane_id() / 8);  // what this lane names for ldmatrix
@@ -195,7 +202,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_mma_sync(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, MmaSyncSum<Shape>>{p, smem});
+  run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, TilesOf<Shape, MmaSyncSum<Shape>>{p, smem});
 }
 
 template <class Shape, class Arch, class Pair, int M, int N, bool kSwap, int kMmaWarps, bool kMovesRegisters,

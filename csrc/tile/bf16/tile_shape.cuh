@@ -18,7 +18,7 @@ struct Bf16Tile {
   static constexpr int kActFormat = Pair::kActFormat, kWeightFormat = Pair::kWeightFormat;
   static constexpr bool kHasMxfp4 = kWeightFormat == MXFP4_MOE_WEIGHT_MXFP4;
   static constexpr bool kHasFp16 = kActFormat == MXFP4_MOE_ACT_FP16;
-  static constexpr bool kFolds = Arch::kFolds && !kHasFp16;
+  static constexpr bool kFolds = Arch::kFolds && !kHasFp16, kPassesTiles = Arch::kPassesTiles;
   // Sums are multiplied by factors; of MXFP4 weights because fp16 has too few exponents for their scales.
   static constexpr bool kHasFactors = !kHasMxfp4 || kHasFp16;
   static constexpr bool kKeepsNothing = true;  // registers are what limits the blocks per SM
@@ -49,8 +49,11 @@ struct Bf16Tile {
   // Quantizing needs each warp's largest magnitudes of a row; of NVFP4 the two warps' that share a block, in one place.
   static constexpr int kAmaxParts = kHasMxfp4 ? N / kWarpWeightRows : kWarpWeightRows < 32 ? N / 32 : 0;
   static constexpr int kAmaxBytes = kActivates && kFolds ? kAmaxParts * M * 4 : 0;
+  // A stage's barriers and the output tile that begins there; the tile that each warp is at.
+  static constexpr int kRingBytes = kBarrierBytesPerStage + (kPassesTiles ? kPassedTileBytes : 0);
+  static constexpr int kKeptBytes = kPassesTiles ? kMmaWarps * kPassedTileBytes : 0;
 
-  using Fits = Occupancy<Arch, kThreads, kStageBytes + kBarrierBytesPerStage, kAmaxBytes>;
+  using Fits = Occupancy<Arch, kThreads, kStageBytes + kRingBytes, kAmaxBytes + kKeptBytes>;
   static_assert(kHalfBytes % 1024 == 0, "swizzle atoms must not straddle halves");
   // More than a block is started with is never there, and setmaxnreg would wait for it for ever.
   static_assert(!kMovesRegisters ||
@@ -62,7 +65,8 @@ struct Bf16Tile {
 template <class Tile>
 struct Bf16Layout : Tile {
   static constexpr int kStages = Tile::Fits::stages_for(Tile::kBlocksPerSm);
-  using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, 0, kBarrierBytesPerStage, Tile::kAmaxBytes>;
+  using Smem = SmemLayout<kStages, Tile::kActBytes, Tile::kWeightBytes, 0, Tile::kRingBytes,
+                          Tile::kAmaxBytes + Tile::kKeptBytes>;
   static constexpr int kSmemBytes = Smem::kBytes;
   static_assert(kStages >= 2, "shared memory does not hold two pipeline stages");
   static_assert(Tile::kMmaWarps % 4 == 0, "a warpgroup has four warps");

@@ -8,7 +8,7 @@ namespace mxfp4_moe {
 struct Sm90 {
   static constexpr int kSmemPerSm = 228 * 1024;
   static constexpr int64_t kFewWeightBytes = 320 << 20;
-  static constexpr bool kFolds = true;
+  static constexpr bool kFolds = true, kPassesTiles = true;
 };
 
 }  // namespace mxfp4_moe

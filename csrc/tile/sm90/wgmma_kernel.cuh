@@ -9,7 +9,7 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 
-#include "tile/bf16/operands.cuh"
+#include "tile/bf16/passed_tiles.cuh"
 #include "tile/sm90/tile_shape.cuh"
 
 namespace mxfp4_moe {
@@ -198,8 +198,7 @@ struct WgmmaSum {
       : p(params), smem(storage) {}
 
   __device__ __forceinline__ void operator()(float (&acc)[1][Shape::kFragN][4], Ring<Shape::kStages>& ring,
-                                             const TileCoord& coord) const {
-    const Mxfp4MoeMTile rows = load_m_tile(p.m_tiles + coord.m);
+                                             const Mxfp4MoeMTile& rows) const {
     const Places at = places<Shape>(first_row<Shape>(warp_id() * Shape::kWarpM + lane_id() / 4));
     const auto origin = ScalingOf<Shape>::Origin::of(p.factors, rows.expert);
     sum_rows<Shape, Shape::M>(uniform(rows.row_end - rows.row_begin), acc, p.k, smem, ring, at, origin);
@@ -211,7 +210,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     grouped_gemm_wgmma(const __grid_constant__ TensorMaps maps, const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   const SharedStorage<Shape> smem{dynamic_smem};
-  run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, OutputTiles<Shape, WgmmaSum<Shape>>{p, smem});
+  run_block<Shape, Bf16ActLoads<Shape>>(maps, p, smem, PassedTiles<Shape, WgmmaSum<Shape>>{p, smem});
 }
 
 template <class Shape, class Pair, int M, int N>

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from .pairs import HALF_PAIRS, MXFP4_BF16, NVFP4_BF16
 from .proof import WEIGHT_BLOCK_ROWS, TileProof, shape_refusals, stage_refusals, weight_block_bytes
-from .stages import BARRIER_BYTES_PER_STAGE, MAX_BLOCKS_PER_SM, Occupancy, ceil_div, smem_per_sm
+from .stages import (
+    BARRIER_BYTES_PER_STAGE,
+    MAX_BLOCKS_PER_SM,
+    PASSED_TILE_BYTES,
+    Occupancy,
+    ceil_div,
+    smem_per_sm,
+)
 from .tile import Tile
 
 _PRODUCER_REGISTERS = 24
@@ -36,6 +43,7 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
             moves_registers=moves_registers,
             most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
             folds=pair in (MXFP4_BF16, NVFP4_BF16),
+            passes_tiles=True,
         )
     return _prove(
         tile,
@@ -47,6 +55,7 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
         moves_registers=False,
         most_blocks=6,
         folds=pair in (MXFP4_BF16, NVFP4_BF16),
+        passes_tiles=True,
     )
 
 
@@ -65,6 +74,7 @@ def prove_sm12x_bf16(tile: Tile, arch: str, pair: str) -> TileProof:
         most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
         loads_ahead=not swap or m <= 32,
         folds=False,
+        passes_tiles=False,
     )
 
 
@@ -79,6 +89,7 @@ def _prove(
     moves_registers: bool,
     most_blocks: int,
     folds: bool,
+    passes_tiles: bool,
     loads_ahead: bool = True,
 ) -> TileProof:
     assert pair in HALF_PAIRS
@@ -104,11 +115,13 @@ def _prove(
     if activates and folds:
         parts = n // warp_weight_rows if pair == MXFP4_BF16 else n // 32 if warp_weight_rows < 32 else 0
         amax_bytes = parts * m * 4
+    ring_bytes = BARRIER_BYTES_PER_STAGE + (PASSED_TILE_BYTES if passes_tiles else 0)
+    kept_bytes = mma_warps * PASSED_TILE_BYTES if passes_tiles else 0
     fits = Occupancy(
         smem_per_sm=smem_per_sm(arch),
         threads=threads,
-        stage_bytes=stage_bytes + BARRIER_BYTES_PER_STAGE,
-        once_bytes=amax_bytes,
+        stage_bytes=stage_bytes + ring_bytes,
+        once_bytes=amax_bytes + kept_bytes,
     )
 
     # kRegistersWanted of WgmmaTile or MmaSyncTile
@@ -136,7 +149,7 @@ def _prove(
             f"with the rest, a block of {threads} threads has {here} for each"
         )
     refusals += stage_refusals(
-        stages=stages, arch=arch, activations=act_bytes, weights=weight_bytes, barriers=BARRIER_BYTES_PER_STAGE
+        stages=stages, arch=arch, activations=act_bytes, weights=weight_bytes, barriers=ring_bytes
     )
     return TileProof(
         tile=tile,
@@ -158,11 +171,11 @@ def _prove(
         act_bytes=act_bytes,
         weight_bytes=weight_bytes,
         act_scale_bytes=0,  # the scales are in the activations
-        barrier_bytes=BARRIER_BYTES_PER_STAGE,
+        barrier_bytes=ring_bytes,
         amax_bytes=amax_bytes,
         stage_bytes=stage_bytes,
         blocks_per_sm=blocks_per_sm,
         stages=stages,
-        smem_bytes=stages * fits.stage_bytes + amax_bytes,
+        smem_bytes=stages * fits.stage_bytes + amax_bytes + kept_bytes,
         refusals=tuple(refusals),
     )

@@ -12,6 +12,7 @@ _REGISTERS_PER_SUBPARTITION = 512  # of 32 lanes each; a multiprocessor's warps 
 MAX_STAGES = 8
 MAX_BLOCKS_PER_SM = 4
 BARRIER_BYTES_PER_STAGE = 16  # one full and one empty mbarrier
+PASSED_TILE_BYTES = 16  # an output tile, as the warp that loads passes it on
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -196,6 +196,8 @@ _define("prmt.b32", "b32", "b32 b32 b32", "permute_bytes({0}, {1}, {2})")
 _define("shf.r.wrap.b32", "b32", "b32 b32 u32", "funnel_right_wrap({0}, {1}, {2})")
 _define("shf.l.wrap.b32", "b32", "b32 b32 u32", "funnel_left_wrap({0}, {1}, {2})")
 _define("add.s16x2", "b32", "b32 b32", "words(halves({0}) + halves({1}))")
+for name, function in (("min", "minimum"), ("max", "maximum")):
+    _define(f"{name}.s16x2", "b32", "b32 b32", f"words(np.{function}(halves({{0}}), halves({{1}})))")
 _define("min.s16x2.relu", "b32", "b32 b32", "words(np.maximum(np.minimum(halves({0}), halves({1})), i2(0)))")
 _define("lop3.b32", "b32", "b32 b32 b32 u32", "logic({0}, {1}, {2}, {3})")
 _define("brev.b32", "b32", "b32", "reverse_bits({0})")
