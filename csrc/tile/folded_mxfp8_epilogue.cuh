@@ -35,9 +35,7 @@ __device__ __forceinline__ uint32_t min_of_two(uint32_t a, uint32_t b) {
 
 // Two E4M3 codes of values under scales, the first in the low byte, times the scales: in bf16.
 __device__ __forceinline__ uint32_t through_codes(float low, float high, uint32_t low_scale, uint32_t high_scale) {
-  const auto reciprocal = [](uint32_t scale) {
-    return __uint_as_float(((254 + kScaleOffset) << 23) - (scale << 23));
-  };
+  const auto reciprocal = [](uint32_t scale) { return __uint_as_float(((254 + kScaleOffset) << 23) - (scale << 23)); };
   const auto unit = [](uint32_t scale) { return __uint_as_float((scale << 23) - (kScaleOffset << 23)); };
   const uint32_t codes = __nv_cvt_float2_to_fp8x2(
       make_float2(low * reciprocal(low_scale), high * reciprocal(high_scale)), __NV_SATFINITE, __NV_E4M3);
@@ -71,8 +69,8 @@ __device__ __forceinline__ void store_folded_mxfp8(const Value& value, const Sto
   const auto sync = [&] { sync_warps_of_block<Shape>(part); };
 
   // Both rows' scales of a fragment: of this warp's part of the block, and of the block. The parts of a block are side
-  // by side.
-  uint32_t* const parts = table + first_part * kFrags * 4 + t * kWarps;
+  // by side, where its magnitudes would be: other blocks' warps may be on the long way.
+  uint32_t* const parts = table + first_part * Shape::M + t * kWarps;
   const auto scales_of_part = [&](int f) {
     uint32_t both = offset_scale(largest_of(f, 0)) | offset_scale(largest_of(f, 1)) << 16;
 #pragma unroll
@@ -102,8 +100,8 @@ __device__ __forceinline__ void store_folded_mxfp8(const Value& value, const Sto
     least = min_of_two(least, both);
     most = max_of_two(most, both);
   });
-  const bool is_plain = min(least & 0xffff, least >> 16) >= kFirstPlainScale &&
-                        max(most & 0xffff, most >> 16) <= kLastPlainScale;
+  const bool is_plain =
+      min(least & 0xffff, least >> 16) >= kFirstPlainScale && max(most & 0xffff, most >> 16) <= kLastPlainScale;
   if (__all_sync(~0u, is_plain)) {  // the same for all warps of a block
     for_each_fragment([&](int f) {
       const uint32_t both = scales_of_block(f);
@@ -131,8 +129,7 @@ __device__ __forceinline__ void store_folded_mxfp8(const Value& value, const Sto
     for (int r = 0; r < 2; ++r) {
       largest[r] = 0;
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i)
-        largest[r] = max(largest[r], table[(first_part + i) * Shape::M + act_row(f, r)]);
+      for (int i = 0; i < kWarps; ++i) largest[r] = max(largest[r], table[(first_part + i) * Shape::M + act_row(f, r)]);
       scale[r] = mx_scale(largest[r]);
     }
 #pragma unroll

@@ -378,6 +378,23 @@ def test_the_coarsest_rules_bound_the_family() -> None:
         assert random.too_far(out).startswith("beyond the bound of the exact sum, 1 of ")
 
 
+def test_infinity_is_right_where_float32_ends() -> None:
+    given = problems.random_problem(32, 16, CPU)
+    random = checks.RandomSums.make(given, SM12X_MXF8F6F4)
+    for exact, out, is_right in (
+        (9e38, float("inf"), True),
+        (-9e38, -float("inf"), True),
+        (9e38, -float("inf"), False),
+        (9e38, float("nan"), False),
+        (9e38, 3.4e38, False),
+        (3e38, float("inf"), False),
+    ):
+        sums, found = random.sums.clone(), given.expected.clone()
+        sums[5, 7], found[5, 7] = exact, out
+        beyond = dataclasses.replace(random, sums=sums).too_far(found)
+        assert (beyond == "") is is_right, (exact, out, beyond)
+
+
 def test_exact_sums_are_exact() -> None:
     given = problems.random_problem(96, 16, CPU)
     sums, _ = accuracy.sums_and_bound(*given.operands, arithmetic=SM12X_MXF8F6F4)

@@ -369,7 +369,7 @@ def test_operators_refuse_what_does_not_fit() -> None:
     arguments = (given.weight, tiles, tiles[0, :1], out)
     assert given.row_scales is not None
     with pytest.raises(
-        RuntimeError, match="act_scale: expected none for the rows that this GPU's kernels read, got one"
+        RuntimeError, match="act_scale: expected none for the rows that this GPU's kernel reads, got one"
     ):
         grouped_gemm(given.act[0], formats.pack_row_scales(given.row_scales), *arguments)
     with pytest.raises(RuntimeError, match="act: expected bfloat16"):

@@ -325,8 +325,8 @@ class _Writer(Operands):
             function = "maximum" if "max" in name else "minimum"
             self.lines.append(f"t = w.reduce(np.{function}, {mask}, {self.read(operands[1], 'u32', i)})")
             self.assign(operands[0], "t", "u32", mask, i)
-        elif name == "vote.sync.any.pred":
-            self.lines.append(f"t = w.any({mask}, {self.read(operands[1], 'pred', i)})")
+        elif name in ("vote.sync.any.pred", "vote.sync.all.pred"):
+            self.lines.append(f"t = w.{name.split('.')[2]}({mask}, {self.read(operands[1], 'pred', i)})")
             self.assign(operands[0], "t", "pred", mask, i)
         elif name == "match.any.sync.b32":
             self.lines.append(f"t = w.match_any({mask}, {self.read(operands[1], 'u32', i)})")

@@ -217,6 +217,9 @@ class Warp:
     def any(self, mask: Mask, value: Any) -> Any:
         return np.full(32, value[lanes_of(mask)].any())
 
+    def all(self, mask: Mask, value: Any) -> Any:
+        return np.full(32, value[lanes_of(mask)].all())
+
     def match_any(self, mask: Mask, value: Any) -> Any:
         return exchange.match_any(value, lanes_of(mask))
 
