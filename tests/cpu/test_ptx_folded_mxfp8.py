@@ -1,4 +1,4 @@
-"""GEMM1's epilogue of SM90 where activations are MXFP8, as PTX executed on the CPU: rows that hold codes times scales in
+"""GEMM1's epilogue of SM90 where activations are MXFP8, as PTX executed on the CPU: its rows hold codes times scales in
 bfloat16, bit by bit what csrc/moe's activation kernel makes of the reference's sums.
 
 That kernel quantizes by each block's largest magnitude (shared/mxfp8.cuh); the epilogue by the exponents of the scales,
@@ -37,7 +37,7 @@ SOURCE = "tile/folded_mxfp8_epilogue.cuh"
 
 @functools.cache
 def problem_of(n: int, special: bool) -> GemmProblem:
-    """Usual sums; `special`: the last expert's rows are zero, tiny, huge, with a NaN and with an infinity, and usual."""
+    """Usual sums; `special`: the last expert's rows are zero, tiny, huge, with a NaN and an infinity, and usual."""
     usual = gemm.usual_problem(160, n, EXPERTS_ROWS, pair=MXFP4_BF16)
     if not special:
         return usual

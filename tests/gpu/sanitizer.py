@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import router_cases
 import torch
-from gpu_layers import exact_layer, same
+from gpu_layers import exact_formats, exact_layer, same
 from gpu_problems import bits, gpu, random_call, random_problem, random_weights
 from quantize_cases import LAYOUTS, expected_fp4, rows_of
 
@@ -25,9 +26,11 @@ from mxfp4_moe import formats, reference
 from mxfp4_moe._call.activation_format import tiles_of
 from mxfp4_moe.activations import Activation
 from mxfp4_moe.flashinfer_api import quantize_kernels, quantizers
+from mxfp4_moe.formats import WeightFormat
+from mxfp4_moe.pair_problems import random_nvfp4_weights
 from mxfp4_moe.problems import relative_error
 from mxfp4_moe.reference import routers as reference_routers
-from mxfp4_moe.tiles import load_manifest
+from mxfp4_moe.tiles import Tile, load_manifest
 
 # Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
 GEMMS = [(32, 16), (160, 80), (672, 144)]
@@ -99,6 +102,26 @@ def routers(device: torch.device) -> list[str]:
     return failures
 
 
+def nvfp4_layers(tiles: Sequence[Tile], device: torch.device) -> list[str]:
+    """Layers of NVFP4 weights by these tiles, with every format of activations."""
+    failures = []
+    for acts in mxfp4_moe.activation_formats(device, "nvfp4"):
+        given = random_nvfp4_weights(5, 160, 96, device)
+        weights = given.to(device, activation_format=acts)
+        for tokens, top_k in LAYERS:
+            call = random_call(tokens, top_k, given)
+            if acts == "fp16":
+                call = replace(call, hidden_states=call.hidden_states.half())
+            expected = reference.fused_moe(*call.args(), given, activation_format=acts)
+            for tile in tiles:
+                if tile not in tiles_of(acts, device.index, WeightFormat.NVFP4):
+                    continue
+                out = mxfp4_moe.fused_moe(*call.args(), weights, tile_mn=tile.mn, activation_format=acts)
+                if not relative_error(out, expected) <= 2e-2:  # torch's exp makes another code now and then
+                    failures.append(f"{tile.name}, nvfp4_{acts}, layer of {tokens} tokens: far from what was expected")
+    return failures
+
+
 def main() -> int:
     device, start = gpu(), time.monotonic()
     share, shares = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (0, 1)
@@ -114,7 +137,7 @@ def main() -> int:
     calls = [random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
     calls[1].topk_ids[::5, 1] = -1
     formats_here = mxfp4_moe.activation_formats(device)
-    asked = [(call, name) for call in calls for name in formats_here if name != "fp16"]
+    asked = [(call, name) for call in calls for name in exact_formats(device)]
     in_fp16 = [replace(call, hidden_states=call.hidden_states.half()) for call in calls if "fp16" in formats_here]
     exact_in_fp16 = [reference.fused_moe(*call.args(), weights, activation_format="fp16") for call in in_fp16]
     having_fp16, of_fp16 = tiles_of("fp16", device.index), weights.to(device, activation_format="fp16")
@@ -135,6 +158,7 @@ def main() -> int:
                 failures.append(f"{tile.name}, fp16, layer of {len(out)} tokens: far from what was expected")
         torch.cuda.synchronize()
         print(f"tile {number} of {len(tiles)}: {tile.name}, {time.monotonic() - start:.0f} s", flush=True)
+    failures += nvfp4_layers(tiles, device)
     others = (other_kernels, routers)
     for number, check in enumerate(others, start=1):  # the last shares, which have fewer tiles
         if share == max(shares - number, 0):

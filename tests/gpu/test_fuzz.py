@@ -15,7 +15,7 @@ from typing import Any
 
 import gpu_problems
 import torch
-from gpu_layers import exact_layer, poison_memory, same
+from gpu_layers import exact_formats, exact_layer, poison_memory, same
 from gpu_problems import Call, random_weights
 from torch import Tensor
 
@@ -115,8 +115,7 @@ def make_case(number: int) -> Case:
         "intermediate_rounding": rng.random() < 0.3,
     }
     if not isinstance(given, str):
-        others = [name for name in mxfp4_moe.activation_formats(device) if name != "fp16"]  # that has test_fp16.py
-        options["activation_format"] = rng.choice(others)
+        options["activation_format"] = rng.choice(exact_formats(device))
     calls, scales = [], []
     for _ in range(REPLAYS if graph else 1):
         magnitude = 2.0 ** rng.randint(-6, 4)

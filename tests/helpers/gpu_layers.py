@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
+from fp4_cases import in_bf16, quantized, row_format
 from gpu_problems import Call, bits
 from moe_cases import BF16, MXFP8
 from torch import Tensor
 
+import mxfp4_moe
 from mxfp4_moe import formats, reference
 from mxfp4_moe._install import loading
 from mxfp4_moe.problems import arithmetic_here
@@ -62,6 +65,14 @@ def _activation(
     return made
 
 
+def exact_formats(device: torch.device) -> list[str]:
+    """The formats of activations here of which `exact_layer` knows the bits. Of fp16: test_fp16.py."""
+    known = {"mxfp8", "bf16"}
+    if torch.cuda.get_device_capability(device)[0] == 9 and formats.word_order_of(device) is formats.WordOrder.PAIRS:
+        known.add("mxfp4")  # SM90's kernels multiply its values in bfloat16
+    return [name for name in mxfp4_moe.activation_formats(device) if name in known]
+
+
 def exact_layer(
     call: Call,
     weights: MoEWeights,
@@ -75,10 +86,18 @@ def exact_layer(
     if dtype is None:
         dtype = reference.default_output_dtype(call.hidden_states, options.get("hidden_states_scale"))
     rounding = dtype if intermediate_rounding else None
+    in_halves = None
+    if activation_format == "mxfp4":
+        rows = in_bf16(quantized(call.hidden_states.cpu(), "mxfp4", torch.empty(0)))
+        call = replace(call, hidden_states=rows.to(call.hidden_states.device))
+        activation_format, in_halves = "bf16", row_format("mxfp4", folded=True)
+        options["output_dtype"] = dtype
+    elif activation_format == "bf16":
+        in_halves = BF16
 
     def between(gemm1: Tensor, row_expert: Tensor) -> tuple[Tensor, Tensor | None]:
-        if activation_format == "bf16":
-            return kernel_activation_in_bf16(gemm1, row_expert, weights, rounding, BF16)
+        if in_halves is not None:
+            return kernel_activation_in_bf16(gemm1, row_expert, weights, rounding, in_halves)
         return kernel_activation(gemm1, row_expert, weights, rounding)
 
     return reference.layer(
