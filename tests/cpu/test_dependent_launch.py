@@ -1,4 +1,4 @@
-"""Who may start early, by a model of every order of events: the layer as it is, rules that are broken, finalize early.
+"""Who may start early, by a model of every order of events: the layer as it is, broken rules, finalize reading first.
 
 That each kernel keeps the rule of csrc/shared/launch.cuh is what the PTX executor checks (test_ptx_moe.py,
 test_ptx_tiles.py); here is what follows from it for calls one behind the other, whose memory the allocator hands out
@@ -8,7 +8,8 @@ again at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import pytest
 from dependent_launch import Kernel, Op, after, kernel, read, search, trigger, wait, write
@@ -46,15 +47,18 @@ def layer(call: int, *, activation_kernel: bool = False, finalize: str = "in ord
     return [one for one in kernels if activation_kernel or one.name != "activation"]
 
 
-def stream(change: Change = list, **options: bool | str) -> list[Kernel]:
-    """A caller's kernel that does not know of early starts, then three calls."""
+def stream(change: Change = list, *, finalizes: Sequence[str] = (), **options: bool | str) -> list[Kernel]:
+    """A caller's kernel that does not know of early starts, then three calls; `finalizes`: how each ends."""
     caller = kernel("caller's", (write("0.out"),), early=False)
-    return [caller, *(one for call in (1, 2, 3) for one in change(layer(call, **options)))]  # type: ignore[arg-type]
+    each = [{**options, "finalize": finalize} for finalize in finalizes] or [options] * 3
+    return [caller, *(one for call in (1, 2, 3) for one in change(layer(call, **each[call - 1])))]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("finalizes", list(itertools.product(("in order", "waits first"), repeat=3)), ids="-".join)
 @pytest.mark.parametrize("activation_kernel", [False, True])
-def test_the_layer_is_safe(activation_kernel: bool) -> None:
-    found = search(stream(activation_kernel=activation_kernel), aliases)
+def test_the_layer_is_safe(activation_kernel: bool, finalizes: Sequence[str]) -> None:
+    """finalize waits first in calls of few tokens, and starts in order in others."""
+    found = search(stream(activation_kernel=activation_kernel, finalizes=finalizes), aliases)
     assert found.fault == ""
     assert found.states > 3_000
 
