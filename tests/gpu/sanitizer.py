@@ -5,7 +5,8 @@
 Then with racecheck, synccheck and initcheck. With an argument such as 3/16, a share of it, for several processes at a
 time (ci/gpu.sh).
 
-Results are compared too, so that a clean report of a kernel that did nothing counts for nothing.
+Results are compared too, so that a clean report of a kernel that did nothing counts for nothing. What they are compared
+with is computed on the CPU: torch's kernels would be instrumented like ours.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import replace
 import router_cases
 import torch
 from gpu_layers import exact_formats, exact_layer, same
-from gpu_problems import bits, gpu, random_call, random_problem, random_weights
+from gpu_problems import Call, GemmProblem, bits, gpu, random_call, random_problem, random_weights
 from quantize_cases import LAYOUTS, expected_fp4, rows_of
 
 import mxfp4_moe
@@ -28,9 +29,10 @@ from mxfp4_moe.activations import Activation
 from mxfp4_moe.flashinfer_api import quantize_kernels, quantizers
 from mxfp4_moe.formats import WeightFormat
 from mxfp4_moe.pair_problems import random_nvfp4_weights
-from mxfp4_moe.problems import relative_error
+from mxfp4_moe.problems import arithmetic_here, relative_error
 from mxfp4_moe.reference import routers as reference_routers
 from mxfp4_moe.tiles import Tile, load_manifest
+from mxfp4_moe.weights import MoEWeights
 
 # Tails of every kind, in rows, N and K; two of K's tiles at least, so that the pipeline turns over.
 GEMMS = [(32, 16), (160, 80), (672, 144)]
@@ -49,7 +51,7 @@ def other_kernels(device: torch.device) -> list[str]:
         call = replace(call, hidden_states=codes)
         scale = formats.swizzle_scales(scale).flatten() if layout == "swizzled" else scale
         out = mxfp4_moe.fused_moe(*call.args(), weights, hidden_states_scale=scale, scale_layout=layout)
-        expected = exact_layer(call, weights, hidden_states_scale=scale, scale_layout=layout)
+        expected = exact_layer(call, weights, hidden_states_scale=scale, scale_layout=layout, sums_on="cpu")
         if not same(out, expected):
             failures.append(f"{activation.value}, MXFP8 input with {layout} scales: other bits than expected")
     weights = random_weights(40, 160, 96, device)
@@ -102,6 +104,20 @@ def routers(device: torch.device) -> list[str]:
     return failures
 
 
+def problem_on(device: torch.device, k: int, n: int, *, wide_scales: bool = False) -> GemmProblem:
+    rule = arithmetic_here(device)
+    made = random_problem(
+        k, n, torch.device("cpu"), rows_per_expert=ROWS_PER_EXPERT, wide_scales=wide_scales, arithmetic=rule
+    )
+    return replace(made, **{name: x.to(device) for name, x in vars(made).items() if isinstance(x, torch.Tensor)})
+
+
+def expected_of(call: Call, weights: MoEWeights, activation_format: str) -> torch.Tensor:
+    """`reference.fused_moe`, on the CPU."""
+    given = (x.cpu() for x in call.args())
+    return reference.fused_moe(*given, weights.to("cpu"), activation_format=activation_format).to(weights.device)
+
+
 def nvfp4_layers(tiles: Sequence[Tile], device: torch.device) -> list[str]:
     """Layers of NVFP4 weights by these tiles, with every format of activations."""
     failures = []
@@ -112,7 +128,7 @@ def nvfp4_layers(tiles: Sequence[Tile], device: torch.device) -> list[str]:
             call = random_call(tokens, top_k, given)
             if acts == "fp16":
                 call = replace(call, hidden_states=call.hidden_states.half())
-            expected = reference.fused_moe(*call.args(), given, activation_format=acts)
+            expected = expected_of(call, given, acts)
             for tile in tiles:
                 if tile not in tiles_of(acts, device.index, WeightFormat.NVFP4):
                     continue
@@ -128,20 +144,20 @@ def main() -> int:
     if not 0 <= share < shares:
         sys.exit(f"share: expected a number below {shares} before the /, got {sys.argv[1]}")
     tiles = load_manifest().tiles[share::shares]
-    mxfp4_moe.prewarm_moe_tiles()
     failures = []
-    problems = {(k, n): random_problem(k, n, device, rows_per_expert=ROWS_PER_EXPERT) for k, n in GEMMS}
+    problems = {(k, n): problem_on(device, k, n) for k, n in GEMMS}
     wide = (128, 96)  # with weight scales beyond 2^0, for which SM90 has a way of its own
-    problems[wide] = random_problem(*wide, device, rows_per_expert=ROWS_PER_EXPERT, wide_scales=True)
+    problems[wide] = problem_on(device, *wide, wide_scales=True)
     weights = random_weights(5, 160, 96, device)
     calls = [random_call(tokens, top_k, weights) for tokens, top_k in LAYERS]
     calls[1].topk_ids[::5, 1] = -1
     formats_here = mxfp4_moe.activation_formats(device)
     asked = [(call, name) for call in calls for name in exact_formats(device)]
     in_fp16 = [replace(call, hidden_states=call.hidden_states.half()) for call in calls if "fp16" in formats_here]
-    exact_in_fp16 = [reference.fused_moe(*call.args(), weights, activation_format="fp16") for call in in_fp16]
+    exact_in_fp16 = [expected_of(call, weights, "fp16") for call in in_fp16]
     having_fp16, of_fp16 = tiles_of("fp16", device.index), weights.to(device, activation_format="fp16")
-    expected = [exact_layer(call, weights, activation_format=name) for call, name in asked]
+    expected = [exact_layer(call, weights, activation_format=name, sums_on="cpu") for call, name in asked]
+    print(f"expected results, {time.monotonic() - start:.0f} s", flush=True)
     for number, tile in enumerate(tiles, start=1):
         for (k, n), problem in problems.items():
             for dtype in (torch.float32, torch.bfloat16, torch.float16):

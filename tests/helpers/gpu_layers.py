@@ -79,9 +79,16 @@ def exact_layer(
     *,
     intermediate_rounding: bool = False,
     activation_format: str = "mxfp8",
+    sums_on: str | torch.device | None = None,
     **options: Any,
 ) -> Tensor:
-    """The reference with the kernel's own activation, whose exp is not torch's: the layer's bits, no tolerance."""
+    """The reference with the kernel's own activation, whose exp is not torch's: the layer's bits, no tolerance.
+
+    `sums_on`: where all but the activation is computed, by default the call's device: "cpu" under compute-sanitizer,
+    which slows each of torch's many kernels down.
+    """
+    device = weights.device
+    there = device if sums_on is None else torch.device(sums_on)
     dtype = options.get("output_dtype")
     if dtype is None:
         dtype = reference.default_output_dtype(call.hidden_states, options.get("hidden_states_scale"))
@@ -96,18 +103,18 @@ def exact_layer(
         in_halves = BF16
 
     def between(gemm1: Tensor, row_expert: Tensor) -> tuple[Tensor, Tensor | None]:
-        if in_halves is not None:
-            return kernel_activation_in_bf16(gemm1, row_expert, weights, rounding, in_halves)
-        return kernel_activation(gemm1, row_expert, weights, rounding)
+        given = (gemm1.to(device), row_expert.to(device), weights, rounding)
+        rows, scales = kernel_activation(*given) if in_halves is None else kernel_activation_in_bf16(*given, in_halves)
+        return rows.to(there), None if scales is None else scales.to(there)
 
     return reference.layer(
-        *call.args(),
-        weights,
+        *(x.to(there) for x in call.args()),
+        weights.to(there),
         between,
         activation_format=activation_format,
-        arithmetic=arithmetic_here(weights.device),
-        **options,
-    )
+        arithmetic=arithmetic_here(device),
+        **{name: x.to(there) if isinstance(x, Tensor) else x for name, x in options.items()},
+    ).to(device)
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
