@@ -5,8 +5,8 @@
 // kernel runs, all before its predecessor are complete, and what those wrote may be read even before the wait. All of
 // it is read past L1 (__ldcg, relaxed.gpu) and nothing through the read-only path (__ldg): that one may serve what it
 // holds for as long as the kernel runs, and the kernel runs while others still write. __ldg is for weights, biases and
-// numbers that were there before the layer. finalize of many tokens does not start early (docs/decisions.md, with why the
-// rule is enough; tests/cpu/test_dependent_launch.py visits every order of events).
+// numbers that were there before the layer. finalize of many tokens does not start early (docs/decisions.md, with why
+// the rule is enough; tests/cpu/test_dependent_launch.py visits every order of events).
 #pragma once
 
 #include <cuda_runtime.h>

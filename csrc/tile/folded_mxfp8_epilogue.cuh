@@ -2,10 +2,10 @@
 // values in bf16 (shared/bf16_rows.cuh): SM90's. Bit for bit what mx_codes and bf16_pair_of_codes make of them.
 //
 // Weights are the MMA's A, so lane 4g + t has output g of rows 2t and 2t + 1 of each group of 8 outputs, which are 16
-// weight rows. A block is 32 outputs, four groups, in one, two or four warps, which leave their part's in shared memory.
+// weight rows. A block is 32 outputs, four groups, in one, two or four warps, which leave theirs in shared memory.
 //
-// Fast because what is reduced is not a block's largest magnitude but the scale that it asks for, an exponent: two rows'
-// take one register, through shuffles, shared memory and all. Blocks whose scale is not 2^-126 to 2^120, which are zero
+// Fast because what is reduced is not a block's largest magnitude but the scale that it asks for, an exponent: two
+// rows' take one register, through shuffles, shared memory and all. Blocks whose scale is not 2^-126 to 2^120, which are zero
 // or tiny, huge, or have an infinity or a NaN in them, go the long way: their tile asks for the magnitudes themselves.
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace mxfp4_moe {
 
-// The scale byte of a block from the largest magnitude() in it, plus kScaleOffset, where that is within kFirstPlainScale
+// The scale byte of a block from the largest magnitude() in it, plus kScaleOffset, where that is in kFirstPlainScale
 // and kLastPlainScale: RN(amax * fp32(1/448)), rounded up to a power of two, is amax' exponent less 8, or less 7 where
 // its mantissa is above that of 448.
 constexpr uint32_t kScaleOffset = 8, kFirstPlainScale = kScaleOffset + 1, kLastPlainScale = 254;

@@ -183,8 +183,8 @@ struct WeightLoads {
   }
 };
 
-// Which output tile begins in a stage, for the warps that multiply: they have it with the stage's data, and read no list
-// (bf16/passed_tiles.cuh). An m-tile whose `reserved` is the tile along n.
+// Which output tile begins in a stage, for the warps that multiply: they have it with the stage's data, and read no
+// list (bf16/passed_tiles.cuh). An m-tile whose `reserved` is the tile along n.
 template <class Shape>
 __device__ __forceinline__ void pass_tile(const SharedStorage<Shape>& smem, int stage, const Mxfp4MoeMTile& m,
                                           int n_tile) {

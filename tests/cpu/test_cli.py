@@ -268,6 +268,7 @@ def check_proof(lines: list[str], proof: TileProof) -> None:
         ("barriers", proof.barrier_bytes),
         ("one stage", proof.stage_bytes + proof.barrier_bytes),
         ("activation table", proof.amax_bytes),
+        ("tiles of warps", proof.kept_bytes),
         (f"{proof.stages} stages", proof.smem_bytes),
         ("a block may have", max_smem_per_block(proof.arch)),
     ):
@@ -340,7 +341,7 @@ def test_the_proof_for_machines(package: Path, capsys: pytest.CaptureFixture[str
         proof = of["proof"]
         assert proof["function"] == {"90a": "grouped_gemm_wgmma", "120f": "grouped_gemm"}[arch]
         stages = proof["stages"] * (proof["stage_bytes"] + proof["barrier_bytes"])
-        assert proof["smem_bytes"] == stages + proof["amax_bytes"]
+        assert proof["smem_bytes"] == stages + proof["amax_bytes"] + proof["kept_bytes"]
         parts = ("act_bytes", "weight_bytes", "act_scale_bytes")
         assert proof["stage_bytes"] == sum(proof[part] for part in parts)
 

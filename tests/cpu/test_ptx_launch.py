@@ -206,7 +206,7 @@ def test_a_layer_is_these_kernels_in_this_order(tile_name: str, between: list[st
     assert len(recording.launches) == len(names)
     for one, name in zip(recording.launches, names, strict=True):
         assert name in one.kernel
-        assert one.programmatic == (name != "finalize_kernel")
+        assert one.programmatic, name  # finalize too, of so few tokens
         assert one.cluster == (1, 1, 1)
     assert len(recording.allocations) == 1, "one workspace"
 

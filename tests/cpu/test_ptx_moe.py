@@ -259,10 +259,10 @@ def test_finalize_is_exact(tokens: int, top_k: int, width: int, dtype: torch.dty
     check_finalize(tokens, top_k, width, dtype, with_bias)
 
 
-def test_finalize_must_not_start_early() -> None:
+def test_finalize_of_many_tokens_must_not_start_early() -> None:
     """It does not wait for GEMM2 (docs/decisions.md): launched as the others are, it would read what is not there."""
-    rows, slot_row = torch.randn(4, 32).bfloat16(), torch.arange(4, dtype=torch.int32)
-    row_expert, weights = torch.zeros(4, dtype=torch.int32), torch.ones(4, 1)
+    rows, slot_row = torch.randn(9, 32).bfloat16(), torch.arange(9, dtype=torch.int32)
+    row_expert, weights = torch.zeros(9, dtype=torch.int32), torch.ones(9, 1)
     arguments = (rows, slot_row, row_expert, weights, None)
     launch.ptx_of_moe("finalize")
     recording = launch.shared_recorder().operator("finalize", *arguments)

@@ -100,7 +100,7 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str,
     assert proof.legal == (tile in (SM12X_HALVES.get(pair, LEGAL) if arch == "120f" else LEGAL))
     assert proof.stage_bytes == proof.act_bytes + proof.weight_bytes + proof.act_scale_bytes
     stage = proof.stage_bytes + proof.barrier_bytes
-    assert proof.smem_bytes == proof.stages * stage + proof.amax_bytes
+    assert proof.smem_bytes == proof.stages * stage + proof.amax_bytes + proof.kept_bytes
     if not proof.legal:
         return
     smem = SMEM_PER_SM[arch]
@@ -114,7 +114,7 @@ def test_every_candidate_is_legal_or_refused_with_numbers(tile: Tile, arch: str,
     moves_registers = proof.threads // 32 - proof.warps_m * proof.warps_n == 4
     wanted = registers_wanted(proof)
     for blocks in range(2, 1 if proof.reads_halves and moves_registers else most_blocks + 1):
-        enough_memory = blocks * (3 * stage + proof.amax_bytes + 1024) <= smem
+        enough_memory = blocks * (3 * stage + proof.amax_bytes + proof.kept_bytes + 1024) <= smem
         enough_registers = registers_per_thread(blocks, proof.threads) >= wanted
         if blocks == proof.blocks_per_sm:
             assert enough_memory

@@ -86,7 +86,7 @@ def _cells(proof: TileProof, manifest: Manifest) -> list[str]:
         *(f"{proof.threads}", f"{proof.accumulator_registers}"),
         *(f"{proof.act_bytes:,}", f"{proof.weight_bytes:,}", f"{proof.act_scale_bytes:,}"),
         *(f"{proof.barrier_bytes}", f"{proof.stage_bytes + proof.barrier_bytes:,}"),
-        *(f"{proof.stages}", f"{proof.amax_bytes:,}"),
+        *(f"{proof.stages}", f"{proof.amax_bytes + proof.kept_bytes:,}"),
         *(f"{proof.smem_bytes:,}", f"{proof.blocks_per_sm}" if proof.legal else "-"),
         verdict if proof.legal else "impossible: " + "; ".join(proof.refusals),
     ]

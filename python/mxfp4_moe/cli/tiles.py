@@ -192,6 +192,7 @@ def _proof_text(proof: TileProof, archs: str) -> str:
         ("barriers", proof.barrier_bytes),
         ("one stage", proof.stage_bytes + proof.barrier_bytes),
         ("activation table", proof.amax_bytes),
+        ("tiles of warps", proof.kept_bytes),
         (_count(proof.stages, "stage"), proof.smem_bytes),
         ("a block may have", max_smem_per_block(proof.arch)),
     ]

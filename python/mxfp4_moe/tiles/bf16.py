@@ -173,6 +173,7 @@ def _prove(
         act_scale_bytes=0,  # the scales are in the activations
         barrier_bytes=ring_bytes,
         amax_bytes=amax_bytes,
+        kept_bytes=kept_bytes,
         stage_bytes=stage_bytes,
         blocks_per_sm=blocks_per_sm,
         stages=stages,

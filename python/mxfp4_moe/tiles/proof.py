@@ -27,7 +27,7 @@ MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's act
 class TileProof:
     """What an arch's kernel makes of a tile, in bytes, registers and threads, and every reason why it cannot be.
 
-    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage, but for `amax_bytes`,
+    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage, but for `amax_bytes` and `kept_bytes`,
     which a block has once. `stage_bytes` are what a stage loads: not its barriers.
     """
 
@@ -52,6 +52,7 @@ class TileProof:
     act_scale_bytes: int
     barrier_bytes: int
     amax_bytes: int  # the largest magnitudes that GEMM1's activation needs
+    kept_bytes: int  # the output tile that each warp is at, on SM90
     stage_bytes: int
     blocks_per_sm: int
     stages: int
@@ -217,6 +218,7 @@ def prove_sm12x(tile: Tile, arch: str, pair: str) -> TileProof:
         act_scale_bytes=act_scale_bytes,
         barrier_bytes=BARRIER_BYTES_PER_STAGE,
         amax_bytes=amax_bytes,
+        kept_bytes=0,
         stage_bytes=stage_bytes,
         blocks_per_sm=blocks_per_sm,
         stages=stages,

@@ -219,8 +219,8 @@ ORDER = [
         "producer waits for the other parity",
         source=(
             PIPELINE,
-            "wait_for(smem.empty(ring.stage), ring.phase ^ 1);\n        weights.load",
-            "wait_for(smem.empty(ring.stage), ring.phase);\n        weights.load",
+            "wait_for(smem.empty(ring.stage), ring.phase ^ 1);\n        if (kt",
+            "wait_for(smem.empty(ring.stage), ring.phase);\n        if (kt",
         ),
     ),
     Mutation(
@@ -262,7 +262,7 @@ ACTIVATION = [
     Mutation(
         "bias of the first expert",
         activates=True,
-        source=(ACTIVATE, "a.bias + static_cast<int64_t>(m_tile.expert) * n", "a.bias"),
+        source=(ACTIVATE, ": a.bias + static_cast<int64_t>(m_tile.expert) * n;", ": a.bias;"),
     ),
     Mutation(
         "no bias for the gate",
