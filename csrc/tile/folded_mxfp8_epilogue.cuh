@@ -5,8 +5,9 @@
 // weight rows. A block is 32 outputs, four groups, in one, two or four warps, which leave theirs in shared memory.
 //
 // Fast because what is reduced is not a block's largest magnitude but the scale that it asks for, an exponent: two
-// rows' take one register, through shuffles, shared memory and all. Blocks whose scale is not 2^-126 to 2^120, which are zero
-// or tiny, huge, or have an infinity or a NaN in them, go the long way: their tile asks for the magnitudes themselves.
+// rows' take one register, through shuffles, shared memory and all. Blocks whose scale is not 2^-126 to 2^120, which
+// are zero or tiny, huge, or have an infinity or a NaN in them, go the long way: their tile asks for the magnitudes
+// themselves.
 #pragma once
 
 #include "shared/bf16_rows.cuh"

@@ -11,12 +11,13 @@ from mxfp4_moe import tiles
 from mxfp4_moe.tiles import Tile, stages
 
 # By hand. A stage: activations m * 256 of bf16, weights 4,352 for each 64 rows of n or part of them, 32 for barriers
-# and the output tile that begins there. Each warp that multiplies keeps 16 more. The table, of tiles with n of at least 64, has a word for each warp's weight rows and row of m.
+# and the output tile that begins there. Each warp that multiplies keeps 16 more. The table, of tiles with n of at least
+# 64, has a word for each warp's weight rows and row of m.
 # tile: stage bytes, table bytes, accumulators, threads, blocks, stages, bytes
 BY_HAND = {
     # mma.sync, four warps and one that produces. Swapped, of 16 x 8 each: 2,048 + 4,352. Five blocks have 233,472 // 5
-    # - 1,024 - 128 - 64 = 45,478 // 6,432 = 7 stages, and registers for 25 warps: 512 // 7 // 8 * 8 = 72, of which 4 + 2 * 4
-    # + 16 / 2 + 48 = 68 are wanted; six have only 64.
+    # - 1,024 - 128 - 64 = 45,478 // 6,432 = 7 stages, and registers for 25 warps: 512 // 7 // 8 * 8 = 72, of which
+    # 4 + 2 * 4 + 16 / 2 + 48 = 68 are wanted; six have only 64.
     "m8n64_swap": (6_400, 128, 4, 160, 5, 7, 45_216),
     # 4,096 + 17,408; 64 x 16: 32 + 2 * 8 + 64 + 48 = 160 wanted, which two blocks have: 115,392 // 21,536 = 5
     "m16n256_swap": (21_504, 256, 32, 160, 2, 5, 108_000),
@@ -50,7 +51,7 @@ def test_proof_with_nvfp4_weights_against_numbers_worked_out_by_hand() -> None:
     """256 bytes more for each 64 weight rows; a row's largest magnitude in each 32 of them that two warps share."""
     # 2,048 + 4,608; 2 x 8 x 4 once; five blocks, as above, have (45,670 - 128) // 6,688 = 6 stages.
     by_hand = {"m8n64_swap": (6_656, 64, 4, 160, 5, 6, 40_256)}
-    # Warps of 32 rows have whole blocks: 2,048 + 9,216; four blocks have (233,472 / 4 - 1,024 - 64) // 11,296 = 5 stages.
+    # Warps of 32 rows have whole blocks: 2,048 + 9,216; four blocks have (58,368 - 1,024 - 64) // 11,296 = 5 stages.
     by_hand |= {"m8n128_swap": (11_264, 0, 8, 160, 4, 5, 56_544)}
     # 32,768 + 9,216: (232,448 - 2,176) // 42,016 = 5; 32,768 + 18,432: (232,448 - 4,352) // 51,232 = 4
     by_hand |= {

@@ -27,8 +27,8 @@ MAX_ACTIVATING_ACCUMULATORS = 64  # of a tile whose epilogue applies GEMM1's act
 class TileProof:
     """What an arch's kernel makes of a tile, in bytes, registers and threads, and every reason why it cannot be.
 
-    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage, but for `amax_bytes` and `kept_bytes`,
-    which a block has once. `stage_bytes` are what a stage loads: not its barriers.
+    `smem_bytes` is the dynamic shared memory of one block; the part sizes are per pipeline stage, but for
+    `amax_bytes` and `kept_bytes`, which a block has once. `stage_bytes` are what a stage loads: not its barriers.
     """
 
     tile: Tile
