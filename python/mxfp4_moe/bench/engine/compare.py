@@ -153,8 +153,8 @@ def compare(
             progress(f"{name}: starting vLLM, {number + 1} of {load.rounds}")
             variables = {**os.environ, **(environment or {}), "MXFP4_MOE_ENGINES": switches[name]}
             result, said[name] = _run(name, model, load, keywords, variables)
-            progress(f"{name}: first token after {result['first_token_ms']:.0f} ms; {said[name] or 'own kernels'}")
             runs[name].append(result)
+            progress(f"{name}: {_in_one_line(Arm(name=name, said=said[name], runs=[result]))}")
     arms = [Arm(name=name, said=said[name], runs=runs[name]) for name in switches]
     return Comparison(model=model.name, load=load, keywords=keywords, arms=arms)
 
@@ -187,6 +187,14 @@ def _run(
             wrong = "our kernels did not run" if name == OURS else "our kernels ran in vLLM's own arm"
             raise ArmError(f"{name}: {wrong}; what was said: {_about_us(done.stdout)}")
         return json.loads(out.read_text(encoding="utf-8")), said
+
+
+def _in_one_line(run: Arm) -> str:
+    """What one run measured, so that whoever ends the comparison early has that."""
+    rates = [f"{what}: {rate.median:,.0f} tokens/s" for kind in ("decode", "prefill") for what, rate in run.rates(kind)]
+    return "; ".join(
+        [f"first token after {run.once('first_token_ms').median:.0f} ms", *rates, run.said or "own kernels"]
+    )
 
 
 def _last(text: str, lines: int = 30) -> str:
