@@ -6,7 +6,6 @@ import functools
 
 import torch
 
-from .. import reference
 from .._arguments import named_device
 from .._checkpoints.options import member
 from .._install import loading, wheel
@@ -41,7 +40,7 @@ def activation_formats(
         place = torch.device("cuda", torch.cuda.current_device())
     kind = member("weight_format", WeightFormat, weight_format)
     if place.type == "cpu":
-        return reference.CPU_ACTIVATION_FORMATS[kind]
+        return kind.activations
     return _formats_of(place, kind)
 
 
@@ -49,8 +48,7 @@ def activation_formats(
 def _formats_of(device: torch.device, kind: WeightFormat) -> tuple[str, ...]:
     if device.type != "cuda":
         return ()
-    having = reference.CPU_ACTIVATION_FORMATS[kind]
-    return tuple(name for name in having if tiles_of(name, device.index, kind))
+    return tuple(name for name in kind.activations if tiles_of(name, device.index, kind))
 
 
 @functools.cache
@@ -68,7 +66,7 @@ def format_of_call(activation_format: str | None, weights: MoEWeights) -> str:
     Raises:
         TypeError, ValueError: no name of a format, or of one that goes with weights of another one.
     """
-    formats = reference.CPU_ACTIVATION_FORMATS[weights.weight_format]
+    formats = weights.weight_format.activations
     if activation_format is None:
         return formats[0]
     if type(activation_format) is str and activation_format in formats:

@@ -14,7 +14,7 @@ pair, number t*k+j; a row is one slot's place in the activations sorted by exper
 """
 
 from .activation import activate
-from .call import CPU_ACTIVATION_FORMATS, fused_moe
+from .call import fused_moe
 from .chain import (
     ACTIVATION_FORMATS,
     MXFP8_INPUT_SCALE_MAX,
@@ -33,7 +33,6 @@ from .gemm import grouped_gemm
 
 __all__ = [
     "ACTIVATION_FORMATS",
-    "CPU_ACTIVATION_FORMATS",
     "MXFP8_INPUT_SCALE_MAX",
     "ROW_DTYPES",
     "SCALE_LAYOUTS",

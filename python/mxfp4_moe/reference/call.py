@@ -11,9 +11,6 @@ from ..formats import WeightFormat
 from ..weights import MoEWeights
 from . import chain, fp4
 
-# What CPU tensors can have, by the format of the weights; the default first.
-CPU_ACTIVATION_FORMATS = {kind: kind.activations for kind in WeightFormat}
-
 
 def fused_moe(
     hidden_states: Tensor,
@@ -56,7 +53,7 @@ def fused_moe(
     """
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
-    formats = CPU_ACTIVATION_FORMATS[weights.weight_format]
+    formats = weights.weight_format.activations
     if activation_format is None:
         activation_format = formats[0]
     if activation_format not in formats:
