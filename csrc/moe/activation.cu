@@ -85,7 +85,9 @@ cudaError_t launch_activation(const ActivationArgs& args, cudaStream_t stream) {
   const int blocks = (args.rows + rows_of_block - 1) / rows_of_block;
   const dim3 grid((k_tiles + kTilesPerBlock - 1) / kTilesPerBlock, blocks < kMaxGridY ? blocks : kMaxGridY);
   LaunchOptions options;
-  options.most_l1 = args.rows >= kManyRows;
+  if (args.rows >= kManyRows) {
+    options.carveout = cudaSharedmemCarveoutMaxL1;
+  }
   return launch_with(options, kernel, grid, kThreads, stream, args, rows_of_block);
 }
 

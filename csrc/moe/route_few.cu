@@ -168,7 +168,7 @@ int threads_of(int tokens, int most_warps) {
 }  // namespace
 
 cudaError_t launch_route_few(const RouteArgs& args, cudaStream_t stream) {
-  return launch(route_few_kernel, dim3(1), kMinThreads, 0, stream, args);
+  return launch_before_gemm(route_few_kernel, dim3(1), kMinThreads, stream, args);
 }
 
 cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
@@ -176,12 +176,12 @@ cudaError_t launch_topk_route_few(const TopkExpertsArgs& router, const RouteArgs
   if (is_topk_softmax(router)) {
     const int threads = threads_of(choice.tokens, kMaxWarps);
     return with_width<1, 2, 4, 8>(choice.experts, [&](auto width) {
-      return launch(topk_route_few_kernel<width()>, dim3(1), threads, 0, stream, choice, args);
+      return launch_before_gemm(topk_route_few_kernel<width()>, dim3(1), threads, stream, choice, args);
     });
   }
   return with_width<4, 8, 16, 32>(choice.experts, [&](auto width) {
     const int threads = threads_of(choice.tokens, kMaxScoringWarps<width()>);
-    return launch(topk_experts_route_few_kernel<width()>, dim3(1), threads, 0, stream, router, args);
+    return launch_before_gemm(topk_experts_route_few_kernel<width()>, dim3(1), threads, stream, router, args);
   });
 }
 

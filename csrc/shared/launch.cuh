@@ -24,9 +24,10 @@ struct LaunchOptions {
   size_t smem_bytes = 0;   // dynamic
   int cluster_blocks = 1;  // that run at once and see each other's shared memory; 1: no cluster
   bool early = true;       // by the rule above; else when the kernels before this one are done
-  // On SMs that have given their shared memory back to L1: loads in flight need lines there, and behind a GEMM's block
-  // there are few. An SM changes over when nothing runs on it.
-  bool most_l1 = false;
+  // How an SM's memory is divided into L1 and shared memory while the kernel runs there; an SM changes over when nothing
+  // runs on it. cudaSharedmemCarveoutMaxL1: loads in flight need lines there, and behind a GEMM's block there are few.
+  // cudaSharedmemCarveoutMaxShared: the next kernel, a GEMM, may start beside this one's blocks.
+  int carveout = cudaSharedmemCarveoutDefault;
 };
 
 // Whether launches may say how L1 and shared memory are split: since CUDA 12.5, and older drivers serve CUDA 12 wheels.
@@ -59,10 +60,20 @@ cudaError_t launch_with(const LaunchOptions& options, Kernel kernel, dim3 grid, 
   if (options.cluster_blocks > 1) {
     ask(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(options.cluster_blocks), 1, 1};
   }
-  if (options.most_l1 && driver_takes_carveout()) {
-    ask(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = cudaSharedmemCarveoutMaxL1;
+  if (options.carveout != cudaSharedmemCarveoutDefault && driver_takes_carveout()) {
+    ask(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = options.carveout;
   }
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// The launch of a kernel of few small blocks before a GEMM. Where an SM that runs one has little shared memory, none of
+// the GEMM's blocks can start there; the others get them all, and then the SMs that were left out get more than their
+// part of the next GEMM's, which they are late with (docs/performance.md).
+template <typename Kernel, typename... Args>
+cudaError_t launch_before_gemm(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Args&... args) {
+  LaunchOptions options;
+  options.carveout = cudaSharedmemCarveoutMaxShared;
+  return launch_with(options, kernel, grid, threads, stream, args...);
 }
 
 // The usual launch: early.
