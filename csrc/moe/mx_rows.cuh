@@ -168,7 +168,7 @@ __device__ __forceinline__ void store_mxfp4_tile(const KTile& tile, int64_t row,
 
 // Up to as many tokens the kernel that makes GEMM1's rows leaves room for its blocks; with more, it takes all of the GPU
 // and wants L1.
-constexpr int kTokensBesideGemm = 64;
+constexpr int kTokensBesideGemm = 1024;
 
 template <typename Kernel, typename Args>
 cudaError_t launch_rows(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Args& args) {
