@@ -166,14 +166,4 @@ __device__ __forceinline__ void store_mxfp4_tile(const KTile& tile, int64_t row,
   store_scale_word(tile, row, k_tile, to);
 }
 
-// Up to as many tokens the kernel that makes GEMM1's rows leaves room for its blocks; with more, it takes all of the GPU
-// and wants L1.
-constexpr int kTokensBesideGemm = 1024;
-
-template <typename Kernel, typename Args>
-cudaError_t launch_rows(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Args& args) {
-  return args.tokens <= kTokensBesideGemm ? launch_before_gemm(kernel, grid, threads, stream, args)
-                                          : launch(kernel, grid, threads, 0, stream, args);
-}
-
 }  // namespace mxfp4_moe

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) nvfp4_permute_kernel(const QuantizeP
 cudaError_t launch_nvfp4_permute(const QuantizePermuteArgs& args, cudaStream_t stream) {
   const auto kernel = args.type == HalfType::kBFloat16 ? nvfp4_permute_kernel<HalfType::kBFloat16>
                                                        : nvfp4_permute_kernel<HalfType::kFloat16>;
-  return launch_rows(kernel, dim3(args.tokens), kThreads, stream, args);
+  return launch_before_gemm(kernel, dim3(args.tokens), kThreads, stream, args);
 }
 
 }  // namespace mxfp4_moe

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgs arg
 }  // namespace
 
 cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
-  return args.tokens == 0 ? cudaSuccess : launch_rows(permute_kernel, grid_of(args, 1), kThreads, stream, args);
+  return args.tokens == 0 ? cudaSuccess : launch_before_gemm(permute_kernel, grid_of(args, 1), kThreads, stream, args);
 }
 
 }  // namespace mxfp4_moe

@@ -70,7 +70,7 @@ cudaError_t launch_quantize(const QuantizePermuteArgs& args, cudaStream_t stream
   const int at_once = args.tokens <= kFewTokens ? 1 : kTokensAtOnce;
   const auto kernel =
       at_once == 1 ? quantize_permute_kernel<kType, 1, kKind> : quantize_permute_kernel<kType, kTokensAtOnce, kKind>;
-  return launch_rows(kernel, grid_of(args, at_once), kThreads, stream, args);
+  return launch_before_gemm(kernel, grid_of(args, at_once), kThreads, stream, args);
 }
 
 template <HalfType kType>

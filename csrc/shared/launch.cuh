@@ -24,8 +24,9 @@ struct LaunchOptions {
   size_t smem_bytes = 0;   // dynamic
   int cluster_blocks = 1;  // that run at once and see each other's shared memory; 1: no cluster
   bool early = true;       // by the rule above; else when the kernels before this one are done
-  // How an SM's memory is divided into L1 and shared memory while the kernel runs there; an SM changes over when nothing
-  // runs on it. cudaSharedmemCarveoutMaxL1: loads in flight need lines there, and behind a GEMM's block there are few.
+  // How an SM's memory is divided into L1 and shared memory while the kernel runs there; an SM changes over when
+  // nothing runs on it. cudaSharedmemCarveoutMaxL1: loads in flight need lines there, and behind a GEMM's block there
+  // are few.
   // cudaSharedmemCarveoutMaxShared: the next kernel, a GEMM, may start beside this one's blocks.
   int carveout = cudaSharedmemCarveoutDefault;
 };
@@ -66,9 +67,9 @@ cudaError_t launch_with(const LaunchOptions& options, Kernel kernel, dim3 grid, 
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// The launch of a kernel of few small blocks before a GEMM. Where an SM that runs one has little shared memory, none of
-// the GEMM's blocks can start there; the others get them all, and then the SMs that were left out get more than their
-// part of the next GEMM's, which they are late with (docs/performance.md).
+// The launch of a kernel of small blocks before a GEMM. Where an SM that runs one has little shared memory, none of the
+// GEMM's blocks can start there; the others get them all, and then the SMs that were left out get more than their part
+// of the next GEMM's, which they are late with (docs/performance.md).
 template <typename Kernel, typename... Args>
 cudaError_t launch_before_gemm(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Args&... args) {
   LaunchOptions options;
