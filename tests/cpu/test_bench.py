@@ -190,6 +190,9 @@ def test_the_tables() -> None:
     said = report.summary(run)
     assert "marlin is left out: vLLM is not installed" in said
     assert "copy (read + write) 4,000 GB/s, bf16 matmul 800 TFLOP/s, f16 matmul 790 TFLOP/s" in said
+    failed = [report.Failure(implementation="marlin", tokens=tokens, reason="no kernel") for tokens in (1, 64)]
+    said = report.summary(dataclasses.replace(run, failures=failed))
+    assert "marlin at 1, 64 tokens is left out: no kernel" in said
 
 
 def test_what_the_automatic_choice_loses() -> None:

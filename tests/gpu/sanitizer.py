@@ -88,19 +88,22 @@ def routers(device: torch.device) -> list[str]:
         experts, router = router_cases.router_named(name)
         bias = router.e_score_correction_bias
         own = replace(router, e_score_correction_bias=None if bias is None else bias.to(device))
-        weights = random_weights(experts, 64, 32, device)
+        made = random_weights(experts, 64, 32, torch.device("cpu"))
+        weights = made.to(device)
         for tokens in (3, 70):
             logits = router_cases.logits_of(tokens, experts, torch.float32).to(device)
-            x = random_call(tokens, 1, weights).hidden_states
+            x = random_call(tokens, 1, made).hidden_states.to(device)
             topk_weights, ids = mxfp4_moe.select_experts(logits, own)
             if not torch.equal(ids.cpu(), reference_routers.select_experts(logits.cpu(), router)[1]):
                 failures.append(f"select_experts, {name}, {tokens} tokens: other experts than expected")
             out = mxfp4_moe.fused_moe_from_logits(x, logits, own, weights)
-            if not torch.equal(bits(out), bits(mxfp4_moe.fused_moe(x, topk_weights, ids, weights))):
+            two_calls = mxfp4_moe.fused_moe(x, topk_weights, ids, weights)
+            if not torch.equal(bits(out.cpu()), bits(two_calls.cpu())):
                 failures.append(f"fused_moe_from_logits, {name}, {tokens} tokens: other bits than the two calls")
             again, _ = mxfp4_moe.select_experts(logits, own, ids)
-            if not router.is_topk_softmax and not torch.equal(bits(again), bits(topk_weights)):
+            if not router.is_topk_softmax and not torch.equal(bits(again.cpu()), bits(topk_weights.cpu())):
                 failures.append(f"select_experts, {name}, {tokens} tokens: given experts have other weights")
+        print(f"router {name}", flush=True)
     return failures
 
 

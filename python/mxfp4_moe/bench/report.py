@@ -345,9 +345,12 @@ def summary(results: Results) -> str:
         (tokens,) = {m.tokens for m in errors.values()}
         lines.append(f"relative error against float64 with unquantized activations, {tokens} tokens: {said}")
     lines += [f"{name}, {words}" for name, words in results.rivals.items()]
+    alike: dict[tuple[str, str], list[int | None]] = {}  # an implementation that fails once mostly fails at every size
     for failure in results.failures:
-        where = "" if failure.tokens is None else f" at {failure.tokens} tokens"
-        lines.append(f"{failure.implementation}{where} is left out: {failure.reason}")
+        alike.setdefault((failure.implementation, failure.reason), []).append(failure.tokens)
+    for (implementation, reason), tokens in alike.items():
+        where = "" if None in tokens else f" at {', '.join(map(str, tokens))} tokens"
+        lines.append(f"{implementation}{where} is left out: {reason}")
     return "\n".join(lines)
 
 

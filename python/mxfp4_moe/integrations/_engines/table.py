@@ -62,7 +62,7 @@ SGLANG = Engine(
     distributions=("sglang",),
     module="sglang",
     tested=(("0.5.17", "0.5.24"),),
-    tested_with=("0.5.17, 0.5.18 and 0.5.23: their layers on CPU",),
+    tested_with=("0.5.17, 0.5.18 and 0.5.23: their layers on CPU", "0.5.17 on SM90"),
     hooks=(
         "sglang.srt.arg_groups.overrides:register_model_override",
         "sglang.srt.layers.moe.token_dispatcher.standard:StandardCombineInput",
