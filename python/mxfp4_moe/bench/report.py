@@ -348,8 +348,8 @@ def summary(results: Results) -> str:
     alike: dict[tuple[str, str], list[int | None]] = {}  # an implementation that fails once mostly fails at every size
     for failure in results.failures:
         alike.setdefault((failure.implementation, failure.reason), []).append(failure.tokens)
-    for (implementation, reason), tokens in alike.items():
-        where = "" if None in tokens else f" at {', '.join(map(str, tokens))} tokens"
+    for (implementation, reason), sizes in alike.items():
+        where = "" if None in sizes else f" at {', '.join(map(str, sizes))} tokens"
         lines.append(f"{implementation}{where} is left out: {reason}")
     return "\n".join(lines)
 
