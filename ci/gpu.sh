@@ -39,8 +39,8 @@ in_shares() {
   return "$failed"
 }
 
-# Of ours alone what can be said without torch's kernels, which are many and slow to instrument: not whether memory was
-# written. A port for each share: they start at the same time.
+# Only our kernels are instrumented, by their namespace: torch's are many and slow to instrument. But initcheck asks who
+# has written what a kernel reads, so it sees all of them. A port for each share: they start at the same time.
 # shellcheck disable=SC2153,SC2329 # in_shares calls it, and says SHARE
 sanitize() {
   local ours=(--kernel-name kernel_substring=mxfp4_moe)
