@@ -12,8 +12,8 @@
 // Why it is fast: one launch of one block or, where the GPU is known to have clusters and there are slots enough, of
 // one cluster. Every warp owns a contiguous range of slots and its own histogram in shared memory; __match_any_sync
 // counts 32 ids at once. A column scan over the warps, sums over the blocks, which read each other's counts, and one
-// scan over the experts turn histograms into row numbers, and the same ranges are read again to hand them out. Ids that
-// the kernel chose itself never leave shared memory.
+// scan over the experts turn histograms into row numbers, and the same ranges are read again to hand them out. Of few
+// logits the same kernel chooses, and the ids never leave shared memory.
 #include <cooperative_groups.h>
 #include <limits.h>
 
@@ -35,6 +35,9 @@ constexpr size_t kHistogramBytes = 64 * 1024;  // with tables and chosen ids und
 constexpr int kTables = 4;                     // of experts + 1, beside the histograms
 constexpr int kMaxTokensPerLaunch = 512;       // whose experts one block chooses; of a cluster twice as many
 constexpr int kMaxChosenPerLaunch = 8192;      // slots of one block, with tables under SM12x's 99 KB; the same
+// From as many logits on the experts are chosen by a kernel of its own, on all multiprocessors: at 512 and 1024 tokens
+// that is 3 to 16 us less (H200, docs/performance.md), at fewer it would be a launch more.
+constexpr int64_t kManyLogits = 8192;
 // More blocks than one cost 1.5 us, in which a block chooses for 32 tokens (H100, k = 4).
 constexpr int kMaxSlotsOfOneBlock = 256, kSlotsPerBlock = 128;
 
@@ -369,8 +372,8 @@ cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& ar
     return launch_topk_route_few(router, args, stream);
   }
   const int clusters = args.most_blocks > 1 ? 2 : 1;
-  if (choice.tokens > kMaxTokensPerLaunch * clusters || args.slots > kMaxChosenPerLaunch * clusters ||
-      choice.experts > kMaxExpertsToRouteAtOnce) {
+  if (int64_t{choice.tokens} * choice.experts >= kManyLogits || choice.tokens > kMaxTokensPerLaunch * clusters ||
+      args.slots > kMaxChosenPerLaunch * clusters || choice.experts > kMaxExpertsToRouteAtOnce) {
     const cudaError_t error = launch_topk_experts(router, stream);
     return error != cudaSuccess ? error : launch_route(args, stream);
   }

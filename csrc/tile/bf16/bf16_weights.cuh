@@ -33,10 +33,11 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16> : CommonScaling<7> {
   static constexpr int kSetSteps = 4;
   static constexpr bool kHasLarge = true;
 
-  // The factor of the scale word's byte `step`, below 128, for both halves: 2^(byte - 2).
-  static __device__ __forceinline__ uint32_t factor_of(uint32_t word, int step, uint32_t exponent_one) {
+  // The factors of the scale word's bytes `step` and its neighbour, below 128, 2^(byte - 2): the even one's is the low
+  // half. The same in both steps, so that they are computed once.
+  static __device__ __forceinline__ uint32_t factors_of(uint32_t word, int step, uint32_t exponent_one) {
     constexpr uint32_t kBias = (127 - 2) << 7;
-    return __byte_perm(word, 0, 0x4040 | step | step << 8) * exponent_one + (kBias << 16 | kBias);
+    return __byte_perm(word, 0, step < 2 ? 0x4140 : 0x4342) * exponent_one + (kBias << 16 | kBias);
   }
 
   template <bool kLarge>
@@ -44,9 +45,10 @@ struct Scaling<MXFP4_MOE_WEIGHT_MXFP4, MXFP4_MOE_ACT_BF16> : CommonScaling<7> {
                                                        const Kept& kept) {
     expand_bf16(pair, w);
     if constexpr (!kLarge) {
-      const uint32_t factor = factor_of(scales, step, kept.unit);
+      const uint32_t factors = factors_of(scales, step, kept.unit);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pair[i] = multiply_bf16(pair[i], factor);
+      for (int i = 0; i < 4; ++i)
+        pair[i] = multiply_bf16(pair[i], step % 2 == 0 ? twice<0>(factors) : twice<1>(factors));
     } else {  // 2^(byte - 2) as 2^126 or 2^0, and the rest
       const uint32_t byte = scales >> 8 * step & 0xff;
       const uint32_t first = byte > 127 ? (127u + 126u) << 7 : 127u << 7;

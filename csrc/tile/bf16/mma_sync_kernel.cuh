@@ -125,6 +125,7 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
     wait_for(smem.full(ring.stage), ring.phase);
     operands[0].load(smem, ring.stage, 0, at, act_at);
   };
+  const bool half_tail = (k - 1) % kTileK < 64;  // of the last K tile only the first half has anything
   open();
   load_scales(scales, smem.weight(ring.stage) + at.scales);
 #pragma unroll 1
@@ -134,6 +135,7 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
     const auto multiply = [&](auto large) {
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
+        if (step == 2 && kt == 1 && half_tail) break;
         if (step < 3) {
           operands[(step + 1) % 2].load(smem, stage, step + 1, at, act_at);
         } else if (kt > 1) {

@@ -76,12 +76,11 @@ __device__ __forceinline__ FirstRow first_row(int row) {
 // Where a lane finds what it expands, in a stage's weights: the words and the scales of its first row, in step 0.
 struct Places {
   uint32_t words, scales;
-  uint32_t block;  // of 64 rows
 };
 template <class Shape>
 __device__ __forceinline__ Places places(const FirstRow& row) {
   return {row.block + weight_word_in_block(row.in_block, 0, lane_id() % 4, Shape::kScaleWords),
-          row.block + weight_scale_word_in_block(row.in_block), row.block};
+          row.block + weight_scale_word_in_block(row.in_block)};
 }
 
 // The scale words of rows g, g + 8, g + 16 .. of a warp whose first row is the first of 8, 16 or 32 in its block.

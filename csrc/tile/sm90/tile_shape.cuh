@@ -17,15 +17,21 @@ constexpr bool has_wgmma(int m, int n) { return m >= 32 && n >= 64; }
 template <class Pair, int M, int N, bool kSwap>
 using Sm90MmaSyncShape = MmaSyncShape<Sm90, Pair, M, N, kSwap, 4, false, 6, true>;
 
-// wgmma: weight rows are the MMA's M, 64 to a warpgroup, and activation rows its N, whatever the tile's mode. One
-// warpgroup for each 64 rows, and not two sets of them to one, because expanding takes latency that other warps hide.
+// wgmma: weight rows are the MMA's M, 64 to a warpgroup, and activation rows its N, whatever the tile's mode. With few
+// activation rows instructions are what takes time, and a warpgroup has two sets of 64 rows, for which it reads, waits
+// and counts once. With many, latency is, which more warpgroups hide.
 constexpr bool wgmma_moves_registers(int m, int n) { return m * n >= 128 * 256; }
+constexpr int wgmma_sets(int m, int n) { return n >= 128 && m * n <= 64 * 128 ? 2 : 1; }
 
 template <class Pair, int M, int N>
-struct WgmmaTile : Bf16Tile<Sm90, Pair, M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)> {
-  using Tile = Bf16Tile<Sm90, Pair, M, N, true, 16, M, N / 16, wgmma_moves_registers(M, N)>;
-  // Beside the accumulators: two units of operands, scales, addresses.
-  static constexpr int kRegistersWanted = Tile::kAccumulators + 48;
+using WgmmaBase = Bf16Tile<Sm90, Pair, M, N, true, 16 * wgmma_sets(M, N), M, N / (16 * wgmma_sets(M, N)),
+                           wgmma_moves_registers(M, N)>;
+
+template <class Pair, int M, int N>
+struct WgmmaTile : WgmmaBase<Pair, M, N> {
+  using Tile = WgmmaBase<Pair, M, N>;
+  // Beside the accumulators: two units of operands, words and scales of each set, addresses.
+  static constexpr int kRegistersWanted = Tile::kAccumulators + 40 + 8 * wgmma_sets(M, N);
   static constexpr int kBlocksPerSm =
       Tile::kMovesRegisters ? 1 : Tile::Fits::blocks_that_fit(kMaxBlocksPerSm, kRegistersWanted);
 };

@@ -87,57 +87,71 @@ __device__ __forceinline__ void start_block(float* sums, const uint32_t (&a)[8],
 
 // One output tile's sums, of its first kCols activation rows, for one warpgroup. Afterwards every stage is released.
 //
-// A K block's weights are expanded while the MMAs of the block before it run, once those of the one before that are
-// done, whose registers they take; the first ones of a K tile while the last of the K tile before run. No MMA runs from
-// one K tile into the next: where they did, ptxas gave every width operands of its own, and had none left.
+// A unit of work is a K block of a set, 16 weight rows of each of the warpgroup's warps. Its weights are expanded while
+// the MMAs of the unit before it run, once those of the one before that are done, whose registers they take; the first
+// ones of a K tile while the last of the K tile before run. No MMA runs from one K tile into the next: where they did,
+// ptxas gave every width operands of its own, and had none left.
 template <class Shape, int kCols>
-__device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], int k, const SharedStorage<Shape>& smem,
-                                           Ring<Shape::kStages>& ring, const Places& at,
-                                           const typename ScalingOf<Shape>::Origin& origin) {
+__device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kFragN][4], int k,
+                                           const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring,
+                                           const Places& at, const typename ScalingOf<Shape>::Origin& origin) {
+  constexpr int kSets = Shape::kFragM;
   // Where sums leave few registers, words are not loaded ahead.
   constexpr int kAhead = Shape::kMmaWarps > 8 && Shape::M > 64 ? 0 : 1;
-  uint32_t a[2][8], words[1 + kAhead][2], scales[2];
+  uint32_t a[2][8], words[1 + kAhead][2 * kSets], scales[2 * kSets];
   using Scales = ScalingOf<Shape>;
   const typename Scales::Kept kept = Scales::keep(origin);
-  // Of any of the warpgroup's 64 rows, a block of weights: its warps must not part.
-  const uint32_t block_scales = at.block + lane_id() * 8;
+  // Of any of the warpgroup's rows, whole blocks of weights, of which its warps see one or two: they must not part.
+  const uint32_t block_scales = warp_id() / 4 * kSets * Shape::kWeightBlockBytes + lane_id() * 8;
   bool large = false;
 
   const auto load_block = [&](int stage, auto block) {
     constexpr int kBlock = decltype(block)::value;
-    // The block before is expanded.
+    load_groups(words[kBlock % (1 + kAhead)], smem.weight(stage) + at.words + kBlock * kWeightStepBytes);
+  };
+  // Of a block all of whose predecessors are expanded.
+  const auto load_scales_of = [&](int stage, auto block) {
+    constexpr int kBlock = decltype(block)::value;
     if constexpr (kBlock % Scales::kSetSteps == 0)
       load_scales(scales, smem.weight(stage) + at.scales + kBlock / Scales::kSetSteps * kWeightScaleSetBytes);
-    load_words<2>(words[kBlock % (1 + kAhead)], smem.weight(stage) + at.words + kBlock * kWeightStepBytes);
   };
-  const auto expand_block = [&](auto block) {
-    constexpr int kBlock = decltype(block)::value;
-    expand_rows<Scales, false>(a[kBlock % 2], words[kBlock % (1 + kAhead)], scales, kBlock, kept);
+  const auto expand_unit = [&](auto unit) {
+    constexpr int kBlock = decltype(unit)::value / kSets, kSet = decltype(unit)::value % kSets;
+    expand_rows<Scales, false>(a[decltype(unit)::value % 2], words[kBlock % (1 + kAhead)] + kSet * 2, scales + kSet * 2,
+                               kBlock, kept);
   };
-  const auto start = [&](int stage, int block, const uint32_t (&operand)[8]) {
-    start_block<Shape::kActFormat, kCols>(&acc[0][0][0], operand, smem.act(stage) + block / 2 * Shape::kHalfBytes,
-                                          block % 2);
+  const auto start = [&](int stage, int block, auto set, const uint32_t (&operand)[8]) {
+    // The set is a constant, or accumulators would not be registers until late, and integers in between.
+    start_block<Shape::kActFormat, kCols>(&acc[decltype(set)::value][0][0], operand,
+                                          smem.act(stage) + block / 2 * Shape::kHalfBytes, block % 2);
   };
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
     load_block(ring.stage, cute::C<0>{});
+    load_scales_of(ring.stage, cute::C<0>{});
     if constexpr (Scales::kHasLarge) {
-      uint32_t all[2];
-      load_words<2>(all, smem.weight(ring.stage) + block_scales);
+      uint32_t all[2 * kSets];
+#pragma unroll
+      for (int set = 0; set < kSets; ++set)
+        load_words<2>(all + set * 2, smem.weight(ring.stage) + block_scales + set * Shape::kWeightBlockBytes);
       large = has_large(all);
     }
-    expand_block(cute::C<0>{});
+    expand_unit(cute::C<0>{});
   };
   const auto k_tile = [&](int stage, bool is_last, auto blocks) {
-    constexpr int kBlocks = decltype(blocks)::value;
-    for_each_of<kBlocks>([&](auto block) {
-      constexpr int kBlock = decltype(block)::value;
-      if constexpr (kAhead == 1 && kBlock + 1 < kBlocks) load_block(stage, cute::C<kBlock + 1>{});
-      start(stage, kBlock, a[kBlock % 2]);
-      if constexpr (kBlock > 0) cute::warpgroup_wait<1>();
-      if constexpr (kBlock + 1 < kBlocks) {
-        if constexpr (kAhead == 0) load_block(stage, cute::C<kBlock + 1>{});
-        expand_block(cute::C<kBlock + 1>{});
+    constexpr int kUnits = decltype(blocks)::value * kSets;
+    for_each_of<kUnits>([&](auto unit) {
+      constexpr int kUnit = decltype(unit)::value, kBlock = kUnit / kSets, kSet = kUnit % kSets;
+      constexpr bool kBlockFollows = kUnit + kSets < kUnits;
+      if constexpr (kAhead == 1 && kSet == 0 && kBlockFollows) load_block(stage, cute::C<kBlock + 1>{});
+      start(stage, kBlock, cute::C<kSet>{}, a[kUnit % 2]);
+      if constexpr (kUnit > 0) cute::warpgroup_wait<1>();
+      if constexpr (kUnit + 1 < kUnits) {
+        if constexpr (kSet == kSets - 1) {
+          if constexpr (kAhead == 0) load_block(stage, cute::C<kBlock + 1>{});
+          load_scales_of(stage, cute::C<kBlock + 1>{});
+        }
+        expand_unit(cute::C<kUnit + 1>{});
       } else if (!is_last) {
         open();
       }
@@ -149,11 +163,13 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
   const auto large_k_tile = [&](int stage, bool is_last, int blocks) {
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
-      uint32_t at_once[2];
-      load_words<2>(at_once, smem.weight(stage) + at.words + block * kWeightStepBytes);
-      expand_rows<Scales, Scales::kHasLarge>(a[0], at_once, scales, block, kept);
-      start(stage, block, a[0]);
-      cute::warpgroup_wait<0>();
+      uint32_t at_once[2 * kSets];
+      load_groups(at_once, smem.weight(stage) + at.words + block * kWeightStepBytes);
+      for_each_of<kSets>([&](auto set) {
+        expand_rows<Scales, Scales::kHasLarge>(a[0], at_once + set * 2, scales + set * 2, block, kept);
+        start(stage, block, set, a[0]);
+        cute::warpgroup_wait<0>();
+      });
     }
     if (!is_last) open();
     release(smem, stage);
@@ -178,7 +194,7 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[1][Shape::kFragN][4], in
 
 // As narrow as the rows allow.
 template <class Shape, int kCols>
-__device__ __forceinline__ void sum_rows(int rows, float (&acc)[1][Shape::kFragN][4], int k,
+__device__ __forceinline__ void sum_rows(int rows, float (&acc)[Shape::kFragM][Shape::kFragN][4], int k,
                                          const SharedStorage<Shape>& smem, Ring<Shape::kStages>& ring, const Places& at,
                                          const typename ScalingOf<Shape>::Origin& origin) {
   constexpr int kNarrower = narrower(Shape::M, kCols);
@@ -197,7 +213,7 @@ struct WgmmaSum {
   __device__ __forceinline__ WgmmaSum(const GemmParams& params, const SharedStorage<Shape>& storage, int, int)
       : p(params), smem(storage) {}
 
-  __device__ __forceinline__ void operator()(float (&acc)[1][Shape::kFragN][4], Ring<Shape::kStages>& ring,
+  __device__ __forceinline__ void operator()(float (&acc)[Shape::kFragM][Shape::kFragN][4], Ring<Shape::kStages>& ring,
                                              const Mxfp4MoeMTile& rows) const {
     const Places at = places<Shape>(first_row<Shape>(warp_id() * Shape::kWarpM + lane_id() / 4));
     const auto origin = ScalingOf<Shape>::Origin::of(p.factors, rows.expert);

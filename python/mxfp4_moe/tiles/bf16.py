@@ -28,6 +28,11 @@ def has_wgmma(m: int, n: int) -> bool:
     return m >= 32 and n >= 64
 
 
+def wgmma_sets(m: int, n: int) -> int:
+    """How many times 64 weight rows a warpgroup of grouped_gemm_wgmma has."""
+    return 2 if n >= 128 and m * n <= 64 * 128 else 1
+
+
 def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
     """`prove` on SM90: Sm90MmaSyncShape or WgmmaShape."""
     m, n = max(tile.m, 1), max(tile.n, 1)
@@ -39,7 +44,7 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
             pair,
             function="grouped_gemm_wgmma",
             swap=True,
-            mma_warps=n // 16,
+            mma_warps=n // (16 * wgmma_sets(m, n)),
             moves_registers=moves_registers,
             most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
             folds=pair in (MXFP4_BF16, NVFP4_BF16),
@@ -96,7 +101,7 @@ def _prove(
     refusals = shape_refusals(tile)
     m, n = max(tile.m, 1), max(tile.n, 1)  # the sizes of a senseless tile are senseless too, but never by zero
     wgmma = function == "grouped_gemm_wgmma"
-    warp_m, warp_n = (16 if wgmma else (n if swap else m) // mma_warps), m if swap else n
+    warp_m, warp_n = (n if swap else m) // mma_warps, m if swap else n
 
     # Bf16Tile
     physical_m, physical_n = (n, m) if swap else (m, n)
@@ -126,7 +131,7 @@ def _prove(
 
     # kRegistersWanted of WgmmaTile or MmaSyncTile
     if wgmma:
-        registers_wanted = accumulators + 48
+        registers_wanted = accumulators + 40 + 8 * wgmma_sets(m, n)
     else:
         act_registers = 4 * fragments_n if swap else 8 * fragments_m
         operand_registers = 2 * act_registers if loads_ahead else 16 + 8 * fragments_m
