@@ -98,8 +98,8 @@ cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream);
 constexpr int kFewSlots = 128;
 cudaError_t launch_route_few(const RouteArgs& args, cudaStream_t stream);
 
-// launch_topk_experts and launch_route, in one kernel up to kFewSlots, and with at most 256 experts up to 512 tokens,
-// 1024 with a cluster; its ids need no memory then. args.topk_ids are choice's, int32. A router without given_ids.
+// launch_topk_experts and launch_route, in one kernel up to kFewSlots; its ids need no memory then. args.topk_ids are
+// choice's, int32. A router without given_ids.
 // With experts on several GPUs, choice.experts is the number of all and args.experts that of these.
 cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream);
 // The same for at most kFewSlots and, of topk_softmax, 256 experts; launch_topk_route calls it.

@@ -1,6 +1,7 @@
 // The fused layer: checks, one allocation, and five kernels on the current stream: route, quantize-permute, GEMM1 with
-// its activation, GEMM2, finalize; GEMM1 leaves the rarer activations to a sixth. With logits instead of topk_ids,
-// route chooses the experts first. Nothing here synchronizes or reads device memory. Shapes and layouts: kernels.h.
+// its activation, GEMM2, finalize; GEMM1 leaves the rarer activations to one more. With logits instead of topk_ids,
+// experts are chosen before, of few tokens by route's kernel, of more by one of its own. Nothing here synchronizes or
+// reads device memory. Shapes and layouts: kernels.h.
 #include "moe/layer.h"
 
 #include <string>

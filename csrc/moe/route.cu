@@ -1,7 +1,8 @@
 // Route-sort: from topk_ids to rows in expert order, and the list of m-tiles that the two GEMMs walk.
 //
 // in   topk_ids [R = T * k] int32 or int64; ids outside first_expert .. first_expert + E - 1 are no expert here: their
-//      slots get no row. Or the router's logits, of which the same kernel first makes the ids and weights
+//      slots get no row. Or the router's logits, of which topk_softmax.cu's or topk_experts.cu's kernel first makes the
+//      ids and weights: all multiprocessors choose, while this kernel starts
 // out  slot_row [R], slot -> row or -1; row_expert [R]; valid_rows
 //      m_tiles: every expert's rows cut into equal pieces of at most tile_m (shared/schedule.cuh), experts and rows
 //      ascending
@@ -12,14 +13,11 @@
 // Why it is fast: one launch of one block or, where the GPU is known to have clusters and there are slots enough, of
 // one cluster. Every warp owns a contiguous range of slots and its own histogram in shared memory; __match_any_sync
 // counts 32 ids at once. A column scan over the warps, sums over the blocks, which read each other's counts, and one
-// scan over the experts turn histograms into row numbers, and the same ranges are read again to hand them out. Of few
-// logits the same kernel chooses, and the ids never leave shared memory.
+// scan over the experts turn histograms into row numbers, and the same ranges are read again to hand them out.
 #include <cooperative_groups.h>
 #include <limits.h>
 
-#include "moe/choose_experts.cuh"
 #include "moe/kernels.h"
-#include "moe/score_experts.cuh"
 #include "moe/topk_ids.cuh"
 #include "moe/warps.cuh"
 #include "shared/launch.cuh"
@@ -29,16 +27,11 @@ namespace mxfp4_moe {
 namespace {
 
 constexpr int kMinWarps = 4, kMaxWarps = 32;
-constexpr int kMaxExpertsToRouteAtOnce = 256;  // more logits per lane would spill beside 1024 threads
+constexpr int kMaxExpertsToRouteAtOnce = 256;  // of launch_topk_route_few, for topk_softmax's rule
 constexpr int kBatch = 4;                      // ids per lane in flight
-constexpr size_t kHistogramBytes = 64 * 1024;  // with tables and chosen ids under SM12x's 99 KB
+constexpr size_t kHistogramBytes = 64 * 1024;  // with tables under SM12x's 99 KB
 constexpr int kTables = 4;                     // of experts + 1, beside the histograms
-constexpr int kMaxTokensPerLaunch = 512;       // whose experts one block chooses; of a cluster twice as many
-constexpr int kMaxChosenPerLaunch = 8192;      // slots of one block, with tables under SM12x's 99 KB; the same
-// From as many logits on the experts are chosen by a kernel of its own, on all multiprocessors: at 512 and 1024 tokens
-// that is 3 to 16 us less (H200, docs/performance.md), at fewer it would be a launch more.
-constexpr int64_t kManyLogits = 8192;
-// More blocks than one cost 1.5 us, in which a block chooses for 32 tokens (H100, k = 4).
+// More blocks than one cost 1.5 us (H100).
 constexpr int kMaxSlotsOfOneBlock = 256, kSlotsPerBlock = 128;
 
 // Sum of both halves at once: rows in the upper 32 bits, m-tiles in the lower; neither reaches 2^31.
@@ -269,116 +262,43 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1) route_kernel(const Ro
               [&](int64_t slot) { return load_id(args.topk_ids, args.ids_are_int64, slot); });
 }
 
-// The block's part of the tokens, a warp for each: choose(part, ids) chooses their experts and writes the slots' ids to
-// ids[slot], in shared memory, and the block routes those.
-template <typename Choose>
-__device__ __forceinline__ void choose_and_route(const TopkSoftmaxArgs& choice, const RouteArgs& args,
-                                                 const Choose& choose) {
-  extern __shared__ int shared[];
-  int32_t* ids = shared + blockDim.x / kWarpSize * args.experts + kTables * (args.experts + 1);
-  const Part tokens = part_of(choice.tokens);
-  choose(tokens, ids - tokens.begin * choice.top_k);
-  __syncthreads();
-  const int first = tokens.begin * choice.top_k;
-  route_block(args, {first, tokens.end * choice.top_k}, [&](int64_t slot) { return ids[slot - first]; });
-}
-
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
-    topk_route_kernel(const TopkSoftmaxArgs choice, const RouteArgs args) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  choose_and_route(choice, args, [&](const Part& part, int32_t* ids) {
-    constexpr int kTokens = 2;
-    const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    TopkSoftmaxArgs mine = choice;
-    mine.tokens = part.end;
-    mine.topk_ids = ids;
-    with_width<1, 2, 4, 8>(choice.experts, [&](auto width) {
-      if (part.end - part.begin <= warps) {
-        if (part.begin + warp < part.end) {
-          choose_experts<width(), 1>(mine, part.begin + warp, warps, lane);
-        }
-      } else {
-        for (int token = part.begin + warp; token < part.end; token += warps * kTokens) {
-          choose_experts<width(), kTokens>(mine, token, warps, lane);
-        }
-      }
-    });
-  });
-}
-
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
-    topk_experts_route_kernel(const TopkExpertsArgs router, const RouteArgs args) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  choose_and_route(router.choice, args, [&](const Part& part, int32_t* ids) {
-    const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    TopkExpertsArgs mine = router;
-    mine.choice.topk_ids = ids;
-    mine.given = GivenIds::kNone;
-    with_width<4, 8>(router.choice.experts, [&](auto width) {
-      for (int token = part.begin + warp; token < part.end; token += warps) {
-        score_experts<width()>(mine, token, lane);
-      }
-    });
-  });
-}
-
-// One block or one cluster, with a warp for each of `work`, within limits; chosen_slots: whose ids are kept in shared
-// memory.
-template <typename Kernel, typename... Args>
-cudaError_t launch_one_cluster(Kernel kernel, int64_t work, int chosen_slots, const RouteArgs& route,
-                               cudaStream_t stream, const Args&... args) {
-  const int experts = route.experts;
-  int blocks = 1;
-  while (route.slots > kMaxSlotsOfOneBlock && blocks < route.most_blocks &&
-         int64_t{blocks} * kSlotsPerBlock < route.slots) {
-    blocks *= 2;
-  }
-  int warps = kMinWarps;
-  while (warps < kMaxWarps && int64_t{warps} * blocks < work) {
-    warps *= 2;
-  }
-  while (warps * experts * sizeof(int) > kHistogramBytes) {
-    warps /= 2;
-  }
-  const size_t most_chosen = chosen_slots == 0 ? 0 : chosen_slots / blocks + kMaxTopK;
-  LaunchOptions options;
-  options.smem_bytes = (static_cast<size_t>(warps) * experts + kTables * (experts + 1) + most_chosen) * sizeof(int);
-  options.cluster_blocks = blocks;
-  if (options.smem_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(options.smem_bytes));
-    if (error != cudaSuccess) {
-      return error;
-    }
-  }
-  return launch_with(options, kernel, dim3(blocks), warps * kWarpSize, stream, args...);
-}
-
 }  // namespace
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
   if (args.slots <= kFewSlots) {
     return launch_route_few(args, stream);
   }
-  return launch_one_cluster(route_kernel, args.slots / kWarpSize, 0, args, stream, args);
+  int blocks = 1;
+  while (args.slots > kMaxSlotsOfOneBlock && blocks < args.most_blocks &&
+         int64_t{blocks} * kSlotsPerBlock < args.slots) {
+    blocks *= 2;
+  }
+  int warps = kMinWarps;  // a warp for each 32 slots
+  while (warps < kMaxWarps && int64_t{warps} * blocks < args.slots / kWarpSize) {
+    warps *= 2;
+  }
+  while (warps * args.experts * sizeof(int) > kHistogramBytes) {
+    warps /= 2;
+  }
+  LaunchOptions options;
+  options.smem_bytes = (static_cast<size_t>(warps) * args.experts + kTables * (args.experts + 1)) * sizeof(int);
+  options.cluster_blocks = blocks;
+  if (options.smem_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(options.smem_bytes));
+    if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  return launch_with(options, route_kernel, dim3(blocks), warps * kWarpSize, stream, args);
 }
 
 cudaError_t launch_topk_route(const TopkExpertsArgs& router, const RouteArgs& args, cudaStream_t stream) {
-  const TopkSoftmaxArgs& choice = router.choice;
-  const bool softmax = is_topk_softmax(router);
-  if (args.slots <= kFewSlots && (!softmax || choice.experts <= kMaxExpertsToRouteAtOnce)) {
+  if (args.slots <= kFewSlots && (!is_topk_softmax(router) || router.choice.experts <= kMaxExpertsToRouteAtOnce)) {
     return launch_topk_route_few(router, args, stream);
   }
-  const int clusters = args.most_blocks > 1 ? 2 : 1;
-  if (int64_t{choice.tokens} * choice.experts >= kManyLogits || choice.tokens > kMaxTokensPerLaunch * clusters ||
-      args.slots > kMaxChosenPerLaunch * clusters || choice.experts > kMaxExpertsToRouteAtOnce) {
-    const cudaError_t error = launch_topk_experts(router, stream);
-    return error != cudaSuccess ? error : launch_route(args, stream);
-  }
-  return softmax ? launch_one_cluster(topk_route_kernel, choice.tokens, args.slots, args, stream, choice, args)
-                 : launch_one_cluster(topk_experts_route_kernel, choice.tokens, args.slots, args, stream, router, args);
+  const cudaError_t error = launch_topk_experts(router, stream);
+  return error != cudaSuccess ? error : launch_route(args, stream);
 }
 
 }  // namespace mxfp4_moe

@@ -29,7 +29,7 @@ from ..tiles import (
     prove,
     select_tile,
 )
-from ..tiles.bf16 import has_wgmma
+from ..tiles.bf16 import has_wgmma, wgmma_sets
 from .facts import DeviceFacts, Layer
 from .rows import expected_active, row_probabilities
 
@@ -44,8 +44,9 @@ class Constants:
     overlap: float  # exponent of the norm between the memory and the SMs
     sync_expand: float  # 64 weight rows
     wgmma_expand: float  # 64 weight rows
+    wgmma_expand_sets: float  # 64 weight rows of a warpgroup that has 128
     wgmma_row: float  # and for each activation row
-    wgmma_alone: float  # a block alone, whose warpgroups have 64 weight rows each; its activation rows come on top
+    wgmma_alone: float  # a block alone, for each 64 weight rows of a warpgroup; its activation rows come on top
     tile: float  # of a tile alone, beside that
     epilogue: float  # of a tile, for each 64 weight rows by an activation row
     around_us: float  # microseconds of a layer beside its two GEMMs
@@ -60,6 +61,7 @@ CONSTANTS = Constants(
     overlap=4.5,
     sync_expand=236.7,
     wgmma_expand=234.1,
+    wgmma_expand_sets=190.0,
     wgmma_row=2.177,
     wgmma_alone=83.12,
     tile=3474.0,
@@ -128,8 +130,10 @@ def _gemm_us(
         if tile.m <= 16:
             shared, alone = sync_times * c.sync_expand, c.tile
         else:
-            shared = wgmma_times * c.wgmma_expand + c.wgmma_row * columns
-            alone = k_tiles * (c.wgmma_alone + c.wgmma_row * columns) + c.tile
+            sets = wgmma_sets(tile.m, tile.n)
+            expand = c.wgmma_expand_sets if sets == 2 else c.wgmma_expand
+            shared = wgmma_times * expand + c.wgmma_row * columns
+            alone = k_tiles * sets * (c.wgmma_alone + c.wgmma_row * columns) + c.tile
         shared = units * (k_tiles * shared + c.epilogue * columns)
         full += rounds * (alone + blocks * shared) * count / m_tiles / clocks
         if tail:
