@@ -25,8 +25,12 @@ BY_HAND = {
     "m256n8": (69_888, 0, 16, 160, 1, 3, 209_824),
     # wgmma, 16 weight rows to a warp: 8,192 + 4,352; 16 + 48 = 64 wanted; four blocks: 56,768 // 12,576 = 4
     "m32n64_swap": (12_544, 512, 16, 160, 4, 4, 50_880),
-    # eight warps of 16 x 64: 16,384 + 8,704; 32 + 48 = 80 wanted, which two blocks have: 113,536 // 25,120 = 4
-    "m64n128": (25_088, 2_048, 32, 288, 2, 4, 102_656),
+    # two sets, four warps of 32 x 64: 16,384 + 8,704; 64 + 56 = 120 wanted, which three blocks have: 75,712 // 25,120 = 3
+    "m64n128": (25_088, 1_024, 64, 160, 3, 3, 76_448),
+    # the same, 8,192 + 17,408; 32 + 56 = 88 wanted, which two blocks of eight warps have: 114,560 // 25,632 = 4
+    "m32n256_swap": (25_600, 1_024, 32, 288, 2, 4, 103_680),
+    # sixteen of 16 x 64, since two sets would leave one block of eight warps: 227,072 // 33,824 = 6
+    "m64n256": (33_792, 4_096, 32, 544, 1, 6, 207_296),
     # eight of 16 x 128: 64 + 48 = 112 wanted, which only one block has: 228,224 // 41,504 = 5
     "m128n128": (41_472, 4_096, 64, 288, 1, 5, 211_744),
     # sixteen of 16 x 128 and a warpgroup that gives registers away: one block, 224,000 // 50,208 = 4
@@ -51,6 +55,8 @@ def test_proof_with_nvfp4_weights_against_numbers_worked_out_by_hand() -> None:
     """256 bytes more for each 64 weight rows; a row's largest magnitude in each 32 of them that two warps share."""
     # 2,048 + 4,608; 2 x 8 x 4 once; five blocks, as above, have (45,670 - 128) // 6,688 = 6 stages.
     by_hand = {"m8n64_swap": (6_656, 64, 4, 160, 5, 6, 40_256)}
+    # Two sets would leave two blocks of four warps, 160 bytes short of three: eight warps of 16 x 64.
+    by_hand |= {"m64n128": (25_600, 1_024, 32, 288, 2, 4, 103_680)}
     # Warps of 32 rows have whole blocks: 2,048 + 9,216; four blocks have (58,368 - 1,024 - 64) // 11,296 = 5 stages.
     by_hand |= {"m8n128_swap": (11_264, 0, 8, 160, 4, 5, 56_544)}
     # 32,768 + 9,216: (232,448 - 2,176) // 42,016 = 5; 32,768 + 18,432: (232,448 - 4,352) // 51,232 = 4

@@ -114,6 +114,11 @@ def _blocks(tile: Tile, pair: str) -> int:
     return prove(tile, ARCH, pair).blocks_per_sm
 
 
+@functools.cache
+def _sets(tile: Tile, pair: str) -> int:
+    return wgmma_sets(prove(tile, ARCH, pair))
+
+
 def _gemm_us(
     tile: Tile, device: DeviceFacts, layer: Layer, tokens: int, n: int, k: int, c: Constants, pair: str
 ) -> float:
@@ -130,7 +135,7 @@ def _gemm_us(
         if tile.m <= 16:
             shared, alone = sync_times * c.sync_expand, c.tile
         else:
-            sets = wgmma_sets(tile.m, tile.n)
+            sets = _sets(tile, pair)
             expand = c.wgmma_expand_sets if sets == 2 else c.wgmma_expand
             shared = wgmma_times * expand + c.wgmma_row * columns
             alone = k_tiles * sets * (c.wgmma_alone + c.wgmma_row * columns) + c.tile

@@ -28,28 +28,20 @@ def has_wgmma(m: int, n: int) -> bool:
     return m >= 32 and n >= 64
 
 
-def wgmma_sets(m: int, n: int) -> int:
-    """How many times 64 weight rows a warpgroup of grouped_gemm_wgmma has."""
-    return 2 if n >= 128 and m * n <= 64 * 128 else 1
+def wgmma_sets(proof: TileProof) -> int:
+    """How many times 64 weight rows a warpgroup of grouped_gemm_wgmma has: kSets of its shape."""
+    return proof.warp_m // 16
 
 
 def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
     """`prove` on SM90: Sm90MmaSyncShape or WgmmaShape."""
     m, n = max(tile.m, 1), max(tile.n, 1)
     if has_wgmma(m, n):
-        moves_registers = m * n >= 128 * 256
-        return _prove(
-            tile,
-            arch,
-            pair,
-            function="grouped_gemm_wgmma",
-            swap=True,
-            mma_warps=n // (16 * wgmma_sets(m, n)),
-            moves_registers=moves_registers,
-            most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
-            folds=pair in (MXFP4_BF16, NVFP4_BF16),
-            passes_tiles=True,
-        )
+        if n >= 128 and m * n <= 64 * 128:
+            two = _prove_wgmma(tile, arch, pair, sets=2)
+            if two.blocks_per_sm * two.warps_m * two.warps_n >= 12:
+                return two
+        return _prove_wgmma(tile, arch, pair, sets=1)
     return _prove(
         tile,
         arch,
@@ -59,6 +51,23 @@ def prove_sm90(tile: Tile, arch: str, pair: str) -> TileProof:
         mma_warps=4,
         moves_registers=False,
         most_blocks=6,
+        folds=pair in (MXFP4_BF16, NVFP4_BF16),
+        passes_tiles=True,
+    )
+
+
+def _prove_wgmma(tile: Tile, arch: str, pair: str, *, sets: int) -> TileProof:
+    m, n = max(tile.m, 1), max(tile.n, 1)
+    moves_registers = m * n >= 128 * 256
+    return _prove(
+        tile,
+        arch,
+        pair,
+        function="grouped_gemm_wgmma",
+        swap=True,
+        mma_warps=n // (16 * sets),
+        moves_registers=moves_registers,
+        most_blocks=1 if moves_registers else MAX_BLOCKS_PER_SM,
         folds=pair in (MXFP4_BF16, NVFP4_BF16),
         passes_tiles=True,
     )
@@ -131,7 +140,7 @@ def _prove(
 
     # kRegistersWanted of WgmmaTile or MmaSyncTile
     if wgmma:
-        registers_wanted = accumulators + 40 + 8 * wgmma_sets(m, n)
+        registers_wanted = accumulators + 40 + warp_m // 2  # 8 for each 16 rows of a warp
     else:
         act_registers = 4 * fragments_n if swap else 8 * fragments_m
         operand_registers = 2 * act_registers if loads_ahead else 16 + 8 * fragments_m
