@@ -25,7 +25,7 @@ BY_HAND = {
     "m256n8": (69_888, 0, 16, 160, 1, 3, 209_824),
     # wgmma, 16 weight rows to a warp: 8,192 + 4,352; 16 + 48 = 64 wanted; four blocks: 56,768 // 12,576 = 4
     "m32n64_swap": (12_544, 512, 16, 160, 4, 4, 50_880),
-    # two sets, four warps of 32 x 64: 16,384 + 8,704; 64 + 56 = 120 wanted, which three blocks have: 75,712 // 25,120 = 3
+    # two sets, four warps of 32 x 64: 16,384 + 8,704; 64 + 56 = 120 wanted; three blocks: 75,712 // 25,120 = 3
     "m64n128": (25_088, 1_024, 64, 160, 3, 3, 76_448),
     # the same, 8,192 + 17,408; 32 + 56 = 88 wanted, which two blocks of eight warps have: 114,560 // 25,632 = 4
     "m32n256_swap": (25_600, 1_024, 32, 288, 2, 4, 103_680),
