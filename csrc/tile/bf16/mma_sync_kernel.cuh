@@ -125,7 +125,8 @@ __device__ __forceinline__ void sum_tile(float (&acc)[Shape::kFragM][Shape::kFra
     wait_for(smem.full(ring.stage), ring.phase);
     operands[0].load(smem, ring.stage, 0, at, act_at);
   };
-  const bool half_tail = (k - 1) % kTileK < 64;  // of the last K tile only the first half has anything
+  // Of the last K tile only the first half has anything. Native tiles are not for speed, nor is it asked of them.
+  const bool half_tail = Shape::kSwap && (k - 1) % kTileK < 64;
   open();
   load_scales(scales, smem.weight(ring.stage) + at.scales);
 #pragma unroll 1
