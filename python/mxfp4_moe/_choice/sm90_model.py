@@ -45,6 +45,7 @@ class Constants:
     sync_expand: float  # 64 weight rows
     wgmma_expand: float  # 64 weight rows
     wgmma_expand_sets: float  # 64 weight rows of a warpgroup that has 128
+    wgmma_expand_few_warps: float  # the same in tiles of 64 rows, whose blocks leave an SM twelve warps and not sixteen
     wgmma_row: float  # and for each activation row
     wgmma_alone: float  # a block alone, for each 64 weight rows of a warpgroup; its activation rows come on top
     tile: float  # of a tile alone, beside that
@@ -55,13 +56,15 @@ class Constants:
 
 # Fitted with wheelbuild/docs/cost_fit.py on 2026-11-27 to an H100 80GB HBM3 and an H200, 132 SMs each: the eight
 # shapes of its table in docs/performance.md, from 1 to 4096 tokens, and the tiles of `sensible`. `overlap` was not
-# fitted: left to itself it goes to 10.7, and choices are a little worse.
+# fitted: left to itself it goes to 10.7, and choices are a little worse. The two of warpgroups with 128 rows are from a
+# scan with the others held, to what was measured of those: a fit of all to that chooses worse (1.5 % against 0.9).
 CONSTANTS = Constants(
     memory_efficiency=0.892,
     overlap=4.5,
     sync_expand=236.7,
     wgmma_expand=234.1,
-    wgmma_expand_sets=190.0,
+    wgmma_expand_sets=180.0,
+    wgmma_expand_few_warps=215.0,
     wgmma_row=2.177,
     wgmma_alone=83.12,
     tile=3474.0,
@@ -136,7 +139,8 @@ def _gemm_us(
             shared, alone = sync_times * c.sync_expand, c.tile
         else:
             sets = _sets(tile, pair)
-            expand = c.wgmma_expand_sets if sets == 2 else c.wgmma_expand
+            of_sets = c.wgmma_expand_sets if tile.m <= 32 else c.wgmma_expand_few_warps
+            expand = of_sets if sets == 2 else c.wgmma_expand
             shared = wgmma_times * expand + c.wgmma_row * columns
             alone = k_tiles * sets * (c.wgmma_alone + c.wgmma_row * columns) + c.tile
         shared = units * (k_tiles * shared + c.epilogue * columns)
