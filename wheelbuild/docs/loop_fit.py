@@ -56,12 +56,14 @@ def errors(line: Line, counts: Mapping[Tile, float], arch: str, pair: str) -> di
 
 def expanding(report: Mapping[str, Any], pair: str) -> tuple[float, float]:
     """Instructions of the tiles among which SM90's model chooses, over those of MXFP4 weights in bf16: the mean of
-    mma.sync's and that of wgmma's.
+    mma.sync's and that of wgmma's. Left out are tiles whose warps have other rows with the other weights.
     """
     usual, these = (counted(report, sm90_model.ARCH, which) for which in (MXFP4_BF16, pair))
     ratios: dict[bool, list[float]] = {False: [], True: []}
     for tile in filter(sm90_model.sensible, these):
-        ratios[has_wgmma(tile.m, tile.n)].append(these[tile] / usual[tile])
+        rows = {prove(tile, sm90_model.ARCH, which).warp_m for which in (MXFP4_BF16, pair)}
+        if len(rows) == 1:
+            ratios[has_wgmma(tile.m, tile.n)].append(these[tile] / usual[tile])
     return statistics.mean(ratios[False]), statistics.mean(ratios[True])
 
 
