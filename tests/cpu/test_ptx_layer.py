@@ -48,6 +48,11 @@ class Layer:
     rounds: bool = False
 
 
+def chosen_apart(layer: Layer) -> bool:
+    """Whether a kernel of its own chooses experts: of more than 128 slots from logits."""
+    return layer.logits is not None and len(layer.hidden_states) * layer.top_k > 128
+
+
 def from_logits(tile: tiles.Tile, tokens: int, dtype: torch.dtype, *, fuses: bool) -> Layer:
     """K of both GEMMs ends inside of a K tile, N inside of an output tile."""
     experts, hidden, inter = 6, 160, 96
@@ -107,7 +112,7 @@ def start(layer: Layer, out: Tensor) -> Run:
         scale_is_swizzled=layer.hidden_scale is not None,
         intermediate_rounding=layer.rounds,
     )
-    assert len(recording.launches) == 6 - layer.fuses
+    assert len(recording.launches) == 6 - layer.fuses + chosen_apart(layer)
     written = {"hidden_states": layer.hidden_states, "logits": layer.logits, "ids": layer.ids}
     written |= {"topk_weights": layer.topk_weights, "hidden_scale": layer.hidden_scale}
     written = {name: tensor for name, tensor in written.items() if tensor is not None}
@@ -140,6 +145,8 @@ def test_layer(case: str) -> None:
     sizes |= {"tile_m": tile.m, "gemm1_width": 0 if layer.fuses else weights.w13_rows, "dtype": row_dtype}
     own = intermediates(run.recording, **sizes, from_logits=layer.logits is not None)
 
+    if chosen_apart(layer):
+        run.next("topk_softmax")
     run.next("route")
     if layer.logits is not None:
         expected_weights, ids = reference.topk_softmax(layer.logits, top_k)
