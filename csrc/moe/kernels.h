@@ -191,12 +191,16 @@ struct FinalizeArgs {
   const float* topk_weights;  // [tokens, top_k]
   const int32_t* slot_row;    // [tokens * top_k]
   const int32_t* row_expert;  // [rows]
+  int32_t experts;            // E, where there are biases
   int32_t tokens;
   int32_t top_k;
   int32_t hidden_size;  // multiple of 32
   void* out;            // [tokens, hidden_size] of type, 16-byte aligned
 };
 cudaError_t launch_finalize(const FinalizeArgs& args, cudaStream_t stream);
+// The same with biases, faster where there are many rows: launch_finalize asks, and calls it.
+bool finalizes_by_strips(const FinalizeArgs& args);
+cudaError_t launch_finalize_strips(const FinalizeArgs& args, cudaStream_t stream);
 
 // MXFP8 rows for callers outside of the layer (python/mxfp4_moe/flashinfer_api), in plain k order.
 enum class QuantizeInput : int { kFloat32, kBFloat16, kFloat16 };

@@ -299,6 +299,7 @@ class Launches {
     finalize.topk_weights = topk_weights_;
     finalize.slot_row = ints(at_.slot_row);
     finalize.row_expert = ints(at_.row_expert);
+    finalize.experts = layer_.experts;
     finalize.tokens = layer_.tokens;
     finalize.top_k = static_cast<int32_t>(layer_.routing.top_k);
     finalize.hidden_size = layer_.hidden;

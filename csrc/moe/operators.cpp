@@ -241,6 +241,7 @@ Tensor finalize(const Tensor& gemm2, const Tensor& slot_row, const Tensor& row_e
   if (w2_bias.has_value()) {
     STD_TORCH_CHECK(w2_bias->dim() == 2, "w2_bias: expected float32 [experts, hidden], got ", describe(*w2_bias));
     check_tensor("w2_bias", *w2_bias, ScalarType::Float, {w2_bias->size(0), args.hidden_size}, device);
+    args.experts = check_range("experts", w2_bias->size(0), 1, kMaxExperts);
   }
   const DeviceGuard guard(device);
   const ScalarType type = args.type == HalfType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;

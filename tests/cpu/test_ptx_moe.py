@@ -253,6 +253,8 @@ def test_activation_to_halves_is_exact(row_format: int, rounding: torch.dtype | 
     [  # A thread has two columns up to 8 tokens, then eight; four loads are in flight.
         *[(4, 1, 32, torch.bfloat16), (4, 5, 288, torch.float16), (8, 4, 96, torch.bfloat16)],
         *[(9, 2, 96, torch.float16), (9, 9, 1056, torch.bfloat16), (9, 4, 32, torch.bfloat16)],
+        # Biases by strips of 64 columns, whole and not, where there are 4096 slots.
+        *[(1030, 4, 96, torch.bfloat16), (4097, 1, 64, torch.float16), (1024, 5, 32, torch.bfloat16)],
     ],
 )
 def test_finalize_is_exact(tokens: int, top_k: int, width: int, dtype: torch.dtype, with_bias: bool) -> None:

@@ -200,11 +200,11 @@ def test_activation_rounds_exactly(rounding: torch.dtype, with_bias: bool, devic
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 4, 5, 9, 16])
 @pytest.mark.parametrize("width", [32, 2880])
-@pytest.mark.parametrize("tokens", [4, 8, 33])  # a thread has two columns up to 8, then eight
+@pytest.mark.parametrize("tokens", [4, 8, 33, 4099])  # a thread has two columns up to 8, then eight; strips of biases
+@pytest.mark.parametrize("experts", [6, 512])
 def test_finalize_is_exact(
-    tokens: int, width: int, top_k: int, with_bias: bool, dtype: torch.dtype, device: torch.device
+    experts: int, tokens: int, width: int, top_k: int, with_bias: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    experts = 6
     g = torch.Generator(device).manual_seed(width + top_k)
     ids = ids_of(tokens, top_k, experts, torch.int32, device)
     ids[3] = -1

@@ -39,6 +39,7 @@ from mxfp4_moe.problems import bits
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)
 ROUTES = ("route", "route_few", "topk_softmax")
+FINALIZES = ("finalize", "finalize_strips")
 TOPK_TOLERANCE = {"rtol": 3e-6, "atol": 1e-30}  # an exp, a sum in another order, a division; as on a GPU
 TILE = tiles.Tile(m=16, n=128, swap_ab=True)  # its GEMM1 applies the activation; not run here
 
@@ -104,7 +105,7 @@ def first_of_layer(
 ) -> Run:
     """Of a whole layer's launches, the first `kernels`. What it reads was written by the kernel just before it."""
     recorder = launch.shared_recorder()
-    ptx = [launch.ptx_of_moe(source) for source in (*ROUTES, "quantize_permute", "permute", "finalize", "activation")]
+    ptx = [launch.ptx_of_moe(source) for source in (*ROUTES, "quantize_permute", "permute", *FINALIZES, "activation")]
     launch.ptx_of_tile(TILE)
     recorder.register_tile(TILE)
     w13, w2 = (torch.empty(experts, formats.weight_bytes(*shape), dtype=torch.uint8) for shape in layer_shapes(hidden))
@@ -328,7 +329,7 @@ def check_finalize(tokens: int, top_k: int, width: int, dtype: torch.dtype, with
     bias = torch.randn(experts, width, generator=g) if with_bias else None
     inputs = {"gemm2": rows, "slot_row": slot_row, "row_expert": row_expert, "topk_weights": topk_weights}
     biases = {} if bias is None else {"bias": bias}
-    done = operator(["finalize"], "finalize", rows, slot_row, row_expert, topk_weights, bias, **inputs, **biases)
+    done = operator(FINALIZES, "finalize", rows, slot_row, row_expert, topk_weights, bias, **inputs, **biases)
     expected = reference.finalize(rows, topk_weights, slot_row, row_expert, bias)
     assert torch.equal(bits(done.results), bits(expected))
     assert not bits(done.results[3]).any()
