@@ -1,8 +1,7 @@
 // From shared memory to registers, as the warp-level MMAs want their operands.
 #pragma once
 
-#include <cute/arch/copy_sm75.hpp>
-
+#include "tile/mbarrier.cuh"
 #include "tile/tile_shape.cuh"
 
 namespace mxfp4_moe {
@@ -10,14 +9,16 @@ namespace mxfp4_moe {
 // kCount 8x16-byte matrices; lane l names row l % 8 of matrix l / 8. Thread t of a quad gets bytes 4t..4t+3 of its row.
 template <int kCount>
 __device__ __forceinline__ void ldmatrix(uint32_t* r, const uint8_t* row) {
-  const auto& source = *reinterpret_cast<const cute::uint128_t*>(row);
+  const uint32_t at = shared_address(row);
   if constexpr (kCount == 4) {
-    cute::SM75_U32x4_LDSM_N::copy(source, r[0], r[1], r[2], r[3]);
+    asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at));
   } else if constexpr (kCount == 2) {
-    cute::SM75_U32x2_LDSM_N::copy(source, r[0], r[1]);
+    asm volatile("ldmatrix.sync.aligned.x2.m8n8.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at));
   } else {
     static_assert(kCount == 1);
-    cute::SM75_U32x1_LDSM_N::copy(source, r[0]);
+    asm volatile("ldmatrix.sync.aligned.x1.m8n8.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(at));
   }
 }
 

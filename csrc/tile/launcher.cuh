@@ -10,9 +10,20 @@
 
 #include "shared/per_device.h"
 #include "tile/bf16/mma_sync_kernel.cuh"
+
+// No more kernels than are compiled: CuTe's list of wgmma's shapes takes as long to read as most kernels to compile.
+#define MXFP4_MOE_IS_SM90_90a 1
+#define MXFP4_MOE_IS_SM90_(arch) MXFP4_MOE_IS_SM90_##arch
+#define MXFP4_MOE_IS_SM90(arch) MXFP4_MOE_IS_SM90_(arch)
+#if MXFP4_MOE_IS_SM90(MXFP4_MOE_ARCH)
+#include "tile/sm90/tile_shape.cuh"
+#if LOGICAL_TILE_M >= 32 && LOGICAL_TILE_N >= 64  // has_wgmma
+#include "tile/sm90/wgmma_kernel.cuh"
+#endif
+#else
 #include "tile/sm12x/bf16_tile_shape.cuh"
 #include "tile/sm12x/plain_kernel.cuh"
-#include "tile/sm90/wgmma_kernel.cuh"
+#endif
 
 namespace mxfp4_moe {
 

@@ -8,9 +8,6 @@
 
 #include <cuda.h>
 
-#include <cutlass/arch/barrier.h>
-#include <cute/arch/cluster_sm90.hpp>
-
 #include "shared/launch.cuh"
 #include "shared/schedule.cuh"
 #include "shared/weight_layout.cuh"
@@ -42,9 +39,6 @@ struct GemmParams {
   Mxfp4MoeFactors factors;
 };
 
-using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
-using EmptyBarrier = cutlass::arch::ClusterBarrier;
-
 // A block's dynamic shared memory: Shape::Smem says where each part begins.
 template <class Shape>
 struct SharedStorage {
@@ -55,11 +49,9 @@ struct SharedStorage {
   __device__ uint8_t* act_scale(int stage) const {
     return base + Shape::Smem::kActScale + stage * Shape::kActScaleBytes;
   }
-  __device__ FullBarrier* full(int stage) const {
-    return reinterpret_cast<FullBarrier*>(base + Shape::Smem::kBarrier) + stage;
-  }
-  __device__ EmptyBarrier* empty(int stage) const {
-    return reinterpret_cast<EmptyBarrier*>(base + Shape::Smem::kBarrier + Shape::kStages * 8) + stage;
+  __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(base + Shape::Smem::kBarrier) + stage; }
+  __device__ Barrier* empty(int stage) const {
+    return reinterpret_cast<Barrier*>(base + Shape::Smem::kBarrier + Shape::kStages * 8) + stage;
   }
   __device__ uint32_t* amax() const { return reinterpret_cast<uint32_t*>(base + Shape::Smem::kAmax); }
   // Where kPassesTiles: the output tile whose first K tile is in a stage, and the one that a warp is at.
@@ -143,7 +135,7 @@ struct ScaledActLoads {
   }
   static __device__ __forceinline__ void load(const TensorMaps& maps, const SharedStorage<Shape>& smem, int s, int kt,
                                               const Mxfp4MoeMTile& m) {
-    uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
+    const Barrier* full = smem.full(s);
     tma_load_2d(smem.act(s), maps.act, full, kt * Shape::kRowBytes, m.row_begin, kEvictLast);
     tma_load_2d(smem.act_scale(s), maps.act_scale, full, m.row_begin / 4 * 2, kt * Shape::kScaleWords, kEvictLast);
   }
@@ -168,14 +160,14 @@ struct WeightLoads {
   // Also tells the stage's barrier what to expect, activations included.
   __device__ __forceinline__ void load(const TensorMaps& maps, const SharedStorage<Shape>& smem, int s, int kt, int n0,
                                        const Mxfp4MoeMTile& m) const {
-    uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
+    const Barrier* full = smem.full(s);
     const int k_tile_unit = m.expert * expert_units + kt * row_blocks * kBlockUnits;
     const int row_block = n0 / kWeightBlockRows;
     if (tail_steps == 0 || kt + 1 < num_k_tiles) {
-      smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBytes);
+      full->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBytes);
       tma_load_2d(smem.weight(s), maps.weight, full, 0, k_tile_unit + row_block * kBlockUnits, hint);
     } else {
-      smem.full(s)->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBlocks * tail_units * kWeightUnit);
+      full->arrive_and_expect_tx(ActLoads::bytes(m) + Shape::kWeightBlocks * tail_units * kWeightUnit);
       for (int b = 0; b < Shape::kWeightBlocks; ++b)
         tma_load_2d(smem.weight(s) + b * Shape::kWeightBlockBytes, maps.weight_tail, full, 0,
                     k_tile_unit + (row_block + b) * tail_units, hint);
@@ -195,7 +187,7 @@ __device__ __forceinline__ void pass_tile(const SharedStorage<Shape>& smem, int 
 // One warp, one lane of which issues all copies.
 template <class Shape, class ActLoads>
 __device__ void produce(const TensorMaps& maps, const GemmParams& p, const SharedStorage<Shape>& smem) {
-  const bool issues = cute::elect_one_sync();
+  const bool issues = elect_one_lane();
   const WeightLoads<Shape, ActLoads> weights(p);
   const int num_n_tiles = ceil_div(p.n, Shape::N);
   const int num_tiles = load_num_m_tiles(p) * num_n_tiles;
@@ -253,7 +245,7 @@ template <class Storage>
 __device__ __forceinline__ void start_block(const GemmParams& p, const Storage& smem) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < Storage::kStages; ++s) smem.init_barriers(s);
-    cutlass::arch::fence_barrier_init();
+    fence_barrier_init();
   }
   if (!p.m_tiles_are_ready) {
     wait_for_previous_kernel();

@@ -9,6 +9,8 @@
 // proof all read it from here. tiles/proof.py mirrors this file, statement by statement.
 #pragma once
 
+#include <type_traits>
+
 #include "shared/weight_layout.cuh"
 #include "tile/archs.cuh"
 #include "tile/pairs.cuh"
@@ -21,6 +23,10 @@ constexpr int kTileK = 128;            // four K = 32 blocks, whose E8M0 scales 
 constexpr int kBlockK = 32;            // OCP MX block, and the MMA's K
 constexpr int kActRowBytes = kTileK;   // E4M3: TMA 128-byte swizzle
 constexpr int kMaxAccumulators = 128;  // fp32 registers per thread; beyond it ptxas spills
+
+// A number that is known when the code is compiled, as an argument.
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 // What every arch asks of a tile.
 template <int M, int N, bool kSwap>

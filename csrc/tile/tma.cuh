@@ -8,7 +8,7 @@
 #include <cuda.h>
 #include <stdint.h>
 
-#include <cute/arch/util.hpp>
+#include "tile/mbarrier.cuh"
 
 namespace mxfp4_moe {
 
@@ -18,23 +18,12 @@ constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
-__device__ __forceinline__ void tma_load_2d(void* smem, const CUtensorMap& map, uint64_t* barrier, int x, int y,
+__device__ __forceinline__ void tma_load_2d(void* smem, const CUtensorMap& map, const Barrier* barrier, int x, int y,
                                             uint64_t cache_hint) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
-      "%3}], [%4], %5;" ::"r"(cute::cast_smem_ptr_to_uint(smem)),
-      "l"(&map), "r"(x), "r"(y), "r"(cute::cast_smem_ptr_to_uint(barrier)), "l"(cache_hint)
-      : "memory");
-}
-
-// Until the barrier's phase of this parity is complete. CUTLASS's wait is not enough: it does not tell the compiler
-// that memory changes with the barrier, so that loads move across, and its time limit costs instructions in every wait.
-template <class Barrier>
-__device__ __forceinline__ void wait_for(const Barrier* barrier, uint32_t parity) {
-  asm volatile(
-      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
-          cute::cast_smem_ptr_to_uint(barrier)),
-      "r"(parity)
+      "%3}], [%4], %5;" ::"r"(shared_address(smem)),
+      "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier)), "l"(cache_hint)
       : "memory");
 }
 

@@ -26,7 +26,7 @@ struct Bf16ActLoads {
   static __device__ __forceinline__ uint32_t bytes(const Mxfp4MoeMTile& m) { return boxes(m) * Shape::kBoxRows * 256; }
   static __device__ __forceinline__ void load(const TensorMaps& maps, const SharedStorage<Shape>& smem, int s, int kt,
                                               const Mxfp4MoeMTile& m) {
-    uint64_t* full = reinterpret_cast<uint64_t*>(smem.full(s));
+    const Barrier* full = smem.full(s);
     const auto load_box = [&](int b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -45,7 +45,7 @@ struct Bf16ActLoads {
 template <class Shape>
 __device__ __forceinline__ void release(const SharedStorage<Shape>& smem, int stage) {
   after_all_lanes([&] {
-    if (cute::elect_one_sync()) smem.empty(stage)->arrive();
+    if (elect_one_lane()) smem.empty(stage)->arrive();
   });
 }
 

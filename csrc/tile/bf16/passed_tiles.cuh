@@ -15,7 +15,7 @@ __device__ __forceinline__ Mxfp4MoeMTile read_tile(const uint8_t* at) {
   Mxfp4MoeMTile tile;
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(tile.expert), "=r"(tile.row_begin), "=r"(tile.row_end), "=r"(tile.reserved)
-               : "r"(cute::cast_smem_ptr_to_uint(at))
+               : "r"(shared_address(at))
                : "memory");
   return tile;
 }

@@ -76,8 +76,8 @@ __device__ __forceinline__ void mma_fp4_k_tile(float (&acc)[Shape::kFragM][Shape
       }
     }
   };
-  step(cute::C<0>{});
-  step(cute::C<1>{});
+  step(Constant<0>{});
+  step(Constant<1>{});
 }
 
 }  // namespace mxfp4_moe

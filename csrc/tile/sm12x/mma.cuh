@@ -5,7 +5,7 @@
 // Registers (lane_maps.cuh): activations as ldmatrix brings them, one 32-bit word of eight FP4 codes per lane, row and
 // step, and per K tile one 32-bit word of four E8M0 scales in the lanes from which the instruction reads them with
 // thread selector 0: A's row g from lane 4g, row g+8 from lane 4g+1, B's column g from lane 4g. The selector picks the
-// word's scale, 0 to 3; it must be a constant (cute::C): one known only at run time costs a loop around every MMA.
+// word's scale, 0 to 3; it must be a constant (Constant): one known only at run time costs a loop around every MMA.
 #pragma once
 
 #include "tile/lane_maps.cuh"

@@ -149,10 +149,10 @@ __device__ __forceinline__ void mma_k_tile(float (&acc)[Shape::kFragM][Shape::kF
       }
     }
   };
-  step(cute::C<0>{});
-  step(cute::C<1>{});
-  step(cute::C<2>{});
-  step(cute::C<3>{});
+  step(Constant<0>{});
+  step(Constant<1>{});
+  step(Constant<2>{});
+  step(Constant<3>{});
 }
 
 }  // namespace mxfp4_moe

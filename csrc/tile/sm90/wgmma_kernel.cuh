@@ -57,7 +57,7 @@ __device__ __forceinline__ void wgmma(float* d, const uint32_t* a, uint64_t b, s
 // f(0), f(1) .. f(kCount - 1), as constants.
 template <class F, int... kI>
 __device__ __forceinline__ void for_each_in(F f, std::integer_sequence<int, kI...>) {
-  (f(cute::C<kI>{}), ...);
+  (f(Constant<kI>{}), ...);
 }
 template <int kCount, class F>
 __device__ __forceinline__ void for_each_of(F f) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void for_each_of(F f) {
 // Shared-memory matrix descriptor (PTX ISA, "Matrix-descriptor format") of rows of 128 bytes with the 128-byte swizzle:
 // groups of 8 rows are 1024 bytes apart. `from` may be any multiple of 32 bytes into an aligned group's row.
 __device__ __forceinline__ uint64_t rows_descriptor(const uint8_t* from) {
-  const uint32_t address = cute::cast_smem_ptr_to_uint(from);
+  const uint32_t address = shared_address(from);
   return uint64_t{(address & 0x3FFFF) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
@@ -127,8 +127,8 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kF
   };
   const auto open = [&] {
     wait_for(smem.full(ring.stage), ring.phase);
-    load_block(ring.stage, cute::C<0>{});
-    load_scales_of(ring.stage, cute::C<0>{});
+    load_block(ring.stage, Constant<0>{});
+    load_scales_of(ring.stage, Constant<0>{});
     if constexpr (Scales::kHasLarge) {
       uint32_t all[2 * kSets];
 #pragma unroll
@@ -136,22 +136,22 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kF
         load_words<2>(all + set * 2, smem.weight(ring.stage) + block_scales + set * Shape::kWeightBlockBytes);
       large = has_large(all);
     }
-    expand_unit(cute::C<0>{});
+    expand_unit(Constant<0>{});
   };
   const auto k_tile = [&](int stage, bool is_last, auto blocks) {
     constexpr int kUnits = decltype(blocks)::value * kSets;
     for_each_of<kUnits>([&](auto unit) {
       constexpr int kUnit = decltype(unit)::value, kBlock = kUnit / kSets, kSet = kUnit % kSets;
       constexpr bool kBlockFollows = kUnit + kSets < kUnits;
-      if constexpr (kAhead == 1 && kSet == 0 && kBlockFollows) load_block(stage, cute::C<kBlock + 1>{});
-      start(stage, kBlock, cute::C<kSet>{}, a[kUnit % 2]);
+      if constexpr (kAhead == 1 && kSet == 0 && kBlockFollows) load_block(stage, Constant<kBlock + 1>{});
+      start(stage, kBlock, Constant<kSet>{}, a[kUnit % 2]);
       if constexpr (kUnit > 0) cute::warpgroup_wait<1>();
       if constexpr (kUnit + 1 < kUnits) {
         if constexpr (kSet == kSets - 1) {
-          if constexpr (kAhead == 0) load_block(stage, cute::C<kBlock + 1>{});
-          load_scales_of(stage, cute::C<kBlock + 1>{});
+          if constexpr (kAhead == 0) load_block(stage, Constant<kBlock + 1>{});
+          load_scales_of(stage, Constant<kBlock + 1>{});
         }
-        expand_unit(cute::C<kUnit + 1>{});
+        expand_unit(Constant<kUnit + 1>{});
       } else if (!is_last) {
         open();
       }
@@ -188,8 +188,8 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[Shape::kFragM][Shape::kF
   const bool half_tail = (k - 1) % kTileK < 64;
   open();
 #pragma unroll 1
-  for (int more = ceil_div(k, kTileK) - half_tail; more > 0; --more) multiply(more == 1 && !half_tail, cute::C<4>{});
-  if (half_tail) multiply(true, cute::C<2>{});
+  for (int more = ceil_div(k, kTileK) - half_tail; more > 0; --more) multiply(more == 1 && !half_tail, Constant<4>{});
+  if (half_tail) multiply(true, Constant<2>{});
 }
 
 // As narrow as the rows allow.
