@@ -55,7 +55,8 @@ def other_kernels(device: torch.device) -> list[str]:
         if not same(out, expected):
             failures.append(f"{activation.value}, MXFP8 input with {layout} scales: other bits than expected")
     weights = random_weights(40, 160, 96, device)
-    for tokens in (9, 60, 520, 1366):  # one kernel for few slots; two, routed by a block, by a cluster; biases by strips
+    # One kernel for few slots; two, routed by a block, by a cluster; and with so many that biases are added by strips.
+    for tokens in (9, 60, 520, 1366):
         x, logits = random_call(tokens, 3, weights).hidden_states, torch.randn(tokens, 40, device=device)
         out = mxfp4_moe.fused_moe_from_logits(x, logits, 3, weights)
         if not torch.equal(bits(out), bits(mxfp4_moe.fused_moe(x, *mxfp4_moe.topk_softmax(logits, 3), weights))):
