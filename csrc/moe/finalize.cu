@@ -7,8 +7,8 @@
 // Called by layer.cpp after GEMM2. Of many rows with biases it leaves all to finalize_strips.cu.
 // Why it is fast, and the same every time: each lane owns 16 bytes of each of a token's rows (of few tokens 2 columns)
 // and gathers the k rows itself, four loads in flight, in the fixed order of j. One pass, no atomics, every byte read
-// once. Of few tokens it starts before GEMM2 is done, by the rule of shared/launch.cuh; of many, where its blocks would
-// only take the place of GEMM2's, it does not.
+// once. Of few tokens it starts before GEMM2 is done, by the rule of shared/launch.cuh, and has biases brought to L2
+// meanwhile; of many, where its blocks would only take the place of GEMM2's, it does not.
 #include "moe/finalize_token.cuh"
 #include "moe/warps.cuh"
 
@@ -18,6 +18,7 @@ namespace {
 constexpr int kThreads = 128;
 // Fewer columns per lane for few tokens, where a thread's own time is the kernel's: less work and code.
 constexpr int kFewColumns = 2, kFewTokens = 8;
+constexpr int kLineColumns = 32;  // of fp32, in a line of L2
 
 // Biases in memory, if there are any.
 template <int kColumns>
@@ -50,13 +51,34 @@ struct BiasesInMemory {
   };
 };
 
+// Asks L2 for the biases of a token's experts, for which finalize would wait in DRAM, and changes no result. In a layer
+// what it reads was complete when the kernel before this one began, so that it may come before the wait; elsewhere, as in
+// tests, it may be anything.
+__device__ __forceinline__ void ask_for_biases(const FinalizeArgs& args, int64_t token, int column) {
+#pragma unroll 1
+  for (int j = 0; j < args.top_k; ++j) {
+    const int row = __ldcg(args.slot_row + token * args.top_k + j);
+    if (row < 0 || row >= args.tokens * args.top_k) {
+      continue;
+    }
+    const int64_t expert = __ldcg(args.row_expert + row);
+    if (expert >= 0 && expert < args.experts) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(args.bias + expert * args.hidden_size + column));
+    }
+  }
+}
+
 template <HalfType kType, int kColumns>
 __global__ void __launch_bounds__(kThreads) finalize_kernel(const FinalizeArgs args) {
+  const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
   if constexpr (kColumns == kFewColumns) {
+    // One token is a block's: with few, there are as many blocks along y. One lane asks for a line of 128 bytes.
+    if (args.bias != nullptr && column < args.hidden_size && column % kLineColumns == 0) {
+      ask_for_biases(args, blockIdx.y, column);
+    }
     wait_for_previous_kernel();
     let_next_kernel_start();
   }
-  const int column = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
   if (column >= args.hidden_size) {
     return;
   }

@@ -57,6 +57,7 @@ _PLAIN_CALLS = {  # name -> method of Warp and the types of its operands; all la
     "mbarrier.arrive.expect_tx.shared::cta.b64": ("mbarrier_arrive", ("_", "[b32]", "u32")),
     "mbarrier.arrive.shared::cta.b64": ("mbarrier_arrive", ("_", "[b32]")),
     "fence.mbarrier_init.release.cluster": ("fence_mbarrier_init", ()),
+    "prefetch.global.L2": ("prefetch", ("[b64]",)),
     "fence.proxy.async.shared::cta": ("fence_async", ()),
 }
 

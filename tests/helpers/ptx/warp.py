@@ -190,6 +190,11 @@ class Warp:
         else:
             block.launched.memory.store(self, lanes, addresses, data)
 
+    def prefetch(self, mask: Mask, addresses: Any) -> None:
+        """Changes nothing; but a line that is no array's is a mistake."""
+        for address in addresses[lanes_of(mask)].tolist():
+            self.block.launched.memory.find(address, address + 1, "prefetch")
+
     def generic(self, addresses: Any) -> Any:
         return addresses + np.uint64(self.block.window)
 
