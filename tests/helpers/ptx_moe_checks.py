@@ -330,6 +330,8 @@ def check_finalize(tokens: int, top_k: int, width: int, dtype: torch.dtype, with
     inputs = {"gemm2": rows, "slot_row": slot_row, "row_expert": row_expert, "topk_weights": topk_weights}
     biases = {} if bias is None else {"bias": bias}
     done = operator(FINALIZES, "finalize", rows, slot_row, row_expert, topk_weights, bias, **inputs, **biases)
+    (launched,) = done.recording.launches
+    assert ("finalize_strips" in launched.kernel) == (with_bias and tokens * top_k >= 4096)
     expected = reference.finalize(rows, topk_weights, slot_row, row_expert, bias)
     assert torch.equal(bits(done.results), bits(expected))
     assert not bits(done.results[3]).any()

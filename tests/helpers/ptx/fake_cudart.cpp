@@ -187,6 +187,9 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount:
       *value = d.sms;
       return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = d.smem_per_block;
+      return cudaSuccess;
     default:
       return refuse(cudaErrorInvalidValue, "device attribute " + std::to_string(int(attribute)) + " is not known here");
   }

@@ -168,6 +168,9 @@ for t, wide in (("u16", "u32"), ("s16", "s32"), ("u32", "u64"), ("s32", "s64")):
     to = DTYPES[wide].__name__
     _define(f"mul.wide.{t}", wide, f"{t} {t}", f"{{0}}.astype(np.{to}) * {{1}}.astype(np.{to})")
     _define(f"mad.wide.{t}", wide, f"{t} {t} {wide}", f"{{0}}.astype(np.{to}) * {{1}}.astype(np.{to}) + {{2}}")
+_define(
+    "mul.hi.u32", "u32", "u32 u32", "({0}.astype(np.uint64) * {1}.astype(np.uint64) >> np.uint64(32)).astype(np.uint32)"
+)
 for t in ("b16", "b32", "b64", "pred"):
     for name, sign in (("and", "&"), ("or", "|"), ("xor", "^")):
         _define(f"{name}.{t}", t, f"{t} {t}", f"{{0}} {sign} {{1}}")
