@@ -66,7 +66,7 @@ def test_the_promised_limits() -> None:
     limits = thresholds.instructions_per_mma["120f"]["mxfp4_mxfp8"]
     assert limits["m128n128"] <= 3.5
     assert limits["m256n64"] <= 3.55
-    assert thresholds.peak_mb == 2000
+    assert thresholds.peak_mb <= 600
     assert thresholds.wheel_bytes["mxfp4_minimal"] == 4_000_000
 
 
