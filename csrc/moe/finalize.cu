@@ -52,8 +52,8 @@ struct BiasesInMemory {
 };
 
 // Asks L2 for the biases of a token's experts, for which finalize would wait in DRAM, and changes no result. In a layer
-// what it reads was complete when the kernel before this one began, so that it may come before the wait; elsewhere, as in
-// tests, it may be anything.
+// what it reads was complete when the kernel before this one began, so that it may come before the wait. Elsewhere, as
+// in tests, it may be anything.
 __device__ __forceinline__ void ask_for_biases(const FinalizeArgs& args, int64_t token, int column) {
 #pragma unroll 1
   for (int j = 0; j < args.top_k; ++j) {
