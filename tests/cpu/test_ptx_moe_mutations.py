@@ -8,11 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ptx import fp4_row_mutations, launch, moe_mutations, router_mutations
+from ptx import finalize_mutations, fp4_row_mutations, launch, moe_mutations, router_mutations
 from ptx.faults import Fault
 from ptx.moe_mutations import Mutation
 
-MUTATIONS = (*moe_mutations.MUTATIONS, *fp4_row_mutations.MUTATIONS, *router_mutations.MUTATIONS)
+MUTATIONS = (
+    *moe_mutations.MUTATIONS,
+    *finalize_mutations.MUTATIONS,
+    *fp4_row_mutations.MUTATIONS,
+    *router_mutations.MUTATIONS,
+)
 
 
 def noticed(mutation: Mutation) -> str:
