@@ -17,7 +17,9 @@
 #define MXFP4_MOE_IS_SM90(arch) MXFP4_MOE_IS_SM90_(arch)
 #if MXFP4_MOE_IS_SM90(MXFP4_MOE_ARCH)
 #include "tile/sm90/tile_shape.cuh"
-#if LOGICAL_TILE_M >= 32 && LOGICAL_TILE_N >= 64  // has_wgmma
+#define MXFP4_MOE_HAS_WGMMA (LOGICAL_TILE_M >= 32 && LOGICAL_TILE_N >= 64)
+static_assert(MXFP4_MOE_HAS_WGMMA == mxfp4_moe::has_wgmma(LOGICAL_TILE_M, LOGICAL_TILE_N), "one rule, said twice");
+#if MXFP4_MOE_HAS_WGMMA
 #include "tile/sm90/wgmma_kernel.cuh"
 #endif
 #else

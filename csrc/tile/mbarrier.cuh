@@ -1,5 +1,5 @@
-// mbarriers of shared memory, and the few instructions around them that CUDA C++ has no name for (PTX ISA, "mbarrier",
-// "elect.sync", "ldmatrix").
+// mbarriers of shared memory, and what is needed around them that CUDA C++ has no name for (PTX ISA, "mbarrier",
+// "elect.sync").
 //
 // CUTLASS has them too. But its headers for them bring libcu++ and iostream along, 140,000 lines that took two thirds
 // of a tile's compile time; of CUTLASS the tiles include wgmma's MMAs alone.
